@@ -1,0 +1,132 @@
+"""Everything there is to run; each session makes what it needs.
+
+    nox -s demo     output/demo.png: one contact sheet, from the reference at λ = 0 to λ = 1
+    nox -s tests    the tests (arguments after -- go to pytest)
+    nox -s bench    output/bench.json: operations and time that an image prompt adds
+    nox -s lint     formatting, lint, types
+
+demo, tests and bench share one environment. It sees the packages of the Python that runs
+nox, so that an installed torch is used as it is, and holds what ComfyUI's requirements.txt
+and this project ask for besides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+PROJECT = nox.project.load_toml("pyproject.toml")["project"]
+KEPT = ("torch", "torchvision", "torchaudio")  # an installed one is never replaced
+# Where none is installed: the newest torchaudio (2.11, CUDA 13.0) refuses to be imported beside
+# torch 2.15 (CUDA 13.2), and ComfyUI imports it at its start.
+TORCH = "torch<2.15"
+VERSIONS = """
+import importlib.metadata as metadata, json, sys
+found = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+print(json.dumps({name: found[name] for name in sys.argv[1:] if name in found}))
+"""
+
+nox.needs_version = ">=2025.10.14"
+nox.options.sessions = ["lint", "tests"]
+nox.options.reuse_venv = "yes"
+
+
+def extra(name: str) -> Iterator[str]:
+    """The requirements of one of pyproject's extras, those that it includes among them."""
+    for requirement in PROJECT["optional-dependencies"][name]:
+        inner = requirement.removeprefix(PROJECT["name"])
+        if inner.startswith("["):
+            yield from extra(inner.strip("[]"))
+        else:
+            yield requirement
+
+
+def python_of(folder: Path) -> str:
+    """The interpreter of the virtual environment in ``folder``."""
+    scripts = ("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")
+    return str(folder.joinpath(*scripts))
+
+
+def see_outer_packages(environment: Path) -> None:
+    """Let the environment see nox's own packages too, where nox runs in an environment itself."""
+    if sys.prefix != sys.base_prefix:
+        inner = Path(sysconfig.get_path("purelib", "venv", {"base": str(environment)}))
+        outer = sysconfig.get_path("purelib") + "\n"
+        (inner / "outer.pth").write_text(outer, encoding="utf-8")
+
+
+def host_folder(session: nox.Session, python: str) -> Path | None:
+    """ComfyUI's folder, or None; fails where COMFYUI_PATH names none."""
+    found = session.run(python, "-m", "tools.host", external=True, silent=True, log=False)
+    return Path(str(found).strip()) if str(found).strip() else None
+
+
+@nox.session(venv_params=["--system-site-packages"], default=False)
+def environment(session: nox.Session) -> None:
+    """The environment of demo, tests and bench; touched only when a requirement changes."""
+    folder = Path(session.virtualenv.location)
+    python = python_of(folder)
+    see_outer_packages(folder)
+    versions = session.run(python, "-c", VERSIONS, *KEPT, silent=True, log=False)
+    kept: dict[str, str] = json.loads(str(versions))
+    constraints = folder / "constraints.txt"
+    fixed = [f"{name}=={version}" for name, version in kept.items()] or [TORCH]
+    constraints.write_text("\n".join(fixed))
+
+    def install(what: str, *requirements: str) -> None:
+        stamp, asked = folder / f"{what}.stamp", "\n".join(requirements)
+        if stamp.exists() and stamp.read_text() == asked:
+            return
+        listed = folder / f"{what}.txt"
+        listed.write_text(asked)
+        session.install("--constraint", str(constraints), "--requirement", str(listed))
+        stamp.write_text(asked)
+
+    install("project", *sorted(set(extra("dev"))))
+    host = host_folder(session, python)
+    if host is None and "--no-host" not in session.posargs:
+        install("comfy-cli", "comfy-cli")
+        session.run(python, "-m", "tools.host", "--install", success_codes=[0, 1])
+        host = host_folder(session, python)
+    if host is not None:
+        install("host", *(host / "requirements.txt").read_text().splitlines())
+
+
+def run(session: nox.Session, *arguments: str) -> None:
+    """Run a Python module in the shared environment."""
+    folder = session.env_dir.parent / "environment"
+    session.run(python_of(folder.absolute()), "-m", *arguments, external=True)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def demo(session: nox.Session) -> None:
+    """Draw output/demo.png on stand-in models; -- --models DIR uses real ones."""
+    run(session, "tools.demo", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def tests(session: nox.Session) -> None:
+    """Run the tests; those that need ComfyUI skip without it, or fail where CI is set."""
+    run(session, "pytest", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def bench(session: nox.Session) -> None:
+    """Measure what an image prompt adds to sampling."""
+    run(session, "benchmarks", *session.posargs)
+
+
+@nox.session(venv_params=["--system-site-packages"])
+def lint(session: nox.Session) -> None:
+    """Check formatting, style and types."""
+    session.install("ruff", "mypy")
+    session.run("python", "-m", "ruff", "check", ".")
+    session.run("python", "-m", "ruff", "format", "--check", ".")
+    session.run("python", "-m", "mypy", "ip_adapter_core", "nodes", "tools")
