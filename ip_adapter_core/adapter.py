@@ -1,0 +1,100 @@
+"""The adapter itself: a projection into tokens, and W'k, W'v for every cross-attention layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .projection import ImageProjection, MLPProjection, Projection
+from .resampler import Resampler
+
+PROJECTIONS: dict[str, type[Projection]] = {
+    "linear": ImageProjection,
+    "resampler": Resampler,
+    "mlp": MLPProjection,
+}
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What a checkpoint is, read off its tensors' shapes.
+
+    `projection` is a key of `PROJECTIONS`; `projection_sizes` are that class's arguments.
+    `layer_dims` holds the width of K' and V' of each cross-attention layer in checkpoint order
+    (down, up, middle: the order of diffusers' `unet.attn_processors`).
+    """
+
+    projection: str
+    projection_sizes: tuple[tuple[str, int], ...]
+    layer_dims: tuple[int, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Arguments of the projection's class."""
+        return dict(self.projection_sizes)
+
+    @property
+    def features(self) -> str:
+        """What the projection reads: `image_embeds` or `penultimate_hidden_states`."""
+        return PROJECTIONS[self.projection].features
+
+    @property
+    def feature_dim(self) -> int:
+        return self.sizes["feature_dim"]
+
+    @property
+    def cross_attention_dim(self) -> int:
+        return self.sizes["cross_attention_dim"]
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens an image becomes; None: one for each hidden state of the encoder."""
+        return self.sizes.get("tokens")
+
+
+class ImageKeysValues(nn.Module):
+    """W'k and W'v of one layer: `(N, tokens, cross_attention_dim) -> 2 × (N, tokens, width)`."""
+
+    def __init__(
+        self, cross_attention_dim: int, width: int, *, operations: Any = nn, **factory: Any
+    ) -> None:
+        super().__init__()
+        self.to_k_ip = operations.Linear(cross_attention_dim, width, bias=False, **factory)
+        self.to_v_ip = operations.Linear(cross_attention_dim, width, bias=False, **factory)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.to_k_ip(tokens), self.to_v_ip(tokens)
+
+
+class IPAdapter(nn.Module):
+    """Image features to keys and values. Its `state_dict` is the official file's layout.
+
+    `operations` supplies Linear and LayerNorm (`torch.nn`, or the host's casting ones);
+    `factory` takes `device` and `dtype`.
+    """
+
+    def __init__(self, spec: AdapterSpec, *, operations: Any = nn, **factory: Any) -> None:
+        super().__init__()
+        self.spec = spec
+        build = {"operations": operations, **factory}
+        self.image_proj = PROJECTIONS[spec.projection](**spec.sizes, **build)
+        # Numbered as in diffusers' attn_processors: even places are self-attention.
+        self.ip_adapter = nn.ModuleDict(
+            {
+                str(2 * i + 1): ImageKeysValues(spec.cross_attention_dim, width, **build)
+                for i, width in enumerate(spec.layer_dims)
+            }
+        )
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """Image features, `(N, feature_dim)` or `(N, patches, feature_dim)` as `spec.features`
+        says, to tokens `(N, tokens, cross_attention_dim)`."""
+        return self.image_proj(features)
+
+    def keys_values(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """K' and V', each `(N, tokens, width)`, layer by layer in checkpoint order."""
+        for layer in self.ip_adapter.values():
+            yield layer(tokens)

@@ -1,0 +1,1 @@
+"""Everything that knows ComfyUI. The only place that imports `comfy`."""

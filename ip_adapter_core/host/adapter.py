@@ -1,0 +1,59 @@
+"""IP_ADAPTER: the adapter under the host's memory management."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import comfy.model_management as memory
+import comfy.model_patcher
+import comfy.ops
+import torch
+from torch import Tensor
+
+from .. import checkpoint, prompt
+from ..adapter import AdapterSpec, IPAdapter
+from ..prompt import ImagePrompt
+
+
+@dataclass(frozen=True)
+class HostAdapter:
+    """An `IPAdapter`, where it came from, and the patcher that moves it between devices."""
+
+    name: str
+    module: IPAdapter
+    patcher: comfy.model_patcher.ModelPatcher
+
+    @property
+    def spec(self) -> AdapterSpec:
+        return self.module.spec
+
+    def compile(
+        self, image_prompt: ImagePrompt, weights: Sequence[float], combine: str
+    ) -> tuple[Tensor, Tensor]:
+        """Packed K'/V' of the image and of its negative, `(R, T, 2·Σ widths)`, float32 on the CPU.
+
+        `weights`: λ of each layer. The adapter is on the compute device only while this runs.
+        Raises ValueError for what `prompt.tokens` refuses.
+        """
+        device = self.patcher.load_device
+        memory.load_models_gpu([self.patcher])
+        try:
+            sides = prompt.tokens(self.module, image_prompt.to(device, torch.float32), combine)
+            positive, negative = (
+                prompt.fold(self.module.keys_values(tokens), weights).cpu() for tokens in sides
+            )
+        finally:
+            memory.unload_model_and_clones(self.patcher)
+        return positive, negative
+
+
+def load_adapter(path: str | os.PathLike[str]) -> HostAdapter:
+    """Read a checkpoint for use in the host. Raises CheckpointError."""
+    module = checkpoint.load(path, operations=comfy.ops.manual_cast)
+    module.requires_grad_(False)
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        module, load_device=memory.get_torch_device(), offload_device=torch.device("cpu")
+    )
+    return HostAdapter(os.path.basename(path), module, patcher)

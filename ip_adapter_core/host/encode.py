@@ -1,0 +1,110 @@
+"""CLIP_VISION and pictures to an image prompt."""
+
+from __future__ import annotations
+
+import math
+
+import comfy.model_management as memory
+import torch
+from comfy.clip_vision import ClipVisionModel
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..prompt import ImageFeatures, ImagePrompt
+
+CROPS = ("center", "pad", "none")
+
+
+def encode(
+    clip_vision: ClipVisionModel, image: Tensor, negative_image: Tensor | None, crop: str
+) -> ImagePrompt:
+    """What `clip_vision` makes of `image (N, H, W, C)`, values 0 … 1, C = 1, 3 or 4.
+
+    `crop`: "center" resizes the short side and cuts the long one, as in training; "pad" adds
+    margins of the encoder's mean colour; "none" squeezes the picture into the square.
+    Raises ValueError for no pictures, other shapes, or values that are not finite.
+    """
+    if clip_vision.image_size <= 0:
+        raise ValueError(
+            "The image encoder takes pictures of any size (SigLIP 2 NaFlex), which no IP-Adapter "
+            "was trained with. Load the adapter's own encoder, CLIP ViT-H/14 for most."
+        )
+    positive = _features(clip_vision, image, crop, "image")
+    if negative_image is None:
+        negative = _zero_image(clip_vision, positive.image_embeds.shape[-1])
+    else:
+        negative = _features(clip_vision, negative_image, crop, "negative_image")
+    return ImagePrompt(positive, negative, _describe(clip_vision, positive))
+
+
+def prepare(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str) -> Tensor:
+    """Checked RGB pictures `(N, H, W, 3)` that the host's preprocessing handles at any shape."""
+    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"{name} has shape {list(image.shape)}; expected [pictures, height, width, channels] "
+            "with 1 (grey), 3 (RGB) or 4 (RGBA) channels."
+        )
+    if 0 in image.shape:
+        raise ValueError(
+            f"{name} holds no pixels (shape {list(image.shape)}). Connect at least one picture."
+        )
+    if not image.isfinite().all():
+        raise ValueError(
+            f"{name} contains NaN or infinite pixels. Look at the node that made it; a VAE in "
+            "half precision is a common cause."
+        )
+    image = image.float().clamp(0, 1)
+    image = image.expand(-1, -1, -1, 3) if image.shape[-1] == 1 else image[..., :3]
+    if crop == "center":
+        return _trim(image, clip_vision.image_size)
+    if crop == "pad":
+        return _pad(image, clip_vision.image_mean)
+    if crop == "none":
+        return image
+    raise ValueError(f"crop is {crop!r}; expected one of {', '.join(CROPS)}.")
+
+
+def _trim(image: Tensor, size: int) -> Tensor:
+    """Shorten strips of more than 4:1 to what the centre crop and its resampling filter reach:
+    a 1×4000 picture would be enlarged to 224×896000 first. Others stay as they are."""
+    short = min(image.shape[1:3])
+    reach = 2 * math.ceil(max(1.0, short / size)) + 1  # of the bicubic filter, in pixels
+    keep = max(4 * short, short + 2 * reach)
+    for dim in (1, 2):
+        margin = (image.shape[dim] - keep) // 2  # equal on both sides: the centre stays
+        if margin > 0:
+            image = image.narrow(dim, margin, image.shape[dim] - 2 * margin)
+    return image
+
+
+def _pad(image: Tensor, colour: list[float]) -> Tensor:
+    height, width = image.shape[1:3]
+    side = max(height, width)
+    left, top = (side - width) // 2, (side - height) // 2
+    mean = image.new_tensor(colour)
+    margins = (0, 0, left, side - width - left, top, side - height - top)
+    return pad(image - mean, margins) + mean
+
+
+def _features(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str) -> ImageFeatures:
+    out = clip_vision.encode_image(prepare(clip_vision, image, crop, name), crop=crop != "none")
+    return ImageFeatures(
+        out["image_embeds"].float().cpu(), out["penultimate_hidden_states"].float().cpu()
+    )
+
+
+def _zero_image(clip_vision: ClipVisionModel, embed_dim: int) -> ImageFeatures:
+    """The dropped image of training: a zero embedding, and the hidden states of pixels that are
+    zero *after* normalisation. `encode_image` would round the mean colour to 8 bits."""
+    memory.load_model_gpu(clip_vision.patcher)
+    size = clip_vision.image_size
+    pixels = torch.zeros(1, 3, size, size, device=clip_vision.load_device)
+    penultimate = clip_vision.model(pixel_values=pixels, intermediate_output=-2)[1]
+    return ImageFeatures(torch.zeros(1, embed_dim), penultimate.float().cpu())
+
+
+def _describe(clip_vision: ClipVisionModel, features: ImageFeatures) -> str:
+    return (
+        f"an image encoder of {features.penultimate_hidden_states.shape[-1]}-wide hidden states "
+        f"and {features.image_embeds.shape[-1]}-wide embeddings ({clip_vision.image_size} px)"
+    )

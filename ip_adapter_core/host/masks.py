@@ -1,0 +1,73 @@
+"""Masks at the resolutions of a UNet's layers, made once a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample, interpolate
+
+LEVELS = 4  # SD1.5's resolutions; SDXL has three of them
+
+
+def level_sizes(height: int, width: int) -> list[tuple[int, int]]:
+    """(height, width) of the latent and of each halving, as the UNet's strided layers round."""
+    sizes = [(height, width)]
+    while len(sizes) < LEVELS:
+        sizes.append(tuple(-(-side // 2) for side in sizes[-1]))  # type: ignore[arg-type]
+    return sizes
+
+
+def mask_levels(mask: Tensor, latent: Sequence[int], area: Sequence[int] | None) -> Tensor:
+    """`mask (M, H, W)` at every level, one after the other: `(M, Σ heights·widths, 1)`.
+
+    `latent` is the (height, width) that the whole mask lies over, `area` the part of it that is
+    sampled: (height, width, y, x) in latent units, None for all. Each level is sampled from the
+    mask itself, bicubic, as diffusers does (`IPAdapterMaskProcessor.downsample`).
+    """
+    height, width, top, left = area or (*latent, 0, 0)
+    source = mask[:, None].double()  # coordinates of a 4096-pixel mask need more than float32
+    levels = []
+    for rows, columns in level_sizes(height, width):
+        y = _centres(rows, top / latent[0], height / latent[0])
+        x = _centres(columns, left / latent[1], width / latent[1])
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).to(source.device)
+        level = grid_sample(
+            source,
+            grid.expand(len(mask), -1, -1, -1),
+            mode="bicubic",
+            padding_mode="border",
+            align_corners=False,
+        )
+        levels.append(level.flatten(2).transpose(1, 2))
+    return torch.cat(levels, dim=1).to(mask.dtype)
+
+
+def _centres(count: int, start: float, length: float) -> Tensor:
+    """Centres of `count` cells over [start, start + length] of a unit side, as grid_sample's
+    -1 … 1."""
+    cells = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return 2 * (start + cells * length) - 1
+
+
+def split_levels(levels: Tensor, height: int, width: int) -> dict[int, Tensor]:
+    """Views of the levels by their number of tokens: `(B, tokens, 1)`. Raises RuntimeError if
+    they were made for another size."""
+    counts = [rows * columns for rows, columns in level_sizes(height, width)]
+    if sum(counts) != levels.shape[1]:
+        raise RuntimeError(
+            f"The image prompt's mask was laid over the sampled latent, but the model is run on a "
+            f"part of {height}×{width} of it that another node cut out without the mask. Take the "
+            "mask or that (tiling) node out."
+        )
+    return dict(zip(counts, levels.split(counts, dim=1), strict=True))
+
+
+def resize(finest: Tensor, latent: Sequence[int], size: Sequence[int]) -> Tensor:
+    """A resolution that is none of the levels, as other packs make it by shrinking layers.
+
+    `finest (B, height·width, 1)` at `latent`; `(B, tokens, 1)` at `size`.
+    """
+    image = finest.transpose(1, 2).unflatten(2, tuple(latent))
+    return interpolate(image, tuple(size), mode="bicubic").flatten(2).transpose(1, 2)

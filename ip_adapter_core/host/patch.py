@@ -1,0 +1,220 @@
+"""Image prompts on a model: what `Apply` registers, and what runs while sampling.
+
+Three stateless wrappers share one key. OUTER_SAMPLE prepares the prompts of a run and puts them
+into the conditionings; CALC_COND_BATCH keeps those in force at the step; DIFFUSION_MODEL lays
+the image branch over the attention slots for one UNet call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import comfy.model_patcher
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP
+from comfy.utils import repeat_to_batch_size
+from torch import Tensor
+
+from ..attention import add, image_attention
+from ..prompt import unpack
+from .conditioning import KEY, AttachedPrompts, CompiledPrompt, PromptRows, Run
+from .layers import cross_attention_layers
+from .masks import resize, split_levels
+
+LAYERS, UNNAMED = f"{KEY}.layers", f"{KEY}.unnamed"  # in the run's transformer_options
+
+Model: TypeAlias = comfy.model_patcher.ModelPatcher
+Conditioning: TypeAlias = list[list[Any]]
+
+
+def apply_to_model(model: Model, positive: CompiledPrompt, negative: CompiledPrompt) -> Model:
+    """A clone that samples with the prompt: `negative` wherever the guider's name for a
+    conditioning says so, `positive` on all others. `model` stays as it is."""
+    patched = with_wrappers(model)
+    before = patched.get_attachment(KEY) or ()
+    patched.set_attachments(KEY, (*before, (positive, negative)))
+    return patched
+
+
+def apply_to_conditioning(conditioning: Conditioning, prompt: CompiledPrompt) -> Conditioning:
+    """A copy whose entries carry the prompt besides those that they carry already."""
+
+    def attach(options: dict[str, Any]) -> dict[str, Any]:
+        model_conds = options.get("model_conds", {})
+        before = model_conds[KEY].cond if KEY in model_conds else ()
+        attached = AttachedPrompts((*before, prompt))
+        return {**options, "model_conds": {**model_conds, KEY: attached}}
+
+    return [[states, attach(options)] for states, options in conditioning]
+
+
+def with_wrappers(model: Model) -> Model:
+    """A clone that understands image prompts in conditionings."""
+    patched = model.clone()
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, prepare_run),
+        (WrappersMP.CALC_COND_BATCH, keep_in_force),
+        (WrappersMP.DIFFUSION_MODEL, lay_over_attention),
+    ):
+        patched.remove_wrappers_with_key(kind, KEY)
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    return patched
+
+
+def prepare_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """OUTER_SAMPLE: every conditioning gets its prompts as rows beside the latents."""
+    guider = executor.class_obj
+    model: Model = guider.model_patcher
+    run = Run(
+        layers=cross_attention_layers(model.get_model_object("diffusion_model")),
+        device=model.load_device,
+        dtype=model.get_model_object("manual_cast_dtype") or model.model.get_dtype(),
+        batch=noise.shape[0],
+        latent=(noise.shape[-2], noise.shape[-1]),
+        model_sampling=model.get_model_object("model_sampling"),
+    )
+    pairs = model.get_attachment(KEY) or ()
+    before = guider.conds
+    guider.conds = {
+        name: [
+            _prepared(entry, [neg if "negative" in name else pos for pos, neg in pairs], run)
+            for entry in conditioning
+        ]
+        for name, conditioning in before.items()
+    }
+    shared = guider.model_options["transformer_options"]
+    shared[LAYERS] = run.layers
+    shared[UNNAMED] = run.rows([negative for _, negative in pairs]) if pairs else None
+    try:
+        return executor(noise, *args, **kwargs)
+    finally:  # who runs the guider again finds it as it was, and no K'/V' stay on the device
+        guider.conds = before
+
+
+def _prepared(
+    entry: dict[str, Any], on_model: Sequence[CompiledPrompt], run: Run
+) -> dict[str, Any]:
+    model_conds = entry["model_conds"]
+    attached = model_conds[KEY].cond if KEY in model_conds else ()
+    prompts = (*on_model, *attached)
+    return _with_rows(entry, run.rows(prompts) if prompts else None)
+
+
+def _with_rows(entry: dict[str, Any], rows: PromptRows | None) -> dict[str, Any]:
+    model_conds = {k: v for k, v in entry["model_conds"].items() if k != KEY}
+    if rows is not None:
+        model_conds[KEY] = rows
+    return {**entry, "model_conds": model_conds}
+
+
+def keep_in_force(
+    executor: Any,
+    model: Any,
+    conds: list[Any],
+    x: Tensor,
+    timestep: Tensor,
+    model_options: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """CALC_COND_BATCH: drop the prompts whose window this step lies outside of.
+
+    All conditionings of the call then have our entry, or none has: one without prompts gets an
+    empty one, since the host runs those with other entries in a UNet call of their own. One that
+    the guider does not know (the PerpNeg node's) gets the model's negative side.
+    """
+    entries = [entry for conditioning in conds if conditioning for entry in conditioning]
+    unnamed = model_options["transformer_options"].get(UNNAMED)
+    rows = [entry["model_conds"].get(KEY, unnamed) for entry in entries]
+    present = [r for r in rows if r is not None]
+    if not present or not all(isinstance(r, PromptRows) for r in present):
+        return executor(model, conds, x, timestep, model_options, *args, **kwargs)
+    if any(prompt.windowed for r in present for prompt in r.prompts):
+        sigma = timestep[0].item()
+        rows = [None if r is None else r.at(sigma) for r in rows]
+    if any(r is not None and r.prompts for r in rows):
+        empty = PromptRows(present[0].cond, ())
+        kept = iter([_with_rows(e, r or empty) for e, r in zip(entries, rows, strict=True)])
+    else:
+        kept = iter([_with_rows(e, None) for e in entries])
+    conds = [conditioning and [next(kept) for _ in conditioning] for conditioning in conds]
+    return executor(model, conds, x, timestep, model_options, *args, **kwargs)
+
+
+def lay_over_attention(
+    executor: Any,
+    x: Tensor,
+    timesteps: Any = None,
+    context: Any = None,
+    y: Any = None,
+    control: Any = None,
+    transformer_options: dict[str, Any] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """DIFFUSION_MODEL: for this call, cross-attention becomes decoupled cross-attention around
+    whatever patch stands in its slot. Nothing is left behind."""
+    options = transformer_options or {}
+    rows = kwargs.pop(KEY, None)
+    if rows:
+        layers = options.get(LAYERS) or cross_attention_layers(executor.class_obj)
+        replaced = options.get("patches_replace", {})
+        slots = replaced.get("attn2", {})
+        dims = [layer.dim for layer in layers]
+        latent = (x.shape[-2], x.shape[-1])
+        # Who splits the picture into tiles repeats tensors to the tiles, but not our list.
+        rows = [None if r is None else repeat_to_batch_size(r, len(x)) for r in rows]
+        keys_values = [unpack(packed, dims) for packed in rows[::2]]
+        masks = [None if m is None else split_levels(m, *latent) for m in rows[1::2]]
+        ours = {}
+        for i, layer in enumerate(layers):
+            prompts = [(*kv[i], mask) for kv, mask in zip(keys_values, masks, strict=True)]
+            before = slots.get(layer.key) or slots.get(layer.key[:2])
+            ours[layer.key] = DecoupledAttention(prompts, latent, before)
+        attn2 = {**slots, **ours}
+        options = {**options, "patches_replace": {**replaced, "attn2": attn2}}
+    return executor(x, timesteps, context, y, control, options, *args, **kwargs)
+
+
+class DecoupledAttention:
+    """One layer for one UNet call: text attention, or the patch in its place, plus the images'."""
+
+    def __init__(
+        self,
+        prompts: list[tuple[Tensor, Tensor, dict[int, Tensor] | None]],
+        latent: tuple[int, int],
+        before: Callable[..., Tensor] | None,
+    ) -> None:
+        self.prompts = prompts
+        self.latent = latent
+        self.before = before
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        heads = options["n_heads"]
+        if self.before is None:
+            precision = options["attn_precision"]
+            out = optimized_attention(
+                q, k, v, heads, attn_precision=precision, transformer_options=options
+            )
+        else:
+            out = self.before(q, k, v, options)
+        if q.shape[0] != len(self.prompts[0][0]):
+            raise RuntimeError(
+                f"Another node's attn2 patch made {q.shape[0]} rows of the "
+                f"{len(self.prompts[0][0])} that the image prompt stands beside, so which row "
+                "follows which image cannot be told. Take that node or Apply IP-Adapter out."
+            )
+        for key, value, mask in self.prompts:
+            out = add(out, image_attention(q, key, value, heads), self._at(mask, q, options))
+        return out
+
+    def _at(
+        self, levels: dict[int, Tensor] | None, q: Tensor, options: dict[str, Any]
+    ) -> Tensor | None:
+        if levels is None:
+            return None
+        if q.shape[1] in levels:
+            return levels[q.shape[1]]
+        finest = levels[self.latent[0] * self.latent[1]]
+        return resize(finest, self.latent, options["activations_shape"][-2:])

@@ -1,0 +1,141 @@
+"""From image features to the packed K'/V' that the attention adds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .adapter import AdapterSpec, IPAdapter
+
+COMBINE = ("concat", "average", "per_latent")
+
+# Which published encoder gives features of this width, for error messages.
+_ENCODERS = {
+    ("image_embeds", 768): "CLIP ViT-L/14",
+    ("image_embeds", 1024): "CLIP ViT-H/14",
+    ("image_embeds", 1280): "CLIP ViT-bigG/14",
+    ("penultimate_hidden_states", 1024): "CLIP ViT-L/14",
+    ("penultimate_hidden_states", 1280): "CLIP ViT-H/14",
+    ("penultimate_hidden_states", 1664): "CLIP ViT-bigG/14",
+}
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What an image encoder says of N images.
+
+    `image_embeds (N, embed_dim)`; `penultimate_hidden_states (N, patches, hidden_dim)`.
+    """
+
+    image_embeds: Tensor
+    penultimate_hidden_states: Tensor
+
+    def __len__(self) -> int:
+        return self.image_embeds.shape[0]
+
+    def mean(self) -> ImageFeatures:
+        """The average image, N = 1."""
+        return self._map(lambda x: x.mean(0, keepdim=True))
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ImageFeatures:
+        return self._map(lambda x: x.to(device, dtype))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> ImageFeatures:
+        return ImageFeatures(function(self.image_embeds), function(self.penultimate_hidden_states))
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """N images as an encoder sees them, and what stands against them in guidance.
+
+    `negative` is the zero image as in training (zero embedding; features of zero *normalised*
+    pixels) or an image of the user's. Knows neither λ nor model: any adapter of the same
+    encoder can use it.
+    """
+
+    positive: ImageFeatures
+    negative: ImageFeatures
+    encoder: str
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ImagePrompt:
+        return replace(
+            self, positive=self.positive.to(device, dtype), negative=self.negative.to(device, dtype)
+        )
+
+
+def check_encoder(spec: AdapterSpec, prompt: ImagePrompt, adapter_name: str) -> None:
+    """Raise ValueError if the prompt's features are not of the width that the adapter reads."""
+    found = getattr(prompt.positive, spec.features).shape[-1]
+    if found == spec.feature_dim:
+        return
+    kind = spec.features.replace("_", " ")
+    encoder = _ENCODERS.get((spec.features, spec.feature_dim), "another encoder")
+    raise ValueError(
+        f"'{adapter_name}' reads {kind} {spec.feature_dim} wide, as {encoder} gives, but the "
+        f"image prompt was made with {prompt.encoder}, whose {kind} are {found} wide. Load the "
+        "image encoder that this adapter was trained with, and encode the image again."
+    )
+
+
+def tokens(adapter: IPAdapter, prompt: ImagePrompt, combine: str) -> tuple[Tensor, Tensor]:
+    """Tokens of both sides, `(R, T, cross_attention_dim)` with the same T.
+
+    `concat`: all images' tokens side by side, R = 1. `average`: the mean of the encoder's
+    features, R = 1. `per_latent`: one row an image, R = N for the positive side.
+    Raises ValueError for another `combine`, or per-latent sides of different numbers.
+    """
+    if combine not in COMBINE:
+        raise ValueError(f"combine is {combine!r}; expected one of {', '.join(COMBINE)}.")
+    sides = prompt.positive, prompt.negative
+    if combine == "average":
+        sides = sides[0].mean(), sides[1].mean()
+    positive, negative = (adapter.tokens(getattr(s, adapter.spec.features)) for s in sides)
+    if combine == "concat":
+        positive, negative = positive.flatten(0, 1)[None], negative.flatten(0, 1)[None]
+        # Repeating every token equally often leaves the softmax's result as it is.
+        length = math.lcm(positive.shape[1], negative.shape[1])
+        positive, negative = (x.repeat(1, length // x.shape[1], 1) for x in (positive, negative))
+    elif negative.shape[0] not in (1, positive.shape[0]):
+        raise ValueError(
+            f"per_latent takes one negative image, or one for each image; found "
+            f"{positive.shape[0]} images and {negative.shape[0]} negative images."
+        )
+    return positive, negative
+
+
+def layer_weights(spec: AdapterSpec, weight: float, layers: Sequence[float] | None) -> list[float]:
+    """λ of every layer, in checkpoint order. Raises ValueError for what is not finite, or for a
+    list of another length than the adapter has layers."""
+    if layers is None:
+        layers = [1.0] * len(spec.layer_dims)
+    if len(layers) != len(spec.layer_dims):
+        raise ValueError(
+            f"layer_weights holds {len(layers)} values, but the adapter has "
+            f"{len(spec.layer_dims)} cross-attention layers: give one value a layer, in "
+            "checkpoint order (down, up, middle)."
+        )
+    folded = [weight * x for x in layers]
+    if not all(map(math.isfinite, folded)):
+        raise ValueError(
+            f"weight (λ) must be a finite number on every layer; found weight {weight} "
+            f"times layer_weights {list(layers)}."
+        )
+    return folded
+
+
+def fold(keys_values: Iterable[tuple[Tensor, Tensor]], weights: Sequence[float]) -> Tensor:
+    """λ goes into V', and all layers into one tensor `(R, T, 2·Σ widths)`: K'₀ V'₀ K'₁ V'₁ …"""
+    parts: list[Tensor] = []
+    for (key, value), weight in zip(keys_values, weights, strict=True):
+        parts += key, value * weight
+    return torch.cat(parts, dim=-1)
+
+
+def unpack(packed: Tensor, layer_dims: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """The inverse of `fold`: views of K' and V' of each layer."""
+    parts = packed.split([dim for dim in layer_dims for _ in "kv"], dim=-1)
+    return list(zip(parts[::2], parts[1::2], strict=True))
