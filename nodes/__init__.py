@@ -1,0 +1,16 @@
+"""What a user drags: the schema of each node and one call into the core."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from .apply import ApplyIPAdapter, ApplyIPAdapterConditioning
+from .encode import EncodeImagePrompt
+from .load import LoadIPAdapter
+
+
+class IPAdapterExtension(ComfyExtension):
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoadIPAdapter, EncodeImagePrompt, ApplyIPAdapter, ApplyIPAdapterConditioning]

@@ -1,0 +1,124 @@
+"""IPA_Apply and IPA_ApplyConditioning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..ip_adapter_core.host.compile import Settings, compile_prompt
+from ..ip_adapter_core.host.patch import apply_to_conditioning, apply_to_model, with_wrappers
+from ..ip_adapter_core.prompt import COMBINE
+from . import types
+
+
+def _settings() -> list[io.Input]:
+    """The inputs that both nodes share; `Settings` takes them by name."""
+    return [
+        types.IPAdapter.Input("adapter", tooltip="Made for the family of the model."),
+        types.ImagePrompt.Input(
+            "image_prompt", tooltip="Made with the image encoder that the adapter was trained with."
+        ),
+        io.Float.Input(
+            "weight",
+            default=1.0,
+            min=-5.0,
+            max=5.0,
+            step=0.05,
+            tooltip="λ: how much the image counts. 1 for the image alone (with an empty text), "
+            "about 0.5 together with a text, 0 for none at all.",
+        ),
+        io.Float.Input(
+            "start_at",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Where in the schedule the image prompt begins, as a fraction.",
+        ),
+        io.Float.Input(
+            "end_at",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Where in the schedule it ends. Outside it the model is untouched.",
+        ),
+        io.Combo.Input(
+            "combine",
+            options=list(COMBINE),
+            default="concat",
+            tooltip="Several images: concat shows the model all of them, average their mean, "
+            "per_latent gives each latent of the batch its own.",
+        ),
+        io.Mask.Input(
+            "mask",
+            optional=True,
+            tooltip="Where the image acts, over the whole picture, of any size. A batch of masks "
+            "gives each latent its own.",
+        ),
+        types.LayerWeights.Input(
+            "layer_weights",
+            optional=True,
+            tooltip="A multiplier of the weight for each cross-attention layer.",
+        ),
+    ]
+
+
+class ApplyIPAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IPA_Apply",
+            display_name="Apply IP-Adapter",
+            category="model/conditioning",
+            search_aliases=["ip adapter", "ipadapter", "image prompt", "reference", "style"],
+            description=(
+                "Makes the model follow a picture besides the text. Several can stand in a row."
+            ),
+            inputs=[io.Model.Input("model", tooltip="Stays as it is."), *_settings()],
+            outputs=[io.Model.Output("model", display_name="model")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, **settings: Any) -> io.NodeOutput:
+        compiled = compile_prompt(model, Settings(**settings))
+        return io.NodeOutput(model if compiled is None else apply_to_model(model, *compiled))
+
+
+class ApplyIPAdapterConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IPA_ApplyConditioning",
+            display_name="Apply IP-Adapter (Conditioning)",
+            category="model/conditioning",
+            search_aliases=["ip adapter", "image prompt", "regional image prompt"],
+            description=(
+                "Gives the picture to these two conditionings only, so that each prompt or "
+                "region can have its own. The sampler needs the model output too."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="Stays as it is."),
+                io.Conditioning.Input("positive", tooltip="Gets the image."),
+                io.Conditioning.Input(
+                    "negative", tooltip="Gets the empty image, or the prompt's negative one."
+                ),
+                *_settings(),
+            ],
+            outputs=[
+                io.Model.Output("model", display_name="model"),
+                io.Conditioning.Output("positive", display_name="positive"),
+                io.Conditioning.Output("negative", display_name="negative"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, positive: Any, negative: Any, **settings: Any) -> io.NodeOutput:
+        compiled = compile_prompt(model, Settings(**settings))
+        if compiled is None:
+            return io.NodeOutput(model, positive, negative)
+        return io.NodeOutput(
+            with_wrappers(model),
+            *map(apply_to_conditioning, (positive, negative), compiled),
+        )
