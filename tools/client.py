@@ -1,0 +1,174 @@
+"""Run prompts (API-format workflows) on a ComfyUI server and follow them as they run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib import error, parse, request
+
+import aiohttp
+
+Prompt = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A node got to ``step`` of ``total`` (a sampler's steps)."""
+
+    node: str
+    step: int
+    total: int
+
+
+@dataclass
+class Result:
+    """What a prompt did: ``images`` are file contents by output node, in order."""
+
+    prompt_id: str
+    images: dict[str, list[bytes]] = field(default_factory=dict)
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    executed: list[str] = field(default_factory=list)
+    cached: list[str] = field(default_factory=list)
+
+
+class PromptError(RuntimeError):
+    """A prompt was refused or failed; says in which node and why."""
+
+    def __init__(self, node_id: str, node_class: str, exception_type: str, message: str) -> None:
+        where = f"node {node_id} ({node_class}): " if node_id else ""
+        super().__init__(f"{where}{exception_type}: {message}")
+        self.node_id = node_id
+        self.node_class = node_class
+        self.exception_type = exception_type
+        self.message = message
+
+
+class PromptInterrupted(PromptError):
+    """The prompt was interrupted while that node ran."""
+
+
+def _refusal(body: Mapping[str, Any]) -> PromptError:
+    """The first error of a /prompt answer with status 400."""
+    for node_id, node in (body.get("node_errors") or {}).items():
+        first = (node.get("errors") or [{}])[0]
+        message = f"{first.get('message', 'invalid')}: {first.get('details', '')}".strip(": ")
+        return PromptError(node_id, node.get("class_type", ""), first.get("type", ""), message)
+    top = body.get("error")
+    if not isinstance(top, Mapping):
+        return PromptError("", "", "invalid_prompt", str(top))
+    extra = top.get("extra_info") or {}
+    message = f"{top.get('message', '')}: {top.get('details', '')}".strip(": ")
+    node_id, node_class = str(extra.get("node_id", "")), str(extra.get("class_type", ""))
+    return PromptError(node_id, node_class, str(top.get("type", "")), message)
+
+
+class Client:
+    """One conversation with the server at ``address`` (``host:port``)."""
+
+    def __init__(self, address: str, timeout: float = 600.0) -> None:
+        """``timeout``: seconds for a whole prompt, and for any single answer."""
+        self.address = address
+        self.timeout = timeout
+        self.id = uuid.uuid4().hex
+
+    def _request(self, path: str, body: Mapping[str, Any] | None = None) -> bytes:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        question = request.Request(f"http://{self.address}{path}", data=data, headers=headers)
+        direct = request.build_opener(request.ProxyHandler({}))
+        with direct.open(question, timeout=self.timeout) as answer:
+            return bytes(answer.read())
+
+    def object_info(self, node_class: str = "") -> dict[str, Any]:
+        """The schema of every node, or of one."""
+        return dict(json.loads(self._request(f"/object_info/{node_class}".rstrip("/"))))
+
+    def system_stats(self) -> dict[str, Any]:
+        """Versions, devices and memory, as the server sees them."""
+        return dict(json.loads(self._request("/system_stats")))
+
+    def interrupt(self) -> None:
+        """Stop the prompt that runs; callable from ``on_progress`` and other threads."""
+        self._request("/interrupt", {})
+
+    def free(self) -> None:
+        """Unload all models and forget cached results once the current prompt is done."""
+        self._request("/free", {"unload_models": True, "free_memory": True})
+
+    def view(self, picture: Mapping[str, str]) -> bytes:
+        """The file that an output's entry (filename, subfolder, type) names."""
+        return self._request(f"/view?{parse.urlencode(picture)}")
+
+    def run(self, prompt: Prompt, on_progress: Callable[[Progress], None] | None = None) -> Result:
+        """Run ``prompt`` to its end.
+
+        Raises:
+            PromptError: refused by validation, or a node raised; PromptInterrupted likewise.
+            TimeoutError: not done within ``timeout`` seconds; the prompt is interrupted.
+        """
+        followed = self._follow(prompt, on_progress or (lambda progress: None))
+        try:
+            result = asyncio.run(asyncio.wait_for(followed, self.timeout))
+        except (TimeoutError, asyncio.TimeoutError):
+            self.interrupt()
+            raise TimeoutError(f"the prompt was not done after {self.timeout:g} s") from None
+        for node_id, output in result.outputs.items():
+            if "images" in output:
+                result.images[node_id] = [self.view(picture) for picture in output["images"]]
+        return result
+
+    def _post(self, prompt: Prompt) -> str:
+        try:
+            answer = self._request("/prompt", {"prompt": prompt, "client_id": self.id})
+        except error.HTTPError as refused:
+            if refused.code != 400:
+                raise
+            raise _refusal(json.loads(refused.read())) from None
+        return str(json.loads(answer)["prompt_id"])
+
+    async def _follow(self, prompt: Prompt, on_progress: Callable[[Progress], None]) -> Result:
+        address = f"ws://{self.address}/ws?clientId={self.id}"
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(address, max_msg_size=0) as socket,
+        ):
+            result = Result(self._post(prompt))
+            async for message in socket:
+                if message.type != aiohttp.WSMsgType.TEXT:
+                    continue  # previews
+                event = json.loads(message.data)
+                data = event.get("data") or {}
+                if data.get("prompt_id") == result.prompt_id and self._take(
+                    event["type"], data, result, on_progress
+                ):
+                    return result
+        raise ConnectionError(f"the server at {self.address} closed the connection")
+
+    @staticmethod
+    def _take(
+        kind: str, data: Mapping[str, Any], result: Result, on_progress: Callable[[Progress], None]
+    ) -> bool:
+        """Note one event of our prompt; True when it was the last."""
+        if kind == "execution_cached":
+            result.cached.extend(str(node) for node in data["nodes"])
+        elif kind == "executing" and data["node"] is not None:
+            result.executed.append(str(data["node"]))
+        elif kind == "progress":
+            on_progress(Progress(str(data["node"]), int(data["value"]), int(data["max"])))
+        elif kind == "executed" and data.get("output"):
+            result.outputs[str(data["node"])] = data["output"]
+        elif kind == "execution_interrupted":
+            node, name = str(data.get("node_id", "")), str(data.get("node_type", ""))
+            raise PromptInterrupted(node, name, "InterruptProcessingException", "interrupted")
+        elif kind == "execution_error":
+            raise PromptError(
+                str(data.get("node_id", "")),
+                str(data.get("node_type", "")),
+                str(data.get("exception_type", "")),
+                str(data.get("exception_message", "")).strip(),
+            )
+        return kind == "execution_success"

@@ -1,0 +1,87 @@
+"""Draw the pictures beside the example workflows: what goes in, through what, and what comes out.
+
+    python -m tools.workflow_pictures                            # with the stand-in models
+    python -m tools.workflow_pictures --server 127.0.0.1:8188    # with a server's own models
+
+Every workflow runs. Stand-ins are untrained, so their pictures say so and are made small and in
+few steps; a server's models run as the workflow says, on the server's own input pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tools import host, miniature
+from tools.server import Client, Server
+from tools.workflows.sketch import draw, pictures_of
+from tools.workflows.smaller import smaller
+from tools.workflows.tasks import TASKS
+
+WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows"
+LIMIT = 60 * 1024
+"""Bytes of a picture: the browser of templates loads all of them at once."""
+REMARK = "result of untrained stand-in models"
+STEPS, SIDE = 12, 256
+
+
+@contextlib.contextmanager
+def server(address: str | None) -> Iterator[Client]:
+    """The server at that address, or one with the stand-in models."""
+    if address:
+        yield Client(address)
+    else:
+        with Server(miniature.ensure("workflows"), host.require()) as client:
+            yield client
+
+
+def picture(client: Client, api: dict[str, Any], remark: str) -> Image.Image:
+    """Run a workflow and draw it. Raises PromptError if it fails."""
+    loaded = {
+        file: _open(client.view({"filename": file, "type": "input"}))
+        for file in pictures_of(api).values()
+    }
+    images = client.run(api).images
+    results = [_open(image) for node in images.values() for image in node]
+    return draw(api, loaded, results, remark)
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """The image in the best quality that keeps within `LIMIT`."""
+    for quality in range(92, 20, -4):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality, optimize=True)
+        if buffer.tell() <= LIMIT:
+            return buffer.getvalue()
+    raise ValueError(f"no JPEG of {image.width} x {image.height} fits into {LIMIT} bytes")
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def main() -> None:
+    names = [task.__name__ for task in TASKS]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help=f"workflows to draw; all by default: {names}")
+    parser.add_argument("--server", help="a running ComfyUI with the weights, 127.0.0.1:8188")
+    arguments = parser.parse_args()
+    with server(arguments.server) as client:
+        for name in arguments.names or names:
+            api = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text("utf-8"))
+            if not arguments.server:
+                api = smaller(api, STEPS, SIDE)
+            data = jpeg(picture(client, api, "" if arguments.server else REMARK))
+            (WORKFLOWS / f"{name}.jpg").write_bytes(data)
+            print(f"workflows/{name}.jpg: {len(data) / 1024:.0f} KB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

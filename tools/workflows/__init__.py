@@ -1,0 +1,1 @@
+"""The example workflows, each described once; `tools/build_workflows.py` writes the files."""

@@ -1,0 +1,163 @@
+"""What is written beside each example workflow, in the editor's markdown."""
+
+from __future__ import annotations
+
+_PICTURES = """
+The *Load Image* nodes name pictures that you may not have: choose your own. The encoder sees a \
+square, so *crop* decides what becomes of the rest: `center` cuts it off, `pad` adds bars, `none` \
+squeezes the picture.
+"""
+_SETTINGS = """
+Sampling is the paper's: DDIM (`ddim` with `ddim_uniform`), 50 steps, guidance 7.5. The seed stays \
+fixed, so that a changed weight is the only thing that changes.
+"""
+_IMAGE_ONLY = """
+The text is empty and the weight 1, as the paper has it where the picture is the whole prompt. A \
+lower weight gives more variety and less likeness.
+"""
+_BATCH = """
+*Batch Images* scales and crops the second and third picture to the first one's shape.
+"""
+
+
+def _note(heading: str, *parts: str) -> str:
+    return "\n".join([f"# {heading}\n", *(part.strip() + "\n" for part in parts)])
+
+
+NOTES = {
+    "text_and_image": _note(
+        "Text and image",
+        "The picture says what it should look like, the text what is different.",
+        """
+**Weight 0.6.** At weight 1 the picture decides nearly everything and the words are lost. Half to \
+two thirds leaves them room; the reference implementation uses 0.6 for this and recommends 0.5 to \
+start from. Lower it if the text is ignored, raise it if the picture is.
+""",
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "image_only": _note(
+        "Image only", "Variations of a picture: no text at all.", _IMAGE_ONLY, _SETTINGS, _PICTURES
+    ),
+    "several_images_concat": _note(
+        "Several pictures, all at once",
+        """
+`concat` lays the tokens of all pictures side by side: every part of the new picture can look at \
+each of them and take what fits.
+""",
+        _IMAGE_ONLY,
+        _BATCH,
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "several_images_average": _note(
+        "Several pictures, their mean",
+        """
+`average` takes the mean of the pictures' tokens: one prompt between all of them, at the cost of \
+one.
+""",
+        _IMAGE_ONLY,
+        _BATCH,
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "several_images_per_latent": _note(
+        "Several pictures, one for each result",
+        """
+`per_latent` gives the first latent of the batch the first picture, the second the second, and so \
+on: three variations of three pictures in one go. *batch_size* must be a multiple of the number of \
+pictures.
+""",
+        _IMAGE_ONLY,
+        _BATCH,
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "several_images_masks": _note(
+        "Several pictures, each in its place",
+        """
+Two *Apply IP-Adapter* nodes in a row, each with its own picture and mask: the first acts where \
+the mask is white, the second where it is black. Masks may have any size and may overlap.
+""",
+        """
+The fine-grained adapter (`plus`) keeps more of each picture than the base one; either works here.
+""",
+        _IMAGE_ONLY,
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "image_to_image": _note(
+        "Image to image",
+        """
+Sampling starts from one picture and follows another: layout from the first, content and style \
+from the reference.
+""",
+        """
+*denoise* 0.6, as in the reference implementation, says how much of the first picture is painted \
+over.
+""",
+        _IMAGE_ONLY,
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "inpainting": _note(
+        "Inpainting",
+        """
+The white part of the mask is painted anew after the reference picture; the rest keeps its pixels.
+""",
+        """
+*denoise* 0.7, as in the reference implementation; 1 forgets what was there. Picture and mask go \
+through the same crop, so give them the same shape.
+""",
+        _IMAGE_ONLY,
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "controlnet": _note(
+        "Structure control",
+        """
+The ControlNet keeps the edges of one picture, the adapter gives the content of another. Neither \
+knows of the other: any ControlNet or T2I-Adapter of the checkpoint's family fits here.
+""",
+        _IMAGE_ONLY,
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "another_checkpoint": _note(
+        "Another checkpoint of the family",
+        """
+*Image only* with one change: the checkpoint is DreamShaper 8, fine-tuned from Stable Diffusion \
+1.5. An adapter is trained once and works with every checkpoint of its family.
+""",
+        _IMAGE_ONLY,
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "per_prompt": _note(
+        "One picture for each prompt",
+        """
+*Apply IP-Adapter (Conditioning)* ties a picture to one prompt instead of to the whole model. Here \
+the left half follows one text and picture, the right half another.
+""",
+        """
+Chain the model through both nodes. The negative comes from the first one alone: an unconditional \
+prediction needs one empty picture, not two.
+""",
+        "Weight 0.8 leaves some room for the texts: describe there what each half shows.",
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "sdxl": _note(
+        "SDXL",
+        """
+The same graph as *Text and image* with SDXL, its adapter, and the larger encoder (ViT-bigG) that \
+this adapter was trained with. Adapters with `vit-h` in their name take the ViT-H encoder instead.
+""",
+        """
+**Weight 0.6** leaves the words some room, as with SD1.5. SDXL wants about a million pixels: \
+1024 x 1024 or another shape of that area.
+""",
+        _SETTINGS,
+        _PICTURES,
+    ),
+}
