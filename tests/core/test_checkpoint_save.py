@@ -1,0 +1,81 @@
+"""Writing checkpoints: the official layout, in fp16, whole or not at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comfyui_ip_adapter.ip_adapter_core import checkpoint
+from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
+from safetensors import safe_open
+
+SIZES = {
+    "linear": {"feature_dim": 24, "cross_attention_dim": 16, "tokens": 4},
+    "mlp": {"feature_dim": 24, "cross_attention_dim": 16},
+    "resampler": {
+        "feature_dim": 24,
+        "cross_attention_dim": 16,
+        "tokens": 16,
+        "dim": 64,
+        "depth": 4,
+        "heads": 1,
+    },
+}
+
+
+def make(kind, seed=0):
+    torch.manual_seed(seed)
+    return IPAdapter(AdapterSpec(kind, tuple(SIZES[kind].items()), (8, 16, 8)))
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_round_trip(kind, tmp_path):
+    adapter = make(kind)
+    path = tmp_path / "trained.safetensors"
+    checkpoint.save(adapter, path, {"step": "1000", "encoder": "ViT-H/14"})
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"step": "1000", "encoder": "ViT-H/14"}
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
+    loaded = checkpoint.load(path)
+    assert loaded.spec.layer_dims == adapter.spec.layer_dims
+    assert loaded.spec.sizes.items() >= adapter.spec.sizes.items()
+    for key, value in adapter.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value.half())
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_weights_in_any_memory_layout_are_written(tmp_path):
+    adapter = make("linear")
+    adapter.ip_adapter["3"].to_k_ip.weight = torch.nn.Parameter(torch.randn(16, 16).T)
+    adapter.half()
+    checkpoint.save(adapter, tmp_path / "a.safetensors", {})
+    found = checkpoint.load(tmp_path / "a.safetensors").state_dict()["ip_adapter.3.to_k_ip.weight"]
+    assert torch.equal(found, adapter.ip_adapter["3"].to_k_ip.weight)
+
+
+def test_saving_leaves_the_adapter_as_it_is(tmp_path):
+    adapter = make("mlp")
+    before = {key: value.clone() for key, value in adapter.state_dict().items()}
+    checkpoint.save(adapter, tmp_path / "a.safetensors", {})
+    for key, value in adapter.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, before[key])
+    assert all(p.requires_grad for p in adapter.parameters())
+
+
+def test_a_crash_while_writing_keeps_the_older_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(make("linear", seed=1), path, {})
+    older = path.read_bytes()
+
+    def half_written(weights, target, metadata):
+        with open(target, "wb") as file:
+            file.write(older[: len(older) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", half_written)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(make("linear", seed=2), path, {})
+    assert path.read_bytes() == older
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(make("linear", seed=2), tmp_path / "new.safetensors", {})
+    assert not (tmp_path / "new.safetensors").exists()

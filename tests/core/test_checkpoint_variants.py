@@ -1,0 +1,134 @@
+"""Every published checkpoint is recognised by its shapes, in every format and precision."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import torch
+from comfyui_ip_adapter.ip_adapter_core.adapter import IPAdapter
+from comfyui_ip_adapter.ip_adapter_core.checkpoint import infer_spec, load
+from comfyui_ip_adapter.ip_adapter_core.unsupported import unsupported_kind
+from safetensors.torch import save, save_file
+
+from tools.layouts_clip import full_projection, ip_adapter, linear_projection, resampler
+
+SD15 = (320, 320, 640, 640, 1280, 1280, *[1280] * 3, *[640] * 3, *[320] * 3, 1280)
+SDXL = (*[640] * 4, *[1280] * 20, *[1280] * 30, *[640] * 6, *[1280] * 10)
+EMBEDS, STATES = "image_embeds", "penultimate_hidden_states"
+
+# layout, widths, text width, class, features read, their width, tokens, millions in projection
+PUBLISHED = {
+    "sd15": (linear_projection(1024, 768), SD15, 768, "linear", EMBEDS, 1024, 4, 3.15),
+    "sd15_vit-G": (linear_projection(1280, 768), SD15, 768, "linear", EMBEDS, 1280, 4, 3.94),
+    "sd15_plus": (resampler(1280, 768, 768), SD15, 768, "resampler", STATES, 1280, 16, 29.92),
+    "sd15_full": (full_projection(1280, 768), SD15, 768, "mlp", STATES, 1280, None, 2.63),
+    "sdxl": (linear_projection(1280, 2048), SDXL, 2048, "linear", EMBEDS, 1280, 4, 10.50),
+    "sdxl_vit-h": (linear_projection(1024, 2048), SDXL, 2048, "linear", EMBEDS, 1024, 4, 8.40),
+    "sdxl_plus": (resampler(1280, 2048, 1280), SDXL, 2048, "resampler", STATES, 1280, 16, 82.96),
+}
+SMALL = {
+    "linear": ip_adapter(linear_projection(24, 16), (8, 16, 8), 16),
+    "resampler": ip_adapter(resampler(24, 16, 64), (8, 16, 8), 16),
+    "mlp": ip_adapter(full_projection(24, 16), (8, 16, 8), 16),
+}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def nested(weights):
+    """The layout of the official .bin files."""
+    tree: dict = {}
+    for key, value in weights.items():
+        section, name = key.split(".", 1)
+        tree.setdefault(section, {})[name] = value
+    return tree
+
+
+def write_legacy(weights, path):
+    torch.save(nested(weights), path, _use_new_zipfile_serialization=False)
+
+
+WRITERS = {
+    "dotted.safetensors": save_file,
+    "nested.bin": lambda weights, path: torch.save(nested(weights), path),
+    "nested.pt": lambda weights, path: torch.save(nested(weights), path),
+    "dotted.bin": torch.save,
+    "before-torch-1.6.bin": write_legacy,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes_are_recognised(name):
+    projection, widths, context, kind, features, feature_dim, tokens, millions = PUBLISHED[name]
+    layout = ip_adapter(projection, widths, context)
+    weights = {key: torch.empty(shape, device="meta") for key, shape in layout.items()}
+    assert unsupported_kind(weights) is None
+    spec = infer_spec(weights, "file")
+    assert (spec.projection, spec.features, spec.feature_dim) == (kind, features, feature_dim)
+    assert (spec.tokens, spec.cross_attention_dim, spec.layer_dims) == (tokens, context, widths)
+    module = IPAdapter(spec, device="meta")
+    assert {key: tuple(w.shape) for key, w in module.state_dict().items()} == layout
+    count = sum(p.numel() for p in module.image_proj.parameters())
+    assert round(count / 1e6, 2) == millions
+    count = sum(p.numel() for p in module.ip_adapter.parameters())
+    assert count == {768: 19_169_280, 2048: 340_787_200}[context]
+
+
+def test_base_adapter_at_real_size_has_the_papers_22_million(random_weights, tmp_path):
+    layout = ip_adapter(linear_projection(1024, 768), SD15, 768)
+    weights = {key: value.half() for key, value in random_weights(layout).items()}
+    torch.save(nested(weights), tmp_path / "ip-adapter_sd15.bin")
+    adapter = load(tmp_path / "ip-adapter_sd15.bin")
+    assert round(sum(p.numel() for p in adapter.parameters()) / 1e6, 1) == 22.3
+    assert all(torch.equal(value, weights[key]) for key, value in adapter.state_dict().items())
+    image = torch.randn(2, 1024)
+    shapes = [(k.shape, v.shape) for k, v in adapter.float().keys_values(adapter.tokens(image))]
+    assert shapes == [((2, 4, width), (2, 4, width)) for width in SD15]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("file", WRITERS)
+@pytest.mark.parametrize("kind", SMALL)
+def test_every_format_and_precision(kind, file, dtype, random_weights, tmp_path):
+    weights = {key: value.to(dtype) for key, value in random_weights(SMALL[kind]).items()}
+    WRITERS[file](weights, tmp_path / file)
+    adapter = load(tmp_path / file)
+    assert adapter.spec.projection == kind
+    found = adapter.state_dict()
+    assert found.keys() == weights.keys()
+    for key, value in weights.items():
+        assert found[key].dtype == dtype
+        assert torch.equal(found[key], value)
+
+
+@pytest.mark.parametrize("name", ["ip-adapter-plus_sdxl_vit-h.bin", "faceid.pt", "no extension"])
+def test_a_files_name_means_nothing(name, random_weights, tmp_path):
+    torch.save(random_weights(SMALL["linear"]), tmp_path / name)
+    assert load(tmp_path / name).spec.projection == "linear"
+    save_file(random_weights(SMALL["mlp"]), tmp_path / name)
+    assert load(tmp_path / name).spec.projection == "mlp"
+
+
+@pytest.mark.parametrize("length", [0x3C20, 0x13C20])  # the file begins with " <"
+def test_a_safetensors_file_that_begins_like_a_web_page(length, random_weights, tmp_path):
+    weights = random_weights(SMALL["linear"])
+    data = save(weights)
+    (header,) = struct.unpack("<Q", data[:8])
+    padded = data[8 : 8 + header].ljust(length)
+    (tmp_path / "a.safetensors").write_bytes(
+        struct.pack("<Q", length) + padded + data[8 + header :]
+    )
+    found = load(tmp_path / "a.safetensors").state_dict()
+    assert all(torch.equal(found[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("tokens, depth, heads", [(16, 4, 1), (8, 2, 3), (1, 1, 2)])
+def test_resamplers_of_other_sizes(tokens, depth, heads, random_weights):
+    layout = resampler(24, 16, 64 * heads, tokens)
+    for key in list(layout):
+        if key.startswith("layers.") and int(key.split(".")[1]) >= depth:
+            del layout[key]
+    weights = random_weights(ip_adapter(layout, (8, 16), 16))
+    spec = infer_spec(weights, "file")
+    assert (spec.tokens, spec.sizes["depth"], spec.sizes["heads"]) == (tokens, depth, heads)
+    IPAdapter(spec).load_state_dict(weights)

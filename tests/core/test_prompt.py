@@ -1,0 +1,168 @@
+"""From features to packed K'/V': combining images, λ, packing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
+from comfyui_ip_adapter.ip_adapter_core.attention import image_attention
+from comfyui_ip_adapter.ip_adapter_core.prompt import (
+    ImageFeatures,
+    ImagePrompt,
+    check_encoder,
+    fold,
+    layer_weights,
+    tokens,
+    unpack,
+)
+
+DIMS = (8, 16, 8)
+KINDS = {
+    "linear": {"feature_dim": 12, "cross_attention_dim": 10, "tokens": 4},
+    "mlp": {"feature_dim": 20, "cross_attention_dim": 10},
+    "resampler": {
+        "feature_dim": 20,
+        "cross_attention_dim": 10,
+        "tokens": 5,
+        "dim": 64,
+        "depth": 2,
+        "heads": 1,
+    },
+}
+
+
+@pytest.fixture(params=KINDS)
+def adapter(request):
+    torch.manual_seed(0)
+    spec = AdapterSpec(request.param, tuple(KINDS[request.param].items()), DIMS)
+    return IPAdapter(spec).requires_grad_(False)
+
+
+def prompt(images, negatives=1, patches=7):
+    generator = torch.Generator().manual_seed(images + 10 * negatives)
+
+    def side(n):
+        shapes = (n, 12), (n, patches, 20)
+        return ImageFeatures(*(torch.randn(shape, generator=generator) for shape in shapes))
+
+    return ImagePrompt(side(images), side(negatives), "a test encoder")
+
+
+def read(adapter, features, row=slice(None)):
+    return adapter.tokens(getattr(features, adapter.spec.features)[row])
+
+
+@pytest.mark.parametrize("images, negatives", [(1, 1), (3, 1), (3, 3), (2, 3), (1, 4)])
+def test_concat_lays_images_side_by_side_without_changing_attention(adapter, images, negatives):
+    given = prompt(images, negatives)
+    sides = tokens(adapter, given, "concat")
+    assert sides[0].shape == sides[1].shape
+    query = torch.randn(1, 6, 10)
+    for side, features in zip(sides, (given.positive, given.negative), strict=True):
+        truth = torch.cat([read(adapter, features, slice(i, i + 1)) for i in range(len(features))])
+        truth = truth.reshape(1, -1, 10)
+        torch.testing.assert_close(side[:, : truth.shape[1]], truth)
+        torch.testing.assert_close(
+            image_attention(query, side, side, 1), image_attention(query, truth, truth, 1)
+        )
+
+
+@pytest.mark.parametrize("images, negatives", [(1, 1), (3, 1), (3, 2)])
+def test_average_is_the_mean_of_features_not_of_tokens(adapter, images, negatives):
+    given = prompt(images, negatives)
+    for side, features in zip(
+        tokens(adapter, given, "average"), (given.positive, given.negative), strict=True
+    ):
+        mean = getattr(features, adapter.spec.features).mean(0, keepdim=True)
+        torch.testing.assert_close(side, adapter.tokens(mean))
+
+
+@pytest.mark.parametrize("negatives", [1, 3])
+def test_per_latent_keeps_one_row_an_image(adapter, negatives):
+    given = prompt(3, negatives)
+    positive, negative = tokens(adapter, given, "per_latent")
+    torch.testing.assert_close(positive, read(adapter, given.positive))
+    torch.testing.assert_close(negative, read(adapter, given.negative))
+    assert (len(positive), len(negative)) == (3, negatives)
+
+
+@pytest.mark.parametrize(
+    "combine, negatives, said",
+    [
+        ("per_latent", 2, "found 3 images and 2 negative images"),
+        ("blend", 1, "'blend'; expected one of concat, average, per_latent"),
+    ],
+)
+def test_what_cannot_be_combined(adapter, combine, negatives, said):
+    with pytest.raises(ValueError, match=said):
+        tokens(adapter, prompt(3, negatives), combine)
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0, -0.7])
+def test_fold_scales_values_only_and_unpack_inverts_it(adapter, weight):
+    given = adapter.tokens(getattr(prompt(2).positive, adapter.spec.features))
+    truth = list(adapter.keys_values(given))
+    packed = fold(truth, [weight, 2 * weight, 0.0])
+    assert packed.shape == (2, given.shape[1], 2 * sum(DIMS))
+    found = unpack(packed, DIMS)
+    for (key, value), (k, v), factor in zip(found, truth, [1, 2, 0], strict=True):
+        assert torch.equal(key, k)
+        torch.testing.assert_close(value, weight * factor * v)
+        assert key.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("weight", [0.3, -2.0])
+def test_folding_a_weight_is_scaling_the_attention(adapter, weight):
+    keys_values = list(adapter.keys_values(read(adapter, prompt(1).positive)))
+    folded = unpack(fold(keys_values, [weight] * 3), DIMS)
+    for dim, (key, value), (k, v) in zip(DIMS, keys_values, folded, strict=True):
+        query = torch.randn(1, 6, dim)
+        expected = weight * image_attention(query, key, value, 2)
+        torch.testing.assert_close(image_attention(query, k, v, 2), expected)
+
+
+def test_fold_wants_a_weight_for_every_layer(adapter):
+    keys_values = list(adapter.keys_values(read(adapter, prompt(1).positive)))
+    with pytest.raises(ValueError, match="zip"):
+        fold(keys_values, [1.0, 1.0])
+
+
+@pytest.mark.parametrize("layers, expected", [(None, [0.5] * 3), ([0, 1, -2.0], [0, 0.5, -1])])
+def test_layer_weights(adapter, layers, expected):
+    assert layer_weights(adapter.spec, 0.5, layers) == expected
+
+
+@pytest.mark.parametrize(
+    "weight, layers, said",
+    [
+        (1.0, [1.0] * 2, "2 values, but the adapter has 3 cross-attention layers"),
+        (1.0, [1.0] * 4, "4 values, but the adapter has 3 cross-attention layers"),
+        (1.0, [], "0 values"),
+        (math.nan, None, "finite.*weight nan"),
+        (math.inf, None, "finite.*weight inf"),
+        (0.5, [1.0, math.nan, 1.0], r"finite.*layer_weights \[1.0, nan, 1.0\]"),
+    ],
+)
+def test_layer_weights_that_cannot_be(adapter, weight, layers, said):
+    with pytest.raises(ValueError, match=said):
+        layer_weights(adapter.spec, weight, layers)
+
+
+@pytest.mark.parametrize(
+    "projection, width, named",
+    [("linear", 1024, "CLIP ViT-H/14"), ("mlp", 1280, "CLIP ViT-H/14"), ("linear", 77, "another")],
+)
+def test_an_encoder_that_does_not_fit_is_named(projection, width, named):
+    sizes = {**KINDS[projection], "feature_dim": width}
+    spec = AdapterSpec(projection, tuple(sizes.items()), DIMS)
+    with pytest.raises(ValueError) as error:
+        check_encoder(spec, prompt(1), "my adapter.bin")
+    found = 12 if projection == "linear" else 20
+    for words in ("'my adapter.bin'", f"{width} wide", named, "a test encoder", f"{found} wide"):
+        assert words in str(error.value)
+
+
+def test_an_encoder_that_fits_passes(adapter):
+    check_encoder(adapter.spec, prompt(1), "adapter")

@@ -1,0 +1,95 @@
+"""Small models, an image encoder and a folder of adapters for the nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def small(host, pack) -> ModuleType:
+    """The models that sampling is tested with; the module imports the host."""
+    name = "ip_adapter_tests_small"
+    if name not in sys.modules:
+        path = Path(__file__).parents[1] / "sampling" / "small.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def nodes(pack) -> dict[str, type]:
+    """The pack's nodes by their ids, as the host gets them."""
+
+    async def listed():
+        extension = await pack.comfy_entrypoint()
+        await extension.on_load()
+        return await extension.get_node_list()
+
+    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(listed())}
+
+
+@pytest.fixture(scope="session")
+def clip_vision(small):
+    """A random image encoder of the widths that the adapters of `small` read."""
+    from comfy.clip_vision import ClipVisionModel
+
+    config = {
+        "model_type": "clip_vision_model",
+        "hidden_size": small.HIDDEN,
+        "projection_dim": small.EMBED,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+        "num_channels": 3,
+        "hidden_act": "gelu",
+    }
+    encoder = ClipVisionModel(config)
+    small.fill(encoder.model.requires_grad_(False), seed=40)
+    return encoder
+
+
+@pytest.fixture
+def folder(host, tmp_path, monkeypatch) -> Path:
+    """The only models folder that the host knows; `ipadapter` is not registered yet."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    (tmp_path / "ipadapter").mkdir()
+    return tmp_path / "ipadapter"
+
+
+@pytest.fixture
+def saved(small):
+    """Save a random adapter at a path, and return its module."""
+    from comfyui_ip_adapter.ip_adapter_core import checkpoint
+
+    def saved(path: Path, **made):
+        module = small.adapter(**made).module
+        checkpoint.save(module, path, {})
+        return module
+
+    return saved
+
+
+@pytest.fixture(autouse=True)
+def _as_in_the_host():
+    """In inference mode, but in one thread: small layers wait for the others' cores otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,119 @@
+"""Adapter, model, image encoder and conditionings that do not belong together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+REAL = {  # token width, layers, and their name in messages
+    "sd15": (768, (320,) * 4 + (640,) * 4 + (1280,) * 8, "SD1.5"),
+    "sdxl": (2048, (640,) * 10 + (1280,) * 60, "SDXL"),
+}
+
+
+def flux():
+    import comfy.supported_models
+
+    config = comfy.supported_models.Flux({})
+    layout = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2}
+    layout |= {"vec_in_dim": 8, "context_in_dim": 8, "hidden_size": 32, "mlp_ratio": 4.0}
+    layout |= {"num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 6, 6]}
+    layout |= {"theta": 10000, "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": []}
+    config.unet_config = layout | {"dtype": torch.float32}
+    return config.get_model({}, device="cpu")
+
+
+def sd3():
+    import comfy.supported_models
+
+    config = comfy.supported_models.SD3({})
+    embedder = {"target": "torch.nn.Linear", "params": {"in_features": 8, "out_features": 64}}
+    layout = {"in_channels": 16, "patch_size": 2, "depth": 1, "input_size": None}
+    layout |= {"adm_in_channels": 16, "context_embedder_config": embedder, "num_patches": None}
+    layout |= {"pos_embed_max_size": 4, "pos_embed_scaling_factor": None}
+    config.unet_config = layout | {"dtype": torch.float32}
+    return config.get_model({}, device="cpu")
+
+
+@pytest.fixture(params=["IPA_Apply", "IPA_ApplyConditioning"])
+def apply(request, small):
+    def apply(model, adapter, images, **settings):
+        if request.param == "IPA_Apply":
+            return small.apply(model, adapter, images, **settings)
+        return small.apply_conditioning(
+            model, small.text(1), small.text(2), adapter, images, **settings
+        )
+
+    return apply
+
+
+def says(error, *words):
+    missing = [word for word in words if str(word) not in str(error.value)]
+    assert not missing, f"{error.value!s} does not say {missing}"
+
+
+@pytest.mark.parametrize("made_for, model", [("sd15", "sdxl"), ("sdxl", "sd15")])
+def test_adapter_of_another_family(small, apply, made_for, model):
+    with pytest.raises(ValueError) as error:
+        apply(small.model(model), small.adapter(made_for), small.images())
+    expected, found = (f"{len(small.LAYERS[f])} cross-attention" for f in (made_for, model))
+    name = {"sd15": "BaseModel", "sdxl": "SDXL"}[model]
+    says(error, "random.safetensors", expected, found, name)
+
+
+@pytest.mark.parametrize("family", REAL)
+def test_families_go_by_their_names(small, apply, family):
+    from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
+    from comfyui_ip_adapter.ip_adapter_core.host.adapter import HostAdapter
+
+    width, layers, name = REAL[family]
+    sizes = (("feature_dim", 1024), ("cross_attention_dim", width), ("tokens", 4))
+    module = IPAdapter(AdapterSpec("linear", sizes, layers), device="meta")
+    with pytest.raises(ValueError) as error:
+        apply(small.model(), HostAdapter("real.bin", module, None), small.images())
+    says(error, "real.bin", name, width, len(layers), "64-wide", "16 cross-attention layers")
+
+
+@pytest.mark.parametrize("model, name", [(flux, "Flux"), (sd3, "SD3")], ids=["flux", "sd3"])
+def test_a_model_without_cross_attention(small, apply, model, name):
+    from comfy.model_patcher import ModelPatcher
+
+    patcher = ModelPatcher(model(), load_device=small.CPU, offload_device=small.CPU)
+    with pytest.raises(ValueError) as error:
+        apply(patcher, small.adapter(), small.images())
+    says(error, "random.safetensors", name, "no UNet cross-attention", "SD1.5", "SDXL")
+
+
+def test_one_layer_of_another_width(small, apply, monkeypatch):
+    layers = list(small.SD15_LAYERS)
+    layers[3] = (layers[3][0], 48)
+    monkeypatch.setitem(small.LAYERS, "sd15", layers)
+    with pytest.raises(ValueError) as error:
+        apply(small.model(), small.adapter(), small.images())
+    says(error, "random.safetensors", "ip_adapter.7", 48, 64, "('input', 5, 0)")
+
+
+def test_images_of_another_encoder(small, apply):
+    with pytest.raises(ValueError) as error:
+        apply(small.model(), small.adapter(feature_dim=1024), small.images())
+    says(error, "random.safetensors", 1024, "CLIP ViT-H/14", small.EMBED, "a random encoder")
+
+
+def test_a_conditioning_on_a_model_that_knows_nothing_of_it(small):
+    model, *texts = small.apply_conditioning(
+        small.model(), small.text(1), small.text(2), small.adapter(), small.images()
+    )
+    with pytest.raises(RuntimeError) as error:
+        small.run(small.guider(small.model(), *texts))
+    says(error, "image prompt", "MODEL output", "Apply IP-Adapter (Conditioning)")
+    assert small.run(small.guider(model, *texts)).isfinite().all()
+
+
+def test_a_conditioning_for_another_model(small):
+    _, *texts = small.apply_conditioning(
+        small.model(), small.text(1), small.text(2), small.adapter(), small.images()
+    )
+    other = small.apply(small.model("sdxl"), small.adapter("sdxl"), small.images())
+    with pytest.raises(ValueError) as error:
+        small.run(small.guider(other, *texts))
+    says(error, "16 cross-attention layers", "has 17", "Apply the adapter to the model")

@@ -1,0 +1,99 @@
+"""What the editor is told: saved workflows and people depend on every word of it."""
+
+from __future__ import annotations
+
+import pytest
+
+KNOBS = {
+    "adapter": ("IP_ADAPTER", {}),
+    "image_prompt": ("IMAGE_PROMPT", {}),
+    "weight": ("FLOAT", {"default": 1.0, "min": -5.0, "max": 5.0, "step": 0.05}),
+    "start_at": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.001}),
+    "end_at": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.001}),
+    "combine": (["concat", "average", "per_latent"], {"default": "concat"}),
+}
+OPTIONAL_KNOBS = {"mask": ("MASK", {}), "layer_weights": ("LAYER_WEIGHTS", {})}
+# id: display name, category, required and optional inputs in order, outputs
+NODES = {
+    "IPA_LoadAdapter": (
+        "Load IP-Adapter",
+        "model/loaders",
+        {"adapter_name": (["a.safetensors"], {})},
+        {},
+        {"adapter": "IP_ADAPTER"},
+    ),
+    "IPA_EncodeImage": (
+        "Encode Image Prompt",
+        "model/conditioning",
+        {
+            "clip_vision": ("CLIP_VISION", {}),
+            "image": ("IMAGE", {}),
+            "crop": (["center", "pad", "none"], {"default": "center"}),
+        },
+        {"negative_image": ("IMAGE", {})},
+        {"image_prompt": "IMAGE_PROMPT"},
+    ),
+    "IPA_Apply": (
+        "Apply IP-Adapter",
+        "model/conditioning",
+        {"model": ("MODEL", {}), **KNOBS},
+        OPTIONAL_KNOBS,
+        {"model": "MODEL"},
+    ),
+    "IPA_ApplyConditioning": (
+        "Apply IP-Adapter (Conditioning)",
+        "model/conditioning",
+        {
+            "model": ("MODEL", {}),
+            "positive": ("CONDITIONING", {}),
+            "negative": ("CONDITIONING", {}),
+            **KNOBS,
+        },
+        OPTIONAL_KNOBS,
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING"},
+    ),
+}
+
+
+def test_ids(nodes):
+    assert list(nodes) == list(NODES)
+
+
+@pytest.fixture
+def info(nodes, folder):
+    def info(node_id):
+        (folder / "a.safetensors").touch()
+        return nodes[node_id].GET_NODE_INFO_V1()
+
+    return info
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_names_and_words_to_find_it_by(info, node_id):
+    node = info(node_id)
+    assert node["name"] == node_id
+    assert (node["display_name"], node["category"]) == NODES[node_id][:2]
+    assert "ip adapter" in " ".join(node["search_aliases"])
+    assert len(node["search_aliases"]) >= 3
+    assert node["description"].endswith(".")
+    assert not node["experimental"] and not node["deprecated"] and not node["output_node"]
+
+
+@pytest.mark.parametrize("node_id", NODES)
+@pytest.mark.parametrize("kind", ["required", "optional"])
+def test_inputs(info, node_id, kind):
+    found = info(node_id)["input"].get(kind, {})
+    expected = NODES[node_id][2 if kind == "required" else 3]
+    assert list(found) == list(expected)
+    for name, (type_, limits) in expected.items():
+        # A choice comes as ("COMBO", {"options": [...]}).
+        given_type, options = found[name]
+        assert (options["options"] if isinstance(type_, list) else given_type) == type_, name
+        assert {key: options.get(key) for key in limits} == limits, name
+        assert len(options.get("tooltip") or "") > 10, f"{name} has no tooltip"
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_outputs(info, node_id):
+    node = info(node_id)
+    assert dict(zip(node["output_name"], node["output"], strict=True)) == NODES[node_id][4]

@@ -1,0 +1,89 @@
+"""Adapters for any family of UNets, as a file holds them, and image prompts to go with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from comfyui_ip_adapter.ip_adapter_core.host.adapter import HostAdapter, load_adapter
+from comfyui_ip_adapter.ip_adapter_core.prompt import ImageFeatures, ImagePrompt
+from ip_adapter_reference_unets import Family
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tools.layouts import Layout
+from tools.layouts_clip import full_projection, ip_adapter, linear_projection, resampler
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What an image encoder gives: widths of its embedding and states, number of states."""
+
+    embed: int
+    hidden: int
+    patches: int
+
+    def prompt(self, images: int, seed: int) -> ImagePrompt:
+        """Random features of some images; their negative is one zero image."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        positive = randn(images, self.embed), randn(images, self.patches, self.hidden)
+        zero = torch.zeros(1, self.embed), randn(1, self.patches, self.hidden)
+        return ImagePrompt(ImageFeatures(*positive), ImageFeatures(*zero), "a random encoder")
+
+
+SMALL_ENCODER = Encoder(embed=40, hidden=56, patches=33)
+VIT_H = Encoder(embed=1024, hidden=1280, patches=257)
+
+
+def only(prompt: ImagePrompt, number: int) -> ImagePrompt:
+    """One image of a prompt."""
+    states, embeds = prompt.positive.penultimate_hidden_states, prompt.positive.image_embeds
+    one = ImageFeatures(embeds[number : number + 1], states[number : number + 1])
+    return ImagePrompt(one, prompt.negative, prompt.encoder)
+
+
+def layout(family: Family, encoder: Encoder, kind: str) -> Layout:
+    """base, plus (fine-grained) or full, as published for this family."""
+    published = 1280 if family.sdxl else 768
+    projection = {
+        "base": linear_projection(encoder.embed, family.context),
+        "plus": resampler(encoder.hidden, family.context, published if encoder == VIT_H else 128),
+        "full": full_projection(encoder.hidden, family.context),
+    }[kind]
+    return ip_adapter(projection, family.widths, family.context)
+
+
+def weights(family: Family, encoder: Encoder, kind: str) -> dict[str, Tensor]:
+    """Random, large enough for the image to change the noise by much."""
+    generator = torch.Generator().manual_seed(sum(map(ord, kind)))
+    state = {}
+    for key, shape in layout(family, encoder, kind).items():
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) > 1:
+            state[key] = noise.mul_(2 / shape[-1] ** 0.5)
+        else:
+            state[key] = noise.mul_(0.1).add_(key.endswith("weight"))
+    return state
+
+
+def loaded(state: dict[str, Tensor]) -> HostAdapter:
+    """Through a file and this pack's loader."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.safetensors"
+        save_file(state, path)
+        return load_adapter(path)
+
+
+def sections(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The layout of the official .bin files, which diffusers wants."""
+    out: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in state.items():
+        section, name = key.split(".", 1)
+        out[section][name] = value
+    return out

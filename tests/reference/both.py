@@ -1,0 +1,187 @@
+"""The same image prompts on the same UNet: ComfyUI with this pack's nodes, and diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfyui_ip_adapter.ip_adapter_core.host.adapter import HostAdapter
+from comfyui_ip_adapter.ip_adapter_core.prompt import ImagePrompt
+from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
+from diffusers import UNet2DConditionModel
+from ip_adapter_reference_adapters import Encoder, loaded, sections, weights
+from ip_adapter_reference_unets import POOLED, Family, comfy_model, diffusers_unet
+from torch import Tensor
+
+SIZES = {"width": 832, "height": 1216, "crop_w": 16, "crop_h": 32}
+SIZES |= {"target_width": 800, "target_height": 1200}
+TIME_IDS = torch.tensor([1216.0, 832, 32, 16, 1200, 800])  # the same, as diffusers orders them
+Size = tuple[int, int]  # of a latent: height, width
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One Apply node: which adapter, for what images, how strongly, and where."""
+
+    kind: str
+    prompt: ImagePrompt
+    weight: float = 1.0
+    mask: Tensor | None = None
+    layers: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the UNet; `rows`: 0 where a row is the positive's, 1 the negative's."""
+
+    x: Tensor
+    timesteps: Tensor
+    context: Tensor
+    rows: Tensor
+    out: Tensor
+
+
+def text(family: Family, seed: int) -> list[Any]:
+    """A random conditioning."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(1, 77, family.context, generator=generator)
+    if not family.sdxl:
+        return [[states, {}]]
+    return [[states, {"pooled_output": torch.randn(1, POOLED, generator=generator), **SIZES}]]
+
+
+@dataclass
+class Pair:
+    """ComfyUI and diffusers around one UNet; what was loaded once is kept."""
+
+    family: Family
+    encoder: Encoder
+    _weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _adapters: dict[str, HostAdapter] = field(default_factory=dict)
+    _unets: dict[tuple[str, ...], tuple[UNet2DConditionModel, list[Any]]] = field(
+        default_factory=dict
+    )
+    _plain: dict[Size, list[Call]] = field(default_factory=dict)
+
+    def weights(self, kind: str) -> dict[str, Tensor]:
+        if kind not in self._weights:
+            self._weights[kind] = weights(self.family, self.encoder, kind)
+        return self._weights[kind]
+
+    def adapter(self, kind: str) -> HostAdapter:
+        if kind not in self._adapters:
+            self._adapters[kind] = loaded(self.weights(kind))
+        return self._adapters[kind]
+
+    def unet(self, kinds: tuple[str, ...]) -> tuple[UNet2DConditionModel, list[Any]]:
+        """diffusers' UNet with adapters as its pipelines load them, and the layers they are in."""
+        if kinds not in self._unets:
+            unet = diffusers_unet(self.family)
+            if kinds:
+                unet._load_ip_adapter_weights([sections(self.weights(kind)) for kind in kinds])
+            layers = [p for p in unet.attn_processors.values() if hasattr(p, "scale")]
+            self._unets[kinds] = unet, layers
+        return self._unets[kinds]
+
+    def plain(self, size: Size) -> list[Call]:
+        """`comfy` without an image prompt."""
+        if size not in self._plain:
+            self._plain[size] = self.comfy((), "model", size)
+        return self._plain[size]
+
+    def comfy(self, settings: Sequence[Setting], route: str, size: Size) -> list[Call]:
+        """One sampling step with guidance through the nodes; every UNet call of it."""
+        model = comfy_model(self.family)
+        positive, negative = text(self.family, 1), text(self.family, 2)
+        for s in settings:
+            knobs = {
+                "adapter": self.adapter(s.kind),
+                "image_prompt": s.prompt,
+                "weight": s.weight,
+                "start_at": 0.0,
+                "end_at": 1.0,
+                "combine": "concat",
+                "mask": s.mask,
+                "layer_weights": s.layers,
+            }
+            if route == "model":
+                (model,) = ApplyIPAdapter.execute(model, **knobs).args
+            else:
+                out = ApplyIPAdapterConditioning.execute(model, positive, negative, **knobs)
+                model, positive, negative = out.args
+        return record(model, positive, negative, size)
+
+    def diffusers(
+        self,
+        call: Call,
+        kinds: Sequence[str] = (),
+        prompts: Sequence[ImagePrompt] = (),
+        scales: Sequence[Sequence[float]] = (),
+        masks: Sequence[Tensor] | None = None,
+        one_sequence: bool = False,
+    ) -> Tensor:
+        """diffusers' noise for a call's rows. `scales`: one a layer for each adapter; `masks`:
+        `(1, images, height, width)` for each adapter, or `(1, 1, …)` with `one_sequence`: with
+        masks diffusers attends to each image by itself, where `concat` attends to all at once.
+        """
+        unet, layers = self.unet(tuple(kinds))
+        for n, processor in enumerate(layers):
+            processor.scale = [of_adapter[n] for of_adapter in scales]
+        added: dict[str, Any] = {}
+        if kinds:
+            sides = zip(kinds, prompts, strict=True)
+            added["image_embeds"] = [features(kind, prompt, call) for kind, prompt in sides]
+        if self.family.sdxl:
+            pooled = [text(self.family, seed)[0][1]["pooled_output"] for seed in (1, 2)]
+            added["text_embeds"] = torch.cat(pooled)[call.rows]
+            added["time_ids"] = TIME_IDS.expand(len(call.rows), -1)
+        inputs = call.x, call.timesteps, call.context
+        extra = {} if masks is None else {"ip_adapter_masks": list(masks)}
+        hook = unet.encoder_hid_proj.register_forward_hook(in_a_row) if one_sequence else None
+        out = unet(*inputs, added_cond_kwargs=added, cross_attention_kwargs=extra or None)
+        if hook:
+            hook.remove()
+        return out.sample
+
+
+def in_a_row(module: Any, inputs: Any, tokens: list[Tensor]) -> list[Tensor]:
+    """A hook that makes one image of several, its tokens theirs side by side."""
+    return [t.flatten(1, 2)[:, None] for t in tokens]
+
+
+def features(kind: str, prompt: ImagePrompt, call: Call) -> Tensor:
+    """`(rows, images, …)`: the images' where a row is the positive's, else the zero image's."""
+    name = "image_embeds" if kind == "base" else "penultimate_hidden_states"
+    positive, zero = getattr(prompt.positive, name), getattr(prompt.negative, name)
+    return torch.stack([positive, zero.expand_as(positive)])[call.rows]
+
+
+def record(model: Any, positive: Any, negative: Any, size: Size) -> list[Call]:
+    """Every UNet call of one Euler step with guidance for a batch of two latents."""
+    calls = []
+
+    def keep(executor: Any, x: Tensor, t: Tensor, context: Tensor, *rest: Any, **kw: Any) -> Any:
+        out = executor(x, t, context, *rest, **kw)
+        _, _, options = rest
+        rows = torch.tensor(options["cond_or_uncond"]).repeat_interleave(2)
+        calls.append(Call(x.clone(), t.clone(), context.clone(), rows, out.clone()))
+        return out
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "recorder", keep)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(4.0)
+    noise = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(3))
+    sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([5.0, 0.0])
+    guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=0)
+    return calls
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The largest deviation, relative to the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,131 @@
+"""One UNet and one checkpoint predict the same noise in ComfyUI with this pack and in diffusers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+TOLERANCE = 1e-4
+SIZE = (16, 24)  # of the latent; the deepest level of SD1.5 is 2 × 3
+ADAPTERS = [("base",), ("plus",), ("full",), ("base", "plus"), ("full", "base")]
+# Images, and the mask's size: none, the picture's, and one that is no multiple of the latent's.
+IMAGES_AND_MASKS = [(1, None), (3, None), (1, (101, 150)), (3, (128, 192))]
+
+
+def smooth_mask(size, seed):
+    """Soft random patches in 0 … 1."""
+    if size is None:
+        return None
+    coarse = torch.rand(1, 1, 5, 7, generator=torch.Generator().manual_seed(seed))
+    return interpolate(coarse, size, mode="bilinear")[0]
+
+
+@pytest.fixture(params=["sd15", "sdxl"])
+def pair(request, pairs):
+    return pairs[request.param]
+
+
+@pytest.fixture
+def compare(both, pair):
+    def run(settings, route="model", size=SIZE):
+        """Asserts that ComfyUI with `settings` predicts what diffusers does; returns how much
+        the image prompts change the prediction."""
+        every = [1.0] * len(pair.family.widths)
+        given = {
+            "kinds": [s.kind for s in settings],
+            "prompts": [s.prompt for s in settings],
+            "scales": [[s.weight * factor for factor in s.layers or every] for s in settings],
+            "masks": None if settings[0].mask is None else [s.mask[None] for s in settings],
+            "one_sequence": settings[0].mask is not None,
+        }
+        calls, effects = pair.comfy(settings, route, size), []
+        assert sum(len(call.rows) for call in calls) == 4
+        for call, plain in zip(calls, pair.plain(size), strict=True):
+            expected = pair.diffusers(call, **given)
+            assert both.error(call.out, expected) < TOLERANCE
+            effects.append(both.error(plain.out, expected))
+        return min(effects)
+
+    return run
+
+
+def test_without_an_image_prompt(both, pair):
+    for call in pair.plain(SIZE):
+        assert both.error(call.out, pair.diffusers(call)) < TOLERANCE
+
+
+@pytest.mark.parametrize("images, mask", IMAGES_AND_MASKS)
+@pytest.mark.parametrize("kinds", ADAPTERS, ids="+".join)
+@pytest.mark.parametrize("weight, route", [(0.3, "model"), (1.0, "conditioning")])
+def test_noise_agrees(both, pair, compare, kinds, weight, route, images, mask):
+    settings = [
+        both.Setting(
+            kind,
+            pair.encoder.prompt(images, seed=n),
+            weight * (1 + n),
+            smooth_mask(mask, seed=n),
+        )
+        for n, kind in enumerate(kinds)
+    ]
+    assert compare(settings, route) > 100 * TOLERANCE, "no effect, so this shows nothing"
+
+
+@pytest.mark.parametrize("kind", ["base", "plus", "full"])
+@pytest.mark.parametrize("weight", [1.0, 2.5, -0.7])
+def test_other_weights_on_the_model_route(both, pair, compare, kind, weight):
+    settings = [both.Setting(kind, pair.encoder.prompt(1, seed=0), weight)]
+    assert compare(settings) > 100 * TOLERANCE
+
+
+# With masks only such as diffusers finds the levels' shapes of: it guesses them from their area.
+@pytest.mark.parametrize(
+    "size, masked",
+    [((10, 26), False), ((33, 5), False), ((8, 8), True), ((7, 9), True), ((24, 16), True)],
+)
+def test_latents_of_other_sizes(both, pair, compare, size, masked):
+    mask = smooth_mask((8 * size[0], 8 * size[1]), seed=5) if masked else None
+    settings = [both.Setting("base", pair.encoder.prompt(1, seed=0), mask=mask)]
+    assert compare(settings, size=size) > 100 * TOLERANCE
+
+
+def test_a_mask_coarser_than_the_latent(both, pair, compare):
+    mask = smooth_mask((5, 7), seed=6)
+    settings = [both.Setting("base", pair.encoder.prompt(1, seed=0), mask=mask)]
+    assert compare(settings) > 100 * TOLERANCE
+
+
+def test_a_weight_for_each_layer(both, pair, compare):
+    generator = torch.Generator().manual_seed(4)
+    layers = tuple(torch.randn(len(pair.family.widths), generator=generator).tolist())
+    settings = [both.Setting("base", pair.encoder.prompt(1, seed=0), layers=layers)]
+    assert compare(settings) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_a_mask_for_each_image(both, adapters, pair, kind):
+    """As diffusers means it, the images attend apart, each within its mask; here: three nodes."""
+    prompt = pair.encoder.prompt(3, seed=0)
+    masks = [smooth_mask((128, 192), seed) for seed in range(3)]
+    settings = [both.Setting(kind, adapters.only(prompt, n), 0.8, masks[n]) for n in range(3)]
+    scales = [[0.8] * len(pair.family.widths)]
+    for call in pair.comfy(settings, "model", SIZE):
+        expected = pair.diffusers(call, [kind], [prompt], scales, [torch.stack(masks, dim=1)])
+        assert both.error(call.out, expected) < TOLERANCE
+
+
+BLOCKS = {"sd15": [1] * 16, "sdxl": [2, 2, 10, 10, 10, 10, 10, 2, 2, 2, 10]}
+
+
+@pytest.mark.parametrize(
+    "pair, block",
+    [(family, block) for family, sizes in BLOCKS.items() for block in range(len(sizes))],
+    indirect=["pair"],
+)
+def test_every_block_contributes(both, pair, compare, block):
+    """The adapter in one block alone. The last is the middle block."""
+    sizes = BLOCKS["sdxl" if pair.family.sdxl else "sd15"]
+    layers = tuple(float(n == block) for n, size in enumerate(sizes) for _ in range(size))
+    assert len(layers) == len(pair.family.widths)
+    settings = [both.Setting("base", pair.encoder.prompt(1, seed=0), layers=layers)]
+    assert compare(settings) > 10 * TOLERANCE

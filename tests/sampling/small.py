@@ -1,0 +1,189 @@
+"""Random models in the real layouts, small enough to sample on a CPU within seconds."""
+
+from __future__ import annotations
+
+import functools
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.ops
+import comfy.samplers
+import comfy.supported_models
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
+from comfyui_ip_adapter.ip_adapter_core.host.adapter import HostAdapter
+from comfyui_ip_adapter.ip_adapter_core.prompt import ImageFeatures, ImagePrompt
+from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
+
+CPU = torch.device("cpu")
+CONTEXT, EMBED, HIDDEN, TOKENS = 64, 24, 20, 4
+COMMON = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "context_dim": CONTEXT,
+    "use_spatial_transformer": True,
+    "legacy": False,
+}
+SD15 = {
+    **COMMON,
+    "num_res_blocks": [2, 2, 2, 2],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [1] * 9 + [0] * 3,
+    "use_linear_in_transformer": False,
+    "num_heads": 4,
+    "adm_in_channels": None,
+}
+SDXL = {
+    **COMMON,
+    "num_res_blocks": [2, 2, 2],
+    "transformer_depth": [0, 0, 1, 1, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth_middle": 2,
+    "transformer_depth_output": [0] * 3 + [1] * 3 + [2] * 3,
+    "use_linear_in_transformer": True,
+    "num_head_channels": 16,
+    "adm_in_channels": 2816,
+    "num_classes": "sequential",
+}
+TINY = {  # for what takes long for every layer
+    **SD15,
+    "num_res_blocks": [1],
+    "transformer_depth": [1],
+    "channel_mult": [1],
+    "transformer_depth_middle": -2,  # none
+    "transformer_depth_output": [1, 0],
+}
+# In checkpoint order, written out: (place in the host's attention patches, width).
+SD15_LAYERS = [
+    *[(("input", n, 0), w) for n, w in ((1, 32), (2, 32), (4, 64), (5, 64), (7, 128), (8, 128))],
+    *[(("output", n, 0), w) for n, w in ((3, 128), (4, 128), (5, 128), (6, 64), (7, 64), (8, 64))],
+    *[(("output", n, 0), 32) for n in (9, 10, 11)],
+    (("middle", 0, 0), 128),
+]
+SDXL_LAYERS = [
+    *[(("input", n, 0), 64) for n in (4, 5)],
+    *[(("input", n, i), 128) for n in (7, 8) for i in (0, 1)],
+    *[(("output", n, i), 128) for n in (0, 1, 2) for i in (0, 1)],
+    *[(("output", n, 0), 64) for n in (3, 4, 5)],
+    *[(("middle", 0, i), 128) for i in (0, 1)],
+]
+TINY_LAYERS = [(("input", 1, 0), 32), (("output", 1, 0), 32)]
+LAYERS = {"sd15": SD15_LAYERS, "sdxl": SDXL_LAYERS, "tiny": TINY_LAYERS}
+
+
+def fill(module: torch.nn.Module, seed: int) -> None:
+    """Random weights that keep activations near 1: fan-in scaling, normalisations around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in module.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.ndim > 1:
+            noise = noise / weight[0].numel() ** 0.5
+        else:
+            noise = noise * 0.1 + name.endswith("weight")
+        weight.data = noise.to(weight.dtype)
+
+
+def model(family: str = "sd15", dtype: torch.dtype = torch.float32, cast=None, seed: int = 0):
+    """A ModelPatcher of its own around a UNet that all calls with these arguments share."""
+    return _model(family, dtype, cast, seed).clone()
+
+
+@functools.cache
+def _model(family, dtype, cast, seed):
+    layout = {"sd15": SD15, "sdxl": SDXL, "tiny": TINY}[family]
+    models = comfy.supported_models
+    config = (models.SDXL if family == "sdxl" else models.SD15)({})
+    config.unet_config = {**layout, "dtype": dtype}
+    config.manual_cast_dtype = cast
+    built = config.get_model({}, device=CPU)
+    fill(built.diffusion_model, seed)
+    return comfy.model_patcher.ModelPatcher(built, load_device=CPU, offload_device=CPU)
+
+
+def adapter(family: str = "sd15", seed: int = 10, **sizes: int) -> HostAdapter:
+    """A random base adapter for that model, as the loader would hand it over."""
+    sizes = {"feature_dim": EMBED, "cross_attention_dim": CONTEXT, "tokens": TOKENS, **sizes}
+    widths = tuple(width for _, width in LAYERS[family])
+    spec = AdapterSpec("linear", tuple(sizes.items()), widths)
+    module = IPAdapter(spec, operations=comfy.ops.manual_cast).requires_grad_(False)
+    fill(module, seed)
+    patcher = comfy.model_patcher.CoreModelPatcher(module, load_device=CPU, offload_device=CPU)
+    return HostAdapter("random.safetensors", module, patcher)
+
+
+def images(count: int = 1, seed: int = 20) -> ImagePrompt:
+    """What an encoder would say of `count` pictures, and of the zero image."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def features(n: int) -> ImageFeatures:
+        hidden = torch.randn(n, 5, HIDDEN, generator=generator)
+        return ImageFeatures(torch.randn(n, EMBED, generator=generator), hidden)
+
+    zero = features(1)
+    zero = ImageFeatures(torch.zeros_like(zero.image_embeds), zero.penultimate_hidden_states)
+    return ImagePrompt(features(count), zero, "a random encoder")
+
+
+def text(seed: int, length: int = 77, **options):
+    """A conditioning of one random text."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    states = torch.randn(1, length, CONTEXT, generator=generator)
+    pooled = torch.randn(1, 1280, generator=generator)
+    return [[states, {"pooled_output": pooled, **options}]]
+
+
+def knobs(**settings):
+    """Inputs of the Apply nodes, at their defaults unless given."""
+    return {"weight": 1.0, "start_at": 0.0, "end_at": 1.0, "combine": "concat", **settings}
+
+
+def apply(model, adapter, image_prompt, **settings):
+    """IPA_Apply."""
+    given = {"adapter": adapter, "image_prompt": image_prompt, **knobs(**settings)}
+    return ApplyIPAdapter.execute(model=model, **given).args[0]
+
+
+def apply_conditioning(model, positive, negative, adapter, image_prompt, **settings):
+    """IPA_ApplyConditioning: model, positive, negative."""
+    given = {"adapter": adapter, "image_prompt": image_prompt, **knobs(**settings)}
+    return ApplyIPAdapterConditioning.execute(
+        model=model, positive=positive, negative=negative, **given
+    ).args
+
+
+def guider(model, positive, negative, cfg: float = 3.0):
+    made = comfy.samplers.CFGGuider(model)
+    made.set_conds(positive, negative)
+    made.set_cfg(cfg)
+    return made
+
+
+def run(guider, *, at=(0.3, 0.6), batch=2, size=8, sampler="euler", seed=1, **options):
+    """Sample latents `(batch, 4, size, size)`; `size` may be (height, width). One step at each
+    fraction of the schedule in `at`, and no noise after the last."""
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(seed)
+    noise = options.pop("noise", torch.randn(batch, 4, height, width, generator=generator))
+    latent = options.pop("latent", torch.zeros_like(noise))
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    sigmas = torch.tensor([*map(sampling.percent_to_sigma, at), 0.0])
+    sampler = comfy.samplers.sampler_object(sampler)
+    return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=0, **options)
+
+
+def counted(model):
+    """A clone, and the list to which each of its UNet calls adds its number of rows."""
+    calls: list[int] = []
+
+    def count(executor, x, *args, **kwargs):
+        calls.append(x.shape[0])
+        return executor(x, *args, **kwargs)
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "count", count)
+    return clone, calls

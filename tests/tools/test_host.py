@@ -1,0 +1,132 @@
+"""ComfyUI is found where it is, in the promised order, and absence is explained."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import host
+
+
+def comfyui(folder: Path) -> Path:
+    """An empty tree that looks like ComfyUI's source."""
+    (folder / "comfy").mkdir(parents=True)
+    for name in ("main.py", "nodes.py", "folder_paths.py"):
+        (folder / name).touch()
+    return folder
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without ComfyUI, and a pack that lies in none."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setattr(Path, "home", lambda: home)
+    monkeypatch.setattr(host, "_around", lambda: None)
+    monkeypatch.delenv(host.PATH_VARIABLE, raising=False)
+    return home
+
+
+def configure(home: Path, text: str) -> None:
+    """comfy-cli's config.ini on Linux."""
+    folder = home / ".config" / "comfy-cli"
+    folder.mkdir(parents=True)
+    (folder / "config.ini").write_text(text)
+
+
+def test_none_where_there_is_none(nowhere):
+    assert host.locate() is None
+
+
+def test_the_variable_comes_first(nowhere, tmp_path, monkeypatch):
+    named = comfyui(tmp_path / "named")
+    comfyui(host.default_workspace())
+    monkeypatch.setattr(host, "_around", lambda: comfyui(tmp_path / "around"))
+    monkeypatch.setenv(host.PATH_VARIABLE, str(named))
+    assert host.locate() == named
+
+
+def test_a_wrong_variable_is_an_error_that_says_what_to_do(nowhere, tmp_path, monkeypatch):
+    comfyui(host.default_workspace())
+    monkeypatch.setenv(host.PATH_VARIABLE, str(tmp_path / "nothing"))
+    with pytest.raises(host.HostMissing) as raised:
+        host.locate()
+    for part in ("nothing", host.PATH_VARIABLE, "expected", "main.py", "unset"):
+        assert part in str(raised.value)
+
+
+def test_the_install_around_the_pack_comes_second(tmp_path, monkeypatch):
+    monkeypatch.delenv(host.PATH_VARIABLE, raising=False)
+    around = comfyui(tmp_path / "ComfyUI")
+    monkeypatch.setattr(host, "ROOT", around / "custom_nodes" / "a-pack")
+    assert host.locate() == around
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="paths as on Linux")
+class TestComfyCli:
+    def test_default_workspace(self, nowhere):
+        assert host.locate() is None
+        comfyui(nowhere / "comfy" / "ComfyUI")
+        assert host.locate() == nowhere / "comfy" / "ComfyUI"
+
+    def test_configured_comes_before_recent_before_default(self, nowhere, tmp_path):
+        default = comfyui(nowhere / "comfy" / "ComfyUI")
+        places = tmp_path / "configured", tmp_path / "recent"
+        configure(
+            nowhere, "[DEFAULT]\ndefault_workspace = {}\nrecent_workspace = {}".format(*places)
+        )
+        assert host.locate() == default
+        comfyui(places[1])
+        assert host.locate() == places[1]
+        comfyui(places[0])
+        assert host.locate() == places[0]
+
+    def test_a_broken_configuration_is_passed_over(self, nowhere):
+        configure(nowhere, "no section\n")
+        comfyui(nowhere / "comfy" / "ComfyUI")
+        assert host.locate() == nowhere / "comfy" / "ComfyUI"
+
+
+def test_require_installs_where_there_is_none(nowhere, tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "install", lambda: comfyui(tmp_path / "installed"))
+    assert host.require() == tmp_path / "installed"
+
+
+def test_a_failed_install_says_what_to_do_by_hand(nowhere, monkeypatch):
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(host, "_shown", lambda command: 1)
+    with pytest.raises(host.HostMissing, match=r"comfy-cli could not install.*COMFYUI_PATH"):
+        host.require()
+
+
+def test_without_comfy_cli_the_remedy_is_the_same(nowhere, monkeypatch):
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(host.HostMissing, match=r"nor comfy-cli.*COMFYUI_PATH"):
+        host.install()
+
+
+def test_the_packs_modules_have_one_identity_and_shadow_nothing(host, pack):
+    """``host``: the fixture; afterwards ``nodes`` is ComfyUI's, and ours is below the pack."""
+    import comfyui_ip_adapter.ip_adapter_core.resampler as resampler
+
+    import nodes
+
+    assert Path(nodes.__file__) == host / "nodes.py"
+    assert sys.modules["comfyui_ip_adapter"] is pack
+    assert resampler is sys.modules["comfyui_ip_adapter.ip_adapter_core.resampler"]
+
+
+def test_booting_refuses_a_shadowed_name(tmp_path, monkeypatch):
+    stranger = type(sys)("comfy")
+    stranger.__file__ = str(tmp_path / "comfy.py")
+    monkeypatch.setitem(sys.modules, "comfy", stranger)
+    with pytest.raises(RuntimeError, match="'comfy' is already loaded from"):
+        host.boot(comfyui(tmp_path / "ComfyUI"))
+
+
+def test_what_an_installer_says_is_passed_on_without_framed_tracebacks(capfd):
+    says = "print('Cloning'); print('╭──╮'); print('│ x │'); print('fatal: no host'); exit(3)"
+    assert host._shown([sys.executable, "-X", "utf8", "-c", says]) == 3
+    assert capfd.readouterr().err.split("\n") == ["Cloning", "fatal: no host", ""]

@@ -1,0 +1,157 @@
+"""The server and its client: what a prompt does, and what a bad one is told."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tools import watched
+from tools.client import PromptError, PromptInterrupted
+from tools.server import Server, ServerError
+
+Prompt = dict[str, dict]
+
+
+@pytest.fixture
+def inverted() -> Prompt:
+    """A prompt without models: a picture, inverted and saved."""
+    return {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "reference.png"}},
+        "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "x"}},
+    }
+
+
+@pytest.fixture
+def sampled() -> Prompt:
+    """A prompt that samples eight steps without text."""
+    name = "v1-5-pruned-emaonly-fp16.safetensors"
+    settings = {"steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal"}
+    return {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": ""}},
+        "3": {
+            "class_type": "EmptyLatentImage",
+            "inputs": {"width": 64, "height": 64, "batch_size": 1},
+        },
+        "4": {
+            "class_type": "KSampler",
+            "inputs": {
+                **settings,
+                "seed": 1,
+                "denoise": 1.0,
+                "model": ["1", 0],
+                "positive": ["2", 0],
+                "negative": ["2", 0],
+                "latent_image": ["3", 0],
+            },
+        },
+        "5": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": ["1", 2]}},
+        "6": {"class_type": "PreviewImage", "inputs": {"images": ["5", 0]}},
+    }
+
+
+def test_the_pack_is_loaded(server):
+    assert "IPA_Apply" in server.object_info("IPA_Apply")
+
+
+def test_pictures_come_back_and_unchanged_nodes_are_cached(server, inverted):
+    inverted["3"]["inputs"]["filename_prefix"] = "first"
+    first = server.run(inverted)
+    assert first.executed == ["1", "2", "3"]
+    with Image.open(io.BytesIO(first.images["3"][0])) as picture:
+        assert picture.size == (512, 512)
+    inverted["3"]["inputs"]["filename_prefix"] = "second"
+    second = server.run(inverted)
+    assert set(second.cached) == {"1", "2"}
+    assert second.executed == ["3"]
+
+
+def test_progress_is_reported_and_an_interrupt_ends_the_prompt(server, sampled):
+    seen = []
+
+    def stop(progress):
+        seen.append((progress.node, progress.step, progress.total))
+        if progress.step == 2:
+            server.interrupt()
+
+    with pytest.raises(PromptInterrupted) as raised:
+        server.run(sampled, stop)
+    assert raised.value.node_id == "4"
+    assert seen[:2] == [("4", 1, 8), ("4", 2, 8)]
+    assert len(seen) < 8
+    again = server.run(sampled, lambda progress: seen.append(progress.step))
+    assert seen[-1] == 8
+    assert again.images["6"]
+    server.free()
+
+
+class TestRefused:
+    def test_unknown_node(self, server, inverted):
+        inverted["2"]["class_type"] = "NoSuchNode"
+        with pytest.raises(PromptError, match="NoSuchNode") as raised:
+            server.run(inverted)
+        assert raised.value.node_id == "2"
+
+    def test_invalid_value(self, server, inverted):
+        inverted["1"]["inputs"]["image"] = "no-such-picture.png"
+        with pytest.raises(PromptError, match="no-such-picture") as raised:
+            server.run(inverted)
+        error = raised.value
+        assert (error.node_id, error.node_class) == ("1", "LoadImage")
+        assert error.exception_type == "custom_validation_failed"
+
+    def test_nothing_to_do(self, server):
+        with pytest.raises(PromptError, match="no outputs"):
+            server.run({})
+
+    def test_the_server_goes_on(self, server, inverted):
+        assert server.run(inverted).images["3"]
+
+
+def test_a_node_that_raises_is_named(server, models, inverted):
+    broken = models / "input" / "broken.png"
+    broken.write_bytes(b"no picture")
+    inverted["1"]["inputs"]["image"] = broken.name
+    try:
+        with pytest.raises(PromptError) as raised:
+            server.run(inverted)
+    finally:
+        broken.unlink()
+    error = raised.value
+    assert (error.node_id, error.node_class) == ("1", "LoadImage")
+    assert "UnidentifiedImageError" in error.exception_type
+    assert str(error).startswith("node 1 (LoadImage): ")
+
+
+def test_a_server_that_ends_at_once_shows_its_log(tmp_path: Path):
+    (tmp_path / "main.py").write_text("print('no such luck'); raise SystemExit(3)")
+    with pytest.raises(ServerError, match=r"(?s)exit code 3.*no such luck"):
+        Server(tmp_path / "base", tmp_path).start()
+
+
+def test_a_server_that_never_answers_is_stopped(tmp_path: Path):
+    (tmp_path / "main.py").write_text("import time; print('asleep', flush=True); time.sleep(60)")
+    server = Server(tmp_path / "base", tmp_path, start_timeout=2)
+    with pytest.raises(ServerError, match=r"(?s)within 2 s.*asleep"):
+        server.start()
+    assert server.process is None
+
+
+def test_the_server_ends_with_its_parent(tmp_path: Path):
+    script = tmp_path / "main.py"
+    script.write_text("import time; print('up', flush=True); time.sleep(60)")
+    process = subprocess.Popen(
+        [sys.executable, watched.__file__, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    process.stdin.close()  # what the system does when the parent is gone
+    assert process.wait(10) == 1

@@ -1,0 +1,89 @@
+"""The workflows' files, read once."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools import miniature
+from tools.server import Client, Result
+from tools.workflows.tasks import TASKS
+
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+NAMES = [task.__name__ for task in TASKS]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "browser: needs chromium and playwright")
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """One task in both formats."""
+
+    name: str
+    editor: dict[str, Any]
+    api: dict[str, Any]
+
+    @property
+    def nodes(self) -> list[dict[str, Any]]:
+        """The editor's nodes that do something: all but the notes."""
+        return [node for node in self.editor["nodes"] if node["type"] != "MarkdownNote"]
+
+    @property
+    def notes(self) -> list[dict[str, Any]]:
+        return [node for node in self.editor["nodes"] if node["type"] == "MarkdownNote"]
+
+
+def read(name: str) -> Workflow:
+    """The files of one task. Raises FileNotFoundError if either format is missing."""
+    paths = FOLDER / f"{name}.json", FOLDER / "api" / f"{name}.json"
+    return Workflow(name, *(json.loads(path.read_text("utf-8")) for path in paths))
+
+
+@pytest.fixture(params=NAMES)
+def workflow(request: pytest.FixtureRequest) -> Workflow:
+    return read(request.param)
+
+
+@pytest.fixture
+def folder() -> Path:
+    return FOLDER
+
+
+@pytest.fixture(scope="session")
+def reading() -> Callable[[str], Workflow]:
+    """Reads a workflow by name, for tests of particular ones."""
+    return read
+
+
+@pytest.fixture(scope="session")
+def client(server: Client) -> Client:
+    """The server, with every stand-in that a workflow names."""
+    miniature.ensure("workflows")
+    return server
+
+
+@pytest.fixture(scope="session")
+def object_info(client: Client) -> dict[str, Any]:
+    """The host's node classes."""
+    return client.object_info()
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Callable[[Result], list[np.ndarray]]:
+    """A run's pictures, [height, width, 3]; not their files, which hold the prompt too."""
+
+    def decode(result: Result) -> list[np.ndarray]:
+        files = (data for node in result.images.values() for data in node)
+        return [np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float) for data in files]
+
+    return decode

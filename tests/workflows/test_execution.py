@@ -1,0 +1,97 @@
+"""What runs again after a change, and what an interrupt leaves behind."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tools.server import Progress, PromptInterrupted
+from tools.workflows.smaller import smaller
+
+APPLY = ("IPA_Apply", "IPA_ApplyConditioning")
+
+
+def first_apply(api: dict[str, Any]) -> str:
+    return next(id_ for id_, node in api.items() if node["class_type"] in APPLY)
+
+
+def downstream(api: dict[str, Any], start: str) -> set[str]:
+    """The node and all that depend on it."""
+    found = {start}
+    while True:
+        more = {
+            id_
+            for id_, node in api.items()
+            for value in node["inputs"].values()
+            if isinstance(value, list) and value[0] in found
+        }
+        if more <= found:
+            return found
+        found |= more
+
+
+def of_class(api: dict[str, Any], class_: str) -> str:
+    return next(id_ for id_, node in api.items() if node["class_type"] == class_)
+
+
+def uncached(api: dict[str, Any]) -> dict[str, Any]:
+    """The same with a node before the sampler that changes nothing, so that it samples anew."""
+    made = copy.deepcopy(api)
+    inputs = made[of_class(made, "KSampler")]["inputs"]
+    repeat = {"samples": inputs["latent_image"], "amount": 1}
+    made["repeat"] = {"class_type": "RepeatLatentBatch", "inputs": repeat}
+    inputs["latent_image"] = ["repeat", 0]
+    return made
+
+
+@pytest.fixture(scope="module", params=["image_only", "several_images_masks", "per_prompt"])
+def api(request, reading) -> dict[str, Any]:
+    """Of the module's scope, so that tests of one workflow follow each other: encoding is slow."""
+    return smaller(reading(request.param).api, steps=2, side=64)
+
+
+@pytest.mark.parametrize("knob, value", [("weight", 0.35), ("start_at", 0.6), ("end_at", 0.4)])
+def test_a_changed_knob_runs_apply_and_what_follows(client, api, pictures, knob, value):
+    before = client.run(api)
+    changed = copy.deepcopy(api)
+    apply = first_apply(changed)
+    changed[apply]["inputs"][knob] = value
+    after = client.run(changed)
+    assert set(after.executed) == downstream(api, apply)
+    assert set(after.cached) == set(api) - downstream(api, apply)
+    for reused in ("CheckpointLoaderSimple", "IPA_LoadAdapter", "IPA_EncodeImage"):
+        assert of_class(api, reused) in after.cached
+    (new,), (old,) = pictures(after), pictures(before)
+    assert np.abs(new - old).max() > 5
+
+
+def test_nothing_runs_again_without_a_change(client, api):
+    client.run(api)
+    again = client.run(api)
+    assert again.executed == []
+    assert set(again.cached) == set(api)
+
+
+def test_an_interrupt_leaves_the_next_prompt_correct(client, api, pictures):
+    before = client.run(api)
+    sampler = of_class(api, "KSampler")
+    long = copy.deepcopy(api)
+    long[sampler]["inputs"]["steps"] = 100
+    seen: list[Progress] = []
+
+    def stop(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.step == 3:
+            client.interrupt()
+
+    with pytest.raises(PromptInterrupted):
+        client.run(long, stop)
+    assert {progress.node for progress in seen} == {sampler}
+    assert 3 <= seen[-1].step < 100
+    after = client.run(uncached(api))
+    assert sampler in after.executed
+    for picture, expected in zip(pictures(after), pictures(before), strict=True):
+        np.testing.assert_array_equal(picture, expected)

@@ -1,0 +1,147 @@
+"""What the files promise: both formats, a picture, models to download, a clean layout."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image
+
+from tools.workflows.public import PUBLIC
+from tools.workflows.tasks import TASKS
+
+FOLDER_OF = {
+    "ckpt_name": "checkpoints",
+    "clip_name": "clip_vision",
+    "adapter_name": "ipadapter",
+    "control_net_name": "controlnet",
+}
+TITLE_BAR = 30
+
+
+def test_every_task_and_nothing_else_has_files(folder):
+    names = {task.__name__ for task in TASKS}
+    assert {path.stem for path in folder.glob("*.json")} == names
+    assert {path.stem for path in (folder / "api").glob("*.json")} == names
+    assert all(re.fullmatch("[a-z][a-z_]*", name) for name in names)
+
+
+def test_a_picture_stands_beside_it_where_the_template_browser_looks(workflow, folder):
+    path = folder / f"{workflow.name}.jpg"
+    assert path.stat().st_size <= 60 * 1024
+    with Image.open(path) as picture:
+        assert picture.format == "JPEG"
+        assert picture.width == picture.height, "the browser cuts or letterboxes other shapes"
+        assert len(picture.convert("L").getcolors(256) or range(257)) > 16, "an empty picture"
+
+
+def test_each_model_file_comes_with_its_download(workflow):
+    wanted = {
+        (value, FOLDER_OF[name])
+        for node in workflow.api.values()
+        for name, value in node["inputs"].items()
+        if name in FOLDER_OF
+    }
+    offered = [
+        (model["name"], model["directory"])
+        for node in workflow.nodes
+        for model in node["properties"].get("models", ())
+    ]
+    assert set(offered) == wanted
+    assert len(offered) == len(wanted)
+
+
+def test_downloads_stand_at_the_node_that_names_the_file(workflow):
+    for node in workflow.nodes:
+        files = [value for value in node["widgets_values"] if str(value).endswith(".safetensors")]
+        assert [model["name"] for model in node["properties"].get("models", ())] == files
+
+
+def test_notes_link_every_model(workflow):
+    text = "\n".join(note["widgets_values"][0] for note in workflow.notes)
+    for node in workflow.nodes:
+        for model in node["properties"].get("models", ()):
+            assert f"[{model['name']}]({model['url']})" in text
+            saved_as = PurePosixPath(urlsplit(model["url"]).path).name
+            assert saved_as == model["name"] or f"saves it as `{saved_as}`" in text
+
+
+@pytest.mark.parametrize("weights", PUBLIC.values(), ids=lambda weights: weights.name)
+def test_downloads_are_of_a_kind_that_the_host_offers(weights):
+    """Its list: huggingface.co or civitai.com, and a file ending that holds no code."""
+    parts = urlsplit(weights.url)
+    assert (parts.scheme, parts.netloc, parts.query) == ("https", "huggingface.co", "")
+    assert "/resolve/main/" in parts.path
+    assert weights.name.endswith(".safetensors") and weights.saved_as.endswith(".safetensors")
+
+
+def test_a_file_has_one_download_everywhere(workflow):
+    for node in workflow.nodes:
+        for model in node["properties"].get("models", ()):
+            public = PUBLIC[model["name"]]
+            assert model == {
+                "name": public.name,
+                "url": public.url,
+                "directory": public.directory,
+            }
+
+
+def test_nodes_name_the_pack_they_come_from(workflow):
+    for node in workflow.nodes:
+        ours = node["type"].startswith("IPA_")
+        assert node["properties"]["cnr_id"] == ("comfyui-ip-adapter" if ours else "comfy-core")
+        assert node["properties"]["Node name for S&R"] == node["type"]
+
+
+def test_nothing_overlaps_and_frames_hold_their_nodes(workflow):
+    def box(node):
+        (x, y), (width, height) = node["pos"], node["size"]
+        return x, y - TITLE_BAR, x + width, y + height
+
+    boxes = [box(node) for node in workflow.editor["nodes"]]
+    for (l1, t1, r1, b1), (l2, t2, r2, b2) in itertools.combinations(boxes, 2):
+        assert r1 <= l2 or r2 <= l1 or b1 <= t2 or b2 <= t1
+    frames = [
+        (x, y, x + width, y + height)
+        for x, y, width, height in (group["bounding"] for group in workflow.editor["groups"])
+    ]
+    for node in workflow.nodes:
+        left, top, right, bottom = box(node)
+        assert any(x <= left and y <= top and right <= r and bottom <= b for x, y, r, b in frames)
+
+
+def test_links_run_forward(workflow):
+    left = {node["id"]: node["pos"][0] for node in workflow.editor["nodes"]}
+    for _, source, _, target, _, _ in workflow.editor["links"]:
+        assert left[source] <= left[target]
+
+
+def test_paper_settings(workflow):
+    for node in workflow.api.values():
+        inputs = node["inputs"]
+        if node["class_type"] == "KSampler":
+            assert (inputs["sampler_name"], inputs["scheduler"]) == ("ddim", "ddim_uniform")
+            assert (inputs["steps"], inputs["cfg"]) == (50, 7.5)
+    texts = {
+        node["inputs"]["text"]
+        for node in workflow.api.values()
+        if node["class_type"] == "CLIPTextEncode"
+    }
+    weights = {
+        node["inputs"]["weight"]
+        for node in workflow.api.values()
+        if node["class_type"] in ("IPA_Apply", "IPA_ApplyConditioning")
+    }
+    assert weights == {1.0} if texts == {""} else max(weights) < 1
+
+
+def test_per_latent_has_one_latent_for_each_picture():
+    from tools.workflows.several import several_images_per_latent
+
+    graph = several_images_per_latent()
+    pictures = sum(node.type == "LoadImage" for node in graph.nodes)
+    (latent,) = (node for node in graph.nodes if node.type == "EmptyLatentImage")
+    assert latent.inputs["batch_size"] == pictures

@@ -1,0 +1,41 @@
+"""The pictures beside the workflows show what the graphs do."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from tools.workflow_pictures import LIMIT, jpeg
+from tools.workflows.sketch import SIDE, draw, pictures_of, stages_of
+
+
+def test_every_picture_leads_into_a_stage_and_every_adapter_is_one(workflow):
+    stages = stages_of(workflow.api)
+    assert {file for stage in stages for file in stage.files} == set(
+        pictures_of(workflow.api).values()
+    )
+    adapters = [stage for stage in stages if stage.label.startswith("IP-Adapter")]
+    classes = [node["class_type"] for node in workflow.api.values()]
+    assert len(adapters) == sum(name in ("IPA_Apply", "IPA_ApplyConditioning") for name in classes)
+    for stage in stages:
+        controls = stage.label.startswith("ControlNet")
+        assert not controls or "ControlNetApplyAdvanced" in classes
+
+
+def test_inputs_and_results_are_in_it(workflow):
+    colours = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]
+    files = list(dict.fromkeys(pictures_of(workflow.api).values()))
+    loaded = {
+        file: Image.new("RGB", (64, 48), colour)
+        for file, colour in zip(files, colours, strict=False)
+    }
+    result = Image.new("RGB", (48, 64), (250, 250, 20))
+    sheet = draw(workflow.api, loaded, [result, result])
+    assert sheet.size == (SIDE, SIDE)
+    shown = set(map(tuple, np.asarray(sheet).reshape(-1, 3)))
+    assert {*colours[: len(files)], (250, 250, 20)} <= shown
+
+
+def test_noise_fits_into_the_limit():
+    noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    assert len(jpeg(Image.fromarray(noise))) <= LIMIT
