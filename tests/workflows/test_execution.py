@@ -11,6 +11,7 @@ import pytest
 from tools.server import Progress, PromptInterrupted
 from tools.workflows.smaller import smaller
 
+STEPS = 300  # more than any server takes before an interrupt reaches it
 APPLY = ("IPA_Apply", "IPA_ApplyConditioning")
 
 
@@ -79,18 +80,18 @@ def test_an_interrupt_leaves_the_next_prompt_correct(client, api, pictures):
     before = client.run(api)
     sampler = of_class(api, "KSampler")
     long = copy.deepcopy(api)
-    long[sampler]["inputs"]["steps"] = 100
+    long[sampler]["inputs"]["steps"] = STEPS
     seen: list[Progress] = []
 
     def stop(progress: Progress) -> None:
-        seen.append(progress)
-        if progress.step == 3:
+        if not seen:
             client.interrupt()
+        seen.append(progress)
 
     with pytest.raises(PromptInterrupted):
         client.run(long, stop)
     assert {progress.node for progress in seen} == {sampler}
-    assert 3 <= seen[-1].step < 100
+    assert 1 <= seen[-1].step < STEPS
     after = client.run(uncached(api))
     assert sampler in after.executed
     for picture, expected in zip(pictures(after), pictures(before), strict=True):
