@@ -125,7 +125,7 @@ def keep_in_force(
     the guider does not know (the PerpNeg node's) gets the model's negative side.
     """
     entries = [entry for conditioning in conds if conditioning for entry in conditioning]
-    unnamed = model_options["transformer_options"].get(UNNAMED)
+    unnamed = _beside(x, model_options["transformer_options"])
     rows = [entry["model_conds"].get(KEY, unnamed) for entry in entries]
     present = [r for r in rows if r is not None]
     if not present or not all(isinstance(r, PromptRows) for r in present):
@@ -140,6 +140,16 @@ def keep_in_force(
         kept = iter([_with_rows(e, None) for e in entries])
     conds = [conditioning and [next(kept) for _ in conditioning] for conditioning in conds]
     return executor(model, conds, x, timestep, model_options, *args, **kwargs)
+
+
+def _beside(x: Tensor, options: dict[str, Any]) -> PromptRows | None:
+    """The model's negative side for conditionings that the guider does not know. Context windows
+    have cut their frames out of `x`, but only the known conditionings' rows."""
+    rows: PromptRows | None = options.get(UNNAMED)
+    window = options.get("context_window")
+    if rows is None or window is None or len(rows.cond) == len(x):
+        return rows
+    return PromptRows(window.get_tensor(rows.cond), rows.prompts)
 
 
 def lay_over_attention(

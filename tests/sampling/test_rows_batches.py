@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -99,6 +101,27 @@ def test_context_windows_with_prompts_in_the_conditioning(small, truth):
             for m, *conds in runs
         )
     )
+
+
+@pytest.mark.parametrize("fix", [True, False])
+@pytest.mark.parametrize("what", ["images", "masks"])
+def test_context_windows_with_a_text_that_the_guider_does_not_know(small, truth, what, fix):
+    from comfy_extras.nodes_perpneg import PerpNeg
+
+    settings = {"combine": "per_latent"} if what == "images" else {"mask": masks(6)}
+    model, adapter, images = small.model(), small.adapter(), small.images(6)
+    if what == "images":  # the zero images too, or all latents had the same negative side
+        images = replace(images, negative=small.images(6, seed=5).positive)
+    texts = small.text(1), small.text(2), small.text(3)
+    positive, negative = truth.sides(adapter, images, **settings)
+    sides = positive, negative, negative
+    expected = truth.apply(model, small.SD15_LAYERS, *zip(texts, sides, strict=True))
+    latents = []
+    for m in (small.apply(model, adapter, images, **settings), expected, model):
+        (m,) = PerpNeg.execute(m, texts[2], 1.0).args
+        guider = small.guider(windowed(m, "standard_static", fix), *texts[:2])
+        latents.append(small.run(guider, batch=6))
+    truth.check(*latents)
 
 
 @pytest.mark.parametrize("what", ["images", "masks"])
