@@ -98,3 +98,7 @@ class IPAdapter(nn.Module):
         """K' and V', each `(N, tokens, width)`, layer by layer in checkpoint order."""
         for layer in self.ip_adapter.values():
             yield layer(tokens)
+
+    def forward(self, features: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Image features to every layer's K' and V'."""
+        return list(self.keys_values(self.tokens(features)))

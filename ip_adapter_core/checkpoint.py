@@ -22,7 +22,7 @@ from .unsupported import unsupported_kind
 SIGNATURES = {"linear": "proj.weight", "resampler": "latents", "mlp": "proj.3.weight"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
-EXTENSIONS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+EXTENSIONS = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
 
 _LAYER = re.compile(r"ip_adapter\.(\d{1,4})\.to_([kv])_ip\.weight")
 
@@ -32,7 +32,7 @@ class CheckpointError(ValueError):
 
 
 def load(path: str | os.PathLike[str], *, operations: Any = nn) -> IPAdapter:
-    """Read an IP-Adapter of any published kind.
+    """Read a base, fine-grained or full IP-Adapter for SD1.5 or SDXL.
 
     `.safetensors`, or `.bin`/`.pt` as torch writes them (tensors only: code in a pickle is
     never run). Tensors keep the file's dtype. Raises CheckpointError for everything that is not
@@ -55,11 +55,21 @@ def load(path: str | os.PathLike[str], *, operations: Any = nn) -> IPAdapter:
 
 def save(adapter: IPAdapter, path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
     """Write the official layout as fp16 safetensors; atomic: `path` is never half-written."""
-    weights = {k: v.detach().to("cpu", torch.float16) for k, v in adapter.state_dict().items()}
+    save_weights(adapter.state_dict(), path, metadata)
+
+
+def save_weights(
+    weights: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]
+) -> None:
+    """`save` of an adapter's `state_dict`, however it was come by."""
+    half = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in weights.items()}
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    save_file({k: v.contiguous() for k, v in weights.items()}, temporary, metadata)
-    os.replace(temporary, path)
+    try:
+        save_file(half, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -108,12 +118,18 @@ def _read_pickle(path: str | os.PathLike[str], name: str) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"asks for {named[1]}" if named else "holds something else"
+        if named is None:
+            raise CheckpointError(
+                f"'{name}' is no list of tensors that torch can read: it is damaged, or holds "
+                "other objects. Download it again, or use a .safetensors version."
+            ) from None
         raise CheckpointError(
-            f"'{name}' was refused: expected a file of tensors only, but it {found}, which could "
-            "run code on this machine. Use a .safetensors version, or one from a source that "
-            "stores plain tensors."
+            f"'{name}' was refused: expected a file of tensors only, but it asks for {named[1]}, "
+            "which could run code on this machine. Use a .safetensors version, or one from a "
+            "source that stores plain tensors."
         ) from None  # torch's text explains how to load it all the same
+    except MemoryError:
+        raise
     except Exception as error:  # torch raises a dozen kinds for damaged archives
         found = next(iter(str(error).splitlines()), "")
         raise CheckpointError(

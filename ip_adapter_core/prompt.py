@@ -28,7 +28,8 @@ _ENCODERS = {
 class ImageFeatures:
     """What an image encoder says of N images.
 
-    `image_embeds (N, embed_dim)`; `penultimate_hidden_states (N, patches, hidden_dim)`.
+    `image_embeds (N, embed_dim)`, embed_dim 0 where the encoder has no projection;
+    `penultimate_hidden_states (N, patches, hidden_dim)`.
     """
 
     image_embeds: Tensor
@@ -72,6 +73,13 @@ def check_encoder(spec: AdapterSpec, prompt: ImagePrompt, adapter_name: str) -> 
     found = getattr(prompt.positive, spec.features).shape[-1]
     if found == spec.feature_dim:
         return
+    if found == 0:
+        raise ValueError(
+            f"'{adapter_name}' reads the encoder's image embedding, but the image prompt was made "
+            f"with {prompt.encoder}: its file holds no 'visual_projection.weight', so it gives "
+            "none. Load the complete image encoder that this adapter was trained with, and encode "
+            "the image again."
+        )
     kind = spec.features.replace("_", " ")
     encoder = _ENCODERS.get((spec.features, spec.feature_dim), "another encoder")
     raise ValueError(
@@ -82,9 +90,10 @@ def check_encoder(spec: AdapterSpec, prompt: ImagePrompt, adapter_name: str) -> 
 
 
 def tokens(adapter: IPAdapter, prompt: ImagePrompt, combine: str) -> tuple[Tensor, Tensor]:
-    """Tokens of both sides, `(R, T, cross_attention_dim)` with the same T.
+    """Tokens of both sides, `(R, T, cross_attention_dim)`.
 
-    `concat`: all images' tokens side by side, R = 1. `average`: the mean of the encoder's
+    `concat`: all images' tokens side by side, R = 1; where one side's T divides the other's, both
+    get the same, and share a slot in the UNet call. `average`: the mean of the encoder's
     features, R = 1. `per_latent`: one row an image, R = N for the positive side.
     Raises ValueError for another `combine`, or per-latent sides of different numbers.
     """
@@ -97,8 +106,11 @@ def tokens(adapter: IPAdapter, prompt: ImagePrompt, combine: str) -> tuple[Tenso
     if combine == "concat":
         positive, negative = positive.flatten(0, 1)[None], negative.flatten(0, 1)[None]
         # Repeating every token equally often leaves the softmax's result as it is.
-        length = math.lcm(positive.shape[1], negative.shape[1])
-        positive, negative = (x.repeat(1, length // x.shape[1], 1) for x in (positive, negative))
+        length = max(positive.shape[1], negative.shape[1])
+        positive, negative = (
+            x if length % x.shape[1] else x.repeat(1, length // x.shape[1], 1)
+            for x in (positive, negative)
+        )
     elif negative.shape[0] not in (1, positive.shape[0]):
         raise ValueError(
             f"per_latent takes one negative image, or one for each image; found "

@@ -7,7 +7,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..ip_adapter_core.host.compile import Settings, compile_prompt
-from ..ip_adapter_core.host.patch import apply_to_conditioning, apply_to_model, with_wrappers
+from ..ip_adapter_core.host.patch import (
+    apply_to_conditioning,
+    apply_to_model,
+    for_conditionings,
+    with_wrappers,
+)
 from ..ip_adapter_core.prompt import COMBINE
 from . import types
 
@@ -42,7 +47,8 @@ def _settings() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.001,
-            tooltip="Where in the schedule it ends. Outside it the model is untouched.",
+            tooltip="Where in the schedule it ends; outside the model is untouched. A step that lies "
+            "exactly on a boundary belongs to both sides, as in ComfyUI's own ranges.",
         ),
         io.Combo.Input(
             "combine",
@@ -117,7 +123,9 @@ class ApplyIPAdapterConditioning(io.ComfyNode):
     def execute(cls, model: Any, positive: Any, negative: Any, **settings: Any) -> io.NodeOutput:
         compiled = compile_prompt(model, Settings(**settings))
         if compiled is None:
-            return io.NodeOutput(model, positive, negative)
+            return io.NodeOutput(
+                for_conditionings(model, positive, negative), positive, negative
+            )
         return io.NodeOutput(
             with_wrappers(model),
             *map(apply_to_conditioning, (positive, negative), compiled),

@@ -1,8 +1,14 @@
 """Image prompts as part of the host's conditionings.
 
 `AttachedPrompts` is what a node writes into a conditioning's `model_conds`; when sampling starts
-it becomes `PromptRows`, which the host repeats, crops and concatenates like everything else
-there, so that its rows always lie beside the right latents.
+it becomes `PromptRows`, which the host slices, repeats and concatenates like everything else there
+(and tells the area, for masks), so that its rows always lie beside the right latents.
+
+A run of two texts and two latents, one image prompt, per latent: OUTER_SAMPLE gives the positive
+text rows [0, 1] with (K'₀V'₀, K'₁V'₁), the negative one rows [0, 1] with the zero image's. A
+context window of the second latent makes both [1]. At a step outside the prompt's window both
+entries are taken out. Inside, the host concatenates them for one UNet call of two texts, which gets
+[K'₁V'₁, zero K'V'] beside [latent 1 with the positive text, latent 1 with the negative one].
 """
 
 from __future__ import annotations
@@ -121,7 +127,8 @@ class AttachedPrompts(comfy.conds.CONDRegular):
     def process_cond(self, batch_size: int, **kwargs: Any) -> AttachedPrompts:
         raise RuntimeError(
             "This conditioning carries an image prompt, but the sampled model does not know of "
-            "it. Connect the MODEL output of 'Apply IP-Adapter (Conditioning)' to the sampler."
+            "it. Connect the MODEL output of 'Apply IP-Adapter (Conditioning)' to the sampler; if "
+            "it is, give nodes that evaluate texts of their own (Perp-Neg) one without a prompt."
         )
 
 

@@ -8,7 +8,7 @@ import comfy.model_management as memory
 import torch
 from comfy.clip_vision import ClipVisionModel
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 
 from ..prompt import ImageFeatures, ImagePrompt
 
@@ -24,10 +24,11 @@ def encode(
     margins of the encoder's mean colour; "none" squeezes the picture into the square.
     Raises ValueError for no pictures, other shapes, or values that are not finite.
     """
-    if clip_vision.image_size <= 0:
+    if clip_vision.model_type != "clip_vision_model":
         raise ValueError(
-            "The image encoder takes pictures of any size (SigLIP 2 NaFlex), which no IP-Adapter "
-            "was trained with. Load the adapter's own encoder, CLIP ViT-H/14 for most."
+            f"The image encoder is a {clip_vision.model_type}, which no supported IP-Adapter was "
+            "trained with; expected a CLIP vision model. Load the adapter's own encoder, CLIP "
+            "ViT-H/14 for most."
         )
     positive = _features(clip_vision, image, crop, "image")
     if negative_image is None:
@@ -58,7 +59,7 @@ def prepare(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str) -
     if crop == "center":
         return _trim(image, clip_vision.image_size)
     if crop == "pad":
-        return _pad(image, clip_vision.image_mean)
+        return _pad(_shrink(image, 8 * clip_vision.image_size), clip_vision.image_mean)
     if crop == "none":
         return image
     raise ValueError(f"crop is {crop!r}; expected one of {', '.join(CROPS)}.")
@@ -77,6 +78,16 @@ def _trim(image: Tensor, size: int) -> Tensor:
     return image
 
 
+def _shrink(image: Tensor, limit: int) -> Tensor:
+    """Bound the long side: padded to a square, a strip of 1×30000 would take 11 GB."""
+    height, width = image.shape[1:3]
+    if max(height, width) <= limit:
+        return image
+    size = [max(1, round(side * limit / max(height, width))) for side in (height, width)]
+    small = interpolate(image.movedim(-1, 1), size, mode="bicubic", antialias=True)
+    return small.movedim(1, -1).clamp(0, 1)
+
+
 def _pad(image: Tensor, colour: list[float]) -> Tensor:
     height, width = image.shape[1:3]
     side = max(height, width)
@@ -88,9 +99,10 @@ def _pad(image: Tensor, colour: list[float]) -> Tensor:
 
 def _features(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str) -> ImageFeatures:
     out = clip_vision.encode_image(prepare(clip_vision, image, crop, name), crop=crop != "none")
-    return ImageFeatures(
-        out["image_embeds"].float().cpu(), out["penultimate_hidden_states"].float().cpu()
-    )
+    embeds = out["image_embeds"]
+    if isinstance(clip_vision.model.visual_projection, torch.nn.Identity):
+        embeds = embeds[:, :0]  # the host passes on the pooled state: no embedding, of any width
+    return ImageFeatures(embeds.float().cpu(), out["penultimate_hidden_states"].float().cpu())
 
 
 def _zero_image(clip_vision: ClipVisionModel, embed_dim: int) -> ImageFeatures:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import comfy.ldm.modules.attention as host_attention
 import comfy.model_patcher
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from comfy.utils import repeat_to_batch_size
 from torch import Tensor
@@ -47,6 +47,13 @@ def apply_to_conditioning(conditioning: Conditioning, prompt: CompiledPrompt) ->
         return {**options, "model_conds": {**model_conds, KEY: attached}}
 
     return [[states, attach(options)] for states, options in conditioning]
+
+
+def for_conditionings(model: Model, *conditionings: Conditioning) -> Model:
+    """`model` itself, or, where a conditioning carries a prompt already, one that understands."""
+    entries = (options for conditioning in conditionings for _, options in conditioning)
+    carried = any(KEY in options.get("model_conds", {}) for options in entries)
+    return with_wrappers(model) if carried else model
 
 
 def with_wrappers(model: Model) -> Model:
@@ -173,8 +180,7 @@ def lay_over_attention(
         slots = replaced.get("attn2", {})
         dims = [layer.dim for layer in layers]
         latent = (x.shape[-2], x.shape[-1])
-        # Who splits the picture into tiles repeats tensors to the tiles, but not our list.
-        rows = [None if r is None else repeat_to_batch_size(r, len(x)) for r in rows]
+        rows = [None if r is None else _for_all(r, x) for r in rows]
         keys_values = [unpack(packed, dims) for packed in rows[::2]]
         masks = [None if m is None else split_levels(m, *latent) for m in rows[1::2]]
         ours = {}
@@ -185,6 +191,22 @@ def lay_over_attention(
         attn2 = {**slots, **ours}
         options = {**options, "patches_replace": {**replaced, "attn2": attn2}}
     return executor(x, timesteps, context, y, control, options, *args, **kwargs)
+
+
+def _for_all(rows: Tensor, x: Tensor) -> Tensor:
+    """Who splits the picture into tiles repeats tensors to the tiles, but not our list."""
+    if len(x) % len(rows):
+        raise RuntimeError(
+            f"The model is run on {len(x)} of the {len(rows)} rows that the image prompt stands "
+            "beside, so which row follows which image cannot be told: another node has cut the "
+            "batch. Take that node or Apply IP-Adapter out."
+        )
+    return repeat_to_batch_size(rows, len(x))
+
+
+def optimized_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """The host's attention as it is now: packs replace it after this module was imported."""
+    return host_attention.optimized_attention(*args, **kwargs)
 
 
 class DecoupledAttention:

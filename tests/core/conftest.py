@@ -27,12 +27,3 @@ def fill(layout: Mapping[str, tuple[int, ...]], seed: int = 0) -> Weights:
 @pytest.fixture(scope="session")
 def random_weights() -> Callable[..., Weights]:
     return fill
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Layers this small take far longer when two threads wait for each other in them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

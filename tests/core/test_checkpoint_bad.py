@@ -39,7 +39,7 @@ def refused(path):
         (b'{"error": "Entry not found"}', ["neither a safetensors", '{"error": "Entry']),
         (b"Access to model x is restricted", ["neither a safetensors", "Access to model"]),
         (b"PK\x03\x04" + bytes(100), ["cannot be read as a torch file"]),
-        (b"\x80\x02" + bytes(range(60)), ["refused", "tensors only"]),
+        (b"\x80\x02" + bytes(range(60)), ["damaged, or holds other objects", "Download it again"]),
         (b"\x10" + bytes(7) + b'{"a": 1}' * 4, ["damaged safetensors"]),
     ],
 )

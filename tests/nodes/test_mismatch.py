@@ -99,6 +99,39 @@ def test_images_of_another_encoder(small, apply):
     says(error, "random.safetensors", 1024, "CLIP ViT-H/14", small.EMBED, "a random encoder")
 
 
+def test_an_encoder_without_its_projection(small, apply, nodes, clip_vision):
+    """The host gives the pooled state in its place, which can be as wide as an embedding."""
+    from comfy.clip_vision import ClipVisionModel
+
+    encoder = ClipVisionModel({**clip_vision.config, "projection_dim": small.HIDDEN})
+    encoder.load_sd(
+        {k: v for k, v in clip_vision.get_sd().items() if k != "visual_projection.weight"}
+    )
+    encode = nodes["IPA_EncodeImage"].execute
+    (prompt,) = encode(encoder, torch.rand(1, 30, 30, 3), "center").args
+    with pytest.raises(ValueError) as error:
+        apply(small.model(), small.adapter(feature_dim=small.HIDDEN), prompt)
+    says(error, "random.safetensors", "visual_projection.weight", "complete image encoder")
+
+
+@pytest.mark.parametrize("kind", ["siglip2_vision_model", "dinov2", "dinov3"])
+def test_an_encoder_of_another_kind(nodes, clip_vision, monkeypatch, kind):
+    monkeypatch.setattr(clip_vision, "model_type", kind)
+    with pytest.raises(ValueError) as error:
+        nodes["IPA_EncodeImage"].execute(clip_vision, torch.rand(1, 30, 30, 3), "center")
+    says(error, kind, "expected a CLIP vision model")
+
+
+def test_no_weight_leaves_prompts_of_the_node_before_in_force(small):
+    """Two nodes side by side on one model, the sampler on the second's, whose λ becomes 0."""
+    given = small.adapter(), small.images()
+    _, *texts = small.apply_conditioning(small.model(), small.text(1), small.text(2), *given)
+    first, *_ = small.apply_conditioning(small.model(), small.text(1), small.text(2), *given)
+    model, *texts = small.apply_conditioning(small.model(), *texts, *given, weight=0.0)
+    expected = small.run(small.guider(first, *texts))
+    assert torch.equal(small.run(small.guider(model, *texts)), expected)
+
+
 def test_a_conditioning_on_a_model_that_knows_nothing_of_it(small):
     model, *texts = small.apply_conditioning(
         small.model(), small.text(1), small.text(2), small.adapter(), small.images()

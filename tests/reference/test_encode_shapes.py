@@ -58,7 +58,7 @@ def test_what_is_cut_off(embed, crop, edges_count, wide):
     assert not torch.equal(embed(changed(image, **middle), crop), before)
 
 
-@pytest.mark.parametrize("height, width", [(60, 100), (101, 60), (1, 9)])
+@pytest.mark.parametrize("height, width", [(60, 100), (101, 60), (1, 9), (900, 2500)])
 def test_pad_adds_margins_of_the_mean_colour(clip, embed, height, width):
     image, side = noise(height, width), max(height, width)
     square = torch.tensor(clip.image_mean).expand(1, side, side, 3).clone()
@@ -69,12 +69,12 @@ def test_pad_adds_margins_of_the_mean_colour(clip, embed, height, width):
 
 
 @pytest.mark.parametrize("crop", ["center", "pad", "none"])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4000), (4000, 1), (3, 2000), (2000, 7)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4000), (16384, 1), (3, 2000), (2000, 7)])
 def test_extreme_shapes_stay_small(embed, crop, shape):
     with LargestTensor() as largest:
         states = embed(noise(*shape), crop)
     assert states.isfinite().all()
-    assert largest.bytes < (256 if crop == "pad" else 16) * MEGABYTE
+    assert largest.bytes < (64 if crop == "pad" else 16) * MEGABYTE
 
 
 @pytest.mark.parametrize(

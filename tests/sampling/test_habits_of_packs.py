@@ -107,6 +107,45 @@ def test_tiles_follow_the_image(small, truth, setup):
     truth.check(*latents)
 
 
+def test_a_batch_run_in_parts_is_refused(small, setup):
+    """A pack that cuts the tensors of a call cuts all but our list: no row would be right."""
+    model, texts = setup
+
+    def halves(apply_model, call):
+        def part(x, i):
+            return x.chunk(2)[i] if isinstance(x, torch.Tensor) else x
+
+        out = []
+        for i in range(2):
+            c = {name: part(value, i) for name, value in call["c"].items()}
+            out.append(apply_model(part(call["input"], i), part(call["timestep"], i), **c))
+        return torch.cat(out)
+
+    model.set_model_unet_function_wrapper(halves)
+    with pytest.raises(RuntimeError, match="run on 1 of the 2 rows"):
+        small.run(small.guider(model, *texts), batch=1)
+
+
+def test_attention_that_a_pack_puts_in_place_of_the_hosts(small, setup, monkeypatch):
+    """Some packs replace the host's function itself, after this pack was imported."""
+    import comfy.ldm.modules.attention as host_attention
+
+    model, texts = setup
+    before = small.run(small.guider(model, *texts))
+    original, calls = host_attention.optimized_attention, []
+
+    def replaced(*args, **kwargs):
+        calls.append(args[0].shape)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(host_attention, "optimized_attention", replaced)
+    after = small.run(small.guider(model, *texts))
+    assert torch.equal(before, after)
+    plain = len(calls)
+    small.run(small.guider(small.model(), *texts))
+    assert plain == len(calls) - plain  # as often as without an image prompt
+
+
 def test_tiles_with_a_mask_are_refused(small, setup):
     _, texts = setup
     mask = torch.rand(1, 64, 64)
