@@ -23,6 +23,7 @@ import nox
 
 ROOT = Path(__file__).resolve().parent
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
+LINTERS = ("ruff==0.17.6", "mypy==2.4.1")  # a new release's new rules are taken up on purpose
 KEPT = ("torch", "torchvision", "torchaudio")  # an installed one is never replaced
 # Where none is installed: the newest torchaudio (2.11, CUDA 13.0) refuses to be imported beside
 # torch 2.15 (CUDA 13.2), and ComfyUI imports it at its start.
@@ -126,7 +127,7 @@ def bench(session: nox.Session) -> None:
 @nox.session(venv_params=["--system-site-packages"])
 def lint(session: nox.Session) -> None:
     """Check formatting, style and types."""
-    session.install("ruff", "mypy")
+    session.install(*LINTERS)
     session.run("python", "-m", "ruff", "check", ".")
     session.run("python", "-m", "ruff", "format", "--check", ".")
-    session.run("python", "-m", "mypy", "ip_adapter_core", "nodes", "tools")
+    session.run("python", "-m", "mypy", "ip_adapter_core", "nodes", "tools", "benchmarks")

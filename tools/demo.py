@@ -3,9 +3,9 @@
 python -m tools.demo [--models DIR] [--no-host] [--size 192] [--steps 8] [--seed 42]
 
 Starts a real ComfyUI with this pack and posts workflows/api/text_and_image.json for each λ,
-on the stand-in models; ``--models`` names a folder of real ones (``checkpoints/``,
-``clip_vision/``, ``ipadapter/`` with the public file names) to use instead. Without a
-ComfyUI, or with ``--no-host``, diffusers draws the same sheet through the same core.
+on the stand-in models; ``--models`` names a folder of real ones, as ComfyUI/models is one
+(``checkpoints/``, ``clip_vision/``, ``ipadapter/`` with the public file names), to use instead.
+Without a ComfyUI, or with ``--no-host``, diffusers draws the same sheet through the same core.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ UNTRAINED = (
     "Untrained stand-in weights: what the pictures show means nothing; "
     "that they change as the reference gains weight is the point."
 )
+PATIENCE = 6 * 3600.0  # seconds for a picture: real models on a CPU take minutes a step
+LOADERS = {  # folder and input that names a file in it
+    "CheckpointLoaderSimple": ("checkpoints", "ckpt_name"),
+    "CLIPVisionLoader": ("clip_vision", "clip_name"),
+    "IPA_LoadAdapter": ("ipadapter", "adapter_name"),
+}
 Pictures = list[tuple[float, Image.Image]]
 
 
@@ -66,6 +72,16 @@ def texts(workflow: dict[str, Any]) -> tuple[str, str]:
     return str(positive["text"]), str(negative["text"])
 
 
+def missing(workflow: dict[str, Any], models: Path) -> list[str]:
+    """Files that the workflow loads and that ``models`` lacks, relative to it."""
+    named = [
+        Path(folder, inputs[key])
+        for loader, (folder, key) in LOADERS.items()
+        for inputs in of_class(workflow, loader)
+    ]
+    return [str(path) for path in named if not (models / path).is_file()]
+
+
 def show(weight: float, step: int, steps: int) -> None:
     """One line a step; on a terminal, one line a picture."""
     bar = "█" * round(24 * step / steps)
@@ -78,19 +94,14 @@ def with_host(comfyui: Path, ask: Ask, models: Path | None) -> Pictures:
     """Pictures of a ComfyUI server that runs this pack."""
     from tools.server import Progress, Server
 
-    base = miniature.ensure() if models else miniature.ensure("sd15")
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     made: Pictures = []
     with tempfile.TemporaryDirectory() as folder:
-        arguments: tuple[str, ...] = ()
-        if models:
-            config = Path(folder) / "models.yaml"
-            names = ("checkpoints", "clip_vision", "ipadapter")
-            paths = {"base_path": str(models), "is_default": True, **{n: n for n in names}}
-            config.write_text(json.dumps({"demo": paths}))  # JSON is YAML
-            arguments = ("--extra-model-paths-config", str(config))
+        base, arguments = (
+            _only(models, ask.reference, Path(folder)) if models else (miniature.ensure("sd15"), ())
+        )
         print("Starting ComfyUI …", flush=True)
-        with Server(base, comfyui, arguments) as client:
+        with Server(base, comfyui, arguments, prompt_timeout=PATIENCE) as client:
             print("Encoding text and image …", flush=True)
             for weight in ask.weights:
 
@@ -103,6 +114,18 @@ def with_host(comfyui: Path, ask: Ask, models: Path | None) -> Pictures:
     return made
 
 
+def _only(models: Path, reference: Image.Image, folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """A base directory without stand-ins, and ComfyUI's flags that add ``models`` to it."""
+    base = folder / "base"
+    (base / "input").mkdir(parents=True)
+    reference.save(base / "input" / REFERENCE)
+    paths = {"base_path": str(models), "is_default": True}
+    paths |= {name: name for name, _ in LOADERS.values()}
+    config = folder / "models.yaml"
+    config.write_text(json.dumps({"demo": paths}), encoding="utf-8")  # JSON is YAML
+    return base, ("--extra-model-paths-config", str(config))
+
+
 def without_host(ask: Ask) -> Pictures:
     """The same pictures from diffusers, through the same core."""
     miniature.ensure("sd15")
@@ -112,10 +135,14 @@ def without_host(ask: Ask) -> Pictures:
     return demo_diffusers.pictures(ask, show)
 
 
+def _folder(name: str) -> Path:
+    return Path(name).expanduser().resolve()
+
+
 def main() -> None:
     """Draw the sheet, and print its path as the last line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", type=Path, help="folder of real models to use")
+    parser.add_argument("--models", type=_folder, help="folder of real models to use")
     parser.add_argument("--no-host", action="store_true", help="use diffusers, not ComfyUI")
     parser.add_argument("--size", type=int, help="side in pixels (192; real models: 512)")
     parser.add_argument("--steps", type=int, help="sampling steps (8; real models: 50)")
@@ -123,6 +150,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.models and given.no_host:
         parser.error("--models needs ComfyUI; leave --no-host out")
+    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    if given.models and (lacking := missing(workflow, given.models)):
+        parser.error(f"{given.models} lacks {', '.join(lacking)}; the README says where to get them")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     try:
@@ -136,7 +166,7 @@ def main() -> None:
         print("Until then diffusers draws the same sheet.", flush=True)
 
     base = miniature.ensure()
-    positive, negative = texts(json.loads(WORKFLOW.read_text(encoding="utf-8")))
+    positive, negative = texts(workflow)
     ask = Ask(
         reference=Image.open(base / "input" / REFERENCE),
         prompt=positive,
