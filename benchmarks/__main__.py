@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tools.host import ROOT
 
-from . import budget, overhead
+from . import budget, overhead, share
 from .world import World
 
 OUTPUT = ROOT / "output" / "bench.json"
@@ -25,6 +25,9 @@ LIMITS = {
     "ratio_one": 1.01,
     "ratio_mask": 1.02,
     "ratio_three": 1.02,
+    "own_one": 1.01,
+    "own_mask": 1.02,
+    "own_three": 1.02,
 }
 
 
@@ -36,13 +39,14 @@ def main() -> None:
 
     world = World.build()
     results = budget.measure(world)
-    models = overhead.variants(world)
+    models = overhead.variants(world.model, world.apply)
     if arguments.peer:
         from . import peer
 
         results |= peer.counts(world, arguments.peer)
         models |= peer.variants(world, arguments.peer)
     results |= overhead.measure(world.model, models, arguments.rounds, _progress)
+    results |= share.measure(world, rounds=min(arguments.rounds, 5))
 
     OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text(json.dumps(results, indent=2) + "\n")

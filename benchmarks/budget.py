@@ -9,14 +9,13 @@ from __future__ import annotations
 import gc
 import importlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from types import FunctionType, ModuleType
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .world import World, sample
+from .world import World, sample, thirds
 
 SIZE = 16  # latents; counts do not depend on it
 LAYERS = 16
@@ -60,10 +59,8 @@ def added(with_prompt: Counter[str], without: Counter[str]) -> tuple[int, int]:
 
 def measure(world: World) -> dict[str, float]:
     base = per_step(world.model)
-    mask = torch.zeros(1, 512, 512)
-    mask[:, :, :256] = 1
     one, syncs = added(per_step(world.apply(world.model)), base)
-    masked, mask_syncs = added(per_step(world.apply(world.model, mask=mask)), base)
+    masked, mask_syncs = added(per_step(world.apply(world.model, mask=thirds()[0])), base)
     window = {"start_at": 1.0, "end_at": 1.0}
     outside, window_syncs = added(per_step(world.apply(world.model, **window)), base)
     return {
@@ -77,44 +74,40 @@ def measure(world: World) -> dict[str, float]:
 
 
 def resident_parameters(world: World) -> int:
-    """Adapter parameters that the host keeps loaded, or that the sampled model can reach, seen
+    """Adapter parameters that the sampled model or one that the host keeps loaded can reach, seen
     from within a UNet call and after sampling."""
-    found: list[int] = []
+    sizes = {id(p): p.numel() for p in world.adapter.module.parameters()}
+    management = importlib.import_module("comfy.model_management")
     model = world.apply(world.model)
+    found: list[int] = []
 
-    def look(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        found.append(_loaded(world.adapter.module) + _reachable(world.adapter.module, model))
+    def count() -> None:
+        loaded = [entry.model for entry in management.current_loaded_models]
+        found.append(sum(sizes.get(id(thing), 0) for thing in reachable(model, *loaded)))
+
+    def look(executor: Any, *args: Any, **kwargs: Any) -> Any:  # holds nothing of the adapter
+        count()
         return executor(*args, **kwargs)
 
     wrappers = importlib.import_module("comfy.patcher_extension").WrappersMP
     model.add_wrapper_with_key(wrappers.DIFFUSION_MODEL, "benchmark", look)
     sample(model, 1, SIZE)
-    found.append(_loaded(world.adapter.module))
+    count()
     return max(found)
 
 
-def _loaded(module: torch.nn.Module) -> int:
-    management = importlib.import_module("comfy.model_management")
-    loaded = [x.model for x in management.current_loaded_models if x.model is not None]
-    return sum(_size(module) for patcher in loaded if patcher.model is module)
-
-
-def _reachable(module: torch.nn.Module, model: Any) -> int:
-    ours = {id(p): p.numel() for p in module.parameters()}
-    roots = (model.attachments, model.wrappers, model.model_options, model.additional_models)
-    return sum(ours.get(id(x), 0) for x in _walk(*roots))
-
-
-def _walk(*roots: Any) -> Iterator[Any]:
+def reachable(*roots: Any) -> Iterable[Any]:
+    """Everything that these objects hold, as the garbage collector sees it. Not through modules,
+    classes and functions' globals: by way of those, everything reaches everything."""
     seen: dict[int, Any] = {}
-    stack = list(roots)
-    while stack:
-        item = stack.pop()
-        if id(item) not in seen and not isinstance(item, (type, ModuleType, FunctionType)):
-            seen[id(item)] = item
-            stack += gc.get_referents(item)
-    return iter(seen.values())
-
-
-def _size(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    queue = list(roots)
+    while queue:
+        thing = queue.pop()
+        if id(thing) in seen or isinstance(thing, (type, ModuleType)):
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, FunctionType):
+            queue += thing.__closure__ or (), thing.__defaults__ or (), thing.__dict__
+        else:
+            queue += gc.get_referents(thing)
+    return seen.values()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .world import World, sample
+from .world import sample, thirds
 
 SIZE = 64
 
@@ -24,23 +24,22 @@ def cpu_seconds(model: Any) -> float:
     return time.process_time() - start
 
 
-def variants(world: World) -> dict[str, Any]:
-    """Models to time: one prompt, one with a mask, three, three with masks."""
-    masks = [torch.zeros(1, 512, 512) for _ in range(3)]
-    for i, mask in enumerate(masks):
-        mask[..., 171 * i : 171 * (i + 1)] = 1
+def variants(model: Any, apply: Callable[..., Any], prefix: str = "") -> dict[str, Any]:
+    """Models to time, `apply` once or in a row: one prompt, one with a mask, three, three with
+    masks."""
+    masks = thirds()
 
-    def three(*of: torch.Tensor | None) -> Any:
-        model = world.model
+    def in_a_row(*of: torch.Tensor | None) -> Any:
+        patched = model
         for mask in of:
-            model = world.apply(model, mask=mask)
-        return model
+            patched = apply(patched, mask=mask)
+        return patched
 
     return {
-        "ratio_one": world.apply(world.model),
-        "ratio_mask": world.apply(world.model, mask=masks[0]),
-        "ratio_three": three(None, None, None),
-        "ratio_three_masks": three(*masks),
+        f"{prefix}ratio_one": in_a_row(None),
+        f"{prefix}ratio_mask": in_a_row(masks[0]),
+        f"{prefix}ratio_three": in_a_row(None, None, None),
+        f"{prefix}ratio_three_masks": in_a_row(*masks),
     }
 
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import overhead
 from .budget import LAYERS, added, per_step
-from .world import World
+from .world import World, thirds
 
 
 def counts(world: World, folder: Path) -> dict[str, float]:
     """What the peer adds to a step: kernels a layer, those with a mask, synchronisations."""
     base = per_step(world.model)
     kernels, syncs = added(per_step(_apply(world, folder, world.model)), base)
-    masked, _ = added(per_step(_apply(world, folder, world.model, _half())), base)
+    masked, _ = added(per_step(_apply(world, folder, world.model, thirds()[0])), base)
     return {
         "peer_kernels_per_layer": kernels / LAYERS,
         "peer_kernels_per_layer_mask": masked / LAYERS,
@@ -27,26 +29,8 @@ def counts(world: World, folder: Path) -> dict[str, float]:
 
 
 def variants(world: World, folder: Path) -> dict[str, Any]:
-    """Models to time: one prompt, one with a mask, three in a row, three with masks."""
-
-    def three(mask: torch.Tensor | None) -> Any:
-        model = world.model
-        for _ in range(3):
-            model = _apply(world, folder, model, mask)
-        return model
-
-    return {
-        "peer_ratio_one": _apply(world, folder, world.model),
-        "peer_ratio_mask": _apply(world, folder, world.model, _half()),
-        "peer_ratio_three": three(None),
-        "peer_ratio_three_masks": three(_half()),
-    }
-
-
-def _half() -> torch.Tensor:
-    mask = torch.zeros(1, 512, 512)
-    mask[:, :, :256] = 1
-    return mask
+    """The same models to time, the peer's nodes in place of ours."""
+    return overhead.variants(world.model, partial(_apply, world, folder), "peer_")
 
 
 def _apply(world: World, folder: Path, model: Any, mask: torch.Tensor | None = None) -> Any:
@@ -55,7 +39,7 @@ def _apply(world: World, folder: Path, model: Any, mask: torch.Tensor | None = N
         part, name = key.split(".", 1)
         weights[part][name] = value
     node = _load(folder).IPAdapterEmbeds()
-    (patched,) = node.apply_ipadapter(
+    patched, *_ = node.apply_ipadapter(
         model,
         weights,
         world.prompt.positive.image_embeds,

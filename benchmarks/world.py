@@ -75,6 +75,14 @@ class World:
         return node.execute(model=model, **inputs).args[0]
 
 
+def thirds() -> list[torch.Tensor]:
+    """Three masks side by side, which together cover the picture."""
+    masks = [torch.zeros(1, 512, 512) for _ in range(3)]
+    for i, mask in enumerate(masks):
+        mask[..., 171 * i : 171 * (i + 1)] = 1
+    return masks
+
+
 @torch.no_grad()  # inference mode would take composite operations apart
 def sample(model: Any, steps: int, size: int, batch: int = 1) -> torch.Tensor:
     """Euler with guidance over two conditionings, latents of `size`²; the final latents."""

@@ -1,0 +1,110 @@
+"""The pack's own share of the sampling time: a ratio that one run tells by itself.
+
+Two runs beside each other differ by some percent for reasons of the machine. Here the pack's code
+is timed inside the run that it is part of, less what it calls of the host's, so that the speed of
+the machine cancels; what it does to the host's caches is not seen.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tools import host
+
+from .overhead import SIZE, variants
+from .world import World, sample
+
+WRAPPERS = ("prepare_run", "keep_in_force", "lay_over_attention")
+ROWS = ("process_cond", "can_concat", "size", "concat")  # methods that the host calls
+
+
+class Clock:
+    """CPU seconds of all threads, `own` those spent in the pack."""
+
+    def __init__(self) -> None:
+        self.own = 0.0
+
+    def ours(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self._count(function, +1)
+
+    def theirs(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """To be called from ours only."""
+        return self._count(function, -1)
+
+    def _count(self, function: Callable[..., Any], sign: int) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.own += sign * (time.process_time() - start)
+
+        return counted
+
+
+class _Executor:
+    """What a wrapper of the host's gets, its call not counted as ours."""
+
+    def __init__(self, clock: Clock, executor: Any) -> None:
+        self.class_obj = executor.class_obj
+        self._call = clock.theirs(executor)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+
+@contextmanager
+def timed(clock: Clock) -> Iterator[None]:
+    """Models that are made and sampled herein are timed by `clock`."""
+    patch: Any = importlib.import_module(f"{host.PACK}.ip_adapter_core.host.patch")
+    rows: Any = importlib.import_module(f"{host.PACK}.ip_adapter_core.host.conditioning").PromptRows
+    replaced = [(patch, name) for name in (*WRAPPERS, "DecoupledAttention", "optimized_attention")]
+    replaced += [(rows, name) for name in ROWS]
+    before = [(owner, name, vars(owner)[name]) for owner, name in replaced]
+
+    def wrapper(function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            return function(_Executor(clock, executor), *args, **kwargs)
+
+        return clock.ours(timed_wrapper)
+
+    class Timed(patch.DecoupledAttention):
+        __call__ = clock.ours(patch.DecoupledAttention.__call__)
+
+    try:
+        for name in WRAPPERS:
+            setattr(patch, name, wrapper(getattr(patch, name)))
+        patch.DecoupledAttention = Timed
+        patch.optimized_attention = clock.theirs(patch.optimized_attention)
+        for name in ROWS:
+            setattr(rows, name, clock.ours(vars(rows)[name]))
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def measure(world: World, rounds: int) -> dict[str, float]:
+    """Median of sampling time over sampling time less the pack's own: `own_one` and so on."""
+    clock = Clock()
+    with timed(clock):
+        models = variants(world.model, world.apply)
+        sample(world.model, 1, SIZE)  # warm-up
+        return {
+            name.replace("ratio", "own"): statistics.median(
+                _ratio(clock, model) for _ in range(rounds)
+            )
+            for name, model in models.items()
+        }
+
+
+def _ratio(clock: Clock, model: Any) -> float:
+    clock.own, start = 0.0, time.process_time()
+    sample(model, 1, SIZE)
+    took = time.process_time() - start
+    return took / (took - clock.own)

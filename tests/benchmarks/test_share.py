@@ -1,0 +1,106 @@
+"""The clock that tells the pack's own part of a sampling run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from benchmarks import share
+from tools.host import PACK
+
+
+class Work:
+    """CPU time as the tests spend it, in seconds."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def __call__(self, seconds: int) -> None:
+        self.done += seconds
+
+    def before(self, function: Callable[..., Any], seconds: int) -> Callable[..., Any]:
+        """`function`, and that it takes so long."""
+
+        def working(*args: Any, **kwargs: Any) -> Any:
+            self(seconds)
+            return function(*args, **kwargs)
+
+        return working
+
+
+@pytest.fixture
+def work(monkeypatch) -> Work:
+    """The only thing that takes time."""
+    work = Work()
+    monkeypatch.setattr(share.time, "process_time", lambda: work.done)
+    return work
+
+
+@pytest.fixture
+def clock(work) -> share.Clock:
+    return share.Clock()
+
+
+def test_what_is_called_of_the_hosts_does_not_count(clock, work):
+    def ours() -> None:
+        work(1)
+        clock.theirs(work)(30)
+
+    clock.ours(ours)()
+    assert clock.own == 1
+
+
+def test_what_the_host_calls_of_ours_counts(clock, work):
+    def theirs() -> None:
+        work(30)
+        clock.ours(work)(1)
+
+    clock.ours(clock.theirs(theirs))()
+    assert clock.own == 1
+
+
+def test_an_error_does_not_stop_the_clock_in_the_middle(clock, work):
+    def fails() -> None:
+        work(30)
+        raise ValueError
+
+    def ours() -> None:
+        work(1)
+        clock.theirs(fails)()
+
+    with pytest.raises(ValueError):
+        clock.ours(ours)()
+    assert clock.own == 1
+    work(500)
+    clock.ours(work)(2)
+    assert clock.own == 3
+
+
+def test_what_is_made_and_sampled_meanwhile_is_timed(small, clock, work, monkeypatch):
+    """The host's attention takes 1 s, ours 1000 s, putting two conditionings together 10⁶ s."""
+    host = importlib.import_module(f"{PACK}.ip_adapter_core.host")
+    patch, rows = host.patch, host.conditioning.PromptRows
+    monkeypatch.setattr(patch, "optimized_attention", work.before(patch.optimized_attention, 1))
+    monkeypatch.setattr(patch, "image_attention", work.before(patch.image_attention, 10**3))
+    monkeypatch.setattr(rows, "_by_slot", work.before(rows._by_slot, 10**6))
+    changed = vars(patch) | vars(rows)
+
+    def model() -> Any:
+        return small.apply(small.model("tiny"), small.adapter("tiny"), small.images())
+
+    def sample(model: Any) -> None:
+        work.done, clock.own = 0, 0
+        small.run(small.guider(model, small.text(1), small.text(2)), at=(0.5,))
+
+    with share.timed(clock):
+        sample(model())
+        meanwhile = vars(patch) | vars(rows)
+    theirs = work.done % 10**3
+    assert theirs and clock.own == work.done - theirs == 2 * 10**6 + theirs * 10**3
+
+    assert vars(patch) | vars(rows) == changed != meanwhile
+    sample(model())
+    assert work.done == 2 * 10**6 + theirs * (10**3 + 1) and clock.own == 0
