@@ -6,13 +6,15 @@ others skip and say so; with ``CI`` set they fail.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 # Last, never first: in front, this pack's nodes/ would shadow ComfyUI's nodes.py.
@@ -80,7 +82,80 @@ def models_sdxl() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(host_path: Path, models: Path) -> Iterator[Client]:
+def _started(host_path: Path, models: Path) -> Iterator[tuple[Server, Client]]:
+    flags = _host.flags()
+    chosen = any(flag.startswith("--cache-") or flag == "--high-ram" for flag in flags)
+    # The host's default cache drops results where memory is short; which ones, no test can know.
+    server = Server(models, host_path, () if chosen else ("--cache-classic",))
+    with server as client:
+        yield server, client
+
+
+@pytest.fixture(scope="session")
+def server(_started: tuple[Server, Client]) -> Client:
     """A client of a ComfyUI server that runs on ``models`` with this pack."""
-    with Server(models, host_path) as client:
-        yield client
+    return _started[1]
+
+
+@pytest.fixture(scope="session")
+def server_id(_started: tuple[Server, Client]) -> int:
+    """The number of that server's process."""
+    process = _started[0].process
+    assert process is not None
+    return process.pid
+
+
+@pytest.fixture(scope="session")
+def helper() -> Callable[[str], ModuleType]:
+    """Loads ``tests/<name>.py`` as ``ip_adapter_tests_<its last part>``, once. Helpers import the
+    host, so that only fixtures can load them."""
+
+    def load(name: str) -> ModuleType:
+        path = ROOT / "tests" / f"{name}.py"
+        known = f"ip_adapter_tests_{path.stem}"
+        if known not in sys.modules:
+            spec = importlib.util.spec_from_file_location(known, path)
+            assert spec is not None and spec.loader is not None
+            module = sys.modules[known] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        return sys.modules[known]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def small(pack: ModuleType, helper: Callable[[str], ModuleType]) -> ModuleType:
+    """Random models of few channels, and sampling with them."""
+    return helper("sampling/small")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Layers as small as most tests' take far longer when two threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def arrow(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of training pictures go to a folder of the tests."""
+    import datasets
+
+    folder = tmp_path_factory.getbasetemp() / "datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+
+
+@pytest.fixture
+def accelerate_anew() -> Iterator[Callable[[], None]]:
+    """accelerate keeps its state in classes: one run after the other in one process needs this."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    def reset() -> None:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+    reset()
+    yield reset
+    reset()

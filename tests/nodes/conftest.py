@@ -1,28 +1,12 @@
-"""Small models, an image encoder and a folder of adapters for the nodes."""
+"""The nodes, an image encoder and a folder of adapters for the nodes."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-
-
-@pytest.fixture(scope="session")
-def small(host, pack) -> ModuleType:
-    """The models that sampling is tested with; the module imports the host."""
-    name = "ip_adapter_tests_small"
-    if name not in sys.modules:
-        path = Path(__file__).parents[1] / "sampling" / "small.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 @pytest.fixture(scope="session")
@@ -86,10 +70,6 @@ def saved(small):
 
 @pytest.fixture(autouse=True)
 def _as_in_the_host():
-    """In inference mode, but in one thread: small layers wait for the others' cores otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.inference_mode():
         yield
-    torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 from comfyui_ip_adapter.ip_adapter_core.host.adapter import HostAdapter, load_adapter
 from comfyui_ip_adapter.ip_adapter_core.prompt import ImageFeatures, ImagePrompt
-from ip_adapter_reference_unets import Family
+from ip_adapter_tests_unets import Family
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -13,8 +13,8 @@ from comfyui_ip_adapter.ip_adapter_core.host.adapter import HostAdapter
 from comfyui_ip_adapter.ip_adapter_core.prompt import ImagePrompt
 from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
 from diffusers import UNet2DConditionModel
-from ip_adapter_reference_adapters import Encoder, loaded, sections, weights
-from ip_adapter_reference_unets import POOLED, Family, comfy_model, diffusers_unet
+from ip_adapter_tests_adapters import Encoder, loaded, sections, weights
+from ip_adapter_tests_unets import POOLED, Family, comfy_model, diffusers_unet
 from torch import Tensor
 
 SIZES = {"width": 832, "height": 1216, "crop_w": 16, "crop_h": 32}

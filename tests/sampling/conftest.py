@@ -1,10 +1,7 @@
-"""Small models, and the slow explicit truth that sampling is compared with."""
+"""The slow explicit truth that sampling is compared with, and what to sample."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -31,35 +28,19 @@ LAYOUTS = (
 )
 
 
-def _load(name: str) -> ModuleType:
-    """A helper beside this file. It imports the host, so it can only be loaded by a fixture."""
-    path = Path(__file__).parent / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"ip_adapter_tests_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="session")
+def truth(small, helper) -> ModuleType:
+    return helper("sampling/truth")
 
 
 @pytest.fixture(scope="session")
-def small(host, pack) -> ModuleType:
-    return _load("small")
+def guidances(small, helper) -> ModuleType:
+    return helper("sampling/guidances")
 
 
 @pytest.fixture(scope="session")
-def truth(small) -> ModuleType:
-    return _load("truth")
-
-
-@pytest.fixture(scope="session")
-def guidances(small) -> ModuleType:
-    return _load("guidances")
-
-
-@pytest.fixture(scope="session")
-def regions() -> ModuleType:
-    return _load("regions")
+def regions(helper) -> ModuleType:
+    return helper("sampling/regions")
 
 
 @pytest.fixture(params=GUIDANCES)
@@ -84,11 +65,6 @@ def split_for_memory(host, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _as_in_the_host():
-    """In inference mode, but in one thread: layers this small take 20 times longer when two
-    threads wait for each other in them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.inference_mode():
         yield
-    torch.set_num_threads(threads)

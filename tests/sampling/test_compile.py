@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,7 +79,13 @@ def test_a_patch_of_another_pack_is_traced_too(small):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")
+PYTHON_H = Path(sysconfig.get_path("include"), "Python.h")
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None or not PYTHON_H.exists(),
+    reason="inductor compiles with g++ and Python's headers",
+)
 def test_the_node_itself(small):
     """With inductor, on a UNet of two layers: it compiles a minute for every ten."""
     given = small.adapter("tiny"), small.images()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import weakref
-from types import FunctionType, ModuleType
 
 import pytest
 import torch
+
+from benchmarks.budget import reachable
 
 
 @pytest.fixture(params=["model", "conditioning"])
@@ -29,22 +30,6 @@ def loaded():
     import comfy.model_management as memory
 
     return [entry.model.model for entry in memory.current_loaded_models if entry.model]
-
-
-def reachable(*roots):
-    """Everything that these objects hold, as the garbage collector sees it. Not through modules,
-    classes and functions' globals: by way of those, everything reaches everything."""
-    seen, queue = {}, list(roots)
-    while queue:
-        thing = queue.pop()
-        if id(thing) in seen or isinstance(thing, type | ModuleType):
-            continue
-        seen[id(thing)] = thing
-        if isinstance(thing, FunctionType):
-            queue += thing.__closure__ or (), thing.__defaults__ or (), thing.__dict__
-        else:
-            queue += gc.get_referents(thing)
-    return seen.values()
 
 
 def test_no_adapter_parameter_is_resident(small, apply, monkeypatch):

@@ -1,14 +1,17 @@
-"""The demo's parts: the workflow it posts, and the sheet it draws."""
+"""The demo's parts (the workflow it posts, the sheet it draws), and all of it."""
 
 from __future__ import annotations
 
 import json
+import sys
 
+import numpy as np
+import pytest
 from PIL import Image
 
 from tools import demo, pictures
 from tools.ask import Ask
-from tools.sheet import contact_sheet
+from tools.sheet import CELL, GAP, HEAD, MARGIN, contact_sheet
 
 
 def ask() -> Ask:
@@ -39,3 +42,27 @@ def test_the_sheet_shows_the_reference_and_every_picture():
     shown = {colour for _, colour in sheet.getcolors(1 << 24)}
     assert shown.issuperset(colours)
     assert sheet.width > 3 * 320
+
+
+@pytest.mark.parametrize("arguments", [[], ["--no-host"]], ids=["host", "no host"])
+def test_the_demo_draws_the_reference_and_what_it_does(
+    request, models, tmp_path, monkeypatch, capsys, arguments
+):
+    if not arguments:
+        request.getfixturevalue("host_path")  # skips where there is none
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path / "output" / "demo.png")
+    monkeypatch.setattr(sys, "argv", ["demo", "--size", "64", "--steps", "1", *arguments])
+    demo.main()
+    assert capsys.readouterr().out.splitlines()[-1] == str(demo.OUTPUT)
+
+    sheet = Image.open(demo.OUTPUT).convert("RGB")
+    weights = demo.WEIGHTS
+    assert (weights[0], weights[-1]) == (0, 1)
+    left = [MARGIN, *(MARGIN + GAP + n * (CELL + GAP) for n in range(1, len(weights) + 1))]
+    assert 0 < sheet.width - (left[-1] + CELL) < CELL  # no room for more
+    boxes = [(x, HEAD, x + CELL, HEAD + CELL) for x in left]
+    reference, *drawn = (np.asarray(sheet.crop(box), float)[32:-32, 32:-32] for box in boxes)
+    expected = pictures.picture("reference.png").convert("RGB").resize((CELL, CELL))
+    assert np.abs(reference - np.asarray(expected, float)[32:-32, 32:-32]).mean() < 5
+    assert all(picture.std() > 5 for picture in drawn)
+    assert np.abs(drawn[-1] - drawn[0]).max() > 5

@@ -151,9 +151,9 @@ def test_a_server_that_ends_at_once_shows_its_log(tmp_path: Path):
 
 
 def test_a_server_that_never_answers_is_stopped(tmp_path: Path):
-    (tmp_path / "main.py").write_text("import time; print('asleep', flush=True); time.sleep(60)")
+    (tmp_path / "main.py").write_text("import time; time.sleep(60)")
     server = Server(tmp_path / "base", tmp_path, start_timeout=2)
-    with pytest.raises(ServerError, match=r"(?s)within 2 s.*asleep"):
+    with pytest.raises(ServerError, match="within 2 s"):
         server.start()
     assert server.process is None
 

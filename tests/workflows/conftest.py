@@ -21,10 +21,6 @@ FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = [task.__name__ for task in TASKS]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "browser: needs chromium and playwright")
-
-
 @dataclass(frozen=True)
 class Workflow:
     """One task in both formats."""

@@ -14,7 +14,9 @@ from tools.server import Client
 pytestmark = pytest.mark.browser
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-READY = """() => window.app?.extensionManager && window.app.graph
+# The spinner turns until the editor has loaded a graph of its own accord, which would replace ours.
+READY = """() => window.app?.extensionManager?.workflow?.activeWorkflow
+    && app.extensionManager.spinner === false
     && window.LiteGraph?.registered_node_types?.IPA_Apply"""
 LOAD = """async (workflow) => {
     await app.loadGraphData(workflow)
@@ -37,7 +39,7 @@ def load(client: Client) -> Iterator[Callable[[Any], dict[str, Any]]]:
         chromium = playwright.chromium.launch(executable_path=browser, args=arguments)
         page = chromium.new_page(viewport={"width": 1600, "height": 900})
         page.route(
-            lambda url: not url.startswith((url, "data:", "blob:")),
+            lambda asked: not asked.startswith((url, "data:", "blob:")),
             lambda route: route.abort(),
         )
         page.goto(url)
