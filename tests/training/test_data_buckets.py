@@ -1,0 +1,176 @@
+"""Aspect-ratio buckets: which there are, who goes where, and what is said of empty ones."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.data import buckets
+from training.data.buckets import Buckets, bucket_sizes, by_aspect, nearest, picture_sizes, square
+from training.data.records import Record
+from training.errors import TrainingError
+
+
+class Pictures:
+    """A source of encoded pictures that counts how often each is read."""
+
+    def __init__(self, images, told=None, fingerprint="some"):
+        self.images, self.told, self.fingerprint = images, told, fingerprint
+        self.reads = []
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        self.reads.append(int(row))
+        return Record(f"picture {row}", self.images[row], "text")
+
+    def sizes(self):
+        return self.told
+
+
+def picture(height, width, kind="PNG", **options):
+    buffer = io.BytesIO()
+    Image.new("L", (width, height)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [512, 768, 1024])
+def test_the_sizes(size):
+    found = bucket_sizes(size)
+    assert found[0] == (size, size)
+    assert len(set(found)) == len(found)
+    assert {(w, h) for h, w in found} == set(found)
+    for height, width in found:
+        assert height % 64 == width % 64 == 0
+        assert 0.85 * size**2 <= height * width <= size**2
+        assert 0.5 <= height / width <= 2
+
+
+def test_sizes_at_512_and_1024():
+    assert bucket_sizes(512) == ((512, 512), (384, 640), (448, 576), (576, 448), (640, 384))
+    # Those of SDXL's own training (arXiv 2307.01952, appendix I) that are not more than 2 : 1.
+    assert {(704, 1408), (768, 1344), (832, 1216), (896, 1152)} <= set(bucket_sizes(1024))
+
+
+def test_nearest_by_logarithm_of_the_aspect():
+    sizes = bucket_sizes(1024)
+    pictures = np.random.default_rng(0).integers(1, 3000, (2000, 2)).astype(np.int32)
+    found = nearest(sizes, pictures)
+    assert found.dtype == np.int16
+    edges = np.log([h / w for h, w in sizes])
+    distance = np.abs(np.log(pictures[:, :1] / pictures[:, 1:]) - edges)
+    assert np.allclose(distance[np.arange(2000), found], distance.min(axis=1))
+    for bucket, (height, width) in enumerate(sizes):
+        assert nearest(sizes, np.array([[3 * height, 3 * width]])) == bucket
+
+
+def test_unknown_sizes_go_to_the_square():
+    assert nearest(bucket_sizes(512), np.array([[0, 0], [0, 9], [9, 0]])).tolist() == [0, 0, 0]
+
+
+def test_headers_are_read_once(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images = [
+        picture(40, 60),
+        picture(60, 40),
+        picture(50, 50),
+        picture(40, 60, "JPEG", exif=exif),
+        picture(400, 200)[:100],  # cut behind the header
+    ]
+    source = Pictures(images)
+    expected = [[40, 60], [60, 40], [50, 50], [60, 40], [400, 200]]
+    assert picture_sizes(source, tmp_path).tolist() == expected
+    assert sorted(source.reads) == [0, 1, 2, 3, 4]
+    again = Pictures(images)
+    found = by_aspect(again, 512, tmp_path)
+    assert again.reads == []
+    shapes = [(384, 640), (640, 384), (512, 512), (640, 384), (640, 384)]
+    assert [found.size_of(row) for row in range(5)] == shapes
+    other = Pictures(images, fingerprint="other")
+    picture_sizes(other, tmp_path)
+    assert len(other.reads) == 5
+
+
+def test_broken_pictures_go_to_the_square_and_are_tried_again(tmp_path):
+    images = [b"broken", picture(40, 60), b""]
+    source = Pictures(images)
+    assert by_aspect(source, 512, tmp_path).of_row.tolist() == [0, 1, 0]
+    mended = Pictures([picture(60, 40), b"never read", b""])
+    assert picture_sizes(mended, tmp_path).tolist() == [[60, 40], [40, 60], [0, 0]]
+    assert sorted(mended.reads) == [0, 2]
+
+
+def test_sizes_that_the_data_tells_need_no_headers(tmp_path):
+    told = np.array([[40, 60], [60, 40]], np.int32)
+    source = Pictures([b"", b""], told)
+    assert by_aspect(source, 512, tmp_path).of_row.tolist() == [1, 4]
+    assert source.reads == []
+    told[1] = 0
+    partly = Pictures([b"", picture(30, 30)], told)
+    assert picture_sizes(partly, tmp_path).tolist() == [[40, 60], [30, 30]]
+    assert partly.reads == [1]
+
+
+def test_sizes_that_are_told_later_win(tmp_path):
+    told = np.array([[40, 60], [0, 0]], np.int32)
+    picture_sizes(Pictures([b"", picture(30, 30)], told), tmp_path)
+    told = np.array([[0, 0], [20, 90]], np.int32)
+    again = Pictures([b"", b""], told)
+    assert picture_sizes(again, tmp_path).tolist() == [[40, 60], [20, 90]]
+    assert again.reads == []
+
+
+def test_many_headers_in_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(buckets, "BLOCK", 3)
+    images = [picture(10 + row, 20) for row in range(50)]
+    found = picture_sizes(Pictures(images), tmp_path)
+    assert found.tolist() == [[10 + row, 20] for row in range(50)]
+
+
+def test_an_error_in_a_thread_is_no_broken_picture(tmp_path):
+    class Faulty(Pictures):
+        def __getitem__(self, row):
+            raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        picture_sizes(Faulty([b""]), tmp_path)
+    assert not list(tmp_path.glob("*.npy"))
+
+
+def test_small_buckets_are_named(caplog):
+    sizes = bucket_sizes(512)
+    found = Buckets(sizes, np.array([0] * 9 + [1] * 3 + [3] * 4, np.int16))
+    with caplog.at_level(logging.WARNING):
+        order = found.order(16, batch=4, seed=0)
+    assert order.steps_per_epoch == 3
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "640 × 384" in message
+    assert "3 pictures" in message
+    assert "batch of 4" in message
+
+
+def test_no_bucket_fills_a_batch():
+    found = Buckets(bucket_sizes(512), np.array([0, 1, 1], np.int16))
+    with pytest.raises(TrainingError, match=r"no bucket fills a batch.*smaller batch_size"):
+        found.order(3, batch=4, seed=0)
+
+
+def test_one_square():
+    found = square(520)
+    assert found.sizes == ((520, 520),)
+    assert found.size_of(7) == (520, 520)
+    assert found.order(9, batch=4, seed=0).steps_per_epoch == 2
+
+
+@pytest.mark.parametrize("size", [0, -64, 511, 516])
+def test_sizes_that_cannot_be(size):
+    with pytest.raises(TrainingError, match=f"size is {size} pixels; expected a multiple of 8"):
+        square(size)
+    with pytest.raises(TrainingError, match=f"size is {size} pixels; expected a multiple of 64"):
+        bucket_sizes(size)

@@ -1,0 +1,287 @@
+"""Examples and batches: right values, broken pictures of no weight, the same for any workers."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
+
+from training.data.buckets import Buckets, square
+from training.data.dataset import RawDataset, collate, loader
+from training.data.draws import DrawSettings, draw
+from training.data.order import Order, ProcessBatches
+from training.data.pictures import fit, open_picture
+from training.data.records import Record, open_source
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = DrawSettings(
+    seed=1, drop_image=0.3, drop_text=0.3, drop_both=0.1, timesteps=1000, noise_offset=0.1
+)
+
+
+def encoded(height, width, shade=128, **options):
+    buffer = io.BytesIO()
+    image = Image.linear_gradient("L").resize((width, height))
+    ImageOps.colorize(image, "black", (shade, 50, 99)).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+class Rows:
+    """A source of given records."""
+
+    fingerprint = "some"
+
+    def __init__(self, *records):
+        self.records = records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, row):
+        return self.records[row]
+
+    def sizes(self):
+        return None
+
+
+def tokenise(text):
+    return torch.full((77,), len(text)), torch.full((77,), 7)
+
+
+def preprocess(image):
+    assert image.mode == "RGB"
+    return pil_to_tensor(image.resize((6, 6))).float() / 255
+
+
+def dataset(*records, buckets=None):
+    return RawDataset(Rows(*records), tokenise, preprocess, buckets or square(64), SETTINGS)
+
+
+def equal(left, right):
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        others = right[key]
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, others), key
+        elif key == "tokens":
+            assert all(map(torch.equal, value, others))
+        else:
+            assert value == others, key
+    return True
+
+
+def test_an_example():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned: 200 high, 100 wide
+    data = encoded(100, 200, exif=exif)
+    example = dataset(Record("a", data, "four"))[99, 0]
+    picture = open_picture(data)
+    assert torch.equal(example["pixels"], fit(picture, (64, 64)).pixels)
+    assert torch.equal(example["reference"], preprocess(picture))
+    assert [int(tokens[0]) for tokens in example["tokens"]] == [4, 7]
+    assert example["time_ids"].tolist() == [200, 100, 32, 0, 64, 64]
+    assert example["time_ids"].dtype == torch.float32
+    assert (example["weight"], example["broken"]) == (1.0, "")
+    expected = draw(SETTINGS, 99, (8, 8))
+    assert torch.equal(example["draws"].noise, expected.noise)
+    assert torch.equal(example["draws"].latent_noise, expected.latent_noise)
+    assert example["draws"].timestep == expected.timestep
+
+
+def test_buckets_decide_the_size():
+    buckets = Buckets(((64, 64), (64, 128)), torch.tensor([0, 1]).numpy())
+    rows = dataset(
+        Record("a", encoded(90, 90), "x"), Record("b", encoded(90, 190), "x"), buckets=buckets
+    )
+    assert rows[0, 0]["pixels"].shape == (3, 64, 64)
+    wide = rows[0, 1]
+    assert wide["pixels"].shape == (3, 64, 128)
+    assert wide["draws"].noise.shape == (4, 8, 16)
+    assert wide["time_ids"].tolist() == [90, 190, 0, 4, 64, 128]
+
+
+def test_another_reference_picture():
+    data, other = encoded(90, 90), encoded(40, 80, 255)
+    example = dataset(Record("a", data, "x", other))[0, 0]
+    assert torch.equal(example["reference"], preprocess(open_picture(other)))
+    assert torch.equal(example["pixels"], fit(open_picture(data), (64, 64)).pixels)
+
+
+@pytest.mark.parametrize(
+    "record, said",
+    [
+        (Record("dir/a.jpg", b"damaged", "x"), "dir/a.jpg: cannot identify image file"),
+        (Record("a.jpg", Path("/nowhere/a.jpg"), "x"), "a.jpg: there is no such file"),
+        (
+            Record("a.jpg", encoded(9, 9), "x", b"damaged"),
+            "a.jpg: its reference picture: cannot identify image file",
+        ),
+        (Record("shard", b"", "", broken="cut short"), "shard: cut short"),
+    ],
+)
+def test_broken_pictures_have_no_weight(record, said):
+    rows = dataset(record, Record("good", encoded(90, 90), "x"))
+    broken, good = rows[3, 0], rows[3, 1]
+    assert broken["broken"] == said
+    assert broken["weight"] == 0
+    assert not broken["pixels"].any()
+    assert not broken["reference"].any()
+    assert broken.keys() == good.keys()
+    batch = collate([broken, good])
+    assert batch["weight"].tolist() == [0, 1]
+    assert batch["broken"] == [said]
+    assert torch.equal(broken["draws"].noise, good["draws"].noise)
+
+
+def test_collate():
+    rows = dataset(*(Record(str(n), encoded(80, 90 + n), "x" * n) for n in range(5)))
+    batch = collate([rows[n + 10, n] for n in range(5)])
+    shapes = {key: tuple(v.shape) for key, v in batch.items() if isinstance(v, torch.Tensor)}
+    assert shapes == {
+        "pixels": (5, 3, 64, 64),
+        "reference": (5, 3, 6, 6),
+        "time_ids": (5, 6),
+        "weight": (5,),
+        "timestep": (5,),
+        "noise": (5, 4, 8, 8),
+        "latent_noise": (5, 4, 8, 8),
+        "drop_image": (5,),
+        "drop_text": (5,),
+    }
+    assert [tokens.shape for tokens in batch["tokens"]] == [(5, 77), (5, 77)]
+    assert batch["tokens"][0][:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert batch["timestep"].dtype == torch.int64
+    assert batch["drop_image"].dtype == batch["drop_text"].dtype == torch.bool
+    assert batch["weight"].dtype == torch.float32
+    assert batch["broken"] == []
+    drawn = [draw(SETTINGS, n + 10, (8, 8)) for n in range(5)]
+    assert batch["timestep"].tolist() == [one.timestep for one in drawn]
+    assert batch["drop_text"].tolist() == [one.drop_text for one in drawn]
+
+
+def test_collate_takes_what_a_cache_gives():
+    drawn = [draw(SETTINGS, n, (8, 8)) for n in range(2)]
+    examples = [
+        {
+            "mean": torch.zeros(4, 8, 8),
+            "features": torch.ones(3),
+            "draws": one,
+            "weight": 1.0,
+            "broken": "",
+        }
+        for one in drawn
+    ]
+    batch = collate(examples)
+    assert batch["mean"].shape == (2, 4, 8, 8)
+    assert "pooled" not in batch
+
+
+TEN = [Record(f"p{n}", encoded(70 + n, 90 - n, 20 * n), f"text {n}" * n) for n in range(10)]
+
+
+def batches(workers, count=8, rank=0, world=1, first_step=0):
+    part = ProcessBatches(Order(None, 10, 4, seed=2), rank, world, first_step)
+    return list(islice(loader(dataset(*TEN), part, workers), count))
+
+
+@pytest.fixture(scope="module")
+def straight():
+    return batches(workers=0)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_change_nothing(workers, straight):
+    assert all(map(equal, batches(workers), straight))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed(workers, straight):
+    assert all(map(equal, batches(workers, 5, first_step=3), straight[3:]))
+
+
+def test_two_processes_are_one(straight):
+    parts = zip(batches(0, rank=0, world=2), batches(1, rank=1, world=2), straight, strict=True)
+    for first, second, whole in parts:
+        for key in ("pixels", "reference", "noise", "latent_noise", "timestep", "drop_image"):
+            assert torch.equal(torch.cat([first[key], second[key]]), whole[key])
+
+
+def test_one_percent_is_corrupt(tmp_path):
+    for n in range(100):
+        data = encoded(64, 64, n)
+        (tmp_path / f"p{n}.png").write_bytes(data[:-80] if n == 37 else data)
+        (tmp_path / f"p{n}.txt").write_text(f"text {n}")
+    source = open_source(tmp_path, cache_dir=tmp_path / "cache")
+    rows = RawDataset(source, tokenise, preprocess, square(64), SETTINGS)
+    found = list(islice(loader(rows, ProcessBatches(Order(None, 100, 10, 0)), 2), 10))
+    (message,) = [name for batch in found for name in batch["broken"]]
+    assert message.startswith("p37.png: ")
+    assert "truncated" in message
+    assert sum(float(batch["weight"].sum()) for batch in found) == 99
+
+
+class Inside(Dataset):
+    """What a worker sees of itself."""
+
+    def __getitem__(self, index):
+        return {"pid": os.getpid(), "threads": torch.get_num_threads()}
+
+
+def test_workers_use_one_thread_and_outlive_signals():
+    found = iter(loader(Inside(), ProcessBatches(Order(None, 10, 1, 0)), 2))
+    first = [next(found) for _ in range(2)]
+    assert [int(one["threads"]) for one in first] == [1, 1]
+    workers = {int(one["pid"]) for one in first}
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGINT)
+    time.sleep(0.2)
+    assert {int(next(found)["pid"]) for _ in range(10)} == workers
+
+
+@pytest.mark.parametrize("end", ["pass", "sys.exit(0)", "raise SystemExit(0)"])
+def test_the_end_of_training_waits_for_no_worker(end):
+    code = f"""
+import sys, torch
+from training.data.dataset import loader
+from training.data.order import Order, ProcessBatches
+class Ones(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        return {{"one": 1}}
+found = iter(loader(Ones(), ProcessBatches(Order(None, 10, 1, 0)), 2))
+next(found)
+{end}
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_memory_is_pinned_for_cuda(monkeypatch):
+    part = ProcessBatches(Order(None, 10, 1, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert loader(Inside(), part, 0).pin_memory
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not loader(Inside(), part, 0).pin_memory
+
+
+def test_errors_of_others_are_no_broken_pictures():
+    def fails(text):
+        raise RuntimeError("no such vocabulary")
+
+    rows = RawDataset(Rows(TEN[0]), fails, preprocess, square(64), SETTINGS)
+    with pytest.raises(RuntimeError, match="no such vocabulary"):
+        rows[0, 0]

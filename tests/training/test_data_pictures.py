@@ -1,0 +1,277 @@
+"""Pictures of every kind, against torchvision's transforms and known colours."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from training.data.pictures import BrokenPictureError, fit, open_picture, upright_size
+
+
+def noise(height, width, channels=3, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, channels))
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def reference(resize, crop):
+    return transforms.Compose(
+        [
+            transforms.Resize(resize, interpolation=InterpolationMode.BILINEAR),
+            transforms.CenterCrop(crop),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5], [0.5]),
+        ]
+    )
+
+
+SIZES = [(64, 64), (65, 64), (64, 67), (200, 130), (131, 200), (37, 41), (97, 31), (480, 640)]
+
+
+@pytest.mark.parametrize("height, width", SIZES)
+def test_square_crops_are_the_references(height, width):
+    image = noise(height, width)
+    fitted = fit(image, (64, 64))
+    assert torch.equal(fitted.pixels, reference(64, 64)(image))
+    assert fitted.pixels.dtype == torch.float32
+    assert fitted.pixels.is_contiguous()
+
+
+@pytest.mark.parametrize("height, width", SIZES)
+@pytest.mark.parametrize("size", [(64, 128), (128, 64), (64, 96), (192, 128)])
+def test_bucket_crops_are_torchvisions(height, width, size):
+    image = noise(height, width)
+    scale = max(size[0] / height, size[1] / width)
+    covering = int(height * scale + 1e-9), int(width * scale + 1e-9)
+    fitted = fit(image, size)
+    assert torch.equal(fitted.pixels, reference(covering, size)(image))
+    slack = covering[0] - size[0], covering[1] - size[1]
+    assert (fitted.top, fitted.left) == (round(slack[0] / 2), round(slack[1] / 2))
+    assert 0 in slack
+
+
+def test_all_sides_are_covered():
+    for height in range(1, 80, 7):
+        for width in range(1, 80, 5):
+            if max(height, width) <= 32 * min(height, width):
+                assert fit(noise(height, width), (24, 40)).pixels.shape == (3, 24, 40)
+
+
+RED, CLEAR = (255, 0, 0, 255), (0, 0, 0, 0)
+
+
+def palette_with_transparency():
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    return encoded(image, transparency=1)
+
+
+def deep(mode):
+    values = np.array([[0, 32768, 65535]], dtype="<u2")
+    if mode == "I;16B":
+        image = Image.frombytes("I;16B", (3, 1), values.astype(">u2").tobytes())
+    else:
+        image = Image.fromarray(values)
+    return image.convert("I") if mode == "I" else image
+
+
+def half(mode):
+    image = Image.new("RGBA", (2, 1), RED)
+    image.putpixel((1, 0), (255, 0, 0, 128))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize(
+    "picture, expected",
+    [
+        (encoded(Image.new("RGB", (2, 1), "red")), [(255, 0, 0)] * 2),
+        (encoded(Image.new("L", (2, 1), 100)), [(100, 100, 100)] * 2),
+        (encoded(Image.new("1", (2, 1), 1)), [(255, 255, 255)] * 2),
+        (encoded(half("RGBA")), [(255, 0, 0), (255, 127, 127)]),
+        (encoded(half("RGBA"), "WEBP", lossless=True), [(255, 0, 0), (255, 127, 127)]),
+        (half("RGBa"), [(255, 0, 0), (255, 127, 127)]),
+        (encoded(Image.new("LA", (1, 1), (0, 0))), [(255, 255, 255)]),
+        (encoded(Image.new("LA", (1, 1), (9, 255))), [(9, 9, 9)]),
+        (palette_with_transparency(), [(255, 0, 0), (255, 255, 255)]),
+        (encoded(Image.new("RGB", (1, 1)), transparency=(0, 0, 0)), [(255, 255, 255)]),
+        (encoded(Image.new("L", (1, 1), 7), transparency=7), [(255, 255, 255)]),
+        (encoded(deep("I;16")), [(0,) * 3, (128,) * 3, (255,) * 3]),
+        (encoded(deep("I;16"), "TIFF"), [(0,) * 3, (128,) * 3, (255,) * 3]),
+        (deep("I;16B"), [(0,) * 3, (128,) * 3, (255,) * 3]),
+        (deep("I"), [(0,) * 3, (128,) * 3, (255,) * 3]),
+        (encoded(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "TIFF"), [(255, 0, 0)]),
+        (Image.new("HSV", (1, 1), (0, 255, 255)), [(255, 0, 0)]),
+    ],
+)
+def test_modes(picture, expected):
+    opened = open_picture(picture)
+    assert opened.mode == "RGB"
+    assert np.asarray(opened).reshape(-1, 3).tolist() == [list(colour) for colour in expected]
+
+
+def test_sixteen_bit_keeps_its_shades():
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    opened = open_picture(encoded(Image.fromarray(ramp)))
+    assert np.array_equal(np.asarray(opened)[..., 0].ravel(), np.arange(256))
+
+
+def test_cmyk_jpeg():
+    opened = open_picture(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
+    assert np.allclose(np.asarray(opened), (255, 0, 0), atol=4)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_animations_give_their_first_frame(kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert np.allclose(np.asarray(open_picture(data)), (255, 0, 0), atol=3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation(kind, orientation):
+    image = Image.new("RGB", (16, 8), "white")
+    image.paste("black", (0, 0, 8, 4))  # top left as stored
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, kind, exif=exif)
+    tagged = image.copy()
+    tagged.info["exif"] = exif.tobytes()
+    expected = ImageOps.exif_transpose(tagged)
+    opened = open_picture(data)
+    assert opened.size == expected.size
+    assert np.allclose(np.asarray(opened), np.asarray(expected), atol=40)
+    assert upright_size(data) == (opened.height, opened.width)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "P", "LA"])
+def test_exif_orientation_of_other_modes(mode):
+    image = deep("I;16") if mode == "I;16" else noise(4, 6).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(image, exif=exif)
+    assert open_picture(data).size == image.size[::-1]
+    assert upright_size(data) == image.size
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_damaged_exif_beside_sound_pixels(kind):
+    data = encoded(noise(8, 8), kind, exif=b"Exif\0\0damaged")
+    assert open_picture(data).size == (8, 8)
+    assert upright_size(data) == (8, 8)
+
+
+def test_a_picture_that_is_open_stays_so():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.open(io.BytesIO(encoded(noise(8, 10, 4), exif=exif)))
+    assert open_picture(image).size == (8, 10)
+    assert upright_size(image) == (10, 8)
+    assert (image.mode, image.size) == ("RGBA", (10, 8))
+    assert image.getexif()[0x0112] == 6
+
+
+def jpeg_of(height, width):
+    return encoded(noise(height, width), "JPEG")
+
+
+@pytest.mark.parametrize(
+    "picture, reason",
+    [
+        (b"", "empty (0 bytes)"),
+        (b"<html>not found</html>", "cannot identify image file"),
+        (jpeg_of(64, 64)[:-200], "truncated"),
+        (encoded(noise(64, 64))[:-2000], "truncated"),
+        (encoded(noise(64, 64))[:60], ""),
+        (encoded(Image.new("RGB", (3300, 100))), "strip of 3300 × 100"),
+        (encoded(Image.new("F", (4, 4)), "TIFF"), "floating-point"),
+        (Image.new("I", (4, 4), 70000), "more than 16 bits"),
+        (Image.new("I", (4, 4), -1), "more than 16 bits"),
+    ],
+)
+def test_broken_pictures(picture, reason):
+    with pytest.raises(BrokenPictureError) as error:
+        open_picture(picture)
+    assert reason in str(error.value)
+    assert str(error.value)
+    assert "0x" not in str(error.value)
+
+
+def test_damage_in_the_middle():
+    data = bytearray(encoded(noise(64, 64)))
+    data[3000:3040] = bytes(40)
+    with pytest.raises(BrokenPictureError):
+        open_picture(bytes(data))
+
+
+def test_missing_files_and_folders(tmp_path):
+    for wrong, said in ((tmp_path / "a.jpg", "no such file"), (tmp_path, "directory")):
+        for function in (open_picture, upright_size):
+            with pytest.raises(BrokenPictureError, match=said):
+                function(wrong)
+
+
+def test_decompression_bombs(monkeypatch):
+    data = encoded(Image.new("L", (100, 100)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    for function in (open_picture, upright_size):
+        with pytest.raises(BrokenPictureError, match="decompression bomb"):
+            function(data)
+
+
+def test_sizes_come_from_headers():
+    whole = jpeg_of(480, 640)
+    for data in (whole[: len(whole) // 4], encoded(noise(480, 640))[:5000]):
+        assert upright_size(data) == (480, 640)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
+def test_sizes_need_no_pixels(kind, monkeypatch):
+    data = encoded(noise(8, 9), kind)
+    plugin = type(Image.open(io.BytesIO(data)))
+    monkeypatch.setattr(plugin, "load", lambda self: pytest.fail("pixels were decoded"))
+    assert upright_size(data) == (8, 9)
+
+
+def test_damaged_png_header_is_broken():
+    data = bytearray(encoded(noise(8, 8)))
+    data[16:24] = struct.pack(">II", 0, 8)
+    with pytest.raises(BrokenPictureError):
+        upright_size(bytes(data))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_no_file_stays_open(tmp_path):
+    good, bad = tmp_path / "a.png", tmp_path / "b.png"
+    good.write_bytes(encoded(noise(8, 8)))
+    bad.write_bytes(encoded(noise(64, 64))[:-2000])
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        open_picture(good)
+        upright_size(good)
+        upright_size(bad)
+        with pytest.raises(BrokenPictureError):
+            open_picture(bad)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_files_are_not_changed(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(jpeg_of(8, 8))
+    before = path.stat().st_mtime_ns, path.read_bytes()
+    open_picture(path)
+    assert before == (path.stat().st_mtime_ns, path.read_bytes())

@@ -1,0 +1,1 @@
+"""From files to batches: rows, their order, their randomness, and the pictures themselves."""

@@ -1,0 +1,163 @@
+"""Aspect-ratio buckets: pictures of like shape go into one batch, and little is cropped away."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from ..errors import TrainingError
+from .order import Order
+from .pictures import BrokenPictureError, upright_size
+from .records import Source
+
+STEP = 64  # pixels; the UNet halves latents three times
+LATENT_STEP = 8  # pixels of the VAE's latents
+RATIO = 2.0  # of the longer side to the shorter: beyond, SDXL's own training had little
+FULL = 0.85  # of size² pixels: smaller pictures would be rare and wasteful
+MANY = 1 << 16  # rows that are computed at a time
+BLOCK = 256  # rows whose headers one thread reads in one go
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Buckets:
+    """Sizes `(height, width)` in pixels, and which of them each row has: `of_row` (rows,) int16,
+    or None where there is one size only."""
+
+    sizes: tuple[tuple[int, int], ...]
+    of_row: np.ndarray | None = None
+
+    def size_of(self, row: int) -> tuple[int, int]:
+        """Height and width that this row's picture is fitted to."""
+        return self.sizes[0 if self.of_row is None else int(self.of_row[row])]
+
+    def order(self, rows: int, batch: int, seed: int) -> Order:
+        """The order of batches of `batch` samples. Names the buckets that never fill one.
+
+        Raises TrainingError if no bucket does.
+        """
+        order = Order(self.of_row, rows, batch, seed)
+        if self.of_row is not None:
+            counts = _counts(self.of_row, len(self.sizes))
+            for (height, width), count in zip(self.sizes, counts, strict=True):
+                if 0 < count < batch:
+                    logger.warning(
+                        "bucket of %d × %d pixels (width × height): its %d pictures never fill a "
+                        "batch of %d, so none of them is seen; a smaller batch_size would take "
+                        "them in",
+                        *(width, height, count, batch),
+                    )
+        return order
+
+
+def square(size: int) -> Buckets:
+    """One bucket, `size` × `size` pixels. Raises TrainingError unless the VAE divides it."""
+    if size < LATENT_STEP or size % LATENT_STEP:
+        raise TrainingError(
+            f"size is {size} pixels; expected a multiple of {LATENT_STEP}, such as 512."
+        )
+    return Buckets(((size, size),))
+
+
+def bucket_sizes(size: int) -> tuple[tuple[int, int], ...]:
+    """All `(height, width)` of multiples of 64 with 0.85 to 1 times size² pixels and sides of
+    at most 1 : 2, each as large as fits; the square one first.
+
+    Raises TrainingError unless `size` is a multiple of 64.
+    """
+    if size < STEP or size % STEP:
+        raise TrainingError(
+            f"size is {size} pixels; expected a multiple of {STEP} with buckets, such as 512, 768 "
+            "or 1024."
+        )
+    found = {(size, size)}
+    for short in range(STEP, size, STEP):
+        long = int(min(size * size // short, RATIO * short)) // STEP * STEP
+        if short * long >= FULL * size * size:
+            found |= {(short, long), (long, short)}
+    return tuple(sorted(found, key=lambda s: (s[0] != s[1], s)))
+
+
+def nearest(sizes: tuple[tuple[int, int], ...], pictures: np.ndarray) -> np.ndarray:
+    """Which of `sizes` is nearest in aspect ratio (by its logarithm) to each of `pictures`.
+
+    `pictures` (rows, 2) height and width; (rows,) int16. Of unknown size (0): as if square.
+    """
+    edges = np.log([height / width for height, width in sizes])
+    order = np.argsort(edges, kind="stable")
+    between = (edges[order][1:] + edges[order][:-1]) / 2
+    found = np.zeros(len(pictures), np.int16)
+    for start in range(0, len(pictures), MANY):  # what is computed on the way is larger
+        height, width = pictures[start : start + MANY].T
+        known: np.ndarray = (height > 0) & (width > 0)
+        aspect = np.log(np.where(known, height, 1) / np.where(known, width, 1))
+        found[start : start + MANY] = order[np.searchsorted(between, aspect)]
+    return found
+
+
+def by_aspect(source: Source, size: int, folder: Path) -> Buckets:
+    """A bucket for every row of `source`, of about `size`² pixels.
+
+    Sizes come from the data's `height` and `width` columns; for the others the headers of the
+    pictures are read, once: they are kept in `folder`. Unreadable ones go to the square bucket.
+    """
+    sizes = bucket_sizes(size)
+    of_row = nearest(sizes, picture_sizes(source, folder))
+    counts = _counts(of_row, len(sizes))
+    listed = (f"{w}×{h}: {n}" for (h, w), n in zip(sizes, counts, strict=True) if n)
+    logger.info("buckets (width × height: pictures): %s", ", ".join(listed))
+    return Buckets(sizes, of_row)
+
+
+def picture_sizes(source: Source, folder: Path) -> np.ndarray:
+    """Upright height and width of every picture, (rows, 2) int32; 0 for those that are broken."""
+    told = source.sizes()
+    found: np.ndarray = np.zeros((len(source), 2), np.int32) if told is None else told
+    if found.all():
+        return found
+    name = hashlib.blake2b(f"sizes {source.fingerprint}".encode(), digest_size=16).hexdigest()
+    path = folder / f"{name}.npy"
+    with FileLock(path.with_suffix(".lock")):
+        if path.exists():
+            found = np.where(found == 0, np.load(path), found)
+        unknown = np.flatnonzero(np.min(found, axis=1) == 0)  # broken ones are tried again
+        if len(unknown):
+            found = _read_headers(source, found.copy(), unknown)
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            with temporary.open("wb") as file:
+                np.save(file, found)
+            os.replace(temporary, path)
+    return found
+
+
+def _read_headers(source: Source, sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    if len(rows) > BLOCK:
+        logger.info("reading the headers of %d pictures for their buckets, once", len(rows))
+
+    def read(block: np.ndarray) -> None:
+        for row in block:
+            record = source[row]
+            try:
+                if not record.broken:
+                    sizes[row] = upright_size(record.image)
+            except BrokenPictureError as error:
+                logger.debug("%s: %s", record.name, error)
+
+    blocks = (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
+    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
+        for _ in pool.map(read, blocks):
+            pass  # raises what a thread raised
+    return sizes
+
+
+def _counts(of_row: np.ndarray, buckets: int) -> list[int]:
+    # np.bincount would copy all of it to int64.
+    return [int(np.count_nonzero(of_row == bucket)) for bucket in range(buckets)]

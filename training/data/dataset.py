@@ -1,0 +1,180 @@
+"""From rows to batches of tensors: decoded, fitted, tokenised, with each sample's draws."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from multiprocessing.sharedctypes import RawValue
+from types import FrameType
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .buckets import LATENT_STEP, Buckets
+from .draws import Draws, DrawSettings, draw
+from .order import ProcessBatches
+from .pictures import BrokenPictureError, fit, open_picture
+from .records import Record, Source
+
+Example = dict[str, Any]
+Tokenise = Callable[[str], tuple[Tensor, ...]]
+PreprocessReference = Callable[[Image.Image], Tensor]
+
+
+class Examples:
+    """Makes the tensors of one sample.
+
+    `tokenise` gives (77,) int64 for each tokenizer; `preprocess_reference` the image encoder's
+    normalised pixels (3, s, s).
+    """
+
+    def __init__(
+        self,
+        tokenise: Tokenise,
+        preprocess_reference: PreprocessReference,
+        draw_settings: DrawSettings,
+    ) -> None:
+        self._tokenise, self._preprocess = tokenise, preprocess_reference
+        self._draw_settings = draw_settings
+        self._no_reference = torch.zeros_like(preprocess_reference(Image.new("RGB", (64, 64))))
+
+    def __call__(self, record: Record, number: int, size: tuple[int, int]) -> Example:
+        """Sample `number` of the run, fitted to `(height, width)` pixels.
+
+        `pixels` (3, H, W) in -1..1; `reference` (3, s, s); `tokens`; `time_ids` (6,) original
+        height and width, top and left of the crop in the resized picture, target height and
+        width; `draws`; `weight` 1; `broken` empty. A picture that cannot be read gives zeros of
+        the same shapes, weight 0, and in `broken` its name and what is wrong.
+        """
+        height, width = size
+        latent_size = height // LATENT_STEP, width // LATENT_STEP
+        example: Example = {
+            "tokens": self._tokenise(record.text),
+            "draws": draw(self._draw_settings, number, latent_size),
+        }
+        try:
+            if record.broken:
+                raise BrokenPictureError(record.broken)
+            picture = open_picture(record.image)
+            reference = picture
+            if record.reference is not None:
+                reference = _open_reference(record)
+        except BrokenPictureError as error:
+            return example | {
+                "pixels": torch.zeros(3, height, width),
+                "reference": self._no_reference.clone(),
+                "time_ids": torch.zeros(6),
+                "weight": 0.0,
+                "broken": f"{record.name}: {error}",
+            }
+        fitted = fit(picture, size)
+        ids = (picture.height, picture.width, fitted.top, fitted.left, height, width)
+        return example | {
+            "pixels": fitted.pixels,
+            "reference": self._preprocess(reference),
+            "time_ids": torch.tensor(ids, dtype=torch.float32),
+            "weight": 1.0,
+            "broken": "",
+        }
+
+
+def _open_reference(record: Record) -> Image.Image:
+    assert record.reference is not None
+    try:
+        return open_picture(record.reference)
+    except BrokenPictureError as error:
+        raise BrokenPictureError(f"its reference picture: {error}") from error
+
+
+class RawDataset(Dataset[Example]):
+    """Examples of a source's rows, by (number, row); see `Examples`."""
+
+    def __init__(
+        self,
+        source: Source,
+        tokenise: Tokenise,
+        preprocess_reference: PreprocessReference,
+        buckets: Buckets,
+        draw_settings: DrawSettings,
+    ) -> None:
+        self.source, self.buckets = source, buckets
+        self._examples = Examples(tokenise, preprocess_reference, draw_settings)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: tuple[int, int]) -> Example:
+        number, row = index
+        return self._examples(self.source[row], number, self.buckets.size_of(row))
+
+
+def collate(examples: Sequence[Example]) -> dict[str, Any]:
+    """A batch: tensors stacked, `tokens` for each tokenizer, `draws` flattened into its fields,
+    `weight` (N,), and of `broken` the non-empty ones."""
+    batch: dict[str, Any] = {}
+    for key in examples[0]:
+        values = [example[key] for example in examples]
+        if key == "broken":
+            batch[key] = [value for value in values if value]
+        elif key == "tokens":
+            batch[key] = tuple(torch.stack(one) for one in zip(*values, strict=True))
+        elif key == "draws":
+            batch |= {name: _stack([getattr(v, name) for v in values]) for name in Draws._fields}
+        else:
+            batch[key] = _stack(values)
+    return batch
+
+
+def _stack(values: list[Any]) -> Tensor:
+    return torch.stack(values) if isinstance(values[0], Tensor) else torch.tensor(values)
+
+
+def loader(
+    dataset: Dataset[Any], batches: ProcessBatches | None, workers: int, prefetch: int = 2
+) -> DataLoader[Any]:
+    """A loader of collated batches, read ahead by `workers` processes (0: in this one).
+
+    `batches` says which samples; None for a stream, which makes its batches itself. What comes
+    does not depend on `workers`. Each worker keeps `prefetch` batches ready.
+    """
+    limit = getattr(dataset, "max_workers", None)
+    if limit is not None:
+        workers = limit(workers)
+    options: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    if workers:
+        options |= {
+            "prefetch_factor": prefetch,
+            "persistent_workers": True,
+            "worker_init_fn": partial(begin_worker, _exiting()),
+        }
+    if isinstance(dataset, IterableDataset):
+        return DataLoader(dataset, batch_size=None, **options)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **options)
+
+
+def begin_worker(exiting: Any, worker: int) -> None:
+    """Settings of a worker process (torch itself limits it to one thread)."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else a warning for each: it was forked
+
+    def end_with_training(number: int, frame: FrameType | None) -> None:
+        if exiting.value:
+            os._exit(0)
+
+    # Schedulers and terminals signal every process of a job: a worker that died of it would take
+    # the training process along before that has saved.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_with_training)
+
+
+@cache
+def _exiting() -> Any:
+    """True, in the workers too, as soon as this process ends."""
+    flag = RawValue("b", 0)
+    atexit.register(setattr, flag, "value", 1)  # runs before multiprocessing ends the workers
+    return flag

@@ -1,0 +1,106 @@
+"""All randomness of one sample, from the run's seed and the sample's number alone."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import TrainingError
+
+LATENT_CHANNELS = 4
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """What is drawn. Raises TrainingError for shares or counts that cannot be.
+
+    `drop_image`, `drop_text` and `drop_both` are shares of the samples; `timesteps` are the
+    noise schedule's; `noise_offset` is the standard deviation of each channel's mean.
+    """
+
+    seed: int
+    drop_image: float
+    drop_text: float
+    drop_both: float
+    timesteps: int
+    noise_offset: float
+
+    def __post_init__(self) -> None:
+        drops = self.drop_image, self.drop_text, self.drop_both
+        if not (min(drops) >= 0 and sum(drops) <= 1):
+            raise TrainingError(
+                f"drop_image, drop_text and drop_both are {drops}; expected shares of the samples "
+                "between 0 and 1 whose sum is at most 1."
+            )
+        if self.timesteps < 1:
+            raise TrainingError(f"timesteps is {self.timesteps}; expected at least 1.")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise TrainingError(f"seed is {self.seed}; expected 0 to {MAX_SEED}.")
+
+
+class Draws(NamedTuple):
+    """Of one sample. `timestep` in [0, timesteps); `noise` and `latent_noise` (4, h, w) float32:
+    what is added to the latents, and the sample of the VAE's posterior."""
+
+    timestep: int
+    noise: Tensor
+    latent_noise: Tensor
+    drop_image: bool
+    drop_text: bool
+
+
+def draw(settings: DrawSettings, number: int, latent_size: tuple[int, int]) -> Draws:
+    """The draws of sample `number` of the run, for latents of `(h, w)`.
+
+    One uniform number decides the drop, as the reference does (tencent-ailab/IP-Adapter,
+    tutorial_train.py, MyDataset.__getitem__). Always drawn in the same order and number, so that
+    no setting changes what another one draws.
+    """
+    generator = torch.Generator().manual_seed(sample_seed(settings.seed, number))
+    drop, time = torch.rand(2, dtype=torch.float64, generator=generator).tolist()
+    shape = (LATENT_CHANNELS, *latent_size)
+    noise = torch.randn(shape, generator=generator)
+    latent_noise = torch.randn(shape, generator=generator)
+    offset = torch.randn((LATENT_CHANNELS, 1, 1), generator=generator)
+    if settings.noise_offset:
+        noise = noise + settings.noise_offset * offset
+    image_only = settings.drop_image
+    text_only = image_only + settings.drop_text
+    both = text_only + settings.drop_both
+    return Draws(
+        timestep=int(time * settings.timesteps),
+        noise=noise,
+        latent_noise=latent_noise,
+        drop_image=drop < image_only or text_only <= drop < both,
+        drop_text=image_only <= drop < both,
+    )
+
+
+def sample_seed(seed: int, number: int) -> int:
+    """A seed for sample `number` of a run, different for each of 2³² numbers.
+
+    torch's CPU generator keeps only 32 bits of a seed: a hash into so few would give some of a
+    run's millions of samples the noise of another.
+    """
+    return _mixed((_mixed(number & _BITS) + _constant(seed)) & _BITS)
+
+
+_BITS = 0xFFFFFFFF
+
+
+@lru_cache
+def _constant(seed: int) -> int:
+    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")
+
+
+def _mixed(x: int) -> int:
+    """MurmurHash3's finaliser: a permutation of the 32-bit numbers."""
+    x = (x ^ x >> 16) * 0x85EBCA6B & _BITS
+    x = (x ^ x >> 13) * 0xC2B2AE35 & _BITS
+    return x ^ x >> 16

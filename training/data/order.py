@@ -1,0 +1,118 @@
+"""Which row of the data every sample of a run is: for any step, any process, without a history."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..errors import TrainingError
+
+
+class Order:
+    """Global batches of rows, epoch after epoch without end; a batch holds one bucket only.
+
+    Each epoch is a permutation that follows from (seed, epoch, bucket) alone. What does not fill
+    a bucket's last batch is left out of that epoch (other rows in each), so no row is seen twice
+    in one. Holds two int32 numbers a row.
+
+    `bucket_of_row` (rows,) int16, or None for a single bucket; `batch` is the number of samples of
+    all processes in one micro-step. Raises TrainingError if no bucket fills a batch.
+    """
+
+    def __init__(self, bucket_of_row: np.ndarray | None, rows: int, batch: int, seed: int) -> None:
+        if bucket_of_row is not None and len(bucket_of_row) != rows:
+            raise ValueError(f"{len(bucket_of_row)} buckets were given for {rows} rows.")
+        self.rows, self.batch_size, self.seed = rows, batch, seed
+        if bucket_of_row is None:
+            self._grouped, counts = np.arange(rows, dtype=np.int32), np.array([rows])
+        else:
+            self._grouped, counts = _grouped(bucket_of_row)
+        self._ends = np.cumsum(counts)
+        self._batches = counts // batch  # of each bucket
+        self.steps_per_epoch = int(self._batches.sum())
+        if not self.steps_per_epoch:
+            raise TrainingError(
+                f"The data has {rows} rows, and no bucket fills a batch: the fullest has "
+                f"{counts.max(initial=0)} pictures, a batch of all processes takes {batch}. Give "
+                "more pictures, a smaller batch_size (with more accumulation), fewer processes, or "
+                "no buckets."
+            )
+        self._epoch = -1
+        self._permuted = np.empty(0, np.int32)
+        self._batch_order = np.empty(0, np.int32)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with everything that the order depends on."""
+        digest = hashlib.blake2b(repr((self.batch_size, self.seed)).encode(), digest_size=16)
+        digest.update(self._ends.astype("<i8").tobytes())
+        digest.update(self._grouped.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+    def batch(self, step: int) -> tuple[range, np.ndarray]:
+        """Global micro-batch `step` of the run: numbers of its samples, and their rows (batch,)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._begin(epoch)
+        start = int(self._batch_order[place]) * self.batch_size
+        rows = self._permuted[start : start + self.batch_size]
+        return range(step * self.batch_size, (step + 1) * self.batch_size), rows
+
+    def _begin(self, epoch: int) -> None:
+        self._permuted = np.empty(self.steps_per_epoch * self.batch_size, np.int32)
+        filled = 0
+        for bucket, (end, batches) in enumerate(zip(self._ends, self._batches, strict=True)):
+            rows = self._grouped[self._ends[bucket - 1] if bucket else 0 : end].copy()
+            _random(self.seed, epoch, bucket).shuffle(rows)
+            used = int(batches) * self.batch_size
+            self._permuted[filled : filled + used] = rows[:used]
+            filled += used
+        self._batch_order = np.arange(self.steps_per_epoch, dtype=np.int32)
+        _random(self.seed, epoch, len(self._ends)).shuffle(self._batch_order)
+        self._epoch = epoch
+
+
+class ProcessBatches:
+    """This process's part of every global batch from `first_step` on, without end.
+
+    A `batch_sampler` for torch's DataLoader: lists of (number, row). Process `rank` of `world`
+    takes places [rank·B/world, (rank + 1)·B/world) of a batch of B, so that the processes' parts
+    side by side are what one process alone would see.
+    """
+
+    def __init__(self, order: Order, rank: int = 0, world: int = 1, first_step: int = 0) -> None:
+        if order.batch_size % world:
+            raise ValueError(
+                f"A global batch of {order.batch_size} cannot be split over {world} processes."
+            )
+        self.order, self.first_step = order, first_step
+        share = order.batch_size // world
+        self._part = slice(rank * share, (rank + 1) * share)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        step = self.first_step
+        while True:
+            numbers, rows = self.order.batch(step)
+            yield list(zip(numbers[self._part], rows[self._part].tolist(), strict=True))
+            step += 1
+
+
+def _grouped(bucket_of_row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows bucket by bucket, and how many each has. Without a temporary of int64 for all rows."""
+    rows = np.empty(len(bucket_of_row), np.int32)
+    counts = np.zeros(int(bucket_of_row.max(initial=-1)) + 1, np.int64)
+    filled = 0
+    for bucket in range(len(counts)):
+        found = np.flatnonzero(bucket_of_row == bucket)
+        counts[bucket] = len(found)
+        rows[filled : filled + len(found)] = found
+        filled += len(found)
+    return rows, counts
+
+
+def _random(*key: int) -> np.random.RandomState:
+    # RandomState, not Generator: numpy promises that its streams never change (NEP 19), so a run
+    # resumed under another numpy keeps its order.
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))

@@ -1,0 +1,141 @@
+"""Opening pictures of every kind as upright RGB, and fitting them to a size."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+Picture = Path | bytes | Image.Image
+
+MAX_ASPECT = 32  # beyond, the shortest side's enlargement alone would fill the memory
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_DEEP = 65535  # white of a 16-bit picture
+
+
+class BrokenPictureError(Exception):
+    """A picture that cannot be used; the message says why, not which."""
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """An upright RGB copy, transparency over white, the first frame of an animation.
+
+    Raises BrokenPictureError for what cannot be read: missing, cut short, no picture at all,
+    larger than Pillow's decompression-bomb limit, of floating-point numbers, or a mere strip.
+    """
+    try:
+        with _opened(picture) as image:
+            image.load()
+            _turn_upright(image)
+            return _rgb(image)
+    except BrokenPictureError:
+        raise
+    except Exception as error:  # Pillow's plugins raise a dozen kinds for damaged files
+        raise BrokenPictureError(_reason(error)) from error
+
+
+def upright_size(picture: Picture) -> tuple[int, int]:
+    """(height, width) as `open_picture` will give it, from the header: no pixels are decoded.
+
+    Raises BrokenPictureError for what cannot be read.
+    """
+    try:
+        with _opened(picture) as image:
+            width, height = image.size
+            # Pillow decodes a whole PNG in search of EXIF behind its pixels, and tells a TIFF's
+            # size as it will be turned.
+            tells = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+            sideways = tells and _orientation(image) in _SIDEWAYS
+    except BrokenPictureError:
+        raise
+    except Exception as error:
+        raise BrokenPictureError(_reason(error)) from error
+    return (width, height) if sideways else (height, width)
+
+
+class Fitted(NamedTuple):
+    """`pixels` (3, H, W) float32 in -1..1, and where the crop began in the resized picture."""
+
+    pixels: Tensor
+    top: int
+    left: int
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> Fitted:
+    """The smallest resize of an RGB picture that covers `(height, width)`, cropped at its centre.
+
+    Bit for bit torchvision's Resize (bilinear, antialiased), CenterCrop, ToTensor and
+    Normalize([0.5], [0.5]), the reference's transform (tencent-ailab/IP-Adapter,
+    tutorial_train.py), without converting what is cropped away.
+    """
+    height, width = size
+    if image.height * width <= image.width * height:  # wider than the crop
+        resized = height, image.width * height // image.height
+    else:
+        resized = image.height * width // image.width, width
+    top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
+    if (image.height, image.width) != resized:
+        image = image.resize(resized[::-1], Image.Resampling.BILINEAR)
+    image = image.crop((left, top, left + width, top + height))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()
+    return Fitted(pixels.div_(127.5).sub_(1), top, left)
+
+
+def _opened(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture.copy()  # the caller's stays open
+    if isinstance(picture, bytes) and not picture:
+        raise BrokenPictureError("it is empty (0 bytes)")
+    image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise BrokenPictureError(f"a strip of {image.width} × {image.height} pixels")
+    return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise BrokenPictureError("floating-point pixels, whose range is not known")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_deep(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    opaque = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, opaque).convert("RGB")
+
+
+def _from_deep(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion clips at 255 instead of scaling.
+    values = np.asarray(image.convert("I"))
+    if values.min() < 0 or values.max() > _DEEP:
+        raise BrokenPictureError("pixels of more than 16 bits, whose range is not known")
+    grey = np.rint(values * (255 / _DEEP)).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _turn_upright(image: Image.Image) -> None:
+    # Damaged EXIF beside sound pixels is no reason to lose the picture.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _orientation(image: Image.Image) -> int:
+    with contextlib.suppress(Exception):
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return 1
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # Pillow names the file or an object's address; the name is told beside the reason.
+    text = str(error).split(" '")[0].split(" <")[0]
+    return text or type(error).__name__
