@@ -1,0 +1,464 @@
+"""A cache holds what the encoders give, however it was interrupted and whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from tools import small_frozen
+from training import cache, cache_writing
+from training.cache_files import MANIFEST, Manifest, is_whole, read_header, shard_path
+from training.cached import CachedDataset
+from training.data.buckets import square
+from training.data.dataset import RawDataset, collate
+from training.data.records import Record, open_source
+from training.encoders import KINDS, FrozenEncoders, ImageEncoder
+from training.errors import TrainingError
+from training.models import load_encoders
+
+EMBEDS, HIDDEN = KINDS
+ROOT = Path(cache.__file__).parents[1]
+
+pytestmark = pytest.mark.usefixtures("arrow", "accelerate_anew")
+
+
+@pytest.fixture
+def settings(frozen, pictures, tmp_path):
+    """Settings of a small cache, with changes."""
+
+    def settings(family="sd15", **changes):
+        given = {
+            "base": str(frozen / family),
+            "image_encoder": str(frozen / "encoder"),
+            "data": str(pictures),
+            "out": str(tmp_path / "cache"),
+            "size": 64,
+            "features": "both",
+            "shard_rows": 8,
+            "batch_size": 3,
+            "workers": 0,
+        }
+        return cache.CacheSettings(**{**given, **changes})
+
+    return settings
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != ".lock"}
+
+
+def encoders_of(settings, kind=EMBEDS):
+    encoder = ImageEncoder.from_name(settings.image_encoder)
+    return FrozenEncoders(load_encoders(settings.base), encoder, kind)
+
+
+def close(found, expected):
+    return float((found.float() - expected).norm() / expected.norm()) < 1e-3  # half's precision
+
+
+class TestContent:
+    @pytest.mark.parametrize("family", ["sd15", "sdxl"])
+    def test_rows_are_what_the_encoders_give(self, family, settings):
+        given = settings(family)
+        dataset = cache.make(given)
+        assert len(dataset) == 40
+        for kind in KINDS:
+            encoders = encoders_of(given, kind)
+            raw = RawDataset(
+                open_source(given.data),
+                encoders.tokenise,
+                encoders.image_encoder.preprocess,
+                square(64),
+                cache.NO_DRAWS,
+            )
+            rows = CachedDataset(given.out, kind, cache.NO_DRAWS, encoders.fingerprints)
+            for row in (0, 7, 8, 39):
+                expected = encoders.encode(collate([raw[5, row]]))
+                found = collate([rows[5, row]])
+                assert set(found) == set(expected)
+                for name in ("mean", "log_variance", "states", "features", "pooled"):
+                    if name in expected:
+                        assert found[name].dtype == torch.float16
+                        assert close(found[name], expected[name]), name
+                assert torch.equal(found["time_ids"], expected["time_ids"])
+                assert torch.equal(found["noise"], expected["noise"])
+            dropped, expected = rows.dropped(), encoders.dropped()
+            assert close(dropped.states, expected.states)
+            if kind == HIDDEN:
+                assert close(dropped.features, expected.features)
+            else:
+                assert not dropped.features.any()
+            assert (dropped.pooled is None) == (family == "sd15")
+
+    def test_of_buckets(self, settings, tmp_path):
+        data = tmp_path / "data"
+        small_frozen.pictures(data, 30, sizes=((80, 80), (160, 80), (80, 160)), broken=2)
+        dataset = cache.make(settings(data=str(data), buckets=True, size=192, shard_rows=7))
+        left = range(2, 30)
+        assert len(dataset) == len(left)
+        encoders = encoders_of(settings())
+        shapes = set()
+        for place, row in enumerate(left):
+            found = dataset[0, place]
+            height, width = dataset.buckets.size_of(place)
+            shapes.add((height, width))
+            assert found["mean"].shape == (4, height // 8, width // 8)
+            assert found["time_ids"][4:].tolist() == [height, width]
+            states, _ = small_states(encoders, f"picture number {row}")
+            assert close(found["states"], states[0])
+        assert len(shapes) == 3
+
+    def test_one_kind_of_features_only(self, settings):
+        cache.make(settings(features=HIDDEN))
+        header = read_header(shard_path(Path(settings().out), 0))
+        assert HIDDEN in header.tensors
+        assert EMBEDS not in header.tensors
+
+    def test_encoders_of_another_precision_are_the_same_encoders(self, settings):
+        given = settings(precision="bfloat16", stored="bfloat16")
+        cache.make(given)
+        rows = CachedDataset(given.out, EMBEDS, cache.NO_DRAWS, encoders_of(given).fingerprints)
+        assert rows[0, 0]["mean"].dtype == torch.bfloat16
+
+    def test_broken_pictures_are_left_out_and_named(self, settings, tmp_path, caplog):
+        small_frozen.pictures(tmp_path / "data", 30, broken=9)
+        arguments = ["--data", str(tmp_path / "data")]
+        with caplog.at_level(logging.INFO):
+            cache.main([*command(settings()), *arguments])
+        dataset = CachedDataset(settings().out, EMBEDS, cache.NO_DRAWS)
+        assert len(dataset) == 21
+        assert "9 pictures could not be read and are left out: 0000.png: " in caplog.text
+        assert "0004.png" in caplog.text
+        assert "0005.png" not in caplog.text
+        assert "21 rows" in caplog.text
+
+    def test_nothing_but_broken_pictures(self, settings, tmp_path):
+        small_frozen.pictures(tmp_path / "data", 3, broken=3)
+        with pytest.raises(TrainingError, match="none of its 3 pictures"):
+            cache.make(settings(data=str(tmp_path / "data")))
+
+    def test_numbers_that_the_dtype_cannot_hold(self, settings, monkeypatch):
+        outputs = FrozenEncoders.outputs
+
+        def overflowing(self, batch, kinds):
+            found = outputs(self, batch, kinds)
+            if batch["time_ids"][0, 0] and overflowing.calls == 4:
+                found["log_variance"][1, 0, 0, 0] = 70_000.0
+            overflowing.calls += 1
+            return found
+
+        overflowing.calls = 0
+        monkeypatch.setattr(FrozenEncoders, "outputs", overflowing)
+        with pytest.raises(
+            TrainingError, match=r"log variance of row 12 became.*float16.*bfloat16"
+        ):
+            cache.make(settings())
+        shards = sorted(path.name for path in Path(settings().out).glob("shard-*"))
+        assert shards == ["shard-00000.safetensors"]
+        overflowing.calls = 0
+        cache.make(settings(stored="bfloat16", out=settings().out + "2"))
+
+
+def small_states(encoders, text):
+    from training.encoders import text_states
+
+    return text_states(encoders.text, [ids[None] for ids in encoders.tokenise(text)])
+
+
+class Shaped:
+    """Encoders of SD1.5 and ViT-H/14 as far as shapes go."""
+
+    def outputs(self, batch, kinds):
+        rows = len(batch["weight"])
+        shapes = {
+            "mean": (4, 64, 64),
+            "log_variance": (4, 64, 64),
+            "states": (77, 768),
+            EMBEDS: (1024,),
+            HIDDEN: (257, 1280),
+        }
+        return {k: torch.zeros(rows, *s) for k, s in shapes.items() if k not in KINDS or k in kinds}
+
+
+class Rows:
+    fingerprint = "x"
+
+    def __init__(self, picture, rows):
+        self._picture, self._rows = picture, rows
+
+    def __len__(self):
+        return self._rows
+
+    def __getitem__(self, row):
+        return Record(str(row), self._picture, "")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [((EMBEDS,), 65_536 + 118_272 + 2_048), (KINDS, 65_536 + 118_272 + 659_968)],
+)
+def test_bytes_of_a_sample_of_sd15(kinds, expected, tmp_path, pictures):
+    tokens = (torch.zeros(77, dtype=torch.int64),)
+    source = Rows(pictures / "00.png", 16)
+    dataset = RawDataset(
+        source, lambda _: tokens, lambda _: torch.zeros(1), square(512), cache.NO_DRAWS
+    )
+    manifest = Manifest(16, 16, kinds, "float16", ((512, 512),), {}, {})
+    reading = cache_writing.Reading(8, 0)
+    with tqdm(disable=True) as bar:
+        cache_writing.write_shards(dataset, Shaped(), tmp_path, manifest, [0], reading, bar)
+    found = shard_path(tmp_path, 0).stat().st_size / 16
+    assert expected < found < expected + 200
+
+
+def command(settings):
+    """The settings as a command line."""
+    found = []
+    for name, value in vars(settings).items():
+        if value is not None:
+            found += [f"--{name}", str(value)]
+    return found
+
+
+class TestProcesses:
+    def test_two_write_what_one_writes(self, settings, tmp_path):
+        cache.make(settings(workers=1))
+        alone = contents(settings().out)
+        both = settings(out=str(tmp_path / "both"))
+        script = str(ROOT / "training" / "cache.py")
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+        result = subprocess.run(
+            [*launch, "--num_processes", "2", script, *command(both)],
+            env={**os.environ, "OMP_NUM_THREADS": "2"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        assert "the first of 2 processes" in result.stderr
+        assert "40 rows" in result.stderr
+        assert contents(both.out) == alone
+
+    def test_shards_do_not_depend_on_which_are_written(self, settings):
+        whole = settings()
+        cache.make(whole)
+        expected = contents(whole.out)
+        for shard in (0, 2, 3):
+            shard_path(Path(whole.out), shard).unlink()
+        cache.make(whole)
+        assert contents(whole.out) == expected
+
+
+class TestGoingOn:
+    def test_what_is_whole_is_kept(self, settings):
+        given = settings()
+        cache.make(given)
+        expected = contents(given.out)
+        times = {path: path.stat().st_mtime_ns for path in Path(given.out).glob("shard-*")}
+        cut = shard_path(Path(given.out), 1)
+        cut.write_bytes(cut.read_bytes()[:-1])
+        cache.make(given)
+        assert contents(given.out) == expected
+        for path, written in times.items():
+            assert (path.stat().st_mtime_ns == written) == (path != cut)
+
+    def test_killed_at_twenty_moments(self, settings):
+        given = settings(shard_rows=2)
+        out = Path(given.out)
+        assert launched(given) == 0
+        expected = contents(out)
+        shutil.rmtree(out)
+        chance, counts = random.Random(0), []
+        for _ in range(20):
+            there = len(list(out.glob("shard-*")))
+            if there > 15:
+                shutil.rmtree(out)
+                there = 0
+            moment = chance.uniform(0, chance.choice([0.02, 1.5]))  # among shards, or before them
+            launched(given, chance.randint(there, there + 3), moment)
+            shards = list(out.glob("shard-*.safetensors"))
+            counts.append(len(shards))
+            for path in shards:
+                assert path.read_bytes() == expected[path.name]
+        assert len({*counts} - {0, 20}) > 5  # it was killed while writing
+        assert launched(given) == 0
+        assert contents(out) == expected
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"family": "sdxl"}, r"vae|text encoder \(there '?.*sd15'?, now '?.*sdxl"),
+            ({"size": 72}, r"sizes \(there \(\(64, 64\),\), now \(\(72, 72\),\)\)"),
+            ({"features": EMBEDS}, "features"),
+            ({"stored": "float32"}, r"dtype \(there float16, now float32\)"),
+            ({"shard_rows": 4}, r"shard_rows \(there 8, now 4\)"),
+        ],
+    )
+    def test_other_settings_are_refused(self, changes, said, settings):
+        cache.make(settings())
+        before = contents(settings().out)
+        with pytest.raises(TrainingError, match=f"cache of another run.*{said}"):
+            cache.make(settings(**changes))
+        assert contents(settings().out) == before
+
+    def test_other_pictures_are_refused(self, settings, tmp_path):
+        small_frozen.pictures(tmp_path / "data", 40)
+        cache.make(settings())
+        with pytest.raises(TrainingError, match=r"data \(there .*pictures.*, now .*data\)"):
+            cache.make(settings(data=str(tmp_path / "data")))
+
+    def test_more_workers_or_another_batch_are_no_other_settings(self, settings):
+        cache.make(settings())
+        shard_path(Path(settings().out), 0).unlink()
+        cache.make(settings(workers=1, batch_size=5))
+
+    def test_leftovers_of_a_kill_are_removed(self, settings):
+        out = Path(settings().out)
+        out.mkdir()
+        for name in ("shard-00001.safetensors.tmp", ".tmpAbCdEf", "cache.json.tmp"):
+            (out / name).write_bytes(b"half")
+        cache.make(settings())
+        assert not list(out.glob("*.tmp")) + list(out.glob(".tmp*"))
+
+    def test_shards_of_nobody(self, settings):
+        cache.make(settings())
+        (Path(settings().out) / MANIFEST).unlink()
+        with pytest.raises(TrainingError, match=r"holds shards without a cache\.json"):
+            cache.make(settings())
+
+
+def launched(settings, shards=None, seconds=0.0):
+    """Run cache.py in a fresh process; its exit code. With `shards` it is killed, so many seconds
+    after there are so many of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.cache"])
+    process = context.Process(target=cache.main, args=(command(settings),))
+    process.start()
+    if shards is not None:
+        out = Path(settings.out)
+        while process.is_alive() and len(list(out.glob("shard-*.safetensors"))) < shards:
+            time.sleep(0.002)
+        time.sleep(seconds)
+        process.kill()
+    process.join()
+    return process.exitcode
+
+
+class TestCannotWrite:
+    def test_below_a_file(self, settings, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(TrainingError, match=r"Nothing can be written to.*--out"):
+            cache.make(settings(out=str(tmp_path / "file" / "cache")))
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    def test_a_folder_of_others(self, settings, tmp_path):
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(TrainingError, match=r"Nothing can be written to.*--out"):
+            cache.make(settings(out=str(tmp_path / "locked")))
+
+    def test_it_is_told_before_any_model_is_read(self, settings, tmp_path, monkeypatch):
+        def never(*_):
+            raise AssertionError("a model was read")
+
+        monkeypatch.setattr(cache, "load_encoders", never)
+        (tmp_path / "file").touch()
+        with pytest.raises(TrainingError, match="Nothing can be written"):
+            cache.make(settings(out=str(tmp_path / "file")))
+
+    def test_while_another_writes_there(self, settings):
+        Path(settings().out).mkdir()
+        said = pytest.raises(TrainingError, match=r"Another cache\.py is writing")
+        with FileLock(Path(settings().out) / ".lock"), said:
+            cache.make(settings())
+        cache.make(settings())
+
+    def test_a_full_disk(self, settings):
+        """A limit on a file's size stands for it: the write fails half-way all the same."""
+        given = settings()
+        out = Path(given.out)
+        cache.make(given)
+        expected = contents(out)
+        for shard in (1, 3):
+            shard_path(out, shard).unlink()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            with pytest.raises(TrainingError, match=r"shard-00001.*File too large.*same command"):
+                cache.make(given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        left = contents(out)
+        assert set(left) == set(expected) - {"shard-00001.safetensors", "shard-00003.safetensors"}
+        assert all(is_whole(path) for path in out.glob("shard-*"))
+        cache.make(given)
+        assert contents(out) == expected
+
+    def test_what_will_not_suffice_is_told_after_the_first_shard(
+        self, settings, monkeypatch, caplog
+    ):
+        usage = namedtuple("usage", "free")
+        monkeypatch.setattr(cache_writing.shutil, "disk_usage", lambda _: usage(1000))
+        cache.make(settings())
+        assert "will not suffice" in caplog.text
+
+
+class TestCommandLine:
+    def test_a_file_of_settings_and_the_command_line_over_it(self, settings, tmp_path):
+        config = tmp_path / "cache.yaml"
+        config.write_text(json.dumps({**vars(settings()), "shard_rows": 5}))
+        found = cache.parse(["--config", str(config), "--batch_size", "2"])
+        assert (found.shard_rows, found.batch_size) == (5, 2)
+        assert found.base == settings().base
+        assert cache.parse(command(settings())) == settings()
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--shard_rows", "0"], "shard_rows is 0; expected at least 1"),
+            (["--features", "hidden"], "features"),
+            (["--nonsense", "1"], "nonsense"),
+        ],
+    )
+    def test_a_value_that_cannot_be(self, arguments, said, settings, capsys):
+        with pytest.raises(SystemExit) as error:
+            cache.parse([*command(settings()), *arguments])
+        assert error.value.code == 2
+        assert said in capsys.readouterr().err
+
+    def test_errors_are_messages(self, settings):
+        with pytest.raises(SystemExit, match=r"cache\.py: There is no '/nowhere'"):
+            cache.main([*command(settings()), "--data", "/nowhere"])
+
+    def test_shards_to_stream_are_refused(self, settings):
+        with pytest.raises(TrainingError, match="WebDataset shards"):
+            cache.make(settings(data="shards/{000..009}.tar"))
+
+
+def test_batches_stay_in_their_shard_and_bucket():
+    of_row = np.array([0, 1, 0, 1, 1, 0, 0, 0, 1], np.int16)
+    manifest = Manifest(9, 5, (EMBEDS,), "float16", ((64, 64), (64, 128)), {}, {})
+
+    class Dataset:
+        class buckets:
+            pass
+
+    Dataset.buckets.of_row = of_row
+    batches = cache_writing._Batches(Dataset, manifest, [1, 0], 2)
+    found = [[row for _, row in batch] for batch in batches]
+    assert found == [[5, 6], [7], [8], [0, 2], [1, 3], [4]]

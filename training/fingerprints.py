@@ -1,0 +1,36 @@
+"""What a frozen model is, in 32 characters."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+
+def of_weights(module: nn.Module) -> str:
+    """A hash of every parameter of `module`, in the order in which they were registered.
+
+    Values are hashed as float32, to which float16 and bfloat16 widen without loss: a model
+    gives the same hash from a file of either width that holds the same values. Take it before the
+    model is cast to fewer bits. Names are left out, for libraries rename them; so are buffers,
+    which follow from the settings.
+    """
+    digest = xxhash.xxh3_128()
+    for parameter in module.parameters():
+        digest.update(repr(tuple(parameter.shape)).encode())
+        digest.update(_bytes(parameter))
+    return digest.hexdigest()
+
+
+def of_settings(*settings: Any) -> str:
+    """A hash of plain values: numbers, texts, lists and dicts (whose order does not count)."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return xxhash.xxh3_128(text.encode()).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().to("cpu", torch.float32).contiguous().flatten()
+    return flat.view(torch.uint8).numpy().data

@@ -1,0 +1,1 @@
+"""Where frozen models come from: folders, single files, libraries."""
