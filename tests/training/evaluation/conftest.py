@@ -1,0 +1,94 @@
+"""Models, adapters and COCO for evaluations, all small, and one evaluation run as a command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tools import small_training as small
+from training.evaluate import EvaluationSettings
+from training.sampling import Sampler
+
+ROOT = Path(__file__).resolve().parents[3]
+PICTURES, SAMPLES = 5, 2
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Models, adapters as .safetensors and as .bin, and COCO."""
+    path = tmp_path_factory.mktemp("evaluation")
+    small.base(path / "base", "sd15")
+    small.image_encoder(path / "encoder")
+    small.clip(path / "clip")
+    small.coco(path / "coco", PICTURES)
+    save_file(small.adapter("sd15", "linear").state_dict(), path / "one.safetensors")
+    sections: dict = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in small.adapter("sd15", "resampler", seed=9).state_dict().items():
+        section, name = key.split(".", 1)
+        sections[section][name] = value
+    torch.save(sections, path / "two.bin")
+    return path
+
+
+@pytest.fixture
+def settings(folder, tmp_path):
+    return EvaluationSettings(
+        base=str(folder / "base"),
+        image_encoder=str(folder / "encoder"),
+        adapter=(str(folder / "one.safetensors"), str(folder / "two.bin")),
+        coco=str(folder / "coco"),
+        out=str(tmp_path / "out"),
+        clip=str(folder / "clip"),
+        weights=(0.5, 1.0),
+        samples=SAMPLES,
+        steps=2,
+        guidance=3.0,
+        batch=4,  # two rows at once
+        dtype="float32",
+    )
+
+
+@pytest.fixture(scope="session")
+def start(folder):
+    """Starts `evaluate.py` with the settings of `settings`, in some processes."""
+
+    def started(out, processes=1):
+        several = ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}"]
+        given = {"base": "base", "image_encoder": "encoder", "coco": "coco", "clip": "clip"}
+        options = [f"--{name}={folder / value}" for name, value in given.items()]
+        options += [f"--out={out}", "--weights=[0.5, 1.0]", f"--samples={SAMPLES}", "--steps=2"]
+        options += ["--guidance=3.0", "--batch=4", "--dtype=float32", "--adapter"]
+        options += [str(folder / "one.safetensors"), str(folder / "two.bin")]
+        script = [*(several if processes > 1 else []), str(ROOT / "training/evaluate.py")]
+        return subprocess.Popen([sys.executable, *script, *options], env=ENVIRONMENT)
+
+    return started
+
+
+@pytest.fixture(scope="session")
+def straight(start, tmp_path_factory):
+    """results.json of a run that nothing happened to."""
+    out = tmp_path_factory.mktemp("straight")
+    assert start(out).wait() == 0
+    return (out / "results.json").read_bytes()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """How many pictures were asked for, call by call."""
+    counts = []
+    draw = Sampler.draw
+
+    def counted(self, adapter, prompts):
+        counts.append(len(prompts))
+        return draw(self, adapter, prompts)
+
+    monkeypatch.setattr(Sampler, "draw", counted)
+    return counts

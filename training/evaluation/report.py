@@ -1,0 +1,192 @@
+"""From scores to results.json, a table in Markdown, and curves over λ."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .scores import IMAGE_ONLY, WITH_TEXT, Condition, Found, replace_text
+
+SOURCE = "arXiv 2308.06721, Table 1"
+# method, trained parameters in millions, CLIP-T, CLIP-I
+PUBLISHED = (
+    ("Open unCLIP", 893, 0.608, 0.858),
+    ("SD unCLIP", 870, 0.584, 0.810),
+    ("SD Image Variations", 860, 0.548, 0.760),
+    ("ControlNet Shuffle", 361, 0.421, 0.616),
+    ("Uni-ControlNet (global)", 47, 0.506, 0.736),
+    ("T2I-Adapter (style)", 39, 0.485, 0.648),
+    ("IP-Adapter", 22, 0.588, 0.828),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter that is measured. `digest` identifies its file, `name` is for people."""
+
+    name: str
+    digest: str
+    projection: str
+    parameters: int
+
+
+def conditions(digest: str, weights: Sequence[float]) -> list[Condition]:
+    """Image only at λ = 1, as in Table 1, then with text at each of `weights`."""
+    texts = [Condition(digest, WITH_TEXT, float(weight)) for weight in sorted({*weights})]
+    return [Condition(digest, IMAGE_ONLY, 1.0), *texts]
+
+
+def results(
+    protocol: Mapping[str, Any],
+    subjects: Sequence[Subject],
+    weights: Sequence[float],
+    rows: range,
+    names: Mapping[int, str],
+    found: Found,
+) -> dict[str, Any]:
+    """Means over `rows` for every adapter and condition.
+
+    The same numbers whatever the order in which the samples were measured.
+    """
+    asked, listed = frozenset(rows), []
+    for subject in subjects:
+        measured = [
+            _mean(condition, asked, found) for condition in conditions(subject.digest, weights)
+        ]
+        listed.append(
+            {
+                "name": subject.name,
+                "sha256": subject.digest,
+                "projection": subject.projection,
+                "parameters": subject.parameters,
+                IMAGE_ONLY: measured[0],
+                WITH_TEXT: measured[1:],
+            }
+        )
+    return {
+        "protocol": dict(protocol),
+        "pictures": len(rows) - sum(row in asked for row in found.broken),
+        "broken": {names[row]: why for row, why in sorted(found.broken.items()) if row in asked},
+        "adapters": listed,
+        "published": {
+            "source": SOURCE,
+            "rows": [
+                {"method": name, "parameters": 1_000_000 * size, "clip_t": text, "clip_i": image}
+                for name, size, text, image in PUBLISHED
+            ],
+        },
+    }
+
+
+def _mean(condition: Condition, rows: frozenset[int], found: Found) -> dict[str, Any]:
+    """Means, and their standard errors over pictures (samples of one picture are not
+    independent)."""
+    by_row: dict[int, list[tuple[float, float]]] = {}
+    for key in sorted(k for k in found.scores if k.condition == condition and k.row in rows):
+        by_row.setdefault(key.row, []).append(found.scores[key])
+    samples = sum(map(len, by_row.values()))
+    out: dict[str, Any] = {"weight": condition.weight, "samples": samples}
+    for place, name in enumerate(("clip_i", "clip_t")):
+        means = [math.fsum(s[place] for s in part) / len(part) for part in by_row.values()]
+        count = len(means)
+        mean = math.fsum(means) / count if count else None
+        out[name] = mean
+        if mean is not None and count > 1:
+            variance = math.fsum((x - mean) ** 2 for x in means) / (count - 1)
+            out[f"{name}_error"] = math.sqrt(variance / count)
+    return out
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Markdown: what was measured here, then what the paper published."""
+    pictures, protocol = found["pictures"], found["protocol"]
+    lines = [
+        f"Measured here: {pictures} pictures, {protocol['samples']} samples each, "
+        f"{protocol['clip']}; DDIM, {protocol['steps']} steps, guidance {protocol['guidance']:g}.",
+        "",
+        "| adapter | parameters | prompt | weight | CLIP-T | CLIP-I |",
+        "|---|---|---|---|---|---|",
+    ]
+    for adapter in found["adapters"]:
+        head = f"| {_cell(adapter['name'])} | {adapter['parameters'] / 1e6:.1f}M "
+        for prompt in (IMAGE_ONLY, WITH_TEXT):
+            measured = adapter[prompt]
+            for entry in measured if isinstance(measured, list) else [measured]:
+                scores = " | ".join(_score(entry, name) for name in ("clip_t", "clip_i"))
+                lines.append(f"{head}| {_words(prompt)} | {entry['weight']:g} | {scores} |")
+    lines += [
+        "",
+        f"Published, not measured here ({SOURCE}; COCO val2017, 5000 pictures, 4 samples each, "
+        "CLIP ViT-L/14):",
+        "",
+        "| method (published) | parameters | prompt | CLIP-T | CLIP-I |",
+        "|---|---|---|---|---|",
+    ]
+    for name, size, text, image in PUBLISHED:
+        lines.append(f"| {name} | {size}M | {_words(IMAGE_ONLY)} | {text:.3f} | {image:.3f} |")
+    if found["broken"]:
+        named = ", ".join(f"{_cell(name)}" for name in found["broken"])
+        lines += ["", f"Left out, their pictures could not be opened: {named}."]
+    return "\n".join(lines) + "\n"
+
+
+def _score(entry: Mapping[str, Any], name: str) -> str:
+    if entry[name] is None:
+        return "–"
+    error = entry.get(f"{name}_error")
+    return f"{entry[name]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+
+
+def _words(prompt: str) -> str:
+    return prompt.replace("_", " ")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def plot(found: Mapping[str, Any], path: Path) -> None:
+    """λ against CLIP-I and CLIP-T with text; the image-only scores as dashed lines."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    for axis, name, label in zip(axes, ("clip_i", "clip_t"), ("CLIP-I", "CLIP-T"), strict=True):
+        for number, adapter in enumerate(found["adapters"]):
+            colour = f"C{number % 10}"
+            texts = [entry for entry in adapter[WITH_TEXT] if entry[name] is not None]
+            axis.errorbar(
+                [entry["weight"] for entry in texts],
+                [entry[name] for entry in texts],
+                [entry.get(f"{name}_error", 0.0) for entry in texts],
+                marker="o",
+                capsize=3,
+                color=colour,
+                label=adapter["name"],
+            )
+            alone = adapter[IMAGE_ONLY][name]
+            if alone is not None:
+                axis.axhline(alone, color=colour, linestyle="--", linewidth=1)
+        axis.set(xlabel="weight λ", ylabel=label)
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    title = "with text; dashed: image only, λ = 1"
+    figure.legend(handles, labels, title=title, loc="outside lower center", ncols=2)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=120, format="png")
+    os.replace(temporary, path)
+
+
+def write(found: Mapping[str, Any], folder: Path) -> None:
+    """results.json, table.md and weights.png."""
+    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
+    replace_text(folder / "results.json", text + "\n")
+    replace_text(folder / "table.md", table(found))
+    plot(found, folder / "weights.png")

@@ -1,0 +1,72 @@
+"""The adapters that are measured, each seen to fit before anything is drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ip_adapter_core import checkpoint
+from ip_adapter_core.adapter import IPAdapter
+
+from ..errors import TrainingError
+from ..image_encoder import ImageEncoder
+from ..unet import cross_attention_layers
+from .report import Subject
+
+
+def load(paths: Sequence[str]) -> list[tuple[Subject, IPAdapter]]:
+    """Adapters from their files, any published kind, in float32.
+
+    Raises TrainingError if a file is no adapter, or the same one twice.
+    """
+    names = [Path(path).name for path in paths]
+    loaded: list[tuple[Subject, IPAdapter]] = []
+    for path, name in zip(paths, names, strict=True):
+        try:
+            adapter = checkpoint.load(path).float().eval().requires_grad_(False)
+        except checkpoint.CheckpointError as error:
+            raise TrainingError(str(error)) from error
+        digest = _sha256(path)
+        if any(subject.digest == digest for subject, _ in loaded):
+            raise TrainingError(f"'{path}' is given twice, or is a copy of another of the files.")
+        parameters = sum(parameter.numel() for parameter in adapter.parameters())
+        shown = name if names.count(name) == 1 else str(path)
+        loaded.append((Subject(shown, digest, adapter.spec.projection, parameters), adapter))
+    return loaded
+
+
+def check_fits(
+    adapter: IPAdapter,
+    name: str,
+    unet: Any,
+    encoder: ImageEncoder,
+) -> None:
+    """Raise TrainingError unless the adapter reads what this encoder gives, and has W'k, W'v for
+    exactly this UNet's layers."""
+    spec = adapter.spec
+    layers = cross_attention_layers(unet).values()
+    found = unet.config.cross_attention_dim, tuple(layer.to_k.out_features for layer in layers)
+    if found != (spec.cross_attention_dim, spec.layer_dims):
+        raise TrainingError(
+            f"'{name}' was made for a UNet of {len(spec.layer_dims)} cross-attention layers over "
+            f"{spec.cross_attention_dim}-wide text states, but the base has {len(found[1])} over "
+            f"{found[0]}-wide ones, or of other widths. Give a base of the adapter's family "
+            "(SD1.5 or SDXL)."
+        )
+    given = encoder.feature_dim(spec.features)
+    if given != spec.feature_dim:
+        kind = spec.features.replace("_", " ")
+        raise TrainingError(
+            f"'{name}' reads {kind} {spec.feature_dim} wide, but those of '{encoder.name}' are "
+            f"{given} wide. Give the image encoder that this adapter was trained with."
+        )
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

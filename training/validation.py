@@ -1,0 +1,198 @@
+"""Looking at what an adapter has learnt: a contact sheet and two curves every N steps.
+
+The loss of a diffusion model says little. Here the same references, prompts, weights and seeds
+are drawn each time, so that two sheets differ by training alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+
+from ip_adapter_core.adapter import IPAdapter
+
+from .data.pictures import BrokenPictureError, open_picture
+from .errors import TrainingError
+from .folders import make_writable
+from .image_encoder import ImageEncoder
+from .metrics import Clip, clip_i, clip_t
+from .models import Base
+from .prompts import Prompts, encode_pictures, encode_text
+from .random_state import untouched_random_state
+from .sampling import NotFinite, Sampler, SamplingSettings
+from .sheet import Column, Row, contact_sheet, save, show
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """What is drawn: every reference with every prompt and seed, at every weight."""
+
+    references: tuple[str, ...] = ()
+    """Picture files. Take some that are not in the training set."""
+    prompts: tuple[str, ...] = ("",)
+    """Texts beside the picture; an empty one is the image alone."""
+    weights: tuple[float, ...] = (0.0, 0.5, 1.0)
+    """λ of each column; 0 is the base without the adapter."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the starting noise; each makes a row more."""
+    sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(steps=30, batch=4))
+    """Fewer steps than an evaluation has: these pictures are for the eye."""
+
+
+class _Drawn(NamedTuple):
+    """One cell; scores are None where there is nothing to measure."""
+
+    cell: int
+    picture: Image.Image | None
+    clip_i: float | None
+    clip_t: float | None
+
+
+class Validation:
+    """Draws and writes a sheet when called. All inputs are opened and encoded here, at the start:
+    the text encoders and `encoder` are not needed afterwards.
+
+    `kind` is the adapter's `spec.features`. Without `clip` there are no curves. `scheduler` is
+    `Sampler`'s. Raises TrainingError for settings that leave nothing to draw or name pictures that
+    cannot be opened, or a folder that cannot be written to.
+    """
+
+    def __init__(
+        self,
+        settings: ValidationSettings,
+        base: Base,
+        encoder: ImageEncoder,
+        kind: str,
+        folder: Path,
+        clip: Clip | None = None,
+        scheduler: Mapping[str, Any] | None = None,
+    ) -> None:
+        for name in ("references", "prompts", "weights", "seeds"):
+            if not getattr(settings, name):
+                raise TrainingError(
+                    f"validation.{name} is empty: give at least one, or no validation."
+                )
+        self.settings, self.folder, self.clip = settings, folder, clip
+        self._pictures = _opened(settings.references)
+        self._rows = list(
+            itertools.product(
+                range(len(settings.references)), range(len(settings.prompts)), settings.seeds
+            )
+        )
+        self._cells = list(itertools.product(range(len(self._rows)), settings.weights))
+        self._sampler = Sampler(base, settings.sampling, scheduler)
+        self._text = encode_text(base, settings.prompts)
+        self._features, self._zero = encode_pictures(encoder, self._pictures, kind)
+        if clip is not None:
+            self._reference_embeds = clip.images(self._pictures)
+            self._prompt_embeds = clip.texts(settings.prompts)
+        make_writable(folder)
+
+    def __call__(self, accelerator: Accelerator, adapter: IPAdapter, step: int) -> dict[str, float]:
+        """Draw with `adapter` as it stands, each process its part; the main one writes
+        `step-000500.png`. To be called by all processes. Returns the curves' values at `step`.
+
+        No random state is changed. A sheet that cannot be drawn or written is reported in the log
+        and training goes on.
+        """
+        with untouched_random_state():
+            numbers = list(range(len(self._cells)))
+            with accelerator.split_between_processes(numbers) as mine:
+                drawn = [x for part in self._parts(mine) for x in self._draw(adapter, part)]
+            drawn = sorted(gather_object(drawn), key=lambda x: x[0])
+        values = self._curves([_Drawn(*x) for x in drawn])
+        accelerator.log(values, step=step)
+        if accelerator.is_main_process:
+            sheet = self._sheet([_Drawn(*x).picture for x in drawn], values, step)
+            save(sheet, self.folder / f"step-{step:06d}.png")
+            show(sheet, accelerator, step)
+        return values
+
+    def _parts(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+        size = self.settings.sampling.batch
+        for start in range(0, len(numbers), size):
+            yield numbers[start : start + size]
+
+    def _draw(self, adapter: IPAdapter, numbers: Sequence[int]) -> list[_Drawn]:
+        rows = [self._rows[self._cells[number][0]] for number in numbers]
+        references, prompts = [row[0] for row in rows], [row[1] for row in rows]
+        asked = Prompts(
+            text=self._text[prompts],
+            features=self._features[references],
+            zero=self._zero,
+            weights=[self._cells[number][1] for number in numbers],
+            seeds=[row[2] for row in rows],
+        )
+        try:
+            pictures = self._sampler.draw(adapter, asked)
+        except NotFinite as error:
+            logger.error("Validation: %s", error)
+            return [_Drawn(number, None, None, None) for number in numbers]
+        if self.clip is None:
+            return [_Drawn(n, p, None, None) for n, p in zip(numbers, pictures, strict=True)]
+        embeds = self.clip.images(pictures)
+        like = clip_i(embeds, self._reference_embeds[references]).tolist()
+        told: list[float | None] = [*clip_t(embeds, self._prompt_embeds[prompts]).tolist()]
+        for place, prompt in enumerate(prompts):
+            if not self.settings.prompts[prompt]:
+                told[place] = None  # no text to be true to
+        return [_Drawn(*cell) for cell in zip(numbers, pictures, like, told, strict=True)]
+
+    def _curves(self, drawn: Sequence[_Drawn]) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name, weight in itertools.product(("clip_i", "clip_t"), self.settings.weights):
+            found = [getattr(x, name) for x in drawn if self._cells[x.cell][1] == weight]
+            scores = [score for score in found if score is not None]
+            if scores:
+                values[_curve(name, weight)] = fmean(scores)
+        return values
+
+    def _sheet(
+        self, pictures: Sequence[Image.Image | None], values: Mapping[str, float], step: int
+    ) -> Image.Image:
+        columns = [Column("reference")]
+        for weight in self.settings.weights:
+            scores = [
+                f"{label} {values[_curve(name, weight)]:.3f}"
+                for name, label in (("clip_i", "CLIP-I"), ("clip_t", "CLIP-T"))
+                if _curve(name, weight) in values
+            ]
+            columns.append(Column(f"weight {weight:g}", " · ".join(scores)))
+        rows, wide = [], len(self.settings.weights)
+        for number, (reference, prompt, seed) in enumerate(self._rows):
+            text = self.settings.prompts[prompt]
+            label = f"seed {seed} · " if len(self.settings.seeds) > 1 else ""
+            label += f'"{text}"' if text else "image only"
+            drawn = pictures[number * wide : (number + 1) * wide]
+            rows.append(Row(label, [self._pictures[reference], *drawn]))
+        return contact_sheet(f"step {step}", columns, rows)
+
+
+def _curve(name: str, weight: float) -> str:
+    return f"validation/{name}/weight_{weight:g}"
+
+
+def _opened(paths: Sequence[str]) -> list[Image.Image]:
+    pictures, failed = [], []
+    for path in paths:
+        try:
+            pictures.append(open_picture(Path(path)))
+        except BrokenPictureError as error:
+            failed.append(f"'{path}' ({error})")
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(paths)} pictures in validation.references cannot be opened: "
+            f"{', '.join(failed)}. Correct the paths, or leave them out."
+        )
+    return pictures
