@@ -1,0 +1,108 @@
+"""What trains is what samples: a file that train.py wrote, in train.py's own forward pass, in
+ComfyUI with this pack, and in diffusers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ip_adapter_core import checkpoint
+from tools import small_frozen, small_training
+
+TOLERANCE = 1e-4
+KINDS = {"base": "base", "fine-grained": "plus", "full": "full"}
+pytestmark = pytest.mark.usefixtures("arrow")
+
+
+@pytest.fixture(scope="module")
+def bases(unets, tmp_path_factory):
+    """For each family a UNet with all of its layers, and a diffusers folder around it."""
+    found = {}
+    for name, family in unets.SMALL.items():
+        contexts = {"sd15": small_training.HIDDEN, "sdxl": 2 * small_training.HIDDEN}
+        family = dataclasses.replace(family, context=contexts[name])
+        folder = tmp_path_factory.mktemp(name)
+        small_frozen.base(folder, name)
+        unets.diffusers_unet(family).save_pretrained(folder / "unet")
+        if family.sdxl:
+            second = small_training._text(4, projection=unets.POOLED)
+            second.save_pretrained(folder / "text_encoder_2")
+        found[name] = family, folder
+    return found
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(8):
+        small_training.picture(number, (80, 70)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}")
+    small_training.image_encoder(folder / "encoder")
+    return folder
+
+
+@pytest.fixture
+def trained(bases, pictures, tmp_path, accelerate_anew):
+    """The file that a short run leaves."""
+    from training.settings import Settings
+    from training.train import train
+
+    def trained(family: str, variant: str) -> Path:
+        settings = Settings(
+            base=str(bases[family][1]),
+            image_encoder=str(pictures / "encoder"),
+            data=str(pictures),
+            out=str(tmp_path / "run"),
+            variant=variant,
+            size=64,
+            steps=3,
+            batch_size=2,
+            workers=0,
+            log_with="none",
+            learning_rate=1e-2,
+        )
+        with torch.enable_grad():
+            train(settings)
+        return tmp_path / "run" / "ip-adapter.safetensors"
+
+    return trained
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("variant", KINDS)
+def test_the_three_agree(bases, both, adapters, trained, family, variant):
+    from training.unet import attach
+
+    path, kind = trained(family, variant), KINDS[variant]
+    encoder = adapters.Encoder(small_training.EMBED, small_training.STATES, patches=17)
+    pair = both.Pair(bases[family][0], encoder)
+    pair._weights[kind] = {k: v.float() for k, v in load_file(path).items()}
+    prompt = encoder.prompt(1, seed=0)
+    adapter, weight = checkpoint.load(path).float(), 0.8
+    unet, _ = pair.unet(())
+    for call in pair.comfy([both.Setting(kind, prompt, weight)], "model", (16, 24)):
+        plain = pair.diffusers(call)
+        scales = [[weight] * len(pair.family.widths)]
+        theirs = pair.diffusers(call, [kind], [prompt], scales)
+        attach(unet)
+        features = both.features(kind, prompt, call)[:, 0]
+        keys_values = [(key, weight * value) for key, value in adapter(features)]
+        added = None
+        if pair.family.sdxl:
+            pooled = [both.text(pair.family, seed)[0][1]["pooled_output"] for seed in (1, 2)]
+            time_ids = both.TIME_IDS.expand(len(call.rows), -1)
+            added = {"text_embeds": torch.cat(pooled)[call.rows], "time_ids": time_ids}
+        ours = unet(
+            *(call.x, call.timesteps, call.context),
+            added_cond_kwargs=added,
+            cross_attention_kwargs={"ip_hidden_states": keys_values},
+        ).sample
+        assert both.error(ours, call.out) < TOLERANCE
+        assert both.error(ours, theirs) < TOLERANCE
+        assert both.error(ours, plain) > 100 * TOLERANCE
+        del pair._unets[()]
+        unet, _ = pair.unet(())

@@ -1,0 +1,82 @@
+"""Through `accelerate launch`, as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from training.settings import Settings
+from training.train import train
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("arrow")
+
+
+def command(settings: Settings, processes: int) -> list[str]:
+    """The command line of these settings."""
+    defaults = {field.name: field.default for field in fields(Settings)}
+    changed = {n: v for n, v in vars(settings).items() if v != defaults[n]}
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu"),
+        *("--num_processes", str(processes), str(ROOT / "training" / "train.py")),
+        *(f"--{name}={value}" for name, value in changed.items()),
+    ]
+
+
+@pytest.fixture
+def environment(tmp_path_factory) -> dict[str, str]:
+    cache = tmp_path_factory.getbasetemp() / "datasets"
+    return {**os.environ, "HF_DATASETS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+
+
+def test_two_processes_follow_one(settings, tmp_path, environment):
+    """With half the batch each; clipping, accumulation and the average included."""
+    more = {"clip_norm": 0.1, "accumulation": 2, "ema": 0.5, "drop_image": 0.3, "drop_text": 0.3}
+    one = settings(steps=6, **more)
+    train(one)
+    two = settings(steps=6, batch_size=2, out=str(tmp_path / "two"), **more)
+    result = subprocess.run(
+        command(two, 2), env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "two" / "checkpoints" / "step-0000012").exists()
+    name = "checkpoints/step-0000006/model.safetensors"
+    found, expected = load_file(Path(two.out, name)), load_file(Path(one.out, name))
+    start = settings(steps=1, learning_rate=0.0, weight_decay=0.0, out=str(tmp_path / "start"))
+    train(start)
+    before = load_file(Path(start.out, "checkpoints/step-0000001/model.safetensors"))
+    for key, value in found.items():
+        moved = (expected[key] - before[key]).norm()
+        assert moved > 0
+        assert (value - expected[key]).norm() < 1e-3 * moved, key
+    # It goes on in one process too: what a sample is does not depend on how many there are.
+    train(settings(steps=7, out=two.out, **more))
+    assert Path(two.out, "checkpoints/step-0000007").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a launcher's end is not told")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_scheduler_that_ends_the_launcher(settings, tmp_path, environment, processes):
+    given = settings(steps=1_000_000, save_every=1_000_000)
+    with open(tmp_path / "log", "w+") as log:
+        launcher = subprocess.Popen(
+            command(given, processes), env=environment, cwd=tmp_path, stdout=log, stderr=log
+        )
+        until = time.monotonic() + 120
+        while "loss=" not in (tmp_path / "log").read_text() and time.monotonic() < until:
+            assert launcher.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        os.kill(launcher.pid, signal.SIGTERM)
+        launcher.wait(60)
+        newest = Path(given.out, "ip-adapter.safetensors")
+        while not newest.exists() and time.monotonic() < until:
+            time.sleep(0.1)
+    assert load_file(newest), (tmp_path / "log").read_text()

@@ -1,0 +1,105 @@
+"""What a run tells while it goes: losses, speed, pictures that could not be read."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from .errors import TrainingError
+
+NAMED = 20  # broken pictures named in the log; the file names all
+
+logger = logging.getLogger(__name__)
+
+
+class Meter:
+    """Means over `every` steps, for the progress bar and the trackers.
+
+    A loss is looked at one batch after it was computed: looking waits for the device, which by
+    then has finished it.
+    """
+
+    def __init__(self, accelerator: Accelerator, out: Path, every: int) -> None:
+        self.accelerator, self.every = accelerator, every
+        self._broken_file = out / f"broken-pictures-{accelerator.process_index}.txt"
+        self._broken: set[str] = set()
+        self._unchecked: Tensor | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self._total: Tensor | float = 0.0
+        self._batches = self._samples = 0
+        self._waited, self._since = 0.0, time.perf_counter()
+
+    def waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches, the time until each was there measured."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - start
+            yield batch
+
+    def add(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
+        """Note a batch. Raises TrainingError if the loss of the one before was not finite."""
+        self.check()
+        self._unchecked = loss.detach()
+        self._total = self._total + self._unchecked
+        self._batches += 1
+        self._samples += len(batch["weight"])
+        self._note_broken(batch["broken"])
+
+    def check(self) -> None:
+        """Raise TrainingError if the last loss noted is not finite."""
+        if self._unchecked is not None and not math.isfinite(value := self._unchecked.item()):
+            raise TrainingError(
+                f"The loss became {value}. Nothing was saved since. The same command would come "
+                "to the same point: start a new --out from the last checkpoint (--adapter "
+                "OUT/ip-adapter.safetensors) with a lower learning_rate, with clip_norm 1, or, "
+                "if precision is fp16, with bf16."
+            )
+        self._unchecked = None
+
+    def report(self, step: int, learning_rate: float, bar: tqdm) -> None:
+        """Advance the bar; every so many steps, log the means since the last time."""
+        bar.update()
+        if step % self.every:
+            return
+        mean = self.accelerator.reduce(
+            torch.as_tensor(self._total / self._batches, device=self.accelerator.device), "mean"
+        )
+        seconds = time.perf_counter() - self._since
+        values = {
+            "loss": mean.item(),
+            "learning_rate": learning_rate,
+            "samples_per_second": self._samples * self.accelerator.num_processes / seconds,
+            "waiting_for_data": self._waited / seconds,
+            "broken_pictures": len(self._broken),
+        }
+        bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        self.accelerator.log(values, step=step)
+        self._start()
+
+    def _note_broken(self, found: list[str]) -> None:
+        for line in found:
+            if line in self._broken:
+                continue
+            self._broken.add(line)
+            with self._broken_file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            if len(self._broken) <= NAMED:
+                logger.warning("left out, cannot be read: %s", line)
+            if len(self._broken) == NAMED:
+                logger.warning("further ones are named in '%s' only", self._broken_file)
