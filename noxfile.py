@@ -130,4 +130,4 @@ def lint(session: nox.Session) -> None:
     session.install(*LINTERS)
     session.run("python", "-m", "ruff", "check", ".")
     session.run("python", "-m", "ruff", "format", "--check", ".")
-    session.run("python", "-m", "mypy", "ip_adapter_core", "nodes", "tools", "benchmarks")
+    session.run("python", "-m", "mypy", "ip_adapter_core", "nodes", "tools", "benchmarks", "training")
