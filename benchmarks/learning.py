@@ -1,0 +1,178 @@
+"""Does an adapter learn to follow its reference? On a set and a base made here, in minutes.
+
+python -m benchmarks.learning [--steps 3000] [--seeds 3]
+
+The set: a disc of one colour before another, one caption for all. The base: a small UNet that is
+trained on them without references, then frozen. The adapter is trained from scratch by
+training/train.py's own step. Every so often the error of the predicted noise is measured on
+pictures never seen, once with the picture itself as reference and once with another: what it learnt
+is the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import AutoencoderKL
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from tools import small_frozen, small_training
+from tools.host import ROOT
+from training import recipe
+from training.data.pictures import fit
+from training.run import Run
+from training.settings import Settings
+from training.setup import prepare
+from training.train import training_loss
+
+PICTURES, HELD_OUT, SIDE = 512, 128, 64
+OUTPUT = ROOT / "output" / "learning.json"
+
+
+def make(folder: Path, base_steps: int) -> None:
+    """`base`, `encoder`, `pictures` and `held_out`; the base's UNet has learnt the pictures."""
+    small_frozen.base(folder / "base", "sd15")
+    small_training.image_encoder(folder / "encoder")
+    for name, numbers in (
+        ("pictures", range(PICTURES)),
+        ("held_out", range(PICTURES, PICTURES + HELD_OUT)),
+    ):
+        (folder / name).mkdir()
+        for number in numbers:
+            picture(number).save(folder / name / f"{number}.png")
+            (folder / name / f"{number}.txt").write_text("a picture")
+    _sharpen(folder)
+    run = prepare(settings(folder, "pictures", 0, drop_image=1.0, drop_text=0.0, drop_both=0.0))
+    unet = run.unet.requires_grad_(True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
+    for _ in range(base_steps):
+        batch = run.encode(next(run.batches))
+        clean = recipe.latents(batch, run.scaling)
+        seen, target = recipe.noised(run.noise_schedule, clean, batch)
+        predicted = unet(seen, batch["timestep"], batch["states"]).sample
+        recipe.loss(predicted, target, batch["weight"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    unet.save_pretrained(folder / "base" / "unet")
+
+
+def picture(number: int) -> Image.Image:
+    """A disc before a background, both of any colour."""
+    chance = random.Random(number)
+    behind, before = (tuple(chance.randrange(256) for _ in "rgb") for _ in range(2))
+    made = Image.new("RGB", (SIDE, SIDE), behind)
+    x, y, radius = (chance.uniform(*span) * SIDE for span in ((0.3, 0.7), (0.3, 0.7), (0.2, 0.4)))
+    ImageDraw.Draw(made).ellipse((x - radius, y - radius, x + radius, y + radius), fill=before)
+    return made
+
+
+def _sharpen(folder: Path) -> None:
+    """A random VAE's posterior is all noise: give it a trained one's small variance, and latents of
+    unit size by its scaling factor."""
+    path = folder / "base" / "vae"
+    vae = AutoencoderKL.from_pretrained(path)
+    moments = vae.quant_conv
+    moments.weight.data[4:], moments.bias.data[4:] = 0, -20
+    with torch.no_grad():
+        sample = torch.stack([fit(picture(n), (SIDE, SIDE)).pixels for n in range(64)])
+        mean = vae.encode(sample).latent_dist.mean
+        centre = mean.mean((0, 2, 3))
+        moments.bias.data[:4] -= centre
+        vae.register_to_config(scaling_factor=1 / (mean - centre[:, None, None]).std().item())
+    vae.save_pretrained(path)
+
+
+def settings(folder: Path, data: str, seed: int, **changes: Any) -> Settings:
+    given = {
+        "base": str(folder / "base"),
+        "image_encoder": str(folder / "encoder"),
+        "data": str(folder / data),
+        "out": str(folder / f"run-{data}-{seed}"),
+        "seed": seed,
+        "size": SIDE,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "workers": 0,
+        "log_with": "none",
+        "steps": 1_000_000,
+    }
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    return Settings(**{**given, **changes})
+
+
+def margin(run: Run, batches: list[dict[str, Any]]) -> tuple[float, float]:
+    """Mean error of the predicted noise with the right reference, and with the next picture's."""
+    found = []
+    for shift in (0, 1):
+        errors: list[Tensor] = []
+        for batch in batches:
+            wrong = {**batch, "features": batch["features"].roll(shift, dims=0)}
+            with torch.no_grad():
+                errors.append(training_loss_of(run, wrong))
+        found.append(torch.stack(errors).mean().item())
+    return found[0], found[1]
+
+
+def training_loss_of(run: Run, encoded: dict[str, Any]) -> Tensor:
+    """train.py's loss of a batch that is encoded already."""
+    encode, run.encode = run.encode, lambda batch: batch
+    try:
+        return training_loss(run, encoded)
+    finally:
+        run.encode = encode
+
+
+def train(folder: Path, seed: int, steps: int, every: int) -> Iterator[dict[str, float]]:
+    """One adapter from scratch; errors on the held-out pictures before and while it learns."""
+    none = {"drop_image": 0.0, "drop_text": 0.0, "drop_both": 0.0}
+    held_out = prepare(settings(folder, "held_out", seed, **none))
+    batches = [held_out.encode(next(held_out.batches)) for _ in range(HELD_OUT // 16 * 4)]
+    run = prepare(settings(folder, "pictures", seed))
+    while True:
+        if run.step % every == 0:
+            right, wrong = margin(run, batches)
+            yield {"step": run.step, "right": right, "wrong": wrong, "margin": wrong - right}
+        if run.step == steps:
+            return
+        run.accelerator.backward(training_loss(run, next(run.batches)))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.step += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--base-steps", type=int, default=3000)
+    parser.add_argument("--seeds", type=int, default=3)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    curves = {}
+    with tempfile.TemporaryDirectory() as name:
+        make(Path(name), given.base_steps)
+        for seed in range(given.seeds):
+            curves[seed] = []
+            print(f"seed {seed}{'step':>12}{'right':>10}{'wrong':>10}{'margin':>10}")
+            for point in train(Path(name), seed, given.steps, max(1, given.steps // 6)):
+                curves[seed].append(point)
+                print(
+                    " " * 6
+                    + "{step:>13}{right:>10.4f}{wrong:>10.4f}{margin:>10.4f}".format(**point)
+                )
+    OUTPUT.parent.mkdir(exist_ok=True)
+    OUTPUT.write_text(json.dumps(curves, indent=1) + "\n")
+    print(OUTPUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Memory of a training process by the number of its rows: what is its own, not pages of the
+mapped table, which the system takes back whenever it wants to.
+
+python -m benchmarks.rows FOLDER   bytes of a process that trains on FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from tools import small_frozen, small_training
+from tools.host import ROOT
+
+FEW, MANY = 1_000, 1_000_000
+PICTURES, BATCHES = 4, 48
+
+
+def growth(folder: Path) -> int:
+    """Bytes by which a process with `MANY` rows is larger than one with `FEW`; all of them name
+    the same pictures."""
+    small_frozen.base(folder / "base", "sd15")
+    small_training.image_encoder(folder / "encoder")
+    for number in range(PICTURES):
+        small_training.picture(number).save(folder / f"{number}.png")
+    return measured(folder, MANY) - measured(folder, FEW)
+
+
+def measured(folder: Path, rows: int) -> int:
+    """Bytes of a process of its own that trains on so many rows."""
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(
+            f'{{"file_name": "{row % PICTURES}.png", "text": "caption of picture {row}"}}\n'
+            for row in range(rows)
+        )
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets")}
+    command = [sys.executable, "-m", f"{__package__}.rows", str(folder)]
+    found = subprocess.run(
+        command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+    )
+    return int(found.stdout.split()[-1])
+
+
+def main() -> None:
+    from training.settings import Settings
+    from training.setup import prepare
+
+    folder = Path(sys.argv[1])
+    run = prepare(
+        Settings(
+            base=str(folder / "base"),
+            image_encoder=str(folder / "encoder"),
+            data=str(folder),
+            out=str(folder / "run"),
+            size=64,
+            workers=0,
+            log_with="none",
+        )
+    )
+    for _ in range(BATCHES):
+        next(run.batches)
+    print(own_memory())
+
+
+def own_memory() -> int:
+    """Bytes of this process that lie in no file: Linux tells them apart, elsewhere what no other
+    process shares has to do."""
+    memory = psutil.Process().memory_full_info()
+    return memory.rss - memory.shared if psutil.LINUX else memory.uss
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""What training costs: `nox -s bench` measures it with the rest.
+
+python -m benchmarks.training [--rounds 30]   alone, without ComfyUI; written to output/bench.json
+
+On models whose work is divided as SD1.5's is (`proportions`), in float32 on a CPU:
+
+    training_cache_speedup    a step of the reference's loop over one of train.py's from a cache
+    training_loop_overhead    a step of train.py's loop over bare forward, backward and optimiser
+    training_waiting_for_data share of the time that train.py's loop waits for its workers
+    training_checkpoint_bytes an adapter of SD1.5's own size as training saves it
+    training_rss_growth       own memory in bytes with 1,000,000 rows over that with 1,000
+
+Steps are timed in train.py's own loop. The other kind of step runs between two of them, is divided
+by their mean or they by its, and the median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import UNet2DConditionModel
+
+from ip_adapter_core import checkpoint
+from tools import small_frozen
+from training import cache, recipe
+from training.recipe import Batch
+from training.run import Run
+from training.settings import Settings
+from training.train import train
+from training.unet import new_adapter
+
+from . import proportions, report, rows
+from .reference_loop import Reference
+
+LIMITS: dict[str, float | str] = {
+    "training_cache_speedup": "≥ 1.5",
+    "training_loop_overhead": 1.05,
+    "training_waiting_for_data": 0.01,
+    "training_checkpoint_bytes": 45e6,  # two bytes for each of 22.3 million weights
+    "training_rss_growth": 32 * 2**20,  # 33 bytes a row: its numbers, but not its texts
+}
+BATCH, PICTURES, WARM_UP, WORKERS = 4, 256, 3, 2
+Partner = Callable[[Run, Batch], Any]
+
+
+def measure(rounds: int, progress: Callable[[str], None]) -> dict[str, float]:
+    """All of the figures above."""
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make(folder)
+        for figure, value in (
+            ("training_cache_speedup", lambda: cache_speedup(folder, rounds)),
+            ("training_loop_overhead", lambda: loop_overhead(folder, rounds)),
+            ("training_waiting_for_data", lambda: waiting_for_data(folder, rounds)),
+            ("training_checkpoint_bytes", lambda: checkpoint_bytes(folder)),
+            ("training_rss_growth", lambda: rows.growth(folder / "rows")),
+        ):
+            found[figure] = value()
+            progress(f"{figure}: {found[figure]:.5g}")
+    return found
+
+
+def make(folder: Path) -> None:
+    """`base`, `encoder`, `pictures` and their `cache`. Raises ValueError if the models' work is
+    not divided as SD1.5's."""
+    operations = proportions.counted()
+    for name, share in proportions.SD15.items():
+        found = operations[name] / sum(operations.values())
+        if abs(found - share) > proportions.TOLERANCE:
+            raise ValueError(f"{name} is {found:.1%} of a step; in SD1.5 it is {share:.1%}.")
+    proportions.save(folder)
+    side = proportions.SIZE
+    small_frozen.pictures(folder / "pictures", PICTURES, [(side * 5 // 4, side), (side, side)])
+    given = settings(folder)
+    with same_threads():
+        cache.make(
+            cache.CacheSettings(
+                base=given.base,
+                image_encoder=given.image_encoder,
+                data=str(folder / "pictures"),
+                out=str(folder / "cache"),
+                size=given.size,
+                workers=0,
+            )
+        )
+
+
+@contextmanager
+def same_threads() -> Iterator[None]:
+    """A cache is made with one thread, for bytes that are always the same."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def settings(folder: Path, **changes: Any) -> Settings:
+    """Of a run from the cache, reading it in this process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    given = {
+        "base": str(folder / "base"),
+        "image_encoder": str(folder / "encoder"),
+        "cache": str(folder / "cache"),
+        "out": tempfile.mkdtemp(dir=folder),
+        "size": proportions.SIZE,
+        "batch_size": BATCH,
+        "workers": 0,
+    }
+    return Settings(**{**given, **changes})
+
+
+def side_by_side(given: Settings, partner: Partner) -> list[tuple[float, float]]:
+    """CPU seconds of each step of train.py's loop but the first ones, and of `partner` with the
+    same batch: the mean of a call before and one after the step."""
+    ours, theirs, batches = [], [], []
+    after_step, began = Run.after_step, 0.0
+
+    def noting(found: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in found:
+            batches[:] = [batch]
+            yield batch
+
+    def measured(run: Run, bar: Any) -> None:
+        nonlocal began
+        after_step(run, bar)
+        ours.append(time.process_time() - began)
+        if not batches:
+            run.batches = noting(run.batches)
+        else:
+            theirs.append(partner(run, batches[0]))
+        began = time.process_time()
+
+    with patch.object(Run, "after_step", measured):
+        train(given)
+    between = [(a + b) / 2 for a, b in zip(theirs, theirs[1:], strict=False)]
+    return list(zip(ours[2:], between, strict=True))[WARM_UP:]
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def loop_overhead(folder: Path, rounds: int) -> float:
+    """Ratio of a step of the loop to one that finds everything ready."""
+    pairs = side_by_side(settings(folder, steps=rounds + WARM_UP + 2), bare_step)
+    return statistics.median(ours / bare for ours, bare in pairs)
+
+
+def bare_step(run: Run, batch: Batch) -> float:
+    """Seconds of forward, backward and optimiser, by torch alone, on what the loop computed them
+    on."""
+    clean = recipe.latents(batch, run.scaling, run.shift)
+    seen, target = recipe.noised(run.noise_schedule, clean, batch)
+    features, states, _ = recipe.conditions(batch, run.dropped)
+    features, states = features.float(), states.float()
+    adapter, optimizer, unet = run.sampled(), run.optimizer.optimizer, run.unet
+
+    def step() -> None:
+        given = {"ip_hidden_states": adapter(features)}
+        predicted = unet(seen, batch["timestep"], states, cross_attention_kwargs=given).sample
+        torch.nn.functional.mse_loss(predicted, target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return seconds(step)
+
+
+def cache_speedup(folder: Path, rounds: int) -> float:
+    """Ratio of a step of the reference's loop to one of train.py's from a cache."""
+    given = settings(folder, steps=rounds + WARM_UP + 2)
+    loops: list[Reference] = []
+
+    def reference_step(run: Run, batch: Batch) -> float:
+        if not loops:
+            weights = run.sampled().state_dict()
+            loops.append(Reference(given, folder / "pictures", weights))
+        return seconds(loops[0].step)
+
+    pairs = side_by_side(given, reference_step)
+    return statistics.median(reference / ours for ours, reference in pairs)
+
+
+def waiting_for_data(folder: Path, rounds: int) -> float:
+    """What the loop itself tells of its waiting, once it is under way."""
+    told: list[dict[str, float]] = []
+
+    def log(accelerator: Accelerator, values: dict[str, float], **_: Any) -> None:
+        told.append(values)
+
+    with patch.object(Accelerator, "log", log):
+        train(settings(folder, workers=WORKERS, steps=2 * rounds, log_every=rounds))
+    return told[-1]["waiting_for_data"]
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """The file of an adapter for SD1.5's UNet, whose weights alone are made."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+        adapter = new_adapter(unet, "base", feature_dim=1024)
+    path = folder / "adapter.safetensors"
+    weights = {name: torch.zeros(w.shape) for name, w in adapter.state_dict().items()}
+    checkpoint.save_weights(weights, path, {})
+    return path.stat().st_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30, help="timed steps of each kind")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    report.publish(measure(arguments.rounds, report.progress), LIMITS)
+
+
+if __name__ == "__main__":
+    main()
