@@ -47,8 +47,8 @@ def _settings() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.001,
-            tooltip="Where in the schedule it ends; outside the model is untouched. A step that lies "
-            "exactly on a boundary belongs to both sides, as in ComfyUI's own ranges.",
+            tooltip="Where in the schedule it ends; outside the model is untouched. A step exactly "
+            "on a boundary belongs to both sides, as in ComfyUI's own ranges.",
         ),
         io.Combo.Input(
             "combine",
@@ -123,9 +123,7 @@ class ApplyIPAdapterConditioning(io.ComfyNode):
     def execute(cls, model: Any, positive: Any, negative: Any, **settings: Any) -> io.NodeOutput:
         compiled = compile_prompt(model, Settings(**settings))
         if compiled is None:
-            return io.NodeOutput(
-                for_conditionings(model, positive, negative), positive, negative
-            )
+            return io.NodeOutput(for_conditionings(model, positive, negative), positive, negative)
         return io.NodeOutput(
             with_wrappers(model),
             *map(apply_to_conditioning, (positive, negative), compiled),

@@ -152,7 +152,7 @@ def main() -> None:
         parser.error("--models needs ComfyUI; leave --no-host out")
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     if given.models and (lacking := missing(workflow, given.models)):
-        parser.error(f"{given.models} lacks {', '.join(lacking)}; the README says where to get them")
+        parser.error(f"{given.models} lacks {', '.join(lacking)}; the README says where it is")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     try:

@@ -90,8 +90,8 @@ class Checkpoints:
     ) -> None:
         """Write the state of all prepared and registered objects; every process calls this.
 
-        `weights` and `metadata` go into the adapter file, `run` stays beside it. Raises TrainingError if
-        it cannot be written; earlier checkpoints are as they were.
+        `weights` and `metadata` go into the adapter file, `run` stays beside it.
+        Raises TrainingError if it cannot be written; earlier checkpoints are as they were.
         """
         path = self.path(step)
         partial = path.with_name(f".{path.name}.partial")

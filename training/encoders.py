@@ -77,8 +77,8 @@ class FrozenEncoders:
         factor = 2 ** (len(base.vae.config.block_out_channels) - 1)
         if factor != LATENT_STEP:
             raise TrainingError(
-                f"The VAE of '{base.name}' makes one latent of {factor} × {factor} pixels; expected "
-                f"{LATENT_STEP} × {LATENT_STEP}, as in SD1.5 and SDXL."
+                f"The VAE of '{base.name}' makes one latent of {factor} × {factor} pixels; "
+                f"expected {LATENT_STEP} × {LATENT_STEP}, as in SD1.5 and SDXL."
             )
         self.vae, self.text, self.image_encoder = base.vae, base.text, image_encoder
         self.kind, self.family = kind, base.family

@@ -1,4 +1,4 @@
-"""What `accelerate launch` leaves undone on CPUs: starting several processes, passing on signals."""
+"""What `accelerate launch` leaves undone on CPUs: starting several processes, telling its end."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _launcher() -> Sequence[str] | None:
 
 
 def _processes(command: Sequence[str]) -> int:
-    """`--num_processes` of a launch on CPUs: for these accelerate starts one process without MPI."""
+    """`--num_processes` of a launch on CPUs, for which accelerate starts one process."""
     several = "MASTER_ADDR" in os.environ  # accelerate sets it for more than one
     if not (several and _asked_for_cpu()):
         return 1

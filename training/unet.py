@@ -69,8 +69,8 @@ def cross_attention_layers(unet: Any) -> dict[str, Any]:
     if not layers or [*layers] != names[1::2]:
         raise TrainingError(
             f"This UNet has {len(layers) or 'no'} cross-attention layers among {len(names)} "
-            "attention layers; expected every second one, as in SD1.5 and SDXL. An IP-Adapter of the "
-            "official layout cannot be trained on it."
+            "attention layers; expected every second one, as in SD1.5 and SDXL. An IP-Adapter "
+            "of the official layout cannot be trained on it."
         )
     return layers
 

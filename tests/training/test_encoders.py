@@ -356,7 +356,9 @@ class TestFrozen:
     def test_everything_else_of_the_batch_goes_through(self, folders):
         encoders = frozen(folders["sd15"])
         batch = collate([example(encoders, n) for n in range(2)])
+        batch["pixels"].requires_grad_()
         found = encoders.encode(batch)
+        assert not found["mean"].requires_grad
         through = set(batch) - {"pixels", "reference", "tokens"}
         assert set(found) == through | {"mean", "log_variance", "states", "features"}
         assert all(found[key] is batch[key] for key in through)

@@ -150,8 +150,8 @@ class SingleFile:
         missing = [name for name, tensor in module.named_parameters() if tensor.is_meta]
         if missing:
             raise self._refused(
-                f"lacks tensors of the {part}: {missing[0]} and {len(missing) - 1} more (diffusers' "
-                "names); download it again"
+                f"lacks tensors of the {part}: {missing[0]} and {len(missing) - 1} more "
+                "(diffusers' names); download it again"
             )
 
     def _refused(self, finding: str) -> TrainingError:

@@ -1,0 +1,163 @@
+"""That the measures of training measure: what costs more is told as more."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from benchmarks import proportions, rows, training
+from benchmarks.reference_loop import Reference
+from tools import small_frozen, small_training
+from training.cached import CachedDataset
+from training.meter import Meter
+from training.setup import prepare
+from training.train import train, training_loss
+
+pytestmark = pytest.mark.usefixtures("arrow")
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    small_frozen.base(folder / "base", "sd15")
+    small_training.image_encoder(folder / "encoder")
+    small_frozen.pictures(folder / "pictures", 16, [(80, 64), (64, 64)])
+    return folder
+
+
+@pytest.fixture
+def folder(made, monkeypatch, accelerate_anew) -> Path:
+    """Small models, pictures and their cache."""
+    monkeypatch.setattr(proportions, "SIZE", SIZE)
+    if not (made / "cache").exists():
+        training.fill_cache(made)
+    return made
+
+
+@pytest.fixture
+def takes(monkeypatch) -> Callable[..., None]:
+    """Let a method take so many seconds; nothing else takes any."""
+    done = 0.0
+    monkeypatch.setattr(training.time, "process_time", lambda: done)
+
+    def takes(owner: Any, name: str, seconds: float) -> None:
+        before = getattr(owner, name)
+
+        def working(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            done += seconds
+            return before(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, working)
+
+    return takes
+
+
+def test_the_work_is_divided_as_that_of_sd15():
+    found = proportions.counted()
+    shares = {name: operations / sum(found.values()) for name, operations in found.items()}
+    assert shares == pytest.approx(proportions.SD15, abs=proportions.TOLERANCE)
+
+
+def test_other_proportions_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(proportions.SD15, "text", 0.2)
+    with pytest.raises(ValueError, match=r"text is 0\.\d% of a step; in SD1\.5 it is 20\.0%"):
+        training.make(tmp_path)
+
+
+def test_what_the_loop_adds_is_its_overhead(folder, takes):
+    takes(UNet2DConditionModel, "forward", 10)
+    assert training.loop_overhead(folder, rounds=3) == 1
+    takes(Meter, "add", 1)
+    assert training.loop_overhead(folder, rounds=3) == 1.1
+
+
+def test_reading_a_row_is_the_loops_too(folder, takes):
+    takes(UNet2DConditionModel, "forward", 10)
+    takes(CachedDataset, "__getitem__", 1)
+    assert training.loop_overhead(folder, rounds=3) == 1 + training.BATCH / 10
+
+
+def test_what_a_cache_spares_is_its_speedup(folder, takes):
+    takes(UNet2DConditionModel, "forward", 10)
+    assert training.cache_speedup(folder, rounds=3) == 1
+    takes(AutoencoderKL, "encode", 20)
+    assert training.cache_speedup(folder, rounds=3) == 3
+
+
+def test_the_bare_step_trains_as_the_loop_does(folder):
+    run = prepare(training.settings(folder))
+    training.bare_step(run, next(run.batches))
+    given = training.settings(folder, steps=1)
+    train(given)
+    trained = load_file(Path(given.out, "checkpoints", "step-0000001", "model.safetensors"))
+    torch.testing.assert_close(dict(run.sampled().state_dict()), trained)
+
+
+def test_the_reference_computes_the_loss_of_train_py(folder):
+    drops = {"drop_image": 0.3, "drop_text": 0.3, "drop_both": 0.0}
+    given = training.settings(
+        folder, cache=None, data=str(folder / "pictures"), batch_size=8, **drops
+    )
+    run = prepare(given)
+    weights = {name: w.clone() for name, w in run.sampled().state_dict().items()}
+    reference = Reference(given, folder / "pictures", weights)
+    batch: dict[str, Any] = dict(next(run.batches))
+    assert 0 < batch["drop_image"].sum() < 8 and 0 < batch["drop_text"].sum() < 8
+    empty = run.encode.__self__.tokenise("")[0]  # type: ignore[attr-defined]
+    tokens = torch.where(batch["drop_text"][:, None], empty, batch["tokens"][0])
+    expected = training_loss(run, batch)
+    found = reference.loss({**batch, "tokens": tokens}, drawn=batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    expected.backward()
+    found.backward()
+    theirs = sum(p.grad.square().sum() for p in reference.unet.parameters() if p.requires_grad)
+    ours = sum(p.grad.square().sum() for p in run.adapter.parameters() if p.requires_grad)
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=0)
+
+
+def test_the_reference_sees_the_same_pixels(folder):
+    given = training.settings(folder, cache=None, data=str(folder / "pictures"))
+    run = prepare(given)
+    reference = Reference(given, folder / "pictures", run.sampled().state_dict())
+    theirs = torch.stack([row["pixels"] for row in reference.dataset])
+    for pixels in next(run.batches)["pixels"]:
+        assert (theirs == pixels).flatten(1).all(1).sum() == 1
+
+
+def test_a_slow_disk_is_waited_for(folder, monkeypatch):
+    before = CachedDataset.__getitem__
+
+    def slow(self: CachedDataset, index: tuple[int, int]) -> Any:
+        time.sleep(0.1)
+        return before(self, index)
+
+    monkeypatch.setattr(CachedDataset, "__getitem__", slow)
+    assert training.waiting_for_data(folder, rounds=4) > 0.3
+
+
+def test_a_checkpoint_is_two_bytes_a_weight(tmp_path):
+    assert 0 < training.checkpoint_bytes(tmp_path) - 2 * 22_319_616 < 10_000
+
+
+def test_own_memory_is_what_lies_in_no_file(tmp_path):
+    size = 64 * 2**20
+    path = tmp_path / "mapped"
+    path.write_bytes(bytes(size))
+    before = rows.own_memory()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert sum(mapped[:: mmap.PAGESIZE]) == 0
+        after = rows.own_memory()
+        assert abs(after - before) < size / 4
+        own = bytearray(b"1") * size
+        assert rows.own_memory() - after > 0.9 * size
+        del own
