@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +44,7 @@ from training.models import load_encoders
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 logger = logging.getLogger("training")
 
+PATIENCE = timedelta(days=7)  # processes share the shards by number, not by how fast they are
 NO_DRAWS = DrawSettings(0, 0.0, 0.0, 0.0, 1, 0.0)  # what training draws, it draws anew
 
 
@@ -79,7 +81,7 @@ class CacheSettings:
     stored: Literal["float16", "bfloat16", "float32"] = "float16"
     """Of the files. bfloat16 is coarser, but nothing exceeds it."""
     shard_rows: int = 256
-    """Rows a file: 45 to 210 MB of SD1.5. It is what a kill can cost each process."""
+    """Rows a file: 48 to 216 MB of SD1.5. It is what a kill can cost each process."""
     batch_size: int = 16
     """Pictures encoded at once. The last bit of the results may depend on it."""
     workers: int = 4
@@ -118,7 +120,7 @@ def make(settings: CacheSettings) -> CachedDataset:
             f"'{settings.data}' are WebDataset shards, whose samples have no numbers to go on at. "
             "Train from them without a cache, or unpack them into a folder of pictures."
         )
-    state, out = begin(), Path(settings.out)
+    state, out = begin(PATIENCE), Path(settings.out)
     with cache_writing.claimed(out) if state.is_main_process else nullcontext():
         with state.main_process_first():
             source = open_source(
@@ -181,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     settings = parse(arguments)
     try:
-        state = begin()
+        state = begin(PATIENCE)
     except TrainingError as error:
         sys.exit(f"cache.py: {error}")
     main_process = state.is_main_process

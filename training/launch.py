@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 
 import psutil
 import torch
@@ -17,8 +18,9 @@ from .errors import TrainingError
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-def begin() -> PartialState:
-    """The processes of this launch; to be called first by every script.
+def begin(patience: timedelta = timedelta(hours=1)) -> PartialState:
+    """The processes of this launch; to be called first by every script. `patience` is how long one
+    may wait for another before both are ended.
 
     Raises TrainingError if the number of processes that was asked for cannot be told.
     """
@@ -27,7 +29,7 @@ def begin() -> PartialState:
         _follow(launcher)
     # accelerate takes processes on CPUs for a group only if told so when it is first asked.
     on_cpu = _asked_for_cpu() or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu)
+    return PartialState(cpu=on_cpu, timeout=patience)
 
 
 def _follow(launcher: Sequence[str]) -> None:
