@@ -6,17 +6,14 @@ python -m benchmarks [--rounds 15] [--peer PATH_OF_ComfyUI_IPAdapter_plus]
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
-from tools.host import ROOT
+from tools import host
 
-from . import budget, overhead, share
+from . import budget, overhead, report, share, training
 from .world import World
 
-OUTPUT = ROOT / "output" / "bench.json"
-LIMITS = {
+LIMITS: dict[str, float | str] = {
     "kernels_per_layer": 2.5,
     "kernels_per_layer_mask": 3.5,
     "syncs_per_step": 0,
@@ -28,6 +25,7 @@ LIMITS = {
     "own_one": 1.01,
     "own_mask": 1.02,
     "own_three": 1.02,
+    **training.LIMITS,
 }
 
 
@@ -37,6 +35,8 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="folder of ComfyUI_IPAdapter_plus to compare")
     arguments = parser.parse_args()
 
+    host.require()  # what follows would be minutes for nothing
+    trained = training.measure(max(20, arguments.rounds), report.progress)
     world = World.build()
     results = budget.measure(world)
     models = overhead.variants(world.model, world.apply)
@@ -45,19 +45,12 @@ def main() -> None:
 
         results |= peer.counts(world, arguments.peer)
         models |= peer.variants(world, arguments.peer)
-    results |= overhead.measure(world.model, models, arguments.rounds, _progress)
+    results |= overhead.measure(world.model, models, arguments.rounds, report.progress)
     results |= share.measure(world, rounds=min(arguments.rounds, 5))
+    results |= trained
 
-    OUTPUT.parent.mkdir(exist_ok=True)
-    OUTPUT.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"{'':32}{'measured':>12}{'limit':>10}")
-    for name, value in results.items():
-        print(f"{name:32}{value:>12.4g}{LIMITS.get(name, ''):>10}")
-    print(OUTPUT)
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    report.write(results)
+    report.table(results, LIMITS)
 
 
 if __name__ == "__main__":

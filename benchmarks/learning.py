@@ -29,6 +29,7 @@ from tools import small_frozen, small_training
 from tools.host import ROOT
 from training import recipe
 from training.data.pictures import fit
+from training.recipe import Batch
 from training.run import Run
 from training.settings import Settings
 from training.setup import prepare
@@ -110,7 +111,7 @@ def settings(folder: Path, data: str, seed: int, **changes: Any) -> Settings:
     return Settings(**{**given, **changes})
 
 
-def margin(run: Run, batches: list[dict[str, Any]]) -> tuple[float, float]:
+def margin(run: Run, batches: list[Batch]) -> tuple[float, float]:
     """Mean error of the predicted noise with the right reference, and with the next picture's."""
     found = []
     for shift in (0, 1):
@@ -123,7 +124,7 @@ def margin(run: Run, batches: list[dict[str, Any]]) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def training_loss_of(run: Run, encoded: dict[str, Any]) -> Tensor:
+def training_loss_of(run: Run, encoded: Batch) -> Tensor:
     """train.py's loss of a batch that is encoded already."""
     encode, run.encode = run.encode, lambda batch: batch
     try:
@@ -157,7 +158,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    curves = {}
+    curves: dict[int, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         make(Path(name), given.base_steps)
         for seed in range(given.seeds):

@@ -94,7 +94,7 @@ def save(folder: Path) -> None:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae(),
         unet=unet(),
         text_encoder=text_encoder(),
@@ -103,7 +103,8 @@ def save(folder: Path) -> None:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(folder / "base")
+    )
+    pipeline.save_pretrained(folder / "base")
     image_encoder().save_pretrained(folder / "encoder")
     CLIPImageProcessor(
         size={"shortest_edge": SEEN}, crop_size={"height": SEEN, "width": SEEN}
@@ -125,12 +126,13 @@ def counted() -> dict[str, int]:
             given = {"ip_hidden_states": keys_values}
             return diffusion(latents, torch.zeros(1), states, cross_attention_kwargs=given).sample
 
-        frozen: dict[str, Callable[[], Any]] = {
-            "vae": lambda m=vae(): m.encode(pixels),
-            "image encoder": lambda m=image_encoder(): m(seen),
-            "text": lambda m=text_encoder(): m(tokens),
+        autoencoder, vision, text = vae(), image_encoder(), text_encoder()
+        parts: dict[str, Callable[[], Any]] = {
+            "vae": lambda: autoencoder.encode(pixels),
+            "image encoder": lambda: vision(seen),
+            "text": lambda: text(tokens),
         }
-        found = {name: _operations(part)[0] for name, part in frozen.items()}
+        found = {name: _operations(part)[0] for name, part in parts.items()}
         found["forward"], predicted = _operations(forward)
         found["backward"], _ = _operations(predicted.mean().backward)
     return found

@@ -55,9 +55,7 @@ class Pictures(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         picture = Image.open(self.folder / row["file_name"])
-        dropped = random.choices(
-            ("", "image", "text", "both"), (1 - 3 * DROP, DROP, DROP, DROP)
-        )[0]
+        dropped = random.choices(("", "image", "text", "both"), (1 - 3 * DROP, DROP, DROP, DROP))[0]
         text = "" if dropped in ("text", "both") else row["text"]
         tokens = self.tokenizer(
             text, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
@@ -98,8 +96,8 @@ class Reference:
         )
         tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
         processor = CLIPImageProcessor.from_pretrained(encoder)
-        dataset = Pictures(pictures, tokenizer, processor, settings.size)
-        self.batches = self._batches(DataLoader(dataset, settings.batch_size, shuffle=True))
+        self.dataset = Pictures(pictures, tokenizer, processor, settings.size)
+        self.batches = self._batches(DataLoader(self.dataset, settings.batch_size, shuffle=True))
 
     @staticmethod
     def _batches(loader: DataLoader[Any]) -> Iterator[dict[str, Tensor]]:
@@ -115,7 +113,9 @@ class Reference:
         self.optimizer.zero_grad()
         return value
 
-    def loss(self, batch: Mapping[str, Tensor], drawn: Mapping[str, Tensor] | None = None) -> Tensor:
+    def loss(
+        self, batch: Mapping[str, Tensor], drawn: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """`drawn`: `latent_noise`, `noise` and `timestep`, if not to be drawn here."""
         with torch.no_grad():
             posterior = self.vae.encode(batch["pixels"]).latent_dist

@@ -5,22 +5,33 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from tools.host import ROOT
 
 OUTPUT = ROOT / "output" / "bench.json"
 
 
-def publish(results: Mapping[str, float], limits: Mapping[str, float | str]) -> None:
-    """Print the results; in the file they replace those of the same names."""
-    OUTPUT.parent.mkdir(exist_ok=True)
-    before = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
-    OUTPUT.write_text(json.dumps({**before, **results}, indent=2) + "\n")
+def table(results: Mapping[str, float], limits: Mapping[str, float | str]) -> None:
+    """Print the results; a limit is the largest value allowed unless it is a text."""
     print(f"{'':32}{'measured':>12}{'limit':>10}")
     for name, value in results.items():
-        print(f"{name:32}{value:>12.4g}{limits.get(name, ''):>10}")
+        limit = limits.get(name, "")
+        print(f"{name:32}{value:>12.4g}{limit if isinstance(limit, str) else f'{limit:.4g}':>10}")
     print(OUTPUT)
 
 
+def read() -> dict[str, Any]:
+    """What the file holds."""
+    return json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
+
+
+def write(results: Mapping[str, float]) -> None:
+    """Make these the file's whole content."""
+    OUTPUT.parent.mkdir(exist_ok=True)
+    OUTPUT.write_text(json.dumps(dict(results), indent=2) + "\n")
+
+
 def progress(line: str) -> None:
+    """Tell a person who waits."""
     print(line, file=sys.stderr, flush=True)

@@ -47,7 +47,7 @@ def folder(made, monkeypatch, accelerate_anew) -> Path:
 def takes(monkeypatch) -> Callable[..., None]:
     """Let a method take so many seconds; nothing else takes any."""
     done = 0.0
-    monkeypatch.setattr(training.time, "process_time", lambda: done)
+    monkeypatch.setattr(time, "process_time", lambda: done)
 
     def takes(owner: Any, name: str, seconds: float) -> None:
         before = getattr(owner, name)

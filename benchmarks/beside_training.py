@@ -1,0 +1,70 @@
+"""Steps of train.py's own loop, and others between them.
+
+They are timed from the end of one `Run.after_step` to the end of the next, so with all that the
+loop does: the loader, which reads in this process, the meter, the schedule, the progress bar.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from training.recipe import Batch
+from training.run import Run
+from training.settings import Settings
+from training.train import train
+
+NOT_TIMED = 5  # steps at the start
+Partner = Callable[[Run, Batch], float]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other count as work, and others' programs make them wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def side_by_side(given: Settings, partner: Partner) -> list[tuple[float, float]]:
+    """CPU seconds of each step of train.py's loop but the first ones, and of `partner` with the
+    same batch: the mean of a call before and one after the step."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    batches: list[Batch] = []
+    after_step, began = Run.after_step, 0.0
+
+    def noting(found: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in found:
+            batches[:] = [batch]
+            yield batch
+
+    def measured(run: Run, bar: Any) -> None:
+        nonlocal began
+        after_step(run, bar)
+        ours.append(time.process_time() - began)
+        if not batches:
+            run.batches = noting(run.batches)
+        else:
+            theirs.append(partner(run, batches[0]))
+        began = time.process_time()
+
+    with patch.object(Run, "after_step", measured):
+        train(given)
+    between = [sum(pair) / 2 for pair in pairwise(theirs)]
+    return list(zip(ours[2:], between, strict=True))[NOT_TIMED - 2 :]
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
