@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from .adapter import PROJECTIONS, AdapterSpec, IPAdapter
@@ -66,7 +67,8 @@ def save_weights(
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(half, temporary, metadata)
+        # Not save_file: that writes files which only their owner may read.
+        temporary.write_bytes(serialise(half, metadata))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tools import layouts, layouts_clip, small_training, weights
+from training.image_encoder import ImageEncoder
+from training.loading import image_towers
 
 TEXT_L, TEXT_G = 32, 64  # widths of the text encoders; diffusers tells them apart by these
 SIDE = 32  # pixels that the image towers read
@@ -165,6 +167,23 @@ def _named(name: str, module: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for key, value in module.state_dict().items()}
 
 
+def of_open_clip(model: CLIP, name: str = "small") -> ImageEncoder:
+    """Its image tower, as training has it."""
+    return ImageEncoder(*image_towers.of_open_clip(model), name)
+
+
+def of_transformers(
+    model: CLIPVisionModelWithProjection, processor: Any = None, name: str = "small"
+) -> ImageEncoder:
+    """The model as training has it, with CLIP's usual preprocessing if no other is given."""
+    config: Any = model.config
+    crop = {"height": config.image_size, "width": config.image_size}
+    processor = processor or image_towers.Processor(
+        size={"shortest_edge": config.image_size}, crop_size=crop
+    )
+    return ImageEncoder(*image_towers.of_transformers(model, processor), name)
+
+
 def pictures(
     folder: Path, count: int, sizes: Sequence[tuple[int, int]] = ((40, 32),), broken: int = 0
 ) -> None:
@@ -180,3 +199,9 @@ def pictures(
             small_training.picture(number, sizes[number % len(sizes)]).save(folder / name)
         lines.append(json.dumps({"file_name": name, "text": f"picture number {number}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def command(settings: Any) -> list[str]:
+    """Settings as a command line."""
+    told = {name: value for name, value in vars(settings).items() if value is not None}
+    return [part for name, value in told.items() for part in (f"--{name}", str(value))]

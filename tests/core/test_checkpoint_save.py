@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from comfyui_ip_adapter.ip_adapter_core import checkpoint
@@ -67,15 +69,22 @@ def test_a_crash_while_writing_keeps_the_older_file(tmp_path, monkeypatch):
     checkpoint.save(make("linear", seed=1), path, {})
     older = path.read_bytes()
 
-    def half_written(weights, target, metadata):
-        with open(target, "wb") as file:
-            file.write(older[: len(older) // 2])
+    write = Path.write_bytes
+
+    def half_written(target, content):
+        write(target, content[: len(content) // 2])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", half_written)
+    monkeypatch.setattr(Path, "write_bytes", half_written)
     with pytest.raises(OSError, match="no space"):
         checkpoint.save(make("linear", seed=2), path, {})
     assert path.read_bytes() == older
     with pytest.raises(OSError, match="no space"):
         checkpoint.save(make("linear", seed=2), tmp_path / "new.safetensors", {})
-    assert not (tmp_path / "new.safetensors").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_others_may_read_it_as_any_new_file(tmp_path):
+    checkpoint.save(make("linear", seed=1), tmp_path / "a.safetensors", {})
+    (tmp_path / "any").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode

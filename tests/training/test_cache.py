@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
-import random
-import resource
-import shutil
-import subprocess
-import sys
-import time
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,14 +16,16 @@ from tqdm import tqdm
 
 from tools import small_frozen
 from training import cache, cache_writing
-from training.cache_files import MANIFEST, Manifest, is_whole, read_header, shard_path
+from training.cache_files import Manifest, is_whole, read_header, shard_path
 from training.cached import CachedDataset
 from training.data.buckets import square
 from training.data.dataset import RawDataset, collate
 from training.data.records import Record, open_source
-from training.encoders import KINDS, FrozenEncoders, ImageEncoder
+from training.encoders import KINDS, FrozenEncoders, ImageEncoder, text_states
 from training.errors import TrainingError
 from training.models import load_encoders
+
+resource = pytest.importorskip("resource", reason="limits of a POSIX system")
 
 EMBEDS, HIDDEN = KINDS
 ROOT = Path(cache.__file__).parents[1]
@@ -120,7 +115,8 @@ class TestContent:
             shapes.add((height, width))
             assert found["mean"].shape == (4, height // 8, width // 8)
             assert found["time_ids"][4:].tolist() == [height, width]
-            states, _ = small_states(encoders, f"picture number {row}")
+            tokens = [ids[None] for ids in encoders.tokenise(f"picture number {row}")]
+            states, _ = text_states(encoders.text, tokens)
             assert close(found["states"], states[0])
         assert len(shapes) == 3
 
@@ -140,7 +136,7 @@ class TestContent:
         small_frozen.pictures(tmp_path / "data", 30, broken=9)
         arguments = ["--data", str(tmp_path / "data")]
         with caplog.at_level(logging.INFO):
-            cache.main([*command(settings()), *arguments])
+            cache.main([*small_frozen.command(settings()), *arguments])
         dataset = CachedDataset(settings().out, EMBEDS, cache.NO_DRAWS)
         assert len(dataset) == 21
         assert "9 pictures could not be read and are left out: 0000.png: " in caplog.text
@@ -158,7 +154,7 @@ class TestContent:
 
         def overflowing(self, batch, kinds):
             found = outputs(self, batch, kinds)
-            if batch["time_ids"][0, 0] and overflowing.calls == 4:
+            if overflowing.calls == 4:  # three batches a shard of eight rows
                 found["log_variance"][1, 0, 0, 0] = 70_000.0
             overflowing.calls += 1
             return found
@@ -173,12 +169,6 @@ class TestContent:
         assert shards == ["shard-00000.safetensors"]
         overflowing.calls = 0
         cache.make(settings(stored="bfloat16", out=settings().out + "2"))
-
-
-def small_states(encoders, text):
-    from training.encoders import text_states
-
-    return text_states(encoders.text, [ids[None] for ids in encoders.tokenise(text)])
 
 
 class Shaped:
@@ -225,139 +215,6 @@ def test_bytes_of_a_sample_of_sd15(kinds, expected, tmp_path, pictures):
         cache_writing.write_shards(dataset, Shaped(), tmp_path, manifest, [0], reading, bar)
     found = shard_path(tmp_path, 0).stat().st_size / 16
     assert expected < found < expected + 200
-
-
-def command(settings):
-    """The settings as a command line."""
-    found = []
-    for name, value in vars(settings).items():
-        if value is not None:
-            found += [f"--{name}", str(value)]
-    return found
-
-
-class TestProcesses:
-    def test_two_write_what_one_writes(self, settings, tmp_path):
-        cache.make(settings(workers=1))
-        alone = contents(settings().out)
-        both = settings(out=str(tmp_path / "both"))
-        script = str(ROOT / "training" / "cache.py")
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-        result = subprocess.run(
-            [*launch, "--num_processes", "2", script, *command(both)],
-            env={**os.environ, "OMP_NUM_THREADS": "2"},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr
-        assert "the first of 2 processes" in result.stderr
-        assert "40 rows" in result.stderr
-        assert contents(both.out) == alone
-
-    def test_shards_do_not_depend_on_which_are_written(self, settings):
-        whole = settings()
-        cache.make(whole)
-        expected = contents(whole.out)
-        for shard in (0, 2, 3):
-            shard_path(Path(whole.out), shard).unlink()
-        cache.make(whole)
-        assert contents(whole.out) == expected
-
-
-class TestGoingOn:
-    def test_what_is_whole_is_kept(self, settings):
-        given = settings()
-        cache.make(given)
-        expected = contents(given.out)
-        times = {path: path.stat().st_mtime_ns for path in Path(given.out).glob("shard-*")}
-        cut = shard_path(Path(given.out), 1)
-        cut.write_bytes(cut.read_bytes()[:-1])
-        cache.make(given)
-        assert contents(given.out) == expected
-        for path, written in times.items():
-            assert (path.stat().st_mtime_ns == written) == (path != cut)
-
-    def test_killed_at_twenty_moments(self, settings):
-        given = settings(shard_rows=2)
-        out = Path(given.out)
-        assert launched(given) == 0
-        expected = contents(out)
-        shutil.rmtree(out)
-        chance, counts = random.Random(0), []
-        for _ in range(20):
-            there = len(list(out.glob("shard-*")))
-            if there > 15:
-                shutil.rmtree(out)
-                there = 0
-            moment = chance.uniform(0, chance.choice([0.02, 1.5]))  # among shards, or before them
-            launched(given, chance.randint(there, there + 3), moment)
-            shards = list(out.glob("shard-*.safetensors"))
-            counts.append(len(shards))
-            for path in shards:
-                assert path.read_bytes() == expected[path.name]
-        assert len({*counts} - {0, 20}) > 5  # it was killed while writing
-        assert launched(given) == 0
-        assert contents(out) == expected
-
-    @pytest.mark.parametrize(
-        ("changes", "said"),
-        [
-            ({"family": "sdxl"}, r"vae|text encoder \(there '?.*sd15'?, now '?.*sdxl"),
-            ({"size": 72}, r"sizes \(there \(\(64, 64\),\), now \(\(72, 72\),\)\)"),
-            ({"features": EMBEDS}, "features"),
-            ({"stored": "float32"}, r"dtype \(there float16, now float32\)"),
-            ({"shard_rows": 4}, r"shard_rows \(there 8, now 4\)"),
-        ],
-    )
-    def test_other_settings_are_refused(self, changes, said, settings):
-        cache.make(settings())
-        before = contents(settings().out)
-        with pytest.raises(TrainingError, match=f"cache of another run.*{said}"):
-            cache.make(settings(**changes))
-        assert contents(settings().out) == before
-
-    def test_other_pictures_are_refused(self, settings, tmp_path):
-        small_frozen.pictures(tmp_path / "data", 40)
-        cache.make(settings())
-        with pytest.raises(TrainingError, match=r"data \(there .*pictures.*, now .*data\)"):
-            cache.make(settings(data=str(tmp_path / "data")))
-
-    def test_more_workers_or_another_batch_are_no_other_settings(self, settings):
-        cache.make(settings())
-        shard_path(Path(settings().out), 0).unlink()
-        cache.make(settings(workers=1, batch_size=5))
-
-    def test_leftovers_of_a_kill_are_removed(self, settings):
-        out = Path(settings().out)
-        out.mkdir()
-        for name in ("shard-00001.safetensors.tmp", ".tmpAbCdEf", "cache.json.tmp"):
-            (out / name).write_bytes(b"half")
-        cache.make(settings())
-        assert not list(out.glob("*.tmp")) + list(out.glob(".tmp*"))
-
-    def test_shards_of_nobody(self, settings):
-        cache.make(settings())
-        (Path(settings().out) / MANIFEST).unlink()
-        with pytest.raises(TrainingError, match=r"holds shards without a cache\.json"):
-            cache.make(settings())
-
-
-def launched(settings, shards=None, seconds=0.0):
-    """Run cache.py in a fresh process; its exit code. With `shards` it is killed, so many seconds
-    after there are so many of them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.cache"])
-    process = context.Process(target=cache.main, args=(command(settings),))
-    process.start()
-    if shards is not None:
-        out = Path(settings.out)
-        while process.is_alive() and len(list(out.glob("shard-*.safetensors"))) < shards:
-            time.sleep(0.002)
-        time.sleep(seconds)
-        process.kill()
-    process.join()
-    return process.exitcode
 
 
 class TestCannotWrite:
@@ -412,8 +269,8 @@ class TestCannotWrite:
     def test_what_will_not_suffice_is_told_after_the_first_shard(
         self, settings, monkeypatch, caplog
     ):
-        usage = namedtuple("usage", "free")
-        monkeypatch.setattr(cache_writing.shutil, "disk_usage", lambda _: usage(1000))
+        usage = SimpleNamespace(free=1000)
+        monkeypatch.setattr(cache_writing.shutil, "disk_usage", lambda _: usage)
         cache.make(settings())
         assert "will not suffice" in caplog.text
 
@@ -425,7 +282,7 @@ class TestCommandLine:
         found = cache.parse(["--config", str(config), "--batch_size", "2"])
         assert (found.shard_rows, found.batch_size) == (5, 2)
         assert found.base == settings().base
-        assert cache.parse(command(settings())) == settings()
+        assert cache.parse(small_frozen.command(settings())) == settings()
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
@@ -437,13 +294,13 @@ class TestCommandLine:
     )
     def test_a_value_that_cannot_be(self, arguments, said, settings, capsys):
         with pytest.raises(SystemExit) as error:
-            cache.parse([*command(settings()), *arguments])
+            cache.parse([*small_frozen.command(settings()), *arguments])
         assert error.value.code == 2
         assert said in capsys.readouterr().err
 
     def test_errors_are_messages(self, settings):
         with pytest.raises(SystemExit, match=r"cache\.py: There is no '/nowhere'"):
-            cache.main([*command(settings()), "--data", "/nowhere"])
+            cache.main([*small_frozen.command(settings()), "--data", "/nowhere"])
 
     def test_shards_to_stream_are_refused(self, settings):
         with pytest.raises(TrainingError, match="WebDataset shards"):
@@ -453,12 +310,7 @@ class TestCommandLine:
 def test_batches_stay_in_their_shard_and_bucket():
     of_row = np.array([0, 1, 0, 1, 1, 0, 0, 0, 1], np.int16)
     manifest = Manifest(9, 5, (EMBEDS,), "float16", ((64, 64), (64, 128)), {}, {})
-
-    class Dataset:
-        class buckets:
-            pass
-
-    Dataset.buckets.of_row = of_row
-    batches = cache_writing._Batches(Dataset, manifest, [1, 0], 2)
+    dataset = SimpleNamespace(buckets=SimpleNamespace(of_row=of_row))
+    batches = cache_writing._Batches(dataset, manifest, [1, 0], 2)
     found = [[row for _, row in batch] for batch in batches]
     assert found == [[5, 6], [7], [8], [0, 2], [1, 3], [4]]

@@ -238,7 +238,15 @@ class Inside(Dataset):
         return {"pid": os.getpid(), "threads": torch.get_num_threads()}
 
 
-def test_workers_use_one_thread_and_outlive_signals():
+@pytest.fixture
+def interruptible():
+    # A shell that starts tests in its background has SIGINT ignored by all of them.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_workers_use_one_thread_and_outlive_signals(interruptible):
     found = iter(loader(Inside(), ProcessBatches(Order(None, 10, 1, 0)), 2))
     first = [next(found) for _ in range(2)]
     assert [int(one["threads"]) for one in first] == [1, 1]

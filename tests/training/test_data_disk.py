@@ -120,9 +120,13 @@ def test_sizes_that_are_no_numbers(saved):
     assert open_source(saved(rows)).sizes() is None
 
 
-def test_splits(saved):
+def test_splits(saved, tmp_path):
     rows = {"image": list(map(encoded, COLOURS)), "text": TEXTS}
     assert len(open_source(saved(rows, split="train"))) == 4
+    splits = {name: datasets.Dataset.from_dict(rows) for name in ("test", "train")}
+    splits["test"] = splits["test"].select([0])
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "splits"))
+    assert len(open_source(tmp_path / "splits")) == 4
     path = saved(rows, split="all")
     assert len(open_source(path)) == 4
     both = datasets.DatasetDict({name: datasets.Dataset.from_dict(rows) for name in ("a", "b")})

@@ -119,7 +119,7 @@ def test_reference_pictures(folder, opened):
         [
             {"file_name": "a.jpg", "text": "x", "reference_file_name": "b.PNG"},
             {"file_name": "b.PNG", "text": "y", "reference_file_name": None},
-            {"file_name": "b.PNG", "text": "y"},
+            {"file_name": "b.PNG", "text": "y", "reference_file_name": ""},
         ],
     )
     source = opened(folder)
@@ -192,11 +192,13 @@ def test_changes_are_seen(folder, opened):
     (folder / "deep/er/c.webp").rename(folder / "c.webp")
     (folder / "deep/er/c.txt").rename(folder / "c.txt")
     assert opened(folder)[2].name == "c.webp"
-    path = write_metadata(folder, "jsonl")
-    assert rows(opened(folder)) == list(CAPTIONS.items())[:3]
-    write_metadata(folder, "jsonl", ROWS[:2])
-    os.utime(path, ns=(1, 1))
+    (folder / "c.webp").unlink()
     assert len(opened(folder)) == 2
+    path = write_metadata(folder, "jsonl")
+    assert rows(opened(folder)) == list(CAPTIONS.items())
+    write_metadata(folder, "jsonl", ROWS[:1])
+    os.utime(path, ns=(1, 1))
+    assert len(opened(folder)) == 1
 
 
 def test_a_folder_that_moved_is_the_same(folder, opened, tmp_path):
@@ -226,6 +228,8 @@ def test_missing_captions_in_metadata(folder, refused, opened):
     message = refused(folder)
     assert "17 of 20 pictures have no caption: 3.jpg, 4.jpg, 5.jpg, 6.jpg, 7.jpg, …" in message
     assert "metadata.jsonl" in message
+    assert len(opened(folder, default_caption="")) == 20
+    assert "17 of 20" in refused(folder)  # not what was kept for the default
     listed = [{"file_name": "a.jpg"}]
     write_metadata(folder, "jsonl", listed)
     assert rows(opened(folder, default_caption="x")) == [("a.jpg", "x")]
@@ -294,6 +298,11 @@ def test_metadata_in_several_places(folder, refused):
         ("metadata.jsonl", "[1]\n", ["line 1", "found '[1]'"]),
         ("metadata.jsonl", '{"file_name": 7, "text": "x"}', ["row 1", "'file_name' is 7"]),
         ("metadata.jsonl", '{"file_name": "a.jpg", "text": ["x"]}', ["row 1", "one caption"]),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.jpg", "text": "x", "reference": 7}',
+            ["row 1", "'reference' is 7"],
+        ),
         ("metadata.jsonl", b"\xff\xfe\x00", ["cannot be read", "utf-8"]),
         ("metadata.csv", "file_name,text\n,x\n", ["row 1", "'file_name' is ''"]),
         ("list.csv", "file_name,titel\na.jpg,x,y\n", ["columns are file_name, titel, None"]),
@@ -319,7 +328,13 @@ def test_a_damaged_list_is_not_read_again_and_again(folder, refused, monkeypatch
     monkeypatch.setattr(files, "_CHUNK", 10)
     path = folder / "list.json"
     path.write_text('[{"image_file": "a.jpg", "text": "x"}, {"oops" ' + "x" * 200_000)
+    tries = []
+    decode = json.JSONDecoder.raw_decode
+    monkeypatch.setattr(
+        json.JSONDecoder, "raw_decode", lambda *given: tries.append(1) or decode(*given)
+    )
     assert '{"oops"' in refused(path)
+    assert len(tries) < 50
 
 
 def test_unreadable_folders(folder, refused, monkeypatch):

@@ -7,6 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,6 +44,26 @@ def test_read_once(tmp_path):
     assert source[1].image == Path("/root/b.jpg")
     assert source[1].reference == Path("/root/r.jpg")
     assert source.sizes().tolist() == [[0, 0], [3, 4]]
+
+
+def test_one_writes_and_others_wait(tmp_path):
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slow():
+        begun.set()
+        yield ROWS[0]
+        assert may_end.wait(30)
+
+    second = Reading()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(table, "key", slow(), "how", tmp_path)
+        assert begun.wait(30)
+        waiting = pool.submit(table, "key", second, "how", tmp_path)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        may_end.set()
+        assert waiting.result(30) == first.result(30)
+    assert second.times == 0
 
 
 def test_workers_get_no_copy_of_the_rows(tmp_path):

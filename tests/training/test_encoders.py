@@ -1,24 +1,20 @@
-"""The frozen encoders give what the libraries' own models give, whichever library they are of."""
+"""The frozen encoders give what diffusers' own pipelines condition on, and say who they are."""
 
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 
-import numpy as np
-import open_clip
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from tools import small_frozen, small_training
+from tools.small_frozen import of_open_clip, of_transformers
 from training import fingerprints
 from training.data.dataset import collate
 from training.data.draws import DrawSettings, draw
-from training.encoders import KINDS, FrozenEncoders, ImageEncoder, Tokenise
+from training.encoders import KINDS, FrozenEncoders, Tokenise
 from training.errors import TrainingError
 from training.loading import image_towers
 from training.models import load_encoders
@@ -32,284 +28,13 @@ def close(a, b, tolerance=1e-5):
     return float((a - b).norm() / b.norm()) < tolerance
 
 
-def of_open_clip(model, name="small"):
-    return ImageEncoder(*image_towers.of_open_clip(model), name)
-
-
-def of_transformers(model, processor=None, name="small"):
-    side = model.config.image_size
-    processor = processor or image_towers.Processor(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
-    return ImageEncoder(*image_towers.of_transformers(model, processor), name)
-
-
-def pixels(side, count=2):
-    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def registered(monkeypatch, tmp_path):
-    """A small model among open_clip's, with weights under two tags that ask for either GELU."""
-    config = tmp_path / "small.json"
-    config.write_text(json.dumps(small_frozen.open_clip_config()))
-    known = dict(open_clip.factory._MODEL_CONFIGS)
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", known)
-    known["small"] = json.loads(config.read_text())
-    weights = tmp_path / "small.safetensors"
-    model = small_frozen.open_clip_model()
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights)
-    tags = {
-        "plain": {"file": str(weights), "mean": (0.1, 0.2, 0.3)},
-        "quick": {"file": str(weights), "quick_gelu": True},
-    }
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", tags)
-    return model, weights
-
-
-class TestFeatures:
-    @pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick_gelu"])
-    def test_both_libraries_give_the_same(self, quick_gelu):
-        model = small_frozen.open_clip_model(quick_gelu=quick_gelu)
-        reference = small_frozen.as_transformers(model.visual)
-        mine, theirs = of_open_clip(model), of_transformers(reference)
-        x = pixels(small_frozen.SIDE)
-        expected = reference(pixel_values=x, output_hidden_states=True)
-        for encoder in (mine, theirs):
-            assert close(encoder(x, EMBEDS), expected.image_embeds)
-            assert close(encoder(x, HIDDEN), expected.hidden_states[-2])
-            assert encoder(x, HIDDEN).shape == (2, 17, 64)
-        assert close(mine(x, EMBEDS), model.encode_image(x))
-
-    def test_vit_h_14_of_reduced_depth(self):
-        """The paper's encoder: 16 heads 80 wide, 257 states of 1280, embeddings of 1024."""
-        config = copy.deepcopy(open_clip.get_model_config("ViT-H-14"))
-        config["vision_cfg"]["layers"] = 2
-        config["text_cfg"] |= {"layers": 1, "vocab_size": 8}
-        model = small_training.fill(open_clip.model.CLIP(**config), 0)
-        encoder = of_open_clip(small_frozen.preprocessed(model))
-        reference = small_frozen.as_transformers(model.visual)
-        assert (reference.config.hidden_size, reference.config.num_attention_heads) == (1280, 16)
-        x = pixels(224, 1)
-        found = encoder.features(x, KINDS)
-        assert found[EMBEDS].shape == (1, 1024)
-        assert found[HIDDEN].shape == (1, 257, 1280)
-        expected = reference(pixel_values=x, output_hidden_states=True)
-        assert close(found[EMBEDS], expected.image_embeds)
-        assert close(found[HIDDEN], expected.hidden_states[-2])
-
-    @pytest.mark.parametrize("library", ["open_clip", "transformers"])
-    def test_both_kinds_at_once_are_those_of_each_alone(self, library):
-        model = small_frozen.open_clip_model()
-        if library == "open_clip":
-            encoder = of_open_clip(model)
-        else:
-            encoder = of_transformers(small_frozen.as_transformers(model.visual))
-        x = pixels(small_frozen.SIDE)
-        both = encoder.features(x, KINDS)
-        for kind in KINDS:
-            alone = encoder.features(x, [kind])
-            assert list(alone) == [kind]
-            assert torch.equal(alone[kind], both[kind])
-
-    def test_a_kind_that_there_is_not(self):
-        encoder = of_open_clip(small_frozen.open_clip_model())
-        with pytest.raises(ValueError, match="image_embeds or penultimate_hidden_states"):
-            encoder(pixels(small_frozen.SIDE), "hidden_states")
-
-    def test_a_dropped_image(self):
-        encoder = of_open_clip(small_frozen.open_clip_model())
-        assert torch.equal(encoder.zero(EMBEDS), torch.zeros(1, 48))
-        black = torch.zeros(1, 3, small_frozen.SIDE, small_frozen.SIDE)
-        assert torch.equal(encoder.zero(HIDDEN), encoder(black, HIDDEN))
-        assert encoder.zero(HIDDEN).abs().sum() > 0
-        assert (encoder.feature_dim(EMBEDS), encoder.feature_dim(HIDDEN)) == (48, 64)
-
-    def test_it_stays_frozen(self):
-        encoder = of_open_clip(small_frozen.open_clip_model()).to(torch.bfloat16)
-        assert not encoder.train().training
-        assert not any(part.training for part in encoder.modules())
-        out = encoder(pixels(small_frozen.SIDE), HIDDEN)
-        assert (out.dtype, out.requires_grad) == (torch.bfloat16, False)
-        assert encoder.zero(EMBEDS).dtype == torch.bfloat16
-
-    def test_a_tower_without_such_states(self):
-        config = small_frozen.open_clip_config()
-        config["vision_cfg"] |= {"layers": [1, 1, 1, 1], "width": 16}
-        model = open_clip.model.CLIP(**config).eval()
-        encoder = of_open_clip(small_frozen.preprocessed(model))
-        assert encoder(pixels(small_frozen.SIDE), EMBEDS).shape == (2, 48)
-        with pytest.raises(TrainingError, match="ModifiedResNet"):
-            encoder(pixels(small_frozen.SIDE), HIDDEN)
-
-
-class TestPreprocess:
-    @pytest.mark.parametrize(
-        "size", [(224, 224), (37, 53), (225, 640), (640, 427), (301, 224), (1000, 333)]
-    )
-    def test_both_libraries_agree(self, size):
-        """But for one place: an odd remainder is cropped by torchvision at the nearest pixel
-        (halves to even), by transformers at the one before."""
-        noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-        picture = Image.fromarray(noise)
-        config = {"size": 224, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
-        model = small_frozen.preprocessed(small_frozen.open_clip_model(), **config)
-        _, mine = image_towers.of_open_clip(model)
-        processor = image_towers.Processor(
-            size={"shortest_edge": 224},
-            crop_size={"height": 224, "width": 224},
-            image_mean=config["mean"],
-            image_std=config["std"],
-        )
-        _, theirs = image_towers.of_transformers(
-            small_frozen.as_transformers(model.visual), processor
-        )
-        a, b = mine(picture), theirs(picture)
-        assert a.shape == b.shape == (3, 224, 224)
-        assert a.dtype == b.dtype == torch.float32
-        short, long = sorted(size)
-        left_over = 224 * long // short - 224
-        if left_over % 4 == 3:
-            dim = 2 if size[0] > size[1] else 1
-            a, b = a.narrow(dim, 0, 223), b.narrow(dim, 1, 223)
-        assert (a - b).abs().max() < 1e-5
-
-    def test_greyscale_and_palette(self):
-        encoder = of_open_clip(small_frozen.open_clip_model())
-        grey = Image.new("L", (50, 40), 130)
-        assert torch.equal(encoder.preprocess(grey), encoder.preprocess(grey.convert("RGB")))
-
-    @pytest.mark.parametrize("library", ["open_clip", "transformers"])
-    def test_it_goes_to_other_processes_without_the_weights(self, library):
-        model = small_frozen.open_clip_model()
-        encoder = of_open_clip(model)
-        if library == "transformers":
-            encoder = of_transformers(small_frozen.as_transformers(model.visual))
-        sent = pickle.dumps(encoder.preprocess)
-        assert len(sent) < 10_000
-        picture = small_training.picture(0)
-        assert torch.equal(pickle.loads(sent)(picture), encoder.preprocess(picture))
-
-
-class TestByName:
-    def test_open_clip_by_tag(self, registered):
-        model, _ = registered
-        encoder = ImageEncoder.from_name("open_clip:small/plain", torch.bfloat16)
-        assert encoder.dtype == torch.bfloat16
-        x = pixels(small_frozen.SIDE)
-        wide = encoder.to(torch.float32)
-        assert close(wide(x, EMBEDS), model.visual(x), 1e-2)
-        assert encoder.preprocess.settings["mean"] == (0.1, 0.2, 0.3)
-
-    def test_weights_decide_about_the_activation(self, registered, recwarn):
-        x = pixels(small_frozen.SIDE)
-        plain = ImageEncoder.from_name("open_clip:small/plain")
-        quick = ImageEncoder.from_name("open_clip:small/quick")
-        reference = small_frozen.open_clip_model(quick_gelu=True)
-        assert torch.equal(quick(x, EMBEDS), reference.visual(x))
-        assert not torch.equal(quick(x, EMBEDS), plain(x, EMBEDS))
-        assert quick.weights != plain.weights
-        assert not [w for w in recwarn if "GELU" in str(w.message)]
-
-    def test_published_names_that_need_quick_gelu(self):
-        for name, quick in (
-            ("ViT-L-14/openai", True),
-            ("ViT-H-14/dfn5b", True),
-            ("ViT-H-14/laion2b_s32b_b79k", False),
-            ("ViT-bigG-14/laion2b_s39b_b160k", False),
-        ):
-            model, tag, settings = image_towers._parsed(f"open_clip:{name}")
-            assert (f"{model}/{tag}", settings) == (name, {"quick_gelu": quick})
-
-    def test_open_clip_weights_of_a_file(self, registered):
-        model, weights = registered
-        encoder = ImageEncoder.from_name(f"open_clip:small@{weights}")
-        x = pixels(small_frozen.SIDE)
-        assert torch.equal(encoder(x, HIDDEN), of_open_clip(model)(x, HIDDEN))
-
-    def test_open_clips_own_folders(self, registered, tmp_path):
-        model, weights = registered
-        folder = tmp_path / "folder"
-        folder.mkdir()
-        config = {"model_cfg": small_frozen.open_clip_config(), "preprocess_cfg": {}}
-        (folder / "open_clip_config.json").write_text(json.dumps(config))
-        (folder / "open_clip_model.safetensors").write_bytes(weights.read_bytes())
-        encoder = ImageEncoder.from_name(f"open_clip:local-dir:{folder}")
-        x = pixels(small_frozen.SIDE)
-        assert torch.equal(encoder(x, EMBEDS), model.visual(x))
-
-    def test_a_transformers_folder(self, tmp_path):
-        small_training.image_encoder(tmp_path)
-        encoder = ImageEncoder.from_name(str(tmp_path), torch.float16)
-        assert (encoder.dtype, encoder.size) == (torch.float16, 32)
-        assert encoder.feature_dim(EMBEDS) == small_training.EMBED
-        assert encoder.feature_dim(HIDDEN) == small_training.STATES
-
-    def test_a_folder_with_both_towers(self, tmp_path):
-        small_training.clip(tmp_path)
-        assert ImageEncoder.from_name(str(tmp_path)).feature_dim(EMBEDS) == small_training.EMBED
-
-    def test_without_a_processor_its_size_is_the_models(self, tmp_path):
-        small_training.image_encoder(tmp_path / "with")
-        small_training.image_encoder(tmp_path / "without")
-        (tmp_path / "without" / "preprocessor_config.json").unlink()
-        picture = small_training.picture(1)
-        found = [ImageEncoder.from_name(str(tmp_path / x)).preprocess for x in ("with", "without")]
-        assert torch.equal(found[0](picture), found[1](picture))
-
-    @pytest.mark.parametrize(
-        ("name", "said"),
-        [
-            ("open_clip:ViT-H14/laion2b_s32b_b79k", r"Alike are: .*ViT-H-14"),
-            ("open_clip:ViT-H-14/laion", r"no weights 'laion'.*laion2b_s32b_b79k"),
-            ("open_clip:ViT-H-14", r"no weights ''.*laion2b_s32b_b79k"),
-            ("open_clip:ViT-H-14@/nowhere/file.pt", "there is no file '/nowhere/file.pt'"),
-            ("open_clip:local-dir:/nowhere", "cannot be loaded by open_clip"),
-            ("/nowhere/folder", "Expected the folder or hub id"),
-        ],
-    )
-    def test_a_name_that_there_is_not(self, name, said, monkeypatch):
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        with pytest.raises(TrainingError, match=said):
-            ImageEncoder.from_name(name)
-
-    def test_weights_of_another_model(self, registered, tmp_path):
-        other = small_frozen.open_clip_model(width=32)
-        path = tmp_path / "other.safetensors"
-        save_file({k: v.contiguous() for k, v in other.state_dict().items()}, path)
-        with pytest.raises(TrainingError, match=r"cannot be loaded by open_clip.*size mismatch"):
-            ImageEncoder.from_name(f"open_clip:small@{path}")
-
-    def test_a_model_without_projection(self, tmp_path):
-        small_training.image_encoder(tmp_path)
-        (path,) = tmp_path.glob("*.safetensors")
-        state = load_file(path)
-        del state["visual_projection.weight"]
-        save_file(state, path, {"format": "pt"})
-        with pytest.raises(TrainingError, match=r"incomplete.*visual_projection\.weight"):
-            ImageEncoder.from_name(str(tmp_path))
-
-    def test_a_model_of_another_type(self, tmp_path):
-        small_training._text(0, projection=24).save_pretrained(tmp_path)
-        with pytest.raises(TrainingError, match="type 'clip_text_model'"):
-            ImageEncoder.from_name(str(tmp_path))
-
-    def test_preprocessing_of_another_size(self):
-        reference = small_frozen.as_transformers(small_frozen.open_clip_model().visual)
-        with pytest.raises(TrainingError, match="reads pictures of 32 pixels"):
-            of_transformers(reference, image_towers.Processor())
-
-
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    found = {}
-    for family in FAMILIES:
-        found[family] = tmp_path_factory.mktemp(family)
-        small_frozen.base(found[family], family)
-    return found
+def folders(frozen):
+    """A diffusers folder of each family."""
+    return {family: frozen / family for family in FAMILIES}
 
 
-def frozen(folder, kind=EMBEDS, dtype=torch.float32):
+def loaded(folder, kind=EMBEDS, dtype=torch.float32):
     encoder = of_open_clip(small_frozen.open_clip_model()).to(dtype)
     return FrozenEncoders(load_encoders(str(folder), dtype), encoder, kind)
 
@@ -332,7 +57,7 @@ class TestFrozen:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("family", FAMILIES)
     def test_it_encodes_as_diffusers_pipelines_do(self, family, kind, folders):
-        encoders = frozen(folders[family], kind)
+        encoders = loaded(folders[family], kind)
         batch = collate([example(encoders, n) for n in range(3)])
         found = encoders.encode(batch)
         texts = [f"number {n}" for n in range(3)]
@@ -354,7 +79,7 @@ class TestFrozen:
         assert not any(x.requires_grad for x in found.values() if isinstance(x, torch.Tensor))
 
     def test_everything_else_of_the_batch_goes_through(self, folders):
-        encoders = frozen(folders["sd15"])
+        encoders = loaded(folders["sd15"])
         batch = collate([example(encoders, n) for n in range(2)])
         batch["pixels"].requires_grad_()
         found = encoders.encode(batch)
@@ -365,7 +90,7 @@ class TestFrozen:
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_what_stands_in_for_dropped_conditions(self, family, folders):
-        encoders = frozen(folders[family])
+        encoders = loaded(folders[family])
         dropped = encoders.dropped()
         kinds = StableDiffusionPipeline, StableDiffusionXLPipeline
         pipeline = kinds[FAMILIES.index(family)].from_pretrained(folders[family])
@@ -379,7 +104,7 @@ class TestFrozen:
         assert torch.equal(hidden, encoders.image_encoder.zero(HIDDEN))
 
     def test_captions_are_cut_and_filled_up(self, folders):
-        encoders = frozen(folders["sdxl"])
+        encoders = loaded(folders["sdxl"])
         for text in ("", "x", "long " * 200):
             tokens = encoders.tokenise(text)
             assert [x.shape for x in tokens] == [(77,), (77,)]
@@ -390,7 +115,7 @@ class TestFrozen:
     def test_a_vae_of_another_scale(self, folders, tmp_path):
         small_training.base(tmp_path, "sd15")
         with pytest.raises(TrainingError, match="one latent of 2 × 2 pixels"):
-            frozen(tmp_path)
+            loaded(tmp_path)
 
     def test_texts_are_as_long_as_the_encoder_reads(self, folders):
         text = load_encoders(str(folders["sd15"])).text
@@ -402,13 +127,13 @@ class TestFrozen:
 class TestFingerprint:
     def test_it_does_not_depend_on_the_dtype(self, folders):
         found = {
-            frozen(folders["sdxl"], dtype=dtype).fingerprint
+            loaded(folders["sdxl"], dtype=dtype).fingerprint
             for dtype in (torch.float32, torch.float16, torch.bfloat16)
         }
         assert len(found) == 1
 
     def test_it_names_the_part_that_is_another(self, folders):
-        before = frozen(folders["sd15"])
+        before = loaded(folders["sd15"])
         assert set(before.fingerprints) == {"vae", "text encoder", "image encoder"}
         other = small_frozen.open_clip_model()
         other.visual.ln_pre.bias.data[0] += 1e-6

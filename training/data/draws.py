@@ -88,7 +88,7 @@ def sample_seed(seed: int, number: int) -> int:
     torch's CPU generator keeps only 32 bits of a seed: a hash into so few would give some of a
     run's millions of samples the noise of another.
     """
-    return _mixed((_mixed(number & _BITS) + _constant(seed)) & _BITS)
+    return (_mixed(number & _BITS) + _constant(seed)) & _BITS
 
 
 _BITS = 0xFFFFFFFF

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -97,13 +98,18 @@ def _row(found: dict[str, Any], columns: Columns, default_caption: str | None, w
         raise TrainingError(
             f"{where}: '{columns.image}' is {image!r}; expected the file name of a picture."
         )
+    if not isinstance(reference, (str, NoneType)):
+        raise TrainingError(
+            f"{where}: '{columns.reference}' is {reference!r}; expected the file name of a "
+            "picture, or nothing."
+        )
     if isinstance(text, (list, dict)):
         raise TrainingError(
             f"{where}: '{columns.text}' is {text!r}; expected one caption as a text."
         )
     caption = "" if text is None else str(text).strip()
     height, width = _pixels(found.get("height")), _pixels(found.get("width"))
-    return Row(image, caption or default_caption, reference or None, height, width)
+    return Row(image, caption or default_caption, reference, height, width)
 
 
 def _pixels(value: Any) -> int:

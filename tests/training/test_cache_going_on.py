@@ -1,0 +1,175 @@
+"""The same cache comes of any number of processes, however often they were killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tools import small_frozen
+from tools.small_frozen import command
+from training import cache
+from training.cache_files import MANIFEST, shard_path
+from training.encoders import KINDS
+from training.errors import TrainingError
+
+EMBEDS, HIDDEN = KINDS
+ROOT = Path(cache.__file__).parents[1]
+
+pytestmark = pytest.mark.usefixtures("arrow", "accelerate_anew")
+
+
+@pytest.fixture
+def settings(frozen, pictures, tmp_path):
+    """Settings of a small cache, with changes."""
+
+    def settings(family="sd15", **changes):
+        given = {
+            "base": str(frozen / family),
+            "image_encoder": str(frozen / "encoder"),
+            "data": str(pictures),
+            "out": str(tmp_path / "cache"),
+            "size": 64,
+            "features": "both",
+            "shard_rows": 8,
+            "batch_size": 3,
+            "workers": 0,
+        }
+        return cache.CacheSettings(**{**given, **changes})
+
+    return settings
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != ".lock"}
+
+
+class TestProcesses:
+    def test_two_write_what_one_writes(self, settings, tmp_path):
+        cache.make(settings(workers=1))
+        alone = contents(settings().out)
+        both = settings(out=str(tmp_path / "both"))
+        script = str(ROOT / "training" / "cache.py")
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+        result = subprocess.run(
+            [*launch, "--num_processes", "2", script, *command(both)],
+            env={**os.environ, "OMP_NUM_THREADS": "2"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        assert "the first of 2 processes" in result.stderr
+        assert "40 rows" in result.stderr
+        assert contents(both.out) == alone
+
+    def test_shards_do_not_depend_on_which_are_written(self, settings):
+        whole = settings()
+        cache.make(whole)
+        expected = contents(whole.out)
+        for shard in (0, 2, 3):
+            shard_path(Path(whole.out), shard).unlink()
+        cache.make(whole)
+        assert contents(whole.out) == expected
+
+
+class TestGoingOn:
+    def test_what_is_whole_is_kept(self, settings):
+        given = settings()
+        cache.make(given)
+        expected = contents(given.out)
+        times = {path: path.stat().st_mtime_ns for path in Path(given.out).glob("shard-*")}
+        cut = shard_path(Path(given.out), 1)
+        cut.write_bytes(cut.read_bytes()[:-1])
+        cache.make(given)
+        assert contents(given.out) == expected
+        for path, written in times.items():
+            assert (path.stat().st_mtime_ns == written) == (path != cut)
+
+    def test_killed_at_twenty_moments(self, settings):
+        given = settings(shard_rows=2)
+        out = Path(given.out)
+        assert launched(given) == 0
+        expected = contents(out)
+        shutil.rmtree(out)
+        chance, counts = random.Random(0), []
+        for _ in range(20):
+            there = len(list(out.glob("shard-*")))
+            if there > 15:
+                shutil.rmtree(out)
+                there = 0
+            moment = chance.uniform(0, chance.choice([0.02, 1.5]))  # among shards, or before them
+            launched(given, chance.randint(there, there + 3), moment)
+            shards = list(out.glob("shard-*.safetensors"))
+            counts.append(len(shards))
+            for path in shards:
+                assert path.read_bytes() == expected[path.name]
+        assert len({*counts} - {0, 20}) > 5  # it was killed while writing
+        assert launched(given) == 0
+        assert contents(out) == expected
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"family": "sdxl"}, r"vae|text encoder \(there '?.*sd15'?, now '?.*sdxl"),
+            ({"size": 72}, r"sizes \(there \(\(64, 64\),\), now \(\(72, 72\),\)\)"),
+            ({"features": EMBEDS}, "features"),
+            ({"stored": "float32"}, r"dtype \(there float16, now float32\)"),
+            ({"shard_rows": 4}, r"shard_rows \(there 8, now 4\)"),
+        ],
+    )
+    def test_other_settings_are_refused(self, changes, said, settings):
+        cache.make(settings())
+        before = contents(settings().out)
+        with pytest.raises(TrainingError, match=f"cache of another run.*{said}"):
+            cache.make(settings(**changes))
+        assert contents(settings().out) == before
+
+    def test_other_pictures_are_refused(self, settings, tmp_path):
+        small_frozen.pictures(tmp_path / "data", 40)
+        cache.make(settings())
+        with pytest.raises(TrainingError, match=r"data \(there .*pictures.*, now .*data\)"):
+            cache.make(settings(data=str(tmp_path / "data")))
+
+    def test_more_workers_or_another_batch_are_no_other_settings(self, settings):
+        cache.make(settings())
+        shard_path(Path(settings().out), 0).unlink()
+        cache.make(settings(workers=1, batch_size=5))
+
+    def test_leftovers_of_a_kill_are_removed(self, settings):
+        out = Path(settings().out)
+        out.mkdir()
+        for name in ("shard-00001.safetensors.tmp", ".tmpAbCdEf", "cache.json.tmp"):
+            (out / name).write_bytes(b"half")
+        cache.make(settings())
+        assert not list(out.glob("*.tmp")) + list(out.glob(".tmp*"))
+
+    def test_shards_of_nobody(self, settings):
+        cache.make(settings())
+        (Path(settings().out) / MANIFEST).unlink()
+        with pytest.raises(TrainingError, match=r"holds shards without a cache\.json"):
+            cache.make(settings())
+
+
+def launched(settings, shards=None, seconds=0.0):
+    """Run cache.py in a fresh process; its exit code. With `shards` it is killed, so many seconds
+    after there are so many of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.cache"])
+    process = context.Process(target=cache.main, args=(command(settings),))
+    process.start()
+    if shards is not None:
+        out = Path(settings.out)
+        while process.is_alive() and len(list(out.glob("shard-*.safetensors"))) < shards:
+            time.sleep(0.002)
+        time.sleep(seconds)
+        process.kill()
+    process.join()
+    return process.exitcode
