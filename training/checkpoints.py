@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ip_adapter_core import checkpoint
 
@@ -33,6 +35,10 @@ RUN, ADAPTER = "run.json", "adapter.safetensors"
 _NAME = re.compile(r"step-(\d{7,})")
 
 logger = logging.getLogger(__name__)
+
+
+class NotWrittenError(TrainingError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class Checkpoints:
@@ -49,12 +55,19 @@ class Checkpoints:
         if accelerator.is_main_process:
             self._claim()
         accelerator.wait_for_everyone()
+        if not self.folder.is_dir():
+            raise TrainingError(
+                f"Process {accelerator.process_index} does not see '{self.folder}', which the main "
+                "process made. Give --out a folder on a disk that all machines share."
+            )
 
     def _claim(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".*"):  # of a process that was killed while saving
+            for leftover in self.folder.glob(".step-*"):  # of one that was killed while saving
                 shutil.rmtree(leftover)
+            for last in self.steps()[-1:]:  # it may have been killed just before this
+                self._publish(self.path(last))
             probe = self.folder / ".probe"
             probe.touch()
             probe.unlink()
@@ -91,39 +104,47 @@ class Checkpoints:
         """Write the state of all prepared and registered objects; every process calls this.
 
         `weights` and `metadata` go into the adapter file, `run` stays beside it.
-        Raises TrainingError if it cannot be written; earlier checkpoints are as they were.
+        Raises NotWrittenError, in all processes, if any of them cannot write; earlier checkpoints
+        are as they were.
         """
         path = self.path(step)
         partial = path.with_name(f".{path.name}.partial")
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             self.accelerator.save_state(str(partial))
             if self.accelerator.is_main_process:
                 checkpoint.save_weights(weights, partial / ADAPTER, dict(metadata))
                 (partial / RUN).write_text(json.dumps(dict(run), indent=1), encoding="utf-8")
-        except (OSError, RuntimeError, SafetensorError) as failed:
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as failed:
             error = failed
-        self.accelerator.wait_for_everyone()  # all have written, or given up
+        failures = [_told(error)] if error is not None else [""]
+        told = next(filter(None, gather_object(failures)), "")  # all have written, or given up
         if self.accelerator.is_main_process:
-            try:
-                self._finish(partial, path, error)
-            except OSError as failed:
-                error = failed
-        self.accelerator.wait_for_everyone()
-        if error is not None:
-            raise TrainingError(self._failure(step, error)) from error
+            if told:
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                told = self._finished(partial, path)
+        (told,) = broadcast_object_list([told])
+        if told:
+            raise NotWrittenError(self._failure(step, told)) from error
 
-    def _finish(self, partial: Path, path: Path, error: Exception | None) -> None:
-        if error is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-            return
-        for file in partial.rglob("*"):
-            if file.is_file():
+    def _finished(self, partial: Path, path: Path) -> str:
+        """Give a whole folder its name; what went wrong, or nothing."""
+        try:
+            for file in (*partial.rglob("*"), partial):
                 _to_disk(file)
-        if path.exists():  # saved at this very step already
-            self._delete(path)
-        os.rename(partial, path)
-        _to_disk(self.folder)
+            if path.exists():  # saved at this very step already
+                self._delete(path)
+            os.rename(partial, path)
+            _to_disk(self.folder)
+            self._publish(path)
+            for old in self.steps()[: -self.keep]:
+                self._delete(self.path(old))
+        except OSError as error:
+            return _told(error)
+        return ""
+
+    def _publish(self, path: Path) -> None:
         temporary = self.newest.with_name(self.newest.name + ".tmp")
         temporary.unlink(missing_ok=True)
         try:
@@ -131,16 +152,13 @@ class Checkpoints:
         except OSError:  # a file system without links
             shutil.copyfile(path / ADAPTER, temporary)
         os.replace(temporary, self.newest)
-        for old in self.steps()[: -self.keep]:
-            self._delete(self.path(old))
 
     def _delete(self, path: Path) -> None:
         nameless = path.with_name(f".{path.name}.old")
         os.rename(path, nameless)
         shutil.rmtree(nameless, ignore_errors=True)
 
-    def _failure(self, step: int, error: Exception) -> str:
-        found = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    def _failure(self, step: int, found: str) -> str:
         free = shutil.disk_usage(self.folder).free / 2**20
         steps = self.steps()
         kept = f"The checkpoint of step {steps[-1]} is whole" if steps else "There is none yet"
@@ -148,6 +166,10 @@ class Checkpoints:
             f"The checkpoint of step {step} could not be written to '{self.folder}': {found} "
             f"({free:.0f} MiB free). {kept}. Make room and run the same command again."
         )
+
+
+def _told(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), repr(error))
 
 
 def _to_disk(path: Path) -> None:

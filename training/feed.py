@@ -25,13 +25,15 @@ from .settings import Settings
 @dataclass(frozen=True)
 class Feed:
     """`batches` of this process, without end. `encode` makes of one what `recipe` reads; it needs
-    the frozen encoders if `raw`. `fingerprint`: of the rows and their order."""
+    the frozen encoders if `raw`. `fingerprint`: of the rows and their order. `size`: height and
+    width of a square picture among them."""
 
     batches: Iterable[Batch]
     dropped: Dropped
     encode: Callable[[Batch], Batch]
     raw: bool
     fingerprint: str
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def _cached(
     )
     batches, order = _batches(dataset, dataset.buckets, len(dataset), settings, place)
     data = dataset.manifest.parts["data"]
-    return Feed(batches, dataset.dropped(), lambda batch: batch, False, f"{data} {order}")
+    sizes = dataset.manifest.sizes
+    return Feed(batches, dataset.dropped(), lambda batch: batch, False, f"{data} {order}", sizes[0])
 
 
 def _rows(settings: Settings, encoders: FrozenEncoders, draws: DrawSettings, place: Place) -> Feed:
@@ -94,7 +97,8 @@ def _rows(settings: Settings, encoders: FrozenEncoders, draws: DrawSettings, pla
     preprocess = encoders.image_encoder.preprocess
     dataset = RawDataset(source, encoders.tokenise, preprocess, buckets, draws)
     batches, order = _batches(dataset, buckets, len(source), settings, place)
-    return Feed(batches, encoders.dropped(), encoders.encode, True, f"{source.fingerprint} {order}")
+    rows = f"{source.fingerprint} {order}"
+    return Feed(batches, encoders.dropped(), encoders.encode, True, rows, buckets.sizes[0])
 
 
 def _stream(
@@ -102,11 +106,12 @@ def _stream(
 ) -> Feed:
     assert settings.data is not None
     size = settings.size
+    buckets = Buckets(bucket_sizes(size)) if settings.buckets else square(size)
     dataset = StreamDataset(
         expand_shards(settings.data),
         ShardReader(Columns(text=settings.caption_column), settings.default_caption),
         Examples(encoders.tokenise, encoders.image_encoder.preprocess, draws),
-        Buckets(bucket_sizes(size)) if settings.buckets else square(size),
+        buckets,
         batch=place.batch,
         seed=settings.seed,
         rank=place.rank,
@@ -115,7 +120,9 @@ def _stream(
         folder=Path(settings.out),
     )
     batches = loader(dataset, None, settings.workers)
-    return Feed(batches, encoders.dropped(), encoders.encode, True, dataset.fingerprint)
+    return Feed(
+        batches, encoders.dropped(), encoders.encode, True, dataset.fingerprint, buckets.sizes[0]
+    )
 
 
 def _batches(

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class Meter:
     """Means over `every` steps, for the progress bar and the trackers.
 
-    A loss is looked at one batch after it was computed: looking waits for the device, which by
-    then has finished it.
+    A loss is copied to the CPU when it is there and looked at one batch later, so that nothing
+    waits for the device.
     """
 
     def __init__(self, accelerator: Accelerator, out: Path, every: int) -> None:
@@ -33,6 +33,7 @@ class Meter:
         self._broken_file = out / f"broken-pictures-{accelerator.process_index}.txt"
         self._broken: set[str] = set()
         self._unchecked: Tensor | None = None
+        self._copied = torch.cuda.Event() if accelerator.device.type == "cuda" else None
         self._start()
 
     def _start(self) -> None:
@@ -49,20 +50,30 @@ class Meter:
                 batch = next(iterator)
             except StopIteration:
                 return
+            except TrainingError as error:  # from a worker, with its traceback in the text
+                text = str(error).rsplit("TrainingError: ", 1)[-1]
+                raise TrainingError(text.strip()) from error
             self._waited += time.perf_counter() - start
             yield batch
 
     def add(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
         """Note a batch. Raises TrainingError if the loss of the one before was not finite."""
         self.check()
-        self._unchecked = loss.detach()
-        self._total = self._total + self._unchecked
+        self._total = self._total + loss.detach()
+        if self._copied is None:
+            self._unchecked = loss.detach()
+        else:
+            self._unchecked = torch.empty((), dtype=loss.dtype, pin_memory=True)
+            self._unchecked.copy_(loss.detach(), non_blocking=True)
+            self._copied.record()
         self._batches += 1
         self._samples += len(batch["weight"])
         self._note_broken(batch["broken"])
 
     def check(self) -> None:
         """Raise TrainingError if the last loss noted is not finite."""
+        if self._unchecked is not None and self._copied is not None:
+            self._copied.synchronize()
         if self._unchecked is not None and not math.isfinite(value := self._unchecked.item()):
             raise TrainingError(
                 f"The loss became {value}. Nothing was saved since. The same command would come "

@@ -33,7 +33,9 @@ class Recipe:
 
     def schedule(self, base: Mapping[str, Any]) -> Any:
         """The DDPMScheduler of training; `base`: the configuration of the base's scheduler."""
-        changes: dict[str, Any] = {"rescale_betas_zero_snr": self.zero_terminal_snr}
+        changes: dict[str, Any] = {}
+        if self.zero_terminal_snr:  # else as the base has it
+            changes["rescale_betas_zero_snr"] = True
         if self.prediction != "auto":
             changes["prediction_type"] = self.prediction
         schedule: Any = DDPMScheduler.from_config(dict(base), **changes)

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ip_adapter_core.adapter import IPAdapter
 
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, NotWrittenError
 from .errors import TrainingError
 from .meter import Meter
 from .recipe import Batch, Dropped, Recipe
@@ -56,6 +57,11 @@ class Run:
     step: int = 0
     saved: int = 0
 
+    def autocast(self) -> torch.autocast:
+        """For the adapter, whose weights are float32, the precision of the frozen parts."""
+        dtype = self.unet.dtype
+        return torch.autocast(self.accelerator.device.type, dtype, enabled=dtype != torch.float32)
+
     def predict(
         self,
         seen: Tensor,
@@ -68,7 +74,7 @@ class Run:
         dtype = self.unet.dtype
         added = None
         if pooled is not None:
-            added = {"text_embeds": pooled.to(dtype), "time_ids": batch["time_ids"].to(dtype)}
+            added = {"text_embeds": pooled.to(dtype), "time_ids": batch["time_ids"]}
         return self.unet(
             seen.to(dtype),
             batch["timestep"],
@@ -88,7 +94,7 @@ class Run:
         if self.step % self.settings.save_every == 0:
             try:
                 self.save()
-            except TrainingError as error:
+            except NotWrittenError as error:
                 if self.step == self.settings.steps:
                     raise
                 logger.error("%s Training goes on until then.", error)
@@ -102,18 +108,13 @@ class Run:
         return found  # type: ignore[return-value]
 
     def save(self) -> None:
-        """Write a checkpoint of this step. Raises TrainingError if it cannot be written, or if
-        training has diverged: then there is nothing worth writing."""
-        self.meter.check()
+        """Write a checkpoint of this step. Raises NotWrittenError if that cannot be, TrainingError
+        if training has diverged: then there is nothing worth writing. In all processes alike."""
         weights = self._weights()
-        bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
-        if bad:
-            raise TrainingError(
-                f"{len(bad)} of the adapter's {len(weights)} tensors hold NaN or infinite values "
-                f"({bad[0]} first), so step {self.step} was not saved. Start a new --out from the "
-                "last checkpoint (--adapter OUT/ip-adapter.safetensors) with a lower "
-                "learning_rate or with clip_norm 1."
-            )
+        diverged = self._diverged(weights)
+        told = [text for text in gather_object([diverged]) if text]
+        if told:
+            raise TrainingError(told[0])
         run = {
             "step": self.step,
             "settings": asdict(self.settings),
@@ -121,6 +122,21 @@ class Run:
         }
         self.checkpoints.save(self.step, weights, self.metadata(), run)
         self.saved = self.step
+
+    def _diverged(self, weights: Mapping[str, Tensor]) -> str:
+        try:
+            self.meter.check()
+        except TrainingError as error:
+            return str(error)
+        bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
+        if not bad:
+            return ""
+        return (
+            f"{len(bad)} of the adapter's {len(weights)} tensors hold NaN or infinite values "
+            f"({bad[0]} first), so step {self.step} was not saved. Start a new --out from the "
+            "last checkpoint (--adapter OUT/ip-adapter.safetensors) with a lower learning_rate or "
+            "with clip_norm 1."
+        )
 
     def _weights(self) -> dict[str, Tensor]:
         if self.ema is not None:

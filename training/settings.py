@@ -45,7 +45,8 @@ class Settings:
     """Checkpoint to start from (the next stage, a fine-tune) instead of from scratch."""
 
     size: int = 512
-    """Pixels of the shortest side, centre-cropped: the paper's. SDXL ends with 1024."""
+    """Pixels of the shortest side, centre-cropped: the paper's. SDXL ends with 1024. (A cache has
+    its own.)"""
     buckets: bool = False
     """Keep aspect ratios: buckets of about size², sides multiples of 64."""
     drop_image: float = 0.05
@@ -155,7 +156,8 @@ class Settings:
 
     def deciding(self) -> dict[str, Any]:
         """Those that decide what a step computes: a run that goes on must keep them."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FREE}
+        free = FREE if self.schedule.startswith("constant") else FREE - {"steps"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
 
 
 POSITIVE = ("size", "steps", "batch_size", "accumulation", "save_every", "keep", "log_every")

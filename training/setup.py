@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 from diffusers.optimization import get_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -42,11 +47,12 @@ def prepare(settings: Settings) -> Run:
 
     Raises TrainingError for what a user can mend.
     """
-    accelerator = _accelerator(settings)
+    precision = settings.precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    accelerator = _accelerator(settings, precision)
     checkpoints = Checkpoints(settings.out, settings.keep, accelerator)
-    done = max(checkpoints.steps(), default=0)
+    (done,) = broadcast_object_list([max(checkpoints.steps(), default=0)])
 
-    base, encoders = _frozen(settings, accelerator)
+    base, encoders = _frozen(settings, precision)
     adapter = _adapter(settings, base, encoders)
     recipe = Recipe(settings.prediction, settings.min_snr_gamma, settings.zero_terminal_snr)
     noise_schedule = recipe.schedule(base.scheduler)
@@ -55,6 +61,8 @@ def prepare(settings: Settings) -> Run:
     feed = open_feed(settings, encoders, timesteps, place)
 
     identity = {
+        "precision": precision,
+        "launch": accelerator.distributed_type.value if _sharded() else "each process whole",
         "global batch": place.batch,
         "data": feed.fingerprint,
         "base": fingerprints.of_settings(
@@ -68,6 +76,7 @@ def prepare(settings: Settings) -> Run:
     if settings.ema is not None:
         ema = AveragedModel(adapter, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
         accelerator.register_for_checkpointing(ema.to(accelerator.device))
+        ema.n_averaged = ema.n_averaged.cpu()  # it is looked at each step, which would wait
     optimizer = _optimizer(settings, adapter)
     schedule = get_scheduler(
         settings.schedule,
@@ -81,7 +90,9 @@ def prepare(settings: Settings) -> Run:
         logger.info("going on after step %d", done)
 
     base.unet.to(accelerator.device)
-    validation = _validation(settings, base, encoders, accelerator, noise_schedule.config)
+    validation = _validation(
+        settings, base, encoders, accelerator, noise_schedule.config, feed.size
+    )
     if feed.raw:
         encoders.to(accelerator.device)
     meter = Meter(accelerator, Path(settings.out), settings.log_every)
@@ -110,9 +121,32 @@ def prepare(settings: Settings) -> Run:
     )
 
 
-def _accelerator(settings: Settings) -> Accelerator:
+def _sharded() -> bool:
+    """Whether DeepSpeed or FSDP split the adapter."""
+    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    return any(os.environ.get(name, "").lower() in ("1", "true") for name in names)
+
+
+def _accelerator(settings: Settings, precision: str) -> Accelerator:
+    if precision not in DTYPES:
+        raise TrainingError(
+            f"precision is '{precision}'; expected one of {', '.join(DTYPES)}. Give it with "
+            "--precision, or with accelerate launch --mixed_precision."
+        )
+    if _sharded() and precision == "fp16":
+        raise TrainingError(
+            "DeepSpeed and FSDP are used with bf16 or no mixed precision here: fp16 needs its loss "
+            "scaled, which they would do to the adapter's weights too. Give --precision bf16."
+        )
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    if fsdp and (settings.ema is not None or settings.validate_every):
+        raise TrainingError(
+            "ema and validate_every need the whole adapter in each process, which FSDP splits. "
+            "Leave them out, or use training/configs/gpus.yaml: the adapter fits every GPU."
+        )
     accelerator = Accelerator(
-        mixed_precision=settings.precision,
+        # Those who split the adapter would make its weights half precision as well.
+        mixed_precision="no" if _sharded() else precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=settings.accumulation, sync_with_dataloader=False
         ),
@@ -123,11 +157,12 @@ def _accelerator(settings: Settings) -> Accelerator:
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:  # it wants to know, and sees no loader to learn it from
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.batch_size
+        plugin.deepspeed_config["gradient_clipping"] = settings.clip_norm or 0.0
     return accelerator
 
 
-def _frozen(settings: Settings, accelerator: Accelerator) -> tuple[Base, FrozenEncoders]:
-    dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+def _frozen(settings: Settings, precision: str) -> tuple[Base, FrozenEncoders]:
+    dtype = DTYPES[precision]
     base = load_base(settings.base, dtype, settings.vae)
     attach(base.unet)
     if settings.gradient_checkpointing:
@@ -197,6 +232,7 @@ def _validation(
     encoders: FrozenEncoders,
     accelerator: Accelerator,
     scheduler: Mapping[str, Any],
+    size: tuple[int, int],
 ) -> Validation | None:
     if not settings.validate_every:
         return None
@@ -210,7 +246,7 @@ def _validation(
             sampling=SamplingSettings(
                 settings.validation_steps,
                 settings.validation_guidance,
-                (settings.size, settings.size),
+                size,
                 batch=4,
             ),
         ),

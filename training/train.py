@@ -50,7 +50,7 @@ def train(settings: Settings) -> None:
         disable=not accelerator.is_local_main_process,
     )
     with bar, StopRequest(accelerator) as stop:
-        while run.step < settings.steps and not stop.requested(run.step):
+        while run.step < settings.steps and not stop.requested():
             for _ in range(settings.accumulation):
                 batch = next(run.batches)
                 with accelerator.accumulate(adapter):
@@ -71,9 +71,9 @@ def training_loss(run: Run, batch: Batch) -> Tensor:
     clean = recipe.latents(batch, run.scaling, run.shift)
     seen, target = recipe.noised(run.noise_schedule, clean, batch)
     features, states, pooled = recipe.conditions(batch, run.dropped)
-    with run.accelerator.autocast():
+    with run.autocast():
         keys_values = run.adapter(features.float())
-        predicted = run.predict(seen, batch, states, pooled, keys_values)
+    predicted = run.predict(seen, batch, states, pooled, keys_values)
     weights = batch["weight"] * run.recipe.loss_weights(run.noise_schedule, batch["timestep"])
     return recipe.loss(predicted, target, weights)
 

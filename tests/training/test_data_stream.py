@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import random
 import tarfile
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -84,6 +85,29 @@ def test_an_epoch_holds_every_sample_once(shards):
     assert sorted(first) == sorted(second) == list(range(128))
     assert first != second
     assert first != sorted(first)
+
+
+def test_the_buffer_mixes_and_loses_nothing():
+    found = list(lanes._shuffled(iter(range(1000)), random.Random(0)))
+    assert sorted(found) == list(range(1000))
+    descents = sum(a > b for a, b in pairwise(found[:500]))
+    assert descents > 150
+    assert max(abs(place - item) for place, item in enumerate(found)) > lanes.BUFFER
+    few = list(lanes._shuffled(iter(range(9)), random.Random(0)))
+    assert sorted(few) == list(range(9)) != few
+
+
+def test_each_epoch_and_seed_has_an_order_of_its_own(shards):
+    def order(seed):
+        split = lanes.Split(tuple(shards(1, 30)), 1, seed)
+        counts = lanes.Counts(None, square(8))
+        lane = lanes.Lane(0, split, ShardReader(), square(8), 1, counts)
+        found = [records[0].text for records, _ in islice(lane.batches(0), 60)]
+        return found[:30], found[30:]
+
+    orders = [*order(0), *order(1)]
+    assert all(sorted(one) == sorted(orders[0]) for one in orders)
+    assert len({tuple(one) for one in orders}) == 4
 
 
 def test_shuffled_beyond_a_lanes_shards(shards, monkeypatch):
@@ -220,7 +244,7 @@ def test_buckets_resumed(counted, shards, tmp_path):
 
 def test_broken_pictures_have_no_weight(shards):
     paths = shards(8, 4, lambda n: b"damaged" if n == 9 else png())
-    for buckets in (square(8), Buckets(bucket_sizes(128))):
+    for buckets in (square(8), Buckets(bucket_sizes(384))):
         batches = list(islice(opened(paths, buckets=buckets), 32))
         broken = [name for batch in batches for name in batch["broken"]]
         assert broken == ["00009 in 002.tar: cannot identify image file"]
@@ -238,6 +262,15 @@ def test_broken_shards_are_named_and_passed_over(shards, tmp_path):
         assert sum(name in one for one in broken) in (1, 2)  # some lanes began the next epoch
     weights = torch.cat([batch["weight"] for batch in batches])
     assert weights.sum() == 110 - len(broken)
+
+
+def test_what_a_broken_shard_gave_is_not_kept(shards, tmp_path):
+    paths = shards(16, 8)
+    (tmp_path / "005.tar").write_bytes((tmp_path / "005.tar").read_bytes()[:5000])
+    folder = tmp_path / "counts"
+    folder.mkdir()
+    list(islice(opened(paths, folder=folder), 300))
+    assert len(list(folder.iterdir())) == 15  # the next time more of it may arrive
 
 
 def test_a_broken_shard_is_named_once_in_an_epoch(shards, tmp_path):
@@ -264,6 +297,11 @@ def test_shards_that_vanish_during_a_run(shards, tmp_path):
     with pytest.raises(TrainingError, match="Look for broken shards"):
         for _ in range(1000):
             next(found)
+
+
+def test_shards_without_captions_are_refused_at_once(tmp_path):
+    with pytest.raises(TrainingError, match="no caption"):
+        opened([shard(tmp_path / "a.tar", {"a.png": png()})])
 
 
 def test_wrong_splits(shards):

@@ -303,6 +303,33 @@ def test_a_full_disk(settings, forked, caplog):
     assert steps(given.out) == [2, 4, 6]
 
 
+def test_the_newest_file_is_put_right_after_a_kill_just_before_it(settings):
+    given = settings()
+    train(given)
+    newest = Path(given.out, "ip-adapter.safetensors")
+    newest.unlink()
+    (Path(given.out) / "checkpoints" / ".DS_Store").touch()  # not ours to delete
+    train(settings())  # nothing left to do
+    assert newest.read_bytes() == files(given.out, 4)["adapter.safetensors"]
+
+
+def test_a_schedule_that_ends_elsewhere_is_another_run(settings):
+    train(settings(schedule="cosine"))
+    with pytest.raises(TrainingError, match="steps was 4, is 8"):
+        train(settings(schedule="cosine", steps=8))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [({"precision": "fp16"}, "--precision bf16"), ({"ema": 0.9}, "which FSDP splits")],
+)
+def test_what_split_adapters_cannot_do(settings, monkeypatch, changes, said):
+    given = settings(**changes)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(TrainingError, match=said):
+        train(given)
+
+
 def test_an_output_that_cannot_be_written(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match=r"Nothing can be written.*--out"):
