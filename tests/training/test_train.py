@@ -52,8 +52,7 @@ def check_readable(out):
         torch.load(folder / "optimizer.bin", weights_only=True)
         assert json.loads((folder / "run.json").read_text())["step"] == step
     newest = Path(out, "ip-adapter.safetensors")
-    assert newest.exists() or not steps(out)
-    if newest.exists():
+    if newest.exists():  # a kill may come between the first checkpoint and this
         checkpoint.load(newest)
 
 
@@ -141,9 +140,9 @@ def test_the_last_few_are_kept_and_the_file_is_the_adapters_size(settings):
 
 
 def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_save(settings, forked, tmp_path):
-    straight = settings(steps=60, save_every=2, keep=2)
+    straight = settings(steps=400, save_every=2, keep=2)
     train(straight)
-    given = settings(steps=60, save_every=2, keep=2, out=str(tmp_path / "killed"))
+    given = settings(steps=400, save_every=2, keep=2, out=str(tmp_path / "killed"))
     reached = multiprocessing.get_context("fork").Value("i", 0)
 
     def child():
@@ -166,7 +165,7 @@ def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_save(settings, f
         start = reached.value
         while reached.value == start and process.is_alive():
             time.sleep(0.001)
-        process.join(chance.uniform(0, 0.15))
+        process.join(chance.uniform(0, 0.08))
         if process.exitcode is not None:
             break
         os.kill(process.pid, signal.SIGKILL)
@@ -174,10 +173,10 @@ def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_save(settings, f
         kills += 1
         check_readable(given.out)
         assert max(steps(given.out), default=0) >= reached.value - given.save_every
-    assert kills >= 10
+    assert kills == 20
     if process.exitcode != 0:
         child()
-    assert files(straight.out, 60) == files(given.out, 60)
+    assert files(straight.out, 400) == files(given.out, 400)
     assert not list(Path(given.out, "checkpoints").glob(".*"))
 
 
