@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from training import cache_writing
 from training.cache_files import Manifest
 from training.cached import CachedDataset
-from training.data.buckets import by_aspect, square
+from training.data.buckets import LATENT_STEP, by_aspect, square
 from training.data.dataset import RawDataset
 from training.data.draws import DrawSettings
 from training.data.records import Columns, open_source
@@ -70,7 +70,8 @@ class CacheSettings:
     """Caption of pictures that have none; an empty one trains without text."""
 
     size: int = 512
-    """Pixels of the shortest side, centre-cropped: the paper's. SDXL ends with 1024."""
+    """Pixels of the shortest side, centre-cropped, a multiple of 8: the paper's. SDXL ends with
+    1024."""
     buckets: bool = False
     """Keep aspect ratios: buckets of about size², sides multiples of 64."""
     features: Literal["image_embeds", "penultimate_hidden_states", "both"] = "image_embeds"
@@ -91,6 +92,11 @@ class CacheSettings:
         for name, least in (("shard_rows", 1), ("batch_size", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}.")
+        if self.size < 1 or self.size % LATENT_STEP:
+            raise ValueError(
+                f"size is {self.size}; expected a multiple of {LATENT_STEP}, the pixels of one "
+                "latent."
+            )
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -121,7 +127,8 @@ def make(settings: CacheSettings) -> CachedDataset:
             "Train from them without a cache, or unpack them into a folder of pictures."
         )
     state, out = begin(PATIENCE), Path(settings.out)
-    with cache_writing.claimed(out) if state.is_main_process else nullcontext():
+    claimed = cache_writing.claimed(out) if state.is_main_process else nullcontext()
+    with claimed, _one_thread(state.device):
         with state.main_process_first():
             source = open_source(
                 settings.data,
@@ -163,10 +170,20 @@ def _bar(state: PartialState, rows: int) -> tqdm:
     return tqdm(total=rows, desc=note, disable=not state.is_local_main_process, unit="row")
 
 
-def _encoders(settings: CacheSettings, device: torch.device) -> FrozenEncoders:
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, sums depend on the number of threads, and so would the bytes. Processes use the
+    cores."""
+    threads = torch.get_num_threads()
     if device.type == "cpu":
-        # Sums depend on the number of threads, and so would the bytes. Processes use the cores.
         torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _encoders(settings: CacheSettings, device: torch.device) -> FrozenEncoders:
     precision = settings.precision
     if precision == "auto":
         precision = "float32" if device.type == "cpu" else "float16"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ from .data.stream import StreamDataset
 from .encoders import FrozenEncoders
 from .recipe import Batch, Dropped
 from .settings import Settings
+
+DECIDED_BY_CACHE = ("data", "image_root", "caption_column", "default_caption", "size", "buckets")
+KEPT_HERE = "data"  # what was found out about the data, in a folder of the run's
+_DEFAULTS = {field.name: field.default for field in fields(Settings)}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,12 +82,19 @@ def _cached(
     settings: Settings, encoders: FrozenEncoders, draws: DrawSettings, place: Place
 ) -> Feed:
     assert settings.cache is not None
+    given = [name for name in DECIDED_BY_CACHE if getattr(settings, name) != _DEFAULTS[name]]
     dataset = CachedDataset(
         settings.cache, encoders.kind, draws, encoders.fingerprints, encoders.names
     )
+    sizes = dataset.manifest.sizes
+    if settings.size in sizes[0]:
+        given = [name for name in given if name != "size"]
+    if given:
+        logger.warning(
+            "%s: not looked at, the cache '%s' has its own", ", ".join(given), settings.cache
+        )
     batches, order = _batches(dataset, dataset.buckets, len(dataset), settings, place)
     data = dataset.manifest.parts["data"]
-    sizes = dataset.manifest.sizes
     return Feed(batches, dataset.dropped(), lambda batch: batch, False, f"{data} {order}", sizes[0])
 
 
@@ -92,8 +106,8 @@ def _rows(settings: Settings, encoders: FrozenEncoders, draws: DrawSettings, pla
         columns=Columns(text=settings.caption_column),
         default_caption=settings.default_caption,
     )
-    size = settings.size
-    buckets = by_aspect(source, size, Path(settings.out)) if settings.buckets else square(size)
+    size, kept = settings.size, Path(settings.out, KEPT_HERE)
+    buckets = by_aspect(source, size, kept) if settings.buckets else square(size)
     preprocess = encoders.image_encoder.preprocess
     dataset = RawDataset(source, encoders.tokenise, preprocess, buckets, draws)
     batches, order = _batches(dataset, buckets, len(source), settings, place)
@@ -117,7 +131,7 @@ def _stream(
         rank=place.rank,
         world=place.world,
         first_step=place.step,
-        folder=Path(settings.out),
+        folder=Path(settings.out, KEPT_HERE),
     )
     batches = loader(dataset, None, settings.workers)
     return Feed(

@@ -125,7 +125,7 @@ class OpenClip(Clip):
     quick GELUs, and a bare file does not say so)."""
 
     def __init__(self, name: str, batch: int = 32) -> None:
-        architecture, weights, settings = image_towers._parsed(name)
+        architecture, weights, settings = image_towers.parsed_name(name)
         with warnings.catch_warnings():  # of the activation, which `settings` sets right
             warnings.filterwarnings("ignore", message="QuickGELU mismatch")
             model = open_clip.create_model(

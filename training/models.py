@@ -64,8 +64,14 @@ class _Opened(Protocol):
     def text(self) -> list[tuple[CLIPTokenizer, nn.Module]]: ...
 
 
-def load_base(path: str, dtype: torch.dtype = torch.float32, vae: str | None = None) -> Base:
+def load_base(
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    vae: str | None = None,
+    unet_dtype: torch.dtype | None = None,
+) -> Base:
     """All parts of a base in `dtype`, frozen: no gradients, evaluation mode, on the CPU.
+    `unet_dtype`: of the UNet, if that is another.
 
     `path`: a diffusers folder or hub id, or a `.safetensors`/`.ckpt` in the original layout,
     which needs no network: its sizes are read off its tensors. SD1.5 and SDXL are told apart by
@@ -78,7 +84,8 @@ def load_base(path: str, dtype: torch.dtype = torch.float32, vae: str | None = N
     """
     opened = _open(path)
     scheduler = dict(opened.scheduler)
-    unet = _frozen(opened.unet(dtype), dtype)
+    unet_dtype = unet_dtype or dtype
+    unet = _frozen(opened.unet(unet_dtype), unet_dtype)
     encoders = _encoders(opened, path, dtype, vae)
     return Base(**vars(encoders), unet=unet, scheduler=scheduler)
 

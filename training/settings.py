@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from .data.buckets import LATENT_STEP
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -45,8 +47,8 @@ class Settings:
     """Checkpoint to start from (the next stage, a fine-tune) instead of from scratch."""
 
     size: int = 512
-    """Pixels of the shortest side, centre-cropped: the paper's. SDXL ends with 1024. (A cache has
-    its own.)"""
+    """Pixels of the shortest side, centre-cropped, a multiple of 8: the paper's. SDXL ends with
+    1024. (A cache has its own.)"""
     buckets: bool = False
     """Keep aspect ratios: buckets of about size², sides multiples of 64."""
     drop_image: float = 0.05
@@ -89,9 +91,9 @@ class Settings:
     """Decay of an average of the weights, usually 0.9999 for long runs; it is what is saved as the
     adapter and sampled from."""
 
-    precision: Literal["no", "fp16", "bf16"] | None = None
+    precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Of the frozen parts and the arithmetic; the adapter's weights stay float32. Default: what
-    `accelerate config` or `accelerate launch --mixed_precision` says."""
+    `accelerate config` or `accelerate launch --mixed_precision` says, fp32 for its "no"."""
     gradient_checkpointing: bool = False
     """Compute the UNet's activations twice instead of keeping them: less memory, 30 % slower."""
     compile: bool = False
@@ -137,6 +139,11 @@ class Settings:
         for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if self.size % LATENT_STEP:
+            raise ValueError(
+                f"size is {self.size}; expected a multiple of {LATENT_STEP}, the pixels of one "
+                "latent."
+            )
         drops = self.drop_image, self.drop_text, self.drop_both
         if min(drops) < 0 or sum(drops) > 1:
             raise ValueError(

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     GradientAccumulationPlugin,
+    LoggerType,
     ProjectConfiguration,
     broadcast_object_list,
 )
 from diffusers.optimization import get_scheduler
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ip_adapter_core import checkpoint
@@ -38,7 +41,7 @@ from .settings import Settings
 from .unet import PROJECTION, attach, cross_attention_layers, new_adapter
 from .validation import Validation, ValidationSettings
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 logger = logging.getLogger(__name__)
 
 
@@ -47,13 +50,18 @@ def prepare(settings: Settings) -> Run:
 
     Raises TrainingError for what a user can mend.
     """
-    precision = settings.precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = settings.precision or _launched_precision()
     accelerator = _accelerator(settings, precision)
     checkpoints = Checkpoints(settings.out, settings.keep, accelerator)
     (done,) = broadcast_object_list([max(checkpoints.steps(), default=0)])
 
-    base, encoders = _frozen(settings, precision)
+    dtype = DTYPES[precision]
+    base, encoders = _frozen(settings, dtype)
     adapter = _adapter(settings, base, encoders)
+    weights_of_base = fingerprints.of_settings(
+        *(fingerprints.of_weights(x.to_k) for x in cross_attention_layers(base.unet).values())
+    )
+    nn.Module.to(base.unet, dtype)  # the adapter has started from its weights as the file has them
     recipe = Recipe(settings.prediction, settings.min_snr_gamma, settings.zero_terminal_snr)
     noise_schedule = recipe.schedule(base.scheduler)
     timesteps = noise_schedule.config.num_train_timesteps
@@ -65,9 +73,7 @@ def prepare(settings: Settings) -> Run:
         "launch": accelerator.distributed_type.value if _sharded() else "each process whole",
         "global batch": place.batch,
         "data": feed.fingerprint,
-        "base": fingerprints.of_settings(
-            *(fingerprints.of_weights(x.to_k) for x in cross_attention_layers(base.unet).values())
-        ),
+        "base": weights_of_base,
         **encoders.fingerprints,
     }
     if done:
@@ -127,6 +133,29 @@ def _sharded() -> bool:
     return any(os.environ.get(name, "").lower() in ("1", "true") for name in names)
 
 
+def _launched_precision() -> str:
+    found = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return "fp32" if found == "no" else found
+
+
+def _tracker(name: str) -> str | None:
+    """What accelerate, which passes over a tracker that is not installed, is to log with."""
+    if name == "none":
+        return None
+    known, here = [*LoggerType.list()], [str(tracker) for tracker in get_available_trackers()]
+    if name in known and name != "all" and name not in here:
+        raise TrainingError(
+            f"log_with is '{name}', but its package is not installed. Install it, or give one of "
+            f"{', '.join(['none', *here])}."
+        )
+    if name not in known:
+        raise TrainingError(
+            f"log_with is '{name}'; expected none or one of accelerate's trackers: "
+            f"{', '.join(known)}."
+        )
+    return name
+
+
 def _accelerator(settings: Settings, precision: str) -> Accelerator:
     if precision not in DTYPES:
         raise TrainingError(
@@ -146,11 +175,11 @@ def _accelerator(settings: Settings, precision: str) -> Accelerator:
         )
     accelerator = Accelerator(
         # Those who split the adapter would make its weights half precision as well.
-        mixed_precision="no" if _sharded() else precision,
+        mixed_precision="no" if _sharded() or precision == "fp32" else precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=settings.accumulation, sync_with_dataloader=False
         ),
-        log_with=None if settings.log_with == "none" else settings.log_with,
+        log_with=_tracker(settings.log_with),
         project_config=ProjectConfiguration(settings.out, str(Path(settings.out, "logs"))),
         step_scheduler_with_optimizer=False,
     )
@@ -161,9 +190,9 @@ def _accelerator(settings: Settings, precision: str) -> Accelerator:
     return accelerator
 
 
-def _frozen(settings: Settings, precision: str) -> tuple[Base, FrozenEncoders]:
-    dtype = DTYPES[precision]
-    base = load_base(settings.base, dtype, settings.vae)
+def _frozen(settings: Settings, dtype: torch.dtype) -> tuple[Base, FrozenEncoders]:
+    """All parts that do not train, in `dtype` but for the UNet: float32."""
+    base = load_base(settings.base, dtype, settings.vae, unet_dtype=torch.float32)
     attach(base.unet)
     if settings.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()

@@ -201,7 +201,7 @@ class TestByName:
             ("ViT-H-14/laion2b_s32b_b79k", False),
             ("ViT-bigG-14/laion2b_s39b_b160k", False),
         ):
-            model, tag, settings = image_towers._parsed(f"open_clip:{name}")
+            model, tag, settings = image_towers.parsed_name(f"open_clip:{name}")
             assert (f"{model}/{tag}", settings) == (name, {"quick_gelu": quick})
 
     def test_open_clip_weights_of_a_file(self, registered):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,16 +118,51 @@ def test_gradient_checkpointing_changes_nothing(settings, tmp_path):
     agree(weights(saving), weights(plain), 1e-6)
 
 
-@pytest.mark.parametrize("variant", ["base", "fine-grained"])
-def test_half_precision_keeps_the_adapter_in_full(settings, tmp_path, monkeypatch, variant):
+def test_compiled_it_learns_the_same(settings, tmp_path, monkeypatch):
+    plain = settings(steps=2)
+    train(plain)
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def quickly(module):  # the graphs, without minutes of making kernels of them
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", quickly)
+    given = settings(steps=2, compile=True, out=str(tmp_path / "compiled"))
+    train(given)
+    assert compiled == ["UNet2DConditionModel"]
+    agree(weights(given, 2), weights(plain, 2), 1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_starts_from_the_weights_that_the_file_has(
+    settings, frozen, tmp_path, precision
+):
+    given = settings(precision=precision, steps=1, learning_rate=1e-12, weight_decay=0.0)
+    train(given)
+    unet = load_file(frozen / "sd15" / "unet" / "diffusion_pytorch_model.safetensors")
+    mine = weights(given, 1)
+    for name in ("to_k", "to_v"):
+        theirs = unet[f"down_blocks.0.attentions.0.transformer_blocks.0.attn2.{name}.weight"]
+        torch.testing.assert_close(
+            mine[f"ip_adapter.1.{name}_ip.weight"], theirs, rtol=0, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize(
+    "precision, variant", [("bf16", "base"), ("bf16", "fine-grained"), ("fp16", "base")]
+)
+def test_half_precision_keeps_the_adapter_in_full(
+    settings, tmp_path, monkeypatch, precision, variant
+):
     from training import train as script
 
     runs = []
     prepare = script.prepare
     monkeypatch.setattr(script, "prepare", lambda given: runs.append(prepare(given)) or runs[0])
-    given = settings(precision="bf16", variant=variant)
+    given = settings(precision=precision, variant=variant)
     script.train(given)
-    assert runs[0].unet.dtype == torch.bfloat16
+    assert runs[0].unet.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert all(x.dtype == torch.float32 for x in weights(given).values())
     monkeypatch.undo()
     full = settings(out=str(tmp_path / "full"), variant=variant)
@@ -181,10 +217,30 @@ def test_a_missing_reference_is_told_before_training(settings):
 
 
 @pytest.mark.parametrize(
+    "name, said",
+    [
+        ("tensorbord", "expected none or one of accelerate's trackers: .*tensorboard"),
+        ("aim", "its package is not installed. Install it, or give one of none, .*tensorboard"),
+    ],
+)
+def test_a_tracker_that_would_not_log(settings, name, said, monkeypatch):
+    monkeypatch.setattr("training.setup.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(TrainingError, match=said):
+        train(settings(log_with=name))
+
+
+def test_what_a_cache_decides_is_told(cached, caplog):
+    given = replace(cached(), buckets=True, caption_column="words")
+    train(given)
+    assert f"caption_column, buckets: not looked at, the cache '{given.cache}'" in caplog.text
+
+
+@pytest.mark.parametrize(
     "changes, said",
     [
         ({"data": None}, "--data FOLDER"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"size": 500}, "size is 500; expected a multiple of 8"),
         ({"drop_image": 0.6, "drop_text": 0.6}, "whose sum is at most 1"),
         ({"validate_every": 5}, "--validation_references"),
         ({"warmup_steps": 5}, "constant_with_warmup"),
@@ -208,3 +264,15 @@ def test_settings_from_a_file_and_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])
     assert "what a crash can cost" in capsys.readouterr().out
+
+
+def test_precision_in_a_file(tmp_path, capsys):
+    from training.settings import parse
+
+    given = ["--base=a", "--image_encoder=b", "--out=c", "--data=d"]
+    (tmp_path / "my.yaml").write_text("precision: fp32\n")
+    assert parse([*given, "--config", str(tmp_path / "my.yaml")]).precision == "fp32"
+    (tmp_path / "my.yaml").write_text("precision: no\n")  # False, says YAML 1.1
+    with pytest.raises(SystemExit):
+        parse([*given, "--config", str(tmp_path / "my.yaml")])
+    assert "fp32" in capsys.readouterr().err

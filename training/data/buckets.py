@@ -124,6 +124,7 @@ def picture_sizes(source: Source, folder: Path) -> np.ndarray:
     if found.all():
         return found
     name = hashlib.blake2b(f"sizes {source.fingerprint}".encode(), digest_size=16).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.npy"
     with FileLock(path.with_suffix(".lock")):
         if path.exists():

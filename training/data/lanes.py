@@ -67,6 +67,7 @@ class Counts:
     def put(self, unit: Unit, counts: np.ndarray) -> None:
         with suppress(OSError, TypeError):  # only time is lost without it
             path = self._path(unit)
+            path.parent.mkdir(exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(json.dumps(counts.tolist()))
             os.replace(temporary, path)

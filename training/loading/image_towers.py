@@ -122,7 +122,7 @@ def _processed(processor: Any, picture: Image.Image) -> Tensor:
 
 def open_clip_tower(name: str) -> tuple[OpenClipTower, Preprocess]:
     """By `open_clip:MODEL/WEIGHTS` or `open_clip:MODEL@FILE`. Raises TrainingError."""
-    model, weights, settings = _parsed(name)
+    model, weights, settings = parsed_name(name)
     try:
         with warnings.catch_warnings():  # of the activation, which `settings` sets right
             warnings.filterwarnings("ignore", message="QuickGELU mismatch")
@@ -133,7 +133,7 @@ def open_clip_tower(name: str) -> tuple[OpenClipTower, Preprocess]:
     return of_open_clip(made)
 
 
-def _parsed(name: str) -> tuple[str, str | None, dict[str, Any]]:
+def parsed_name(name: str) -> tuple[str, str | None, dict[str, Any]]:
     """Model, weights (none for a folder or hub id, which hold both) and what weights ask for."""
     rest = name.removeprefix(OPEN_CLIP)
     if rest.startswith(("hf-hub:", "local-dir:")):
