@@ -186,6 +186,7 @@ def _accelerator(settings: Settings, precision: str) -> Accelerator:
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:  # it wants to know, and sees no loader to learn it from
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.batch_size
+        plugin.deepspeed_config["gradient_accumulation_steps"] = settings.accumulation
         plugin.deepspeed_config["gradient_clipping"] = settings.clip_norm or 0.0
     return accelerator
 
