@@ -7,10 +7,17 @@ from typing_extensions import override
 
 from .apply import ApplyIPAdapter, ApplyIPAdapterConditioning
 from .encode import EncodeImagePrompt
+from .image_encoder import LoadImageEncoder
 from .load import LoadIPAdapter
 
 
 class IPAdapterExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadIPAdapter, EncodeImagePrompt, ApplyIPAdapter, ApplyIPAdapterConditioning]
+        return [
+            LoadIPAdapter,
+            LoadImageEncoder,
+            EncodeImagePrompt,
+            ApplyIPAdapter,
+            ApplyIPAdapterConditioning,
+        ]

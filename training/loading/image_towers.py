@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,6 +18,8 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPVisionModelWithProjection
+
+from ip_adapter_core import image_tower
 
 from ..errors import TrainingError
 from .diffusers_folder import load_part
@@ -121,7 +124,10 @@ def _processed(processor: Any, picture: Image.Image) -> Tensor:
 
 
 def open_clip_tower(name: str) -> tuple[OpenClipTower, Preprocess]:
-    """By `open_clip:MODEL/WEIGHTS` or `open_clip:MODEL@FILE`. Raises TrainingError."""
+    """By `open_clip:MODEL/WEIGHTS`, `open_clip:MODEL@FILE` or `open_clip:FILE`. Raises
+    TrainingError."""
+    if (file := Path(name.removeprefix(OPEN_CLIP))).is_file():
+        return _of_file(file, name)
     model, weights, settings = parsed_name(name)
     try:
         with warnings.catch_warnings():  # of the activation, which `settings` sets right
@@ -131,6 +137,25 @@ def open_clip_tower(name: str) -> tuple[OpenClipTower, Preprocess]:
         reason = " ".join(str(error).split())[:300]
         raise TrainingError(f"'{name}' cannot be loaded by open_clip: {reason}") from error
     return of_open_clip(made)
+
+
+def _of_file(file: Path, name: str) -> tuple[OpenClipTower, Preprocess]:
+    """An image tower with its configuration inside or beside, as the node of ComfyUI reads it."""
+    try:
+        tower, state = image_tower.read(file)
+        if tower is None:
+            raise image_tower.ImageEncoderError(
+                "its tensors are named as in transformers; give the folder that holds it"
+            )
+        size = tower.image_size
+        visual = image_tower.build(tower, {key: x.float() for key, x in state.items()})
+    except image_tower.ImageEncoderError as error:
+        raise TrainingError(f"'{name}': {error}.") from error
+    shaping = {"mean": image_tower.MEAN, "std": image_tower.STD, **tower.preprocess, "size": size}
+    known = {field.name for field in fields(PreprocessCfg)}
+    settings = {key: value for key, value in shaping.items() if key in known}
+    transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
+    return OpenClipTower(visual), Preprocess(transform, settings)
 
 
 def parsed_name(name: str) -> tuple[str, str | None, dict[str, Any]]:

@@ -1,0 +1,64 @@
+"""IPA_LoadImageEncoder: which files it offers, and when one is read again."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from safetensors.torch import save_file
+
+from tools import small_frozen
+
+NAME = "small.safetensors"
+
+
+@pytest.fixture
+def load(nodes):
+    return nodes["IPA_LoadImageEncoder"]
+
+
+@pytest.fixture
+def encoders(folder, monkeypatch):
+    """The host's folder of image encoders, empty."""
+    import folder_paths
+
+    made = folder.parent / "clip_vision"
+    made.mkdir()
+    known = {".safetensors", ".pt", ".bin"}
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "clip_vision", ([str(made)], known))
+    return made
+
+
+def write(path, seed=0):
+    model = small_frozen.open_clip_model()
+    state = {key: (x + seed).contiguous() for key, x in model.state_dict().items()}
+    save_file(state, path)
+    path.with_suffix(".json").write_text(json.dumps(small_frozen.open_clip_config()))
+
+
+def test_it_offers_the_hosts_image_encoders_and_loads_one(load, encoders):
+    write(encoders / NAME)
+    options = load.GET_NODE_INFO_V1()["input"]["required"]["encoder_name"][1]["options"]
+    assert options == [NAME]
+    (encoder,) = load.execute(NAME).args
+    assert (encoder.image_size, encoder.model_type) == (small_frozen.SIDE, "clip_vision_model")
+
+
+@pytest.mark.parametrize("which", [NAME, "small.json", "open_clip_config.json"])
+def test_the_fingerprint_follows_the_file_and_its_configuration(load, encoders, which):
+    write(encoders / NAME)
+    (encoders / "open_clip_config.json").write_text("{}")
+    first = load.fingerprint_inputs(encoder_name=NAME)
+    assert load.fingerprint_inputs(encoder_name=NAME) == first
+    status = (encoders / which).stat()
+    os.utime(encoders / which, ns=(status.st_atime_ns, status.st_mtime_ns + 1000))
+    assert load.fingerprint_inputs(encoder_name=NAME) != first
+
+
+def test_a_missing_file_names_the_folders_searched(load, encoders):
+    for ask in (load.execute, load.fingerprint_inputs):
+        with pytest.raises(FileNotFoundError, match=f"'gone.pt'.*{encoders}.*refresh"):
+            ask(encoder_name="gone.pt")
+    with pytest.raises(FileNotFoundError):
+        load.execute(encoder_name="../small.safetensors")
