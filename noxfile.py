@@ -1,11 +1,13 @@
 """Everything there is to run; each session makes what it needs.
 
-    nox -s demo     output/demo.png: one contact sheet, from the reference at λ = 0 to λ = 1
-    nox -s tests    the tests (arguments after -- go to pytest)
-    nox -s bench    output/bench.json: operations and time that an image prompt adds
-    nox -s lint     formatting, lint, types
+    nox -s demo       output/demo.png: references down, λ across, and several texts over one
+    nox -s tests      the tests (arguments after -- go to pytest)
+    nox -s evaluate   output/miniature.json: what follows the reference and what the text
+    nox -s bench      output/bench.json: operations and time that an image prompt adds
+    nox -s miniature  train the models of miniature/ anew, in an hour or more
+    nox -s lint       formatting, lint, types
 
-demo, tests and bench share one environment. It sees the packages of the Python that runs
+All but lint share one environment. It sees the packages of the Python that runs
 nox, so that an installed torch is used as it is, and holds what ComfyUI's requirements.txt
 and this project ask for besides.
 """
@@ -109,7 +111,7 @@ def run(session: nox.Session, *arguments: str) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"])
 def demo(session: nox.Session) -> None:
-    """Draw output/demo.png on stand-in models; -- --models DIR uses real ones."""
+    """Draw output/demo.png on the miniature; -- --models DIR uses published models."""
     run(session, "tools.demo", *session.posargs)
 
 
@@ -117,6 +119,18 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests; those that need ComfyUI skip without it, or fail where CI is set."""
     run(session, "pytest", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def evaluate(session: nox.Session) -> None:
+    """Measure on the miniature what an image prompt does, through ComfyUI."""
+    run(session, "tools.world.evaluate", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def miniature(session: nox.Session) -> None:
+    """Train every model of miniature/ anew; -- --seed 1 makes others."""
+    run(session, "tools.world", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["environment"])

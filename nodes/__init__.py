@@ -16,8 +16,8 @@ class IPAdapterExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             LoadIPAdapter,
-            LoadImageEncoder,
             EncodeImagePrompt,
             ApplyIPAdapter,
             ApplyIPAdapterConditioning,
+            LoadImageEncoder,
         ]

@@ -36,6 +36,12 @@ def adapter_path(name: str) -> str:
     return _path(register(), name, "IP-Adapter")
 
 
+def encoder_names() -> list[str]:
+    """Image encoders to choose from, as the host lists them for its own loader."""
+    known = ENCODERS in folder_paths.folder_names_and_paths
+    return folder_paths.get_filename_list(ENCODERS) if known else []
+
+
 def encoder_path(name: str) -> str:
     """Full path of an image encoder. Raises FileNotFoundError that names the folders searched."""
     return _path(ENCODERS, name, "Image encoder")

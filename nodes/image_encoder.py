@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..ip_adapter_core.host.open_clip import load_image_encoder
@@ -26,7 +25,7 @@ class LoadImageEncoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "encoder_name",
-                    options=folder_paths.get_filename_list(folders.ENCODERS),
+                    options=folders.encoder_names(),
                     tooltip="A model of OpenCLIP, whole or its image tower alone. Its "
                     "configuration is inside the file, or beside it: the same name with .json, or "
                     "open_clip_config.json. ViT-H, ViT-g and ViT-bigG need none.",

@@ -8,13 +8,30 @@ from PIL import Image
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One picture for each weight (λ); ``size`` in pixels, a multiple of 8."""
+class Shot:
+    """One picture: ``weight`` is λ."""
 
+    weight: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A reference, its file in ``input/``, and the pictures to draw beside it. ``title`` says what
+    changes from one to the next."""
+
+    title: str
+    file: str
     reference: Image.Image
-    prompt: str
+    shots: tuple[Shot, ...]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Every row with the same settings; ``size`` in pixels, a multiple of 8."""
+
+    rows: tuple[Row, ...]
     negative: str
-    weights: tuple[float, ...]
     size: int
     steps: int
     guidance: float

@@ -1,11 +1,13 @@
-"""``nox -s demo``: one contact sheet, from the reference at λ = 0 to λ = 1, as output/demo.png.
+"""``nox -s demo``: references down, λ across, and several texts over one reference, in one contact
+sheet: output/demo.png.
 
-python -m tools.demo [--models DIR] [--no-host] [--size 192] [--steps 8] [--seed 42]
+python -m tools.demo [--models DIR] [--no-host] [--size 512] [--steps 50] [--seed 7]
 
-Starts a real ComfyUI with this pack and posts workflows/api/text_and_image.json for each λ,
-on the stand-in models; ``--models`` names a folder of real ones, as ComfyUI/models is one
-(``checkpoints/``, ``clip_vision/``, ``ipadapter/`` with the public file names), to use instead.
-Without a ComfyUI, or with ``--no-host``, diffusers draws the same sheet through the same core.
+Starts a real ComfyUI with this pack and posts workflows/api/text_and_image.json for each picture,
+on the miniature: models as small as a toy's that were trained for this, in ``miniature/``.
+``--models`` names a folder of published ones, as ComfyUI/models is one (``checkpoints/``,
+``clip_vision/``, ``ipadapter/`` with the public file names), to use instead. Without a ComfyUI, or
+with ``--no-host``, diffusers draws the same sheet from the same files.
 """
 
 from __future__ import annotations
@@ -22,57 +24,57 @@ from typing import Any
 
 from PIL import Image
 
-from tools import host, miniature
-from tools.ask import Ask
+from tools import host, pictures
+from tools.ask import Ask, Row, Shot
 from tools.sheet import contact_sheet
+from tools.world import setup, workflows
+from tools.world.scenes import SHAPES, caption
 
 WORKFLOW = host.ROOT / "workflows" / "api" / "text_and_image.json"
 OUTPUT = host.ROOT / "output" / "demo.png"
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-REFERENCE = "reference.png"
-UNTRAINED = (
-    "Untrained stand-in weights: what the pictures show means nothing; "
-    "that they change as the reference gains weight is the point."
-)
+TEXTS = ("circle", "triangle", "ring", "cross")  # over one reference, and then none
+TOLD = ("star", "ring", "square")  # over each reference, another shape than it shows
+MINIATURE = "Miniature models of this repository, trained on a CPU on pictures like the references."
 PATIENCE = 6 * 3600.0  # seconds for a picture: real models on a CPU take minutes a step
 LOADERS = {  # folder and input that names a file in it
     "CheckpointLoaderSimple": ("checkpoints", "ckpt_name"),
     "CLIPVisionLoader": ("clip_vision", "clip_name"),
     "IPA_LoadAdapter": ("ipadapter", "adapter_name"),
 }
-Pictures = list[tuple[float, Image.Image]]
+Workflow = dict[str, Any]
 
 
-def of_class(prompt: dict[str, Any], node_class: str) -> Iterator[dict[str, Any]]:
+def of_class(prompt: Workflow, node_class: str) -> Iterator[dict[str, Any]]:
     """The inputs of every node of that class."""
     for node in prompt.values():
         if node["class_type"] == node_class:
             yield node["inputs"]
 
 
-def adjusted(workflow: dict[str, Any], ask: Ask, weight: float) -> dict[str, Any]:
+def adjusted(workflow: Workflow, ask: Ask, row: Row, shot: Shot) -> Workflow:
     """The workflow with the demo's values in place of its own."""
-    prompt = json.loads(json.dumps(workflow))
-    values: dict[str, dict[str, Any]] = {
-        "EmptyLatentImage": {"width": ask.size, "height": ask.size, "batch_size": 1},
-        "KSampler": {"steps": ask.steps, "seed": ask.seed, "cfg": ask.guidance},
-        "LoadImage": {"image": REFERENCE},
-        "IPA_Apply": {"weight": weight},
-    }
-    for node_class, inputs in values.items():
-        for found in of_class(prompt, node_class):
-            found.update(inputs)
-    return dict(prompt)
+    prompt: Workflow = workflows.given(
+        workflow,
+        EmptyLatentImage={"width": ask.size, "height": ask.size, "batch_size": 1},
+        KSampler={"steps": ask.steps, "seed": ask.seed, "cfg": ask.guidance},
+        LoadImage={"image": row.file},
+        IPA_Apply={"weight": shot.weight},
+    )
+    sampler = next(of_class(prompt, "KSampler"))
+    prompt[sampler["positive"][0]]["inputs"]["text"] = shot.text
+    prompt[sampler["negative"][0]]["inputs"]["text"] = ask.negative
+    return prompt
 
 
-def texts(workflow: dict[str, Any]) -> tuple[str, str]:
+def texts(workflow: Workflow) -> tuple[str, str]:
     """The workflow's positive and negative prompt."""
     sampler = next(of_class(workflow, "KSampler"))
     positive, negative = (workflow[sampler[side][0]]["inputs"] for side in ("positive", "negative"))
     return str(positive["text"]), str(negative["text"])
 
 
-def missing(workflow: dict[str, Any], models: Path) -> list[str]:
+def missing(workflow: Workflow, models: Path) -> list[str]:
     """Files that the workflow loads and that ``models`` lacks, relative to it."""
     named = [
         Path(folder, inputs[key])
@@ -82,43 +84,89 @@ def missing(workflow: dict[str, Any], models: Path) -> list[str]:
     return [str(path) for path in named if not (models / path).is_file()]
 
 
-def show(weight: float, step: int, steps: int) -> None:
+def show(shot: Shot, step: int, steps: int) -> None:
     """One line a step; on a terminal, one line a picture."""
     bar = "█" * round(24 * step / steps)
     live = sys.stdout.isatty()
+    if not live and step < steps:
+        return
     end = "\r" if live and step < steps else "\n"
-    print(f"  λ = {weight:<4g} {bar:<24} step {step:>2} of {steps}", end=end, flush=True)
+    what = f"λ = {shot.weight:<4g} {shot.text[:24]:<24}"
+    print(f"  {what} {bar:<24} step {step:>2} of {steps}", end=end, flush=True)
 
 
-def with_host(comfyui: Path, ask: Ask, models: Path | None) -> Pictures:
+def on_miniature(seed: int, size: int | None, steps: int | None) -> Ask:
+    """Three references that training never saw under growing λ, and one under several texts."""
+    setup.ensure()
+    opened = {
+        name: Image.open(setup.base_directory() / "input" / name).convert("RGB")
+        for name in setup.REFERENCES
+    }
+    rows = [
+        Row(f'"{caption(SHAPES.index(told))}", λ from 0 to 1', name, picture, _growing(told))
+        for told, (name, picture) in zip(TOLD, opened.items(), strict=True)
+    ]
+    name, picture = next(iter(opened.items()))
+    shots = [*(Shot(1.0, caption(SHAPES.index(told))) for told in TEXTS), Shot(1.0, "")]
+    rows.append(Row("several texts over one reference, λ = 1", name, picture, tuple(shots)))
+    return Ask(
+        tuple(rows),
+        negative="",
+        size=size or workflows.SIDE,
+        steps=steps or workflows.STEPS,
+        guidance=workflows.GUIDANCE,
+        seed=seed,
+    )
+
+
+def _growing(told: str) -> tuple[Shot, ...]:
+    return tuple(Shot(weight, caption(SHAPES.index(told))) for weight in WEIGHTS)
+
+
+def on_published(workflow: Workflow, seed: int, size: int | None, steps: int | None) -> Ask:
+    """The workflow's own text and the published settings."""
+    positive, negative = texts(workflow)
+    name = "reference.png"
+    shots = tuple(Shot(weight, positive) for weight in WEIGHTS)
+    row = Row(f'"{positive}", λ from 0 to 1', name, pictures.picture(name), shots)
+    return Ask((row,), negative, size or 512, steps or 50, 7.5, seed)
+
+
+def with_host(comfyui: Path, ask: Ask, models: Path | None) -> list[list[Image.Image]]:
     """Pictures of a ComfyUI server that runs this pack."""
     from tools.server import Progress, Server
 
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    made: Pictures = []
+    made: list[list[Image.Image]] = []
     with tempfile.TemporaryDirectory() as folder:
         base, arguments = (
-            _only(models, ask.reference, Path(folder)) if models else (miniature.ensure("sd15"), ())
+            _only(models, ask, Path(folder)) if models else (setup.base_directory(), ())
         )
+        if models is None:
+            workflow = workflows.on_miniature(workflow, "")
         print("Starting ComfyUI …", flush=True)
         with Server(base, comfyui, arguments, prompt_timeout=PATIENCE) as client:
-            print("Encoding text and image …", flush=True)
-            for weight in ask.weights:
+            for row in ask.rows:
+                print(row.title, flush=True)
+                drawn: list[Image.Image] = []
+                for shot in row.shots:
 
-                def on_progress(progress: Progress, weight: float = weight) -> None:
-                    show(weight, progress.step, progress.total)
+                    def on_progress(progress: Progress, shot: Shot = shot) -> None:
+                        show(shot, progress.step, progress.total)
 
-                result = client.run(adjusted(workflow, ask, weight), on_progress)
-                (images,) = result.images.values()
-                made.append((weight, Image.open(io.BytesIO(images[0]))))
+                    result = client.run(adjusted(workflow, ask, row, shot), on_progress)
+                    (images,) = result.images.values()
+                    drawn.append(Image.open(io.BytesIO(images[0])))
+                made.append(drawn)
     return made
 
 
-def _only(models: Path, reference: Image.Image, folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """A base directory without stand-ins, and ComfyUI's flags that add ``models`` to it."""
+def _only(models: Path, ask: Ask, folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """A base directory without models, and ComfyUI's flags that add ``models`` to it."""
     base = folder / "base"
     (base / "input").mkdir(parents=True)
-    reference.save(base / "input" / REFERENCE)
+    for row in ask.rows:
+        row.reference.save(base / "input" / row.file)
     paths = {"base_path": str(models), "is_default": True}
     paths |= {name: name for name, _ in LOADERS.values()}
     config = folder / "models.yaml"
@@ -126,9 +174,8 @@ def _only(models: Path, reference: Image.Image, folder: Path) -> tuple[Path, tup
     return base, ("--extra-model-paths-config", str(config))
 
 
-def without_host(ask: Ask) -> Pictures:
-    """The same pictures from diffusers, through the same core."""
-    miniature.ensure("sd15")
+def without_host(ask: Ask) -> list[list[Image.Image]]:
+    """The same pictures from diffusers."""
     from tools import demo_diffusers
 
     print("Drawing with diffusers …", flush=True)
@@ -142,11 +189,11 @@ def _folder(name: str) -> Path:
 def main() -> None:
     """Draw the sheet, and print its path as the last line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", type=_folder, help="folder of real models to use")
+    parser.add_argument("--models", type=_folder, help="folder of published models to use")
     parser.add_argument("--no-host", action="store_true", help="use diffusers, not ComfyUI")
-    parser.add_argument("--size", type=int, help="side in pixels (192; real models: 512)")
-    parser.add_argument("--steps", type=int, help="sampling steps (8; real models: 50)")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--size", type=int, help="side in pixels (64; published models: 512)")
+    parser.add_argument("--steps", type=int, help="sampling steps (25; published models: 50)")
+    parser.add_argument("--seed", type=int, default=7)
     given = parser.parse_args()
     if given.models and given.no_host:
         parser.error("--models needs ComfyUI; leave --no-host out")
@@ -165,24 +212,14 @@ def main() -> None:
             sys.exit(1)
         print("Until then diffusers draws the same sheet.", flush=True)
 
-    base = miniature.ensure()
-    positive, negative = texts(workflow)
-    ask = Ask(
-        reference=Image.open(base / "input" / REFERENCE),
-        prompt=positive,
-        negative=negative,
-        weights=WEIGHTS,
-        size=given.size or (512 if given.models else 192),
-        steps=given.steps or (50 if given.models else 8),
-        guidance=7.5,
-        seed=given.seed,
-    )
+    settings = given.seed, given.size, given.steps
+    ask = on_published(workflow, *settings) if given.models else on_miniature(*settings)
     made = with_host(comfyui, ask, given.models) if comfyui else without_host(ask)
-    notes = [] if given.models else [UNTRAINED]
+    notes = [] if given.models else [MINIATURE]
     if not comfyui:
-        notes.append("Drawn by diffusers through the same core, in place of ComfyUI.")
+        notes.append("Drawn by diffusers from the same files, in place of ComfyUI.")
     OUTPUT.parent.mkdir(exist_ok=True)
-    contact_sheet(ask.reference, made, positive, notes).save(OUTPUT)
+    contact_sheet(ask.rows, made, notes).save(OUTPUT)
     print(OUTPUT)
 
 

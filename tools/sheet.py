@@ -1,4 +1,4 @@
-"""A contact sheet: the reference, and what becomes of the text as λ grows."""
+"""A contact sheet: references down, and beside each what becomes of it from shot to shot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-CELL, GAP, MARGIN, HEAD, LABEL, FOOT = 320, 20, 48, 104, 56, 28
+from tools.ask import Row
+
+CELL, GAP, MARGIN, HEAD, TITLE, LABEL, FOOT = 200, 16, 40, 84, 34, 44, 26
 PAPER, INK, FAINT, RULE = (250, 249, 246), (32, 33, 36), (120, 120, 124), (222, 220, 214)
 
 
@@ -16,7 +18,7 @@ def _text(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: i
 
 def _weight(draw: ImageDraw.ImageDraw, centre: float, top: float, weight: float) -> None:
     """The label ``λ = weight``; the font that PIL brings has no λ, so it is two strokes."""
-    size, text = 24, f"= {weight:g}"
+    size, text = 20, f"= {weight:g}"
     length = draw.textlength(text, font=ImageFont.load_default(size))
     glyph, height = size * 0.5, size * 0.74
     left, base = centre - (length + glyph + 8) / 2, top + size * 0.98
@@ -28,39 +30,48 @@ def _weight(draw: ImageDraw.ImageDraw, centre: float, top: float, weight: float)
     _text(draw, (left + glyph + 8, top), text, size)
 
 
-def _placed(sheet: Image.Image, picture: Image.Image, left: int) -> None:
+def _placed(sheet: Image.Image, picture: Image.Image, left: int, top: int) -> None:
     """Cut the picture's centre to a square cell with rounded corners."""
     side = min(picture.size)
     x, y = (picture.width - side) // 2, (picture.height - side) // 2
     square = picture.convert("RGB").crop((x, y, x + side, y + side))
-    cell = square.resize((CELL, CELL), Image.Resampling.LANCZOS)
+    cell = square.resize((CELL, CELL), Image.Resampling.BICUBIC)
     corners = Image.new("L", (2 * CELL, 2 * CELL))
     ImageDraw.Draw(corners).rounded_rectangle((0, 0, 2 * CELL - 1, 2 * CELL - 1), 20, fill=255)
-    sheet.paste(cell, (left, HEAD), corners.resize((CELL, CELL), Image.Resampling.LANCZOS))
+    sheet.paste(cell, (left, top), corners.resize((CELL, CELL), Image.Resampling.LANCZOS))
 
 
 def contact_sheet(
-    reference: Image.Image,
-    pictures: Sequence[tuple[float, Image.Image]],
-    prompt: str,
+    rows: Sequence[Row],
+    pictures: Sequence[Sequence[Image.Image]],
     notes: Sequence[str] = (),
 ) -> Image.Image:
-    """Reference, then ``pictures`` (λ and picture each) in one row; ``notes`` stand below."""
-    count = 1 + len(pictures)
-    width = 2 * MARGIN + count * CELL + count * GAP + GAP
-    height = HEAD + CELL + LABEL + FOOT * len(notes) + MARGIN // 2
-    sheet = Image.new("RGB", (width, height), PAPER)
+    """Each row's title, reference and ``pictures``, one a shot, over λ where that changes and over
+    the text where that does; ``notes`` stand below."""
+    most = max(len(row.shots) for row in rows)
+    width = 2 * MARGIN + (1 + most) * (CELL + GAP) + GAP
+    each = TITLE + CELL + LABEL
+    sheet = Image.new("RGB", (width, HEAD + each * len(rows) + FOOT * len(notes) + 24), PAPER)
     draw = ImageDraw.Draw(sheet)
-    _text(draw, (MARGIN, 24), "IP-Adapter", 30)
-    _text(draw, (MARGIN, 64), f'a picture as a prompt, beside the text "{prompt}"', 19, fill=FAINT)
-    _placed(sheet, reference, MARGIN)
-    _text(draw, (MARGIN + CELL / 2, HEAD + CELL + 14), "reference", 24, anchor="ma")
-    rule = MARGIN + CELL + GAP
-    draw.line((rule, HEAD, rule, HEAD + CELL), fill=RULE, width=2)
-    for i, (weight, picture) in enumerate(pictures):
-        left = MARGIN + (i + 1) * (CELL + GAP) + GAP
-        _placed(sheet, picture, left)
-        _weight(draw, left + CELL / 2, HEAD + CELL + 14, weight)
+    _text(draw, (MARGIN, 20), "IP-Adapter: a picture as a prompt", 28)
+    for number, (row, drawn) in enumerate(zip(rows, pictures, strict=True)):
+        top = HEAD + each * number
+        _text(draw, (MARGIN, top), row.title, 18, fill=FAINT)
+        top += TITLE
+        _placed(sheet, row.reference, MARGIN, top)
+        _text(draw, (MARGIN + CELL / 2, top + CELL + 8), "reference", 20, anchor="ma")
+        rule = MARGIN + CELL + GAP
+        draw.line((rule, top, rule, top + CELL), fill=RULE, width=2)
+        by_text = len({shot.text for shot in row.shots}) > 1
+        for i, (shot, picture) in enumerate(zip(row.shots, drawn, strict=True)):
+            left = MARGIN + (i + 1) * (CELL + GAP) + GAP
+            _placed(sheet, picture, left, top)
+            centre = left + CELL / 2
+            if by_text:
+                text = f'"{shot.text}"' if shot.text else "no text"
+                _text(draw, (centre, top + CELL + 8), text, 20, anchor="ma")
+            else:
+                _weight(draw, centre, top + CELL + 8, shot.weight)
     for i, note in enumerate(notes):
-        _text(draw, (MARGIN, HEAD + CELL + LABEL + FOOT * i), note, 17, fill=FAINT)
+        _text(draw, (MARGIN, HEAD + each * len(rows) + 4 + FOOT * i), note, 16, fill=FAINT)
     return sheet

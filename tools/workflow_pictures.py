@@ -1,10 +1,10 @@
 """Draw the pictures beside the example workflows: what goes in, through what, and what comes out.
 
-    python -m tools.workflow_pictures                            # with the stand-in models
+    python -m tools.workflow_pictures                            # with the miniature
     python -m tools.workflow_pictures --server 127.0.0.1:8188    # with a server's own models
 
-Every workflow runs. Stand-ins are untrained, so their pictures say so and are made small and in
-few steps; a server's models run as the workflow says, on the server's own input pictures.
+Every workflow runs. The miniature's pictures are small and say what drew them; a server's models
+run as the workflow says, on the server's own input pictures.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from typing import Any
 
 from PIL import Image
 
-from tools import host, miniature
+from tools import host
 from tools.server import Client, Server
 from tools.workflows.sketch import draw, pictures_of
-from tools.workflows.smaller import smaller
 from tools.workflows.tasks import TASKS
+from tools.world import setup
+from tools.world.workflows import on_miniature
 
 WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows"
 LIMIT = 60 * 1024
 """Bytes of a picture: the browser of templates loads all of them at once."""
-REMARK = "result of untrained stand-in models"
-STEPS, SIDE = 12, 256
+REMARK = "drawn by the miniature models of the repository"
+TEXT = "a star"
 
 
 @contextlib.contextmanager
 def server(address: str | None) -> Iterator[Client]:
-    """The server at that address, or one with the stand-in models."""
+    """The server at that address, or one with the miniature."""
     if address:
         yield Client(address)
     else:
-        with Server(miniature.ensure("workflows"), host.require()) as client:
+        with Server(setup.ensure(), host.require()) as client:
             yield client
 
 
@@ -77,7 +78,7 @@ def main() -> None:
         for name in arguments.names or names:
             api = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text("utf-8"))
             if not arguments.server:
-                api = smaller(api, STEPS, SIDE)
+                api = on_miniature(api, TEXT)
             data = jpeg(picture(client, api, "" if arguments.server else REMARK))
             (WORKFLOWS / f"{name}.jpg").write_bytes(data)
             print(f"workflows/{name}.jpg: {len(data) / 1024:.0f} KB", flush=True)

@@ -48,6 +48,12 @@ def text_states(text: Sequence[Text], tokens: Sequence[Tensor]) -> tuple[Tensor,
     SD1.5: the last hidden states, and no pooled. SDXL: both encoders' `hidden_states[-2]` side by
     side, and the second's `text_embeds` (diffusers, StableDiffusionXLPipeline.encode_prompt).
     """
+    if len(tokens[0]) > 1:  # equal captions of a batch are read once
+        together = torch.stack([*tokens]).movedim(0, 1)
+        different, place = together.unique(dim=0, return_inverse=True)
+        if len(different) < len(together):
+            states, pooled = text_states(text, [*different.movedim(1, 0)])
+            return states[place], None if pooled is None else pooled[place]
     if len(text) == 1:
         (_, encoder), (ids,) = text[0], tokens
         return encoder(ids.to(encoder.device)).last_hidden_state, None
@@ -57,6 +63,15 @@ def text_states(text: Sequence[Text], tokens: Sequence[Tensor]) -> tuple[Tensor,
     ]
     states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
     return states, outputs[-1].text_embeds
+
+
+def _posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance of the latents. A tiny autoencoder gives one latent, no distribution:
+    the least variance that diffusers' posterior has, of which nothing is seen."""
+    encoded = vae.encode(pixels)
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean, encoded.latent_dist.logvar
+    return encoded.latents, torch.full_like(encoded.latents, -30.0)
 
 
 class FrozenEncoders:
@@ -115,9 +130,9 @@ class FrozenEncoders:
     def outputs(self, batch: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Tensor]:
         """What `encode` adds, with the features of each of `kinds` under its own name."""
         pixels = batch["pixels"].to(self.vae.device, self.vae.dtype)
-        posterior = self.vae.encode(pixels).latent_dist
+        mean, log_variance = _posterior(self.vae, pixels)
         states, pooled = text_states(self.text, batch["tokens"])
-        found = {"mean": posterior.mean, "log_variance": posterior.logvar, "states": states}
+        found = {"mean": mean, "log_variance": log_variance, "states": states}
         if pooled is not None:
             found["pooled"] = pooled
         return found | self.image_encoder.features(batch["reference"], kinds)

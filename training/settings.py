@@ -43,6 +43,11 @@ class Settings:
     variant: Literal["base", "fine-grained", "full"] = "base"
     """base: 4 tokens from the embedding; fine-grained ("plus"): 16 from a query network; full: one
     a patch."""
+    resampler_dim: int | None = None
+    """Width of the fine-grained variant's query network, a multiple of 64; default: 768 for SD1.5,
+    1280 for SDXL, the published adapters'. Every loader reads the size off the file."""
+    resampler_depth: int = 4
+    """Layers of that network: the published adapters'."""
     adapter: str | None = None
     """Checkpoint to start from (the next stage, a fine-tune) instead of from scratch."""
 
@@ -144,6 +149,11 @@ class Settings:
                 f"size is {self.size}; expected a multiple of {LATENT_STEP}, the pixels of one "
                 "latent."
             )
+        if self.resampler_dim is not None and (self.resampler_dim < 64 or self.resampler_dim % 64):
+            raise ValueError(
+                f"resampler_dim is {self.resampler_dim}; expected a multiple of 64, the width of "
+                "a head."
+            )
         drops = self.drop_image, self.drop_text, self.drop_both
         if min(drops) < 0 or sum(drops) > 1:
             raise ValueError(
@@ -167,7 +177,10 @@ class Settings:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
 
 
-POSITIVE = ("size", "steps", "batch_size", "accumulation", "save_every", "keep", "log_every")
+POSITIVE = (
+    *("size", "steps", "batch_size", "accumulation", "save_every", "keep", "log_every"),
+    "resampler_depth",
+)
 
 # May change when a run goes on: they decide how long, how fast and how visibly, not what is learnt.
 # Paths may move: what lies there is compared by its fingerprint, and so is the global batch.

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,9 @@ def _frozen(settings: Settings, dtype: torch.dtype) -> tuple[Base, FrozenEncoder
 def _adapter(settings: Settings, base: Base, encoders: FrozenEncoders) -> IPAdapter:
     torch.manual_seed(settings.seed)
     width = encoders.image_encoder.feature_dim(encoders.kind)
-    adapter = new_adapter(base.unet, settings.variant, width)
+    adapter = new_adapter(
+        base.unet, settings.variant, width, settings.resampler_dim, settings.resampler_depth
+    )
     if settings.adapter is None:
         return adapter
     try:
@@ -245,7 +247,9 @@ def _optimizer(settings: Settings, adapter: IPAdapter) -> torch.optim.Optimizer:
 def _check_same(stored: Mapping[str, Any], settings: Settings, identity: Mapping[str, Any]) -> None:
     """Raise TrainingError if the stored run was another: going on would be neither."""
     now = json.loads(json.dumps({**settings.deciding(), **identity}))  # as it would be read back
-    before = {**stored["settings"], **stored["identity"]}
+    # Of a setting that was not there yet when the run began, today's default is what it did.
+    begun = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
+    before = {**begun, **stored["settings"], **stored["identity"]}
     other = [name for name, value in now.items() if before.get(name) != value]
     if other:
         told = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in other)

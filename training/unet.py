@@ -81,10 +81,18 @@ def attach(unet: Any) -> None:
         layer.set_processor(DecoupledAttnProcessor(index))
 
 
-def new_adapter(unet: Any, variant: Variant, feature_dim: int) -> IPAdapter:
+def new_adapter(
+    unet: Any,
+    variant: Variant,
+    feature_dim: int,
+    resampler_dim: int | None = None,
+    resampler_depth: int = 4,
+) -> IPAdapter:
     """An adapter in float32 whose W'k, W'v are the UNet's W_k, W_v (paper, section 3.2.2).
 
-    `feature_dim`: width of what the variant reads of the image encoder. The projection starts
+    `feature_dim`: width of what the variant reads of the image encoder. `resampler_dim`,
+    `resampler_depth`: of the fine-grained variant's query network, in heads of 64 each; by default
+    the published adapters' 768 (SD1.5) or 1280 (SDXL), and 4. The projection starts
     from torch's own initial values; seed them with `torch.manual_seed`.
     """
     layers = cross_attention_layers(unet)
@@ -93,8 +101,8 @@ def new_adapter(unet: Any, variant: Variant, feature_dim: int) -> IPAdapter:
     if variant in TOKENS:
         sizes["tokens"] = TOKENS[variant]
     if variant == "fine-grained":  # the published SDXL adapters keep to 20 heads
-        dim = min(width, 1280)
-        sizes |= {"dim": dim, "depth": 4, "heads": max(1, dim // 64), "expansion": 4}
+        dim = resampler_dim or min(width, 1280)
+        sizes |= {"dim": dim, "depth": resampler_depth, "heads": max(1, dim // 64), "expansion": 4}
     dims = tuple(layer.to_k.out_features for layer in layers.values())
     adapter = IPAdapter(AdapterSpec(PROJECTION[variant], tuple(sizes.items()), dims))
     with torch.no_grad():

@@ -52,6 +52,13 @@ NODES = {
         OPTIONAL_KNOBS,
         {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING"},
     ),
+    "IPA_LoadImageEncoder": (
+        "Load Image Encoder (OpenCLIP)",
+        "model/loaders",
+        {"encoder_name": ([], {})},
+        {},
+        {"clip_vision": "CLIP_VISION"},
+    ),
 }
 
 

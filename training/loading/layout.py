@@ -7,7 +7,7 @@ scaling of the latents) are facts of the published models, named where they stan
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -46,8 +46,10 @@ def unet(shapes: Shapes, family: Family) -> Config:
         raise ValueError(f"its blocks differ within a level: {levels}")
     widths, depths = zip(*(level[0] for level in levels), strict=True)
     middle = count(shapes, re.escape(f"{UNET}middle_block.1.") + r"transformer_blocks\.(\d+)\.")
-    if depths[-1] not in (0, middle):
+    without = not any(key.startswith(f"{UNET}middle_block.") for key in shapes)
+    if not without and depths[-1] not in (0, middle):
         raise ValueError(f"{middle} transformer blocks in the middle, {depths[-1]} before it")
+    risen = _risen(shapes, len(levels[0]) + 1, depths)
     crossed = next(key for key in shapes if key.startswith(UNET) and "attn2.to_k.weight" in key)
     projected = next(key for key in shapes if key.startswith(UNET) and "proj_in.weight" in key)
     config: Config = {
@@ -57,9 +59,10 @@ def unet(shapes: Shapes, family: Family) -> Config:
         "out_channels": shapes[f"{UNET}out.2.weight"][0],
         "block_out_channels": widths,
         "layers_per_block": len(levels[0]),
-        "transformer_layers_per_block": [*(d or 1 for d in depths[:-1]), middle],
+        "transformer_layers_per_block": _layers_per_block(depths, risen, middle),
         "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths],
-        "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in depths[::-1]],
+        "mid_block_type": None if without else "UNetMidBlock2DCrossAttn",
+        "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in risen],
         "cross_attention_dim": shapes[crossed][1],
         "use_linear_projection": len(shapes[projected]) == 2,
         # Despite its name the number of heads: 8 in SD1.5; 64 wide each in SDXL.
@@ -72,6 +75,40 @@ def unet(shapes: Shapes, family: Family) -> Config:
             "projection_class_embeddings_input_dim": shapes[f"{UNET}label_emb.0.0.weight"][1],
         }
     return config
+
+
+def _risen(shapes: Shapes, blocks: int, depths: Sequence[int]) -> list[int]:
+    """Transformer depth of each level on the way up, the lowest first: that of the way down, unless
+    there is a transformer on the way up alone."""
+    found = []
+    for number, down in enumerate(reversed(depths)):
+        first = re.escape(f"{UNET}output_blocks.{number * blocks}.1.")
+        found.append(down or count(shapes, first + r"transformer_blocks\.(\d+)\."))
+    return found
+
+
+def _layers_per_block(depths: Sequence[int], risen: Sequence[int], middle: int) -> list[int]:
+    """diffusers has one number a level for both ways, and the last one's for the middle."""
+    most = [max(pair) or 1 for pair in zip(depths, risen[::-1], strict=True)]
+    return [*most[:-1], middle or most[-1]]
+
+
+def tiny_vae(shapes: Shapes, prefix: str = VAE) -> Config | None:
+    """Of `AutoencoderTiny`, for TAESD as ComfyUI saves it in a checkpoint; None for what is none.
+
+    TAESD's latents are those that the UNet sees, so they need no scaling.
+    """
+    first = shapes.get(f"{prefix}taesd_decoder.1.weight")
+    if first is None:
+        return None
+    return {
+        "_class_name": "AutoencoderTiny",
+        "latent_channels": first[1],
+        "encoder_block_out_channels": [first[0]] * 4,
+        "decoder_block_out_channels": [first[0]] * 4,
+        "scaling_factor": 1.0,
+        "force_upcast": False,
+    }
 
 
 def vae(shapes: Shapes, family: Family, prefix: str = VAE) -> Config:

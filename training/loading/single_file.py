@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -79,16 +81,33 @@ class SingleFile:
         config = self._config("UNet", lambda: layout.unet(self._shapes, self.family))
         return self._converted(UNet2DConditionModel, "unet", config, dtype)
 
-    def vae(self) -> AutoencoderKL:
-        config = self._config("VAE", lambda: layout.vae(self._shapes, self.family))
-        return self._converted(AutoencoderKL, "vae", config, torch.float32)
+    def vae(self) -> AutoencoderKL | AutoencoderTiny:
+        return self._vae(self.family, layout.VAE)
 
-    def vae_alone(self, family: Family) -> AutoencoderKL:
+    def vae_alone(self, family: Family) -> AutoencoderKL | AutoencoderTiny:
         """The VAE for a base of that family; the file may hold nothing else."""
         whole = any(key.startswith(layout.VAE) for key in self._shapes)
-        prefix = layout.VAE if whole else ""
+        return self._vae(family, layout.VAE if whole else "")
+
+    def _vae(self, family: Family, prefix: str) -> AutoencoderKL | AutoencoderTiny:
+        tiny = layout.tiny_vae(self._shapes, prefix)
+        if tiny is not None:
+            return self._tiny(tiny, prefix)
         config = self._config("VAE", lambda: layout.vae(self._shapes, family, prefix))
         return self._converted(AutoencoderKL, "vae", config, torch.float32)
+
+    def _tiny(self, config: Config, prefix: str) -> AutoencoderTiny:
+        """diffusers has no conversion of TAESD's names: the decoder's clamp is no layer there."""
+        names = {}
+        for key in self._shapes:
+            for side, skipped in (("encoder", 0), ("decoder", 1)):
+                if match := re.fullmatch(re.escape(f"{prefix}taesd_{side}.") + r"(\d+)\.(.+)", key):
+                    names[key] = f"{side}.layers.{int(match[1]) - skipped}.{match[2]}"
+        tensors = _tensors(self.path, list(names))
+        made: Any = AutoencoderTiny.from_config(config)
+        with self._failing("the VAE"):
+            made.load_state_dict({names[key]: x.float() for key, x in tensors.items()})
+        return made
 
     def text(self) -> list[tuple[CLIPTokenizer, nn.Module]]:
         family, shapes = self.family, self._shapes
@@ -182,6 +201,16 @@ def _folder(configs: Mapping[str, Config]) -> Iterator[Path]:
             }
         (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
         yield folder
+
+
+def _tensors(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    while "state_dict" in found:
+        found = found["state_dict"]
+    return {name: found[name] for name in names}
 
 
 def _shapes(path: Path) -> Shapes:

@@ -1,0 +1,3 @@
+from tools.world.build import main
+
+main()

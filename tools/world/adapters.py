@@ -1,0 +1,91 @@
+"""The miniature's adapters, made by `training/cache.py` and `training/train.py` as anyone's are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tools.host import ROOT
+from tools.world.scenes import references, render, scenes
+
+SIDE = 64
+REFERENCE_STREAM = 1 << 20  # added to the seed: references are scenes of a stream of their own
+RESAMPLER = {"resampler_dim": 192, "resampler_depth": 2}
+"""Of the fine-grained variant's query network; the published ones' would take 58 MB."""
+
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 16,
+    "learning_rate": 5e-4,
+    "schedule": "cosine",
+    "warmup_steps": 20,
+    "min_snr_gamma": 5.0,
+    "log_with": "none",
+    "workers": 0,
+    "save_every": 1000,
+    "keep": 1,
+}
+"""Where they differ from the paper's: a short run on a small set."""
+
+
+def write_pictures(folder: Path, seed: int, count: int) -> None:
+    """Pictures of the stream `seed`, captions that name the shape, and a reference for each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for start in range(0, count, 250):
+        targets = scenes(seed, min(250, count - start), start)
+        others = references(targets, seed + REFERENCE_STREAM, start)
+        rows = zip(render(targets, SIDE), render(others, SIDE), targets.captions, strict=True)
+        for number, (target, other, caption) in enumerate(rows, start):
+            names = f"{number:05}.png", f"{number:05}-reference.png"
+            for name, picture in zip(names, (target, other), strict=True):
+                array = (picture.movedim(0, -1) * 255).round().byte().numpy()
+                Image.fromarray(array).save(folder / name)
+            line = {"file_name": names[0], "text": caption, "reference_file_name": names[1]}
+            lines.append(json.dumps(line))
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def cache(base: Path, encoder: Path, pictures: Path, out: Path) -> None:
+    """What the frozen parts give of all pictures, for both kinds of adapter."""
+    _launch(
+        "training/cache.py",
+        base=base,
+        image_encoder=f"open_clip:{encoder}",
+        data=pictures,
+        out=out,
+        size=SIDE,
+        features="both",
+        batch_size=125,
+        workers=0,
+    )
+
+
+def train(
+    variant: str, base: Path, encoder: Path, cached: Path, out: Path, steps: int, **settings: Any
+) -> Path:
+    """An adapter of that variant. Returns its file."""
+    if variant == "fine-grained":
+        settings = RESAMPLER | settings
+    _launch(
+        "training/train.py",
+        base=base,
+        image_encoder=f"open_clip:{encoder}",
+        cache=cached,
+        out=out,
+        variant=variant,
+        steps=steps,
+        **(SETTINGS | settings),
+    )
+    return out / "ip-adapter.safetensors"
+
+
+def _launch(script: str, **settings: Any) -> None:
+    options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    subprocess.run([*launcher, "--cpu", script, *options], cwd=ROOT, check=True)

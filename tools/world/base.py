@@ -1,0 +1,131 @@
+"""The miniature's text-to-image base: a UNet in SD1.5's layout, 320 channels, one level.
+
+Trained with diffusers' UNet2DConditionModel and saved in the original layout, as ComfyUI reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from tools.world import text
+from tools.world.autoencoder import Autoencoder
+from tools.world.scenes import SHAPES, caption, render, scenes
+from tools.world.training import Average, Progress, decaying
+
+CONFIG: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (320,),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+POOL = 16_000  # pictures whose latents are computed once
+DROP_TEXT = 0.1
+MIN_SNR = 5.0  # arXiv 2303.09556
+NONE = len(SHAPES)  # the row of the empty text
+
+_NAMES = (
+    (r"time_embedding\.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"),
+    (r"conv_in", lambda m: "input_blocks.0.0"),
+    (r"conv_norm_out", lambda m: "out.0"),
+    (r"conv_out", lambda m: "out.2"),
+    (r"down_blocks\.0\.resnets\.(\d+)", lambda m: f"input_blocks.{int(m[1]) + 1}.0"),
+    (r"down_blocks\.0\.attentions\.(\d+)", lambda m: f"input_blocks.{int(m[1]) + 1}.1"),
+    (r"up_blocks\.0\.resnets\.(\d+)", lambda m: f"output_blocks.{m[1]}.0"),
+    (r"up_blocks\.0\.attentions\.(\d+)", lambda m: f"output_blocks.{m[1]}.1"),
+)
+_RESIDUAL = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def new(seed: int) -> Any:
+    """A UNet that begins as nothing: what each block adds starts from zero."""
+    torch.manual_seed(seed)
+    made = UNet2DConditionModel(**CONFIG)
+    for name, module in made.named_modules():
+        if name.endswith(("conv2", "proj_out", "conv_out")):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return made
+
+
+def original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' names to the original layout's, for a UNet of one level without a middle."""
+    found = {}
+    for key, tensor in state.items():
+        for pattern, new_name in _NAMES:
+            if re.match(pattern, key):
+                key = re.sub(pattern, new_name, key, count=1)
+                break
+        for theirs, ours in _RESIDUAL.items():
+            key = re.sub(rf"(put_blocks\.\d+\.0)\.{theirs}\.", rf"\1.{ours}.", key)
+        found[key] = tensor
+    return found
+
+
+def alphas() -> Tensor:
+    """The share of the signal's variance at each of the 1,000 steps, as in SD1.5."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0).float()
+
+
+@torch.no_grad()
+def latents(autoencoder: Autoencoder, seed: int, count: int) -> tuple[Tensor, Tensor]:
+    """Latents `(count, 4, 8, 8)` of the stream `seed`, and the shape of each."""
+    made, shapes = [], []
+    for start in range(0, count, 100):
+        rows = scenes(seed, 100, start)
+        made.append(autoencoder.encode(render(rows)))
+        shapes.append(rows.shape)
+    return torch.cat(made), torch.cat(shapes)
+
+
+def contexts() -> Tensor:
+    """The text states of every caption and, as the last row, of the empty one."""
+    return text.states([*(caption(shape) for shape in range(len(SHAPES))), ""])
+
+
+def train(
+    autoencoder: Autoencoder, seed: int, steps: int, batch: int = 16, peak: float = 8e-4
+) -> Any:
+    """A new one, from the stream `seed`; its weights are their running average."""
+    unet = new(seed)
+    pool, shapes = latents(autoencoder, seed, POOL)
+    context, signal = contexts(), alphas()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    average, progress = Average(unet, 0.995), Progress("base", steps)
+    for step in range(steps):
+        decaying(optimizer, peak, step, steps, warmup=50)
+        rows = torch.randint(len(pool), (batch,), generator=generator)
+        times = torch.randint(1000, (batch,), generator=generator)
+        noise = torch.randn(pool[rows].shape, generator=generator)
+        told = shapes[rows].clone()
+        told[torch.rand(batch, generator=generator) < DROP_TEXT] = NONE
+        a = signal[times][:, None, None, None]
+        found = unet(a.sqrt() * pool[rows] + (1 - a).sqrt() * noise, times, context[told]).sample
+        ratio = (a / (1 - a)).flatten()
+        loss = (found - noise).square().mean((1, 2, 3))
+        loss = (loss * ratio.clamp(max=MIN_SNR) / ratio).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        progress.step(step, loss)
+    average.apply()
+    return unet.eval().requires_grad_(False)

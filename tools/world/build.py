@@ -1,0 +1,225 @@
+"""Build the miniature anew: train every model, part by part, and write what is shipped.
+
+    python -m tools.world [--seed 0] [--work .cache/world-build] [--out miniature]
+
+Goes on where it stopped: a part whose file lies in the work folder is not made again. On two CPU
+cores it takes about an hour and a quarter; miniature/manifest.json has the time of every part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tools.host import ROOT
+from tools.world import (
+    adapters,
+    autoencoder,
+    base,
+    concatenated,
+    control,
+    files,
+    image_encoder,
+    judge,
+)
+
+logger = logging.getLogger("comfyui_ip_adapter.tools")
+
+STEPS: dict[str, Any] = {
+    "autoencoder": (2500, 2500),
+    "image encoder": 400,
+    "judge": 250,
+    "base": 1500,
+    "pictures": 2000,
+    "ip-adapter": 450,
+    "ip-adapter-plus": 450,
+    "control": 350,
+    "second base": 200,
+}
+_TRAINED = "unet-trained.safetensors"  # in float16, as training left it
+_CHECKPOINT = "checkpoint.safetensors"  # with the UNet as it is shipped, for the adapters
+_SHIPPED = (
+    *(files.UNET, files.AUTOENCODER, files.ENCODER),
+    *(files.ADAPTER, files.ADAPTER_PLUS, files.JUDGE),
+    *(files.CONTROL, files.RESTYLED, files.CONCATENATED),
+)
+
+
+@dataclass(frozen=True)
+class Build:
+    """One build in the folder `work`, from the streams of `seed` on."""
+
+    seed: int
+    work: Path
+
+    def part(self, name: str, target: str, make: Callable[[Path], object]) -> None:
+        """Make a part unless its file or folder is there, and note how long it took."""
+        if (self.work / target).exists():
+            logger.info("%s: there already", name)
+            return
+        logger.info("%s …", name)
+        begun = time.monotonic()
+        unfinished = self.work / f"unfinished-{target}"
+        make(unfinished)
+        os.replace(unfinished, self.work / target)
+        self.note(name, time.monotonic() - begun)
+
+    def note(self, name: str, seconds: float) -> None:
+        times = self.times() | {name: round(seconds)}
+        (self.work / "seconds.json").write_text(json.dumps(times, indent=1), encoding="utf-8")
+
+    def times(self) -> dict[str, int]:
+        path = self.work / "seconds.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+    def all(self) -> None:
+        """Every part, each from those before."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        at, seed = self.work, self.seed
+
+        def saved(model: torch.nn.Module) -> Mapping[str, Tensor]:
+            return files.halved(model.state_dict())
+
+        self.part(
+            "autoencoder",
+            files.AUTOENCODER,
+            lambda to: files.save(to, saved(autoencoder.train(seed, STEPS["autoencoder"]))),
+        )
+        self.part(
+            "image encoder",
+            files.ENCODER,
+            lambda to: files.save_encoder(to, image_encoder.train(seed, STEPS["image encoder"])),
+        )
+        self.part(
+            "judge",
+            files.JUDGE,
+            lambda to: files.save(to, saved(judge.train(seed, STEPS["judge"]))),
+        )
+        self.part(
+            "base",
+            _TRAINED,
+            lambda to: files.save(
+                to,
+                saved(base.train(files.autoencoder(at / files.AUTOENCODER), seed, STEPS["base"])),
+            ),
+        )
+        self.part(
+            "8 bits", files.UNET, lambda to: files.save(to, files.quantised(_floats(at / _TRAINED)))
+        )
+        self.part("checkpoint", _CHECKPOINT, self._checkpoint)
+        self.part(
+            "pictures",
+            "pictures",
+            lambda to: adapters.write_pictures(to, seed + 1, STEPS["pictures"]),
+        )
+        frozen = at / _CHECKPOINT, at / files.ENCODER
+        self.part("cache", "cache", lambda to: adapters.cache(*frozen, at / "pictures", to))
+        for variant, name in (("base", files.ADAPTER), ("fine-grained", files.ADAPTER_PLUS)):
+            self.part(name, name, lambda to, v=variant, n=name: self._adapter(v, n, to))  # type: ignore[misc]
+
+        self.part(
+            "control",
+            files.CONTROL,
+            lambda to: files.save(
+                to,
+                files.quantised(
+                    control.train_control(*self._frozen(), seed, STEPS["control"]).state_dict()
+                ),
+            ),
+        )
+        self.part(
+            "second base",
+            files.RESTYLED,
+            lambda to: files.save(
+                to, files.quantised(control.restyle(*self._frozen(), seed, STEPS["second base"]))
+            ),
+        )
+
+        self.part(
+            "concatenated",
+            files.CONCATENATED,
+            lambda to: files.save(
+                to,
+                files.quantised(
+                    concatenated.train(
+                        *self._frozen(),
+                        image_encoder.tower(at / files.ENCODER),
+                        (seed, STEPS["pictures"], STEPS["ip-adapter"]),
+                    ).state_dict()
+                ),
+            ),
+        )
+
+    def _frozen(self) -> tuple[autoencoder.Autoencoder, Any]:
+        """Autoencoder and UNet as they are shipped."""
+        unet = base.new(self.seed)
+        state = files.dequantised(load_file(self.work / files.UNET))
+        unet.load_state_dict({key: x.float() for key, x in state.items()})
+        vae = files.autoencoder(self.work / files.AUTOENCODER)
+        return vae, unet.eval().requires_grad_(False)
+
+    def _checkpoint(self, target: Path) -> None:
+        unet = files.dequantised(load_file(self.work / files.UNET))
+        vae = files.autoencoder(self.work / files.AUTOENCODER)
+        files.save(target, files.checkpoint(unet, vae))
+
+    def _adapter(self, variant: str, name: str, target: Path) -> None:
+        run = self.work / f"run-{name.removesuffix('.safetensors')}"
+        made = adapters.train(
+            variant,
+            self.work / _CHECKPOINT,
+            self.work / files.ENCODER,
+            self.work / "cache",
+            run,
+            STEPS[name.removesuffix(".safetensors")],
+            seed=self.seed,
+        )
+        shutil.copyfile(made, target)
+
+    def ship(self, out: Path) -> int:
+        """Copy what is shipped, and write its manifest. Returns the bytes of all files."""
+        out.mkdir(parents=True, exist_ok=True)
+        for name in _SHIPPED:
+            shutil.copyfile(self.work / name, out / name)
+        sizes = {name: (out / name).stat().st_size for name in _SHIPPED}
+        manifest = {
+            "seed": self.seed,
+            "steps": STEPS,
+            "seconds": self.times(),
+            "files": {
+                name: {"bytes": sizes[name], "sha256": files.checksum(out / name)}
+                for name in _SHIPPED
+            },
+        }
+        (out / files.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        return sum(sizes.values())
+
+
+def _floats(path: Path) -> dict[str, Tensor]:
+    return {key: x.float() for key, x in load_file(path).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="of all weights, pictures and noise")
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "world-build")
+    parser.add_argument("--out", type=Path, default=files.FOLDER)
+    asked = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    build = Build(asked.seed, asked.work.resolve())
+    build.all()
+    size = build.ship(asked.out)
+    seconds = sum(build.times().values())
+    print(f"{asked.out}: {size / 1e6:.1f} MB, trained in {seconds / 60:.0f} minutes")

@@ -1,0 +1,162 @@
+"""The miniature's structure control and second base, both small additions to the first base.
+
+The control is a ControlNet (arXiv 2302.05543) whose encoder is the base's own, unchanged: what
+trains is the network that reads the edges, and the convolutions that begin as zeros. ComfyUI reads
+it as a control LoRA, which takes all else from the model that it is used with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from kornia.filters import canny
+from torch import Tensor, nn
+
+from tools.world.autoencoder import Autoencoder
+from tools.world.base import alphas, contexts
+from tools.world.scenes import SHAPES, Scenes, outlines, render, scenes
+from tools.world.training import Progress, decaying
+
+HINTS = (3, 16, 16, 32, 32, 96, 96, 256)  # channels of the network that reads the edges
+STRIDED = (2, 4, 6)  # which of its convolutions halve the picture
+LOW, HIGH = 0.4, 0.8  # thresholds of the edges, those of the workflow
+RESTYLED = (  # what the second base learns anew: the end of the last block
+    *("up_blocks.0.resnets.1.conv2", "up_blocks.0.resnets.1.norm2"),
+    *("up_blocks.0.attentions.1.proj_out", "conv_norm_out", "conv_out"),
+)
+
+
+def edges(pictures: Tensor) -> Tensor:
+    """White outlines on black, `(N, 3, h, w)`, as ComfyUI's Canny node gives them."""
+    return canny(pictures, LOW, HIGH)[1].repeat(1, 3, 1, 1)
+
+
+class Control(nn.Module):
+    """Edges and noisy latents to what is added to the UNet's two skip connections."""
+
+    def __init__(self, width: int = 320) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for number, (into, out) in enumerate(zip(HINTS, (*HINTS[1:], width), strict=True)):
+            layers += [nn.Conv2d(into, out, 3, 2 if number in STRIDED else 1, 1), nn.SiLU()]
+        self.input_hint_block = nn.Sequential(*layers[:-1])
+        self.zero_convs = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 1)) for _ in range(2))
+        for zero in (self.input_hint_block[-1], *(conv[0] for conv in self.zero_convs)):  # type: ignore[misc]
+            nn.init.zeros_(zero.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(zero.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.zero_convs[0][0].weight, std=0.01)  # type: ignore[index]
+        nn.init.normal_(self.zero_convs[1][0].weight, std=0.01)  # type: ignore[index]
+
+    def forward(self, unet: Any, latents: Tensor, times: Tensor, hints: Tensor) -> list[Tensor]:
+        """`latents (N, 4, h, w)`, `hints (N, 3, 8 h, 8 w)` to two `(N, width, h, w)`."""
+        emb = unet.time_embedding(unet.time_proj(times).to(latents.dtype))
+        first = unet.conv_in(latents) + self.input_hint_block(hints)
+        second = unet.down_blocks[0].resnets[0](first, emb)
+        return [zero(h) for zero, h in zip(self.zero_convs, (first, second), strict=True)]
+
+    def comfyui(self, width: int = 320, time: int = 1280) -> dict[str, Tensor]:
+        """As ComfyUI's ControlNetLoader reads it. The base has no middle block, but ComfyUI's
+        ControlNet always has one: here one of zeros, whose output is nothing."""
+        found = {"lora_controlnet": torch.zeros(0), **self.state_dict()}
+        middle = {
+            "in_layers.0.weight": (width,),
+            "in_layers.0.bias": (width,),
+            "in_layers.2.weight": (width, width, 3, 3),
+            "in_layers.2.bias": (width,),
+            "emb_layers.1.weight": (width, time),
+            "emb_layers.1.bias": (width,),
+            "out_layers.0.weight": (width,),
+            "out_layers.0.bias": (width,),
+            "out_layers.3.weight": (width, width, 3, 3),
+            "out_layers.3.bias": (width,),
+        }
+        found |= {f"middle_block.0.{name}": torch.zeros(shape) for name, shape in middle.items()}
+        found["middle_block_out.0.weight"] = torch.zeros(width, width, 1, 1)
+        found["middle_block_out.0.bias"] = torch.zeros(width)
+        return found
+
+
+def outlined(rows: Scenes, side: int = 64) -> Tensor:
+    """The second base's style: every shape has a broad white outline."""
+    inner, outer = (
+        outlines(Scenes(**{**vars(rows), "size": rows.size * grown}), side)[:, None]
+        for grown in (0.86, 1.08)
+    )
+    line = (outer - inner).clamp(0, 1)
+    return render(rows, side) * (1 - line) + line
+
+
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def train_control(autoencoder: Autoencoder, unet: Any, seed: int, steps: int) -> Control:
+    """Half of the texts are dropped, so that the edges alone are enough."""
+    torch.manual_seed(seed)
+    control = Control()
+
+    def predict(pictures: Tensor, noisy: Tensor, times: Tensor, context: Tensor) -> Tensor:
+        added = control(unet, noisy, times, edges(pictures))
+        return unet(
+            noisy,
+            times,
+            context,
+            down_block_additional_residuals=added,
+            mid_block_additional_residual=torch.zeros(()),
+        ).sample
+
+    _fit("control", control.parameters(), predict, autoencoder, render, seed, steps, 1e-3, 0.5)
+    return control.eval().requires_grad_(False)
+
+
+def restyle(autoencoder: Autoencoder, unet: Any, seed: int, steps: int) -> dict[str, Tensor]:
+    """Fine-tune the end of `unet` on outlined pictures, in place. Returns what changed, in
+    diffusers' names."""
+    names = [name for name, _ in unet.named_parameters() if name.startswith(RESTYLED)]
+    parameters = [unet.get_parameter(name).requires_grad_(True) for name in names]
+
+    def predict(pictures: Tensor, noisy: Tensor, times: Tensor, context: Tensor) -> Tensor:
+        return unet(noisy, times, context).sample
+
+    _fit("second base", parameters, predict, autoencoder, outlined, seed, steps, 5e-4, 0.1)
+    unet.requires_grad_(False)
+    return {name: unet.get_parameter(name).detach() for name in names}
+
+
+def _fit(
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    predict: Predict,
+    autoencoder: Autoencoder,
+    draw: Callable[[Scenes], Tensor],
+    seed: int,
+    steps: int,
+    peak: float,
+    drop_text: float,
+    batch: int = 16,
+) -> None:
+    """Train `parameters` so that `predict` finds the noise in the latents of `draw`'s pictures."""
+    context, signal = contexts(), alphas()
+    generator = torch.Generator().manual_seed(seed)
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
+    progress = Progress(name, steps)
+    for step in range(steps):
+        decaying(optimizer, peak, step, steps, warmup=20)
+        rows = scenes(seed + 2, batch, step * batch)
+        pictures = draw(rows)
+        with torch.no_grad():
+            latents = autoencoder.encode(pictures)
+        times = torch.randint(1000, (batch,), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        told = rows.shape.clone()
+        told[torch.rand(batch, generator=generator) < drop_text] = len(SHAPES)
+        a = signal[times][:, None, None, None]
+        noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+        loss = (predict(pictures, noisy, times, context[told]) - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        progress.step(step, loss)

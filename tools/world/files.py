@@ -1,0 +1,109 @@
+"""The miniature's files: what is shipped in `miniature/`, and what ComfyUI reads.
+
+The UNet is shipped in 8 bits, the rest in float16, so that everything together takes less than
+32 MB. A checkpoint as ComfyUI loads it is put together at set-up, with the seeded text encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.model import CLIP
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ip_adapter_core.image_tower import METADATA_KEY
+from tools.weights import under
+from tools.world import image_encoder, text
+from tools.world.autoencoder import Autoencoder
+from tools.world.base import original
+
+State = dict[str, Tensor]
+FOLDER = Path(__file__).resolve().parents[2] / "miniature"
+UNET, AUTOENCODER, ENCODER = "unet.safetensors", "autoencoder.safetensors", "encoder.safetensors"
+ADAPTER, ADAPTER_PLUS = "ip-adapter.safetensors", "ip-adapter-plus.safetensors"
+JUDGE, CONTROL, RESTYLED = "judge.safetensors", "control.safetensors", "outlined.safetensors"
+CONCATENATED = "concatenated.safetensors"
+MANIFEST = "manifest.json"
+_LEVELS = 127  # of 8 bits on either side of zero
+_SCALE = "::scale"
+_LATENT_SCALE = 0.18215  # SD1.5's: ComfyUI divides latents by it before it calls a VAE
+
+
+def quantised(state: Mapping[str, Tensor]) -> State:
+    """Matrices and convolutions in 8 bits, symmetric, with one float16 scale an output channel;
+    vectors in float16."""
+    found: State = {}
+    for key, x in state.items():
+        if x.ndim < 2:
+            found[key] = x.half().contiguous()
+            continue
+        scale = (x.flatten(1).abs().amax(1).clamp(min=1e-6) / _LEVELS).half()
+        rows = scale.float().reshape(-1, *[1] * (x.ndim - 1))
+        found[key] = (x / rows).round().clamp(-_LEVELS, _LEVELS).to(torch.int8).contiguous()
+        found[key + _SCALE] = scale
+    return found
+
+
+def dequantised(state: Mapping[str, Tensor]) -> State:
+    """What `quantised` made, in float16."""
+    found: State = {}
+    for key, x in state.items():
+        if key.endswith(_SCALE):
+            continue
+        if x.dtype == torch.int8:
+            rows = state[key + _SCALE].float().reshape(-1, *[1] * (x.ndim - 1))
+            x = (x.float() * rows).half()
+        found[key] = x.contiguous()
+    return found
+
+
+def save(
+    path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Tensors as they are, in one file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {key: x.detach().contiguous() for key, x in state.items()}
+    save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+
+
+def halved(state: Mapping[str, Tensor]) -> State:
+    return {key: x.half() if x.is_floating_point() else x for key, x in state.items()}
+
+
+def save_encoder(path: Path, model: CLIP) -> None:
+    """The image tower alone, its configuration inside, as IPA_LoadImageEncoder reads it."""
+    tower = {f"visual.{key}": x for key, x in model.visual.state_dict().items()}
+    config = {"model_cfg": image_encoder.CONFIG, "preprocess_cfg": image_encoder.PREPROCESS}
+    save(path, halved(tower), {METADATA_KEY: json.dumps(config)})
+
+
+def autoencoder(path: Path) -> Autoencoder:
+    """The one that `save` wrote, in float32."""
+    made = Autoencoder()
+    made.load_state_dict({key: x.float() for key, x in load_file(path).items()})
+    return made.eval().requires_grad_(False)
+
+
+def checkpoint(unet: Mapping[str, Tensor], vae: Autoencoder) -> State:
+    """A whole SD1.5 checkpoint for CheckpointLoaderSimple, of diffusers' names of a UNet."""
+    return {
+        **under("model.diffusion_model.", halved(original(dict(unet)))),
+        **under("cond_stage_model.transformer.", text.state()),
+        **under("first_stage_model.", halved(vae.taesd())),
+        "first_stage_model.vae_scale": torch.tensor(_LATENT_SCALE),
+    }
+
+
+def checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def manifest() -> dict[str, Any]:
+    """What is shipped: file names, checksums, seeds, steps, times."""
+    return dict(json.loads((FOLDER / MANIFEST).read_text(encoding="utf-8")))

@@ -1,0 +1,109 @@
+"""Lay the miniature's files where ComfyUI looks: a base directory with models and pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tools import pictures
+from tools.host import ROOT
+from tools.world import files, text, workflows
+from tools.world.control import Control
+from tools.world.scenes import Scenes, render, scenes
+
+FOLDER_VARIABLE = "IP_ADAPTER_WORLD"
+SHOWN = 1 << 40  # the stream of what is shown and measured; training never sees it
+REFERENCES = {"reference.png": 3, "reference_2.png": 8, "reference_3.png": 12}
+"""Scenes of that stream, by the names that the workflows load."""
+SIDE = 256  # pixels of a reference as it lies in input/
+_FROM_SCENES = ("mask.png",)
+
+
+def base_directory() -> Path:
+    """ComfyUI's base directory of the miniature; IP_ADAPTER_WORLD moves it."""
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    return Path(chosen).expanduser().absolute() if chosen else ROOT / ".cache" / "world"
+
+
+def ensure() -> Path:
+    """Make what is missing or was made of other files, and return the base directory. Takes some
+    seconds the first time. Safe to call from several processes at once."""
+    base = base_directory()
+    base.mkdir(parents=True, exist_ok=True)
+    stamp = base / "made.json"
+    wanted = {"shipped": files.manifest()["files"], "text": text.SEED, "version": 1}
+    with FileLock(base / "making.lock"):
+        if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == wanted:
+            return base
+        for place, write in _models().items():
+            _write(base / "models" / place, write)
+        for name, number in REFERENCES.items():
+            _write(base / "input" / name, _picture(scenes(SHOWN, 1, number)))
+        for name in _FROM_SCENES:
+            _write(base / "input" / name, _drawn(name))
+        stamp.write_text(json.dumps(wanted), encoding="utf-8")
+    return base
+
+
+def _models() -> dict[str, Callable[[Path], object]]:
+    def checkpoint(*parts: str) -> Callable[[Path], object]:
+        def write(target: Path) -> None:
+            unet: dict[str, torch.Tensor] = {}
+            for part in parts:
+                unet |= files.dequantised(load_file(files.FOLDER / part))
+            vae = files.autoencoder(files.FOLDER / files.AUTOENCODER)
+            save_file(files.checkpoint(unet, vae), target, metadata={"format": "pt"})
+
+        return write
+
+    def control(target: Path) -> None:
+        made = Control()
+        state = files.dequantised(load_file(files.FOLDER / files.CONTROL))
+        made.load_state_dict({key: x.float() for key, x in state.items()})
+        save_file(files.halved(made.comfyui()), target, metadata={"format": "pt"})
+
+    def copy(name: str) -> Callable[[Path], object]:
+        return lambda target: shutil.copyfile(files.FOLDER / name, target)
+
+    return {
+        f"checkpoints/{workflows.CHECKPOINT}": checkpoint(files.UNET),
+        f"checkpoints/{workflows.SECOND}": checkpoint(files.UNET, files.RESTYLED),
+        f"controlnet/{workflows.CONTROL}": control,
+        f"clip_vision/{workflows.ENCODER}": copy(files.ENCODER),
+        f"ipadapter/{workflows.ADAPTERS['base']}": copy(files.ADAPTER),
+        f"ipadapter/{workflows.ADAPTERS['fine-grained']}": copy(files.ADAPTER_PLUS),
+    }
+
+
+def picture(rows: Scenes, side: int = SIDE) -> Image.Image:
+    """The first of the scenes, drawn."""
+    return as_image(render(rows[:1], side)[0])
+
+
+def as_image(pixels: torch.Tensor) -> Image.Image:
+    """`(3, h, w)`, 0 … 1, in 8 bits."""
+    return Image.fromarray((pixels.movedim(0, -1) * 255).round().clamp(0, 255).byte().numpy())
+
+
+def _picture(rows: Scenes) -> Callable[[Path], object]:
+    return lambda target: picture(rows).save(target, format="PNG")
+
+
+def _drawn(name: str) -> Callable[[Path], object]:
+    return lambda target: pictures.picture(name).save(target, format="PNG")
+
+
+def _write(target: Path, write: Callable[[Path], object]) -> None:
+    """Write beside `target` and rename, so that no half-written file bears its name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(target.name + ".partial")
+    write(unfinished)
+    os.replace(unfinished, target)
