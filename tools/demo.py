@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--models", type=_folder, help="folder of published models to use")
     parser.add_argument("--no-host", action="store_true", help="use diffusers, not ComfyUI")
     parser.add_argument("--size", type=int, help="side in pixels (64; published models: 512)")
-    parser.add_argument("--steps", type=int, help="sampling steps (25; published models: 50)")
+    parser.add_argument("--steps", type=int, help="sampling steps (20; published models: 50)")
     parser.add_argument("--seed", type=int, default=7)
     given = parser.parse_args()
     if given.models and given.no_host:

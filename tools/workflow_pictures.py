@@ -43,6 +43,27 @@ def server(address: str | None) -> Iterator[Client]:
             yield client
 
 
+LOADERS = {
+    "CheckpointLoaderSimple": "ckpt_name",
+    "ControlNetLoader": "control_net_name",
+    "IPA_LoadAdapter": "adapter_name",
+}
+
+
+def models_of(api: dict[str, Any]) -> Iterator[str]:
+    """The model files that the workflow names."""
+    for node in api.values():
+        if name := LOADERS.get(node["class_type"]):
+            yield node["inputs"][name]
+
+
+def offered(client: Client) -> Iterator[str]:
+    """The model files that the server's loaders offer."""
+    for node_class, name in LOADERS.items():
+        choice = client.object_info(node_class)[node_class]["input"]["required"][name]
+        yield from choice[0] if isinstance(choice[0], list) else choice[1]["options"]
+
+
 def picture(client: Client, api: dict[str, Any], remark: str) -> Image.Image:
     """Run a workflow and draw it. Raises PromptError if it fails."""
     loaded = {
@@ -79,6 +100,9 @@ def main() -> None:
             api = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text("utf-8"))
             if not arguments.server:
                 api = on_miniature(api, TEXT)
+                if lacking := sorted(set(models_of(api)) - set(offered(client))):
+                    print(f"{name}: left as it is, the miniature has no {', '.join(lacking)}")
+                    continue
             data = jpeg(picture(client, api, "" if arguments.server else REMARK))
             (WORKFLOWS / f"{name}.jpg").write_bytes(data)
             print(f"workflows/{name}.jpg: {len(data) / 1024:.0f} KB", flush=True)

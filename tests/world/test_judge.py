@@ -8,13 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
-from tools.world.evaluate import judge
 from tools.world.scenes import KINDS, render, scenes
-
-
-@pytest.fixture(scope="module")
-def judged():
-    return judge()
 
 
 @pytest.fixture(scope="module")

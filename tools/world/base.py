@@ -6,6 +6,7 @@ Trained with diffusers' UNet2DConditionModel and saved in the original layout, a
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -99,25 +100,34 @@ def contexts() -> Tensor:
     return text.states([*(caption(shape) for shape in range(len(SHAPES))), ""])
 
 
-def train(
-    autoencoder: Autoencoder, seed: int, steps: int, batch: int = 16, peak: float = 8e-4
-) -> Any:
-    """A new one, from the stream `seed`; its weights are their running average."""
+def train(autoencoder: Autoencoder, seed: int, cycles: Sequence[tuple[int, float]]) -> Any:
+    """A new one, from the stream `seed`. `cycles`: steps and peak learning rate of each; a cycle
+    begins with the running average of the weights that the one before ended with."""
     unet = new(seed)
-    pool, shapes = latents(autoencoder, seed, POOL)
+    pool = latents(autoencoder, seed, POOL)
+    for number, (steps, peak) in enumerate(cycles):
+        cycle(unet, pool, seed + number, steps, peak)
+    return unet.eval().requires_grad_(False)
+
+
+def cycle(
+    unet: Any, pool: tuple[Tensor, Tensor], seed: int, steps: int, peak: float, batch: int = 16
+) -> None:
+    """Train `unet` in place on latents and shapes as `latents` gives them."""
+    made, shapes = pool
     context, signal = contexts(), alphas()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     average, progress = Average(unet, 0.995), Progress("base", steps)
     for step in range(steps):
         decaying(optimizer, peak, step, steps, warmup=50)
-        rows = torch.randint(len(pool), (batch,), generator=generator)
+        rows = torch.randint(len(made), (batch,), generator=generator)
         times = torch.randint(1000, (batch,), generator=generator)
-        noise = torch.randn(pool[rows].shape, generator=generator)
+        noise = torch.randn(made[rows].shape, generator=generator)
         told = shapes[rows].clone()
         told[torch.rand(batch, generator=generator) < DROP_TEXT] = NONE
         a = signal[times][:, None, None, None]
-        found = unet(a.sqrt() * pool[rows] + (1 - a).sqrt() * noise, times, context[told]).sample
+        found = unet(a.sqrt() * made[rows] + (1 - a).sqrt() * noise, times, context[told]).sample
         ratio = (a / (1 - a)).flatten()
         loss = (found - noise).square().mean((1, 2, 3))
         loss = (loss * ratio.clamp(max=MIN_SNR) / ratio).mean()
@@ -128,4 +138,3 @@ def train(
         average.update()
         progress.step(step, loss)
     average.apply()
-    return unet.eval().requires_grad_(False)

@@ -135,7 +135,7 @@ def measured(drawn: dict[str, Tensor], task: Task, judged: Judge) -> dict[str, A
 
     full = f"text {WEIGHTS[-1]:g}"
     unlike = alike(task.pictures, task.pictures.roll(1, 0)).mean()
-    return {
+    found: dict[str, Any] = {
         "colour_follows": share(full, "colour"),
         "background_follows": share(full, "background"),
         "texture_follows": share(full, "texture"),
@@ -163,12 +163,14 @@ def measured(drawn: dict[str, Tensor], task: Task, judged: Judge) -> dict[str, A
             "image_similarity": similarity("fine-grained"),
         },
         "fine_grained_over_base": similarity("fine-grained") - similarity(full),
-        "concatenated": {
+    }
+    if "concatenated" in drawn:
+        found["concatenated"] = {
             **{kind: share("concatenated", kind) for kind in KINDS},
             "image_similarity": similarity("concatenated"),
-        },
-        "decoupled_over_concatenated": similarity(full) - similarity("concatenated"),
-    }
+        }
+        found["decoupled_over_concatenated"] = similarity(full) - similarity("concatenated")
+    return found
 
 
 def chance_interval(chance: float, count: int) -> tuple[float, float]:
@@ -184,7 +186,8 @@ def run(client: Client, count: int, seed: int) -> tuple[dict[str, Any], dict[str
     drawn = {f"text {w:g}": draw("text_and_image", w, "base") for w in WEIGHTS}
     drawn["image only"] = draw("image_only", 1.0, "base")
     drawn["fine-grained"] = draw("text_and_image", 1.0, "fine-grained")
-    drawn["concatenated"] = concatenated.draw(task.pictures, task.told.tolist(), task.seeds)
+    if files.CONCATENATED in files.manifest()["files"]:
+        drawn["concatenated"] = concatenated.draw(task.pictures, task.told.tolist(), task.seeds)
     judged = judge()
     known = scenes(setup.SHOWN, TRUSTED, 1 << 20)
     found = measured(drawn, task, judged)

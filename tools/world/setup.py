@@ -45,6 +45,7 @@ def ensure() -> Path:
             return base
         for place, write in _models().items():
             _write(base / "models" / place, write)
+        (base / "models" / "controlnet").mkdir(parents=True, exist_ok=True)
         for name, number in REFERENCES.items():
             _write(base / "input" / name, _picture(scenes(SHOWN, 1, number)))
         for name in _FROM_SCENES:
@@ -73,10 +74,17 @@ def _models() -> dict[str, Callable[[Path], object]]:
     def copy(name: str) -> Callable[[Path], object]:
         return lambda target: shutil.copyfile(files.FOLDER / name, target)
 
+    shipped = files.manifest()["files"]
+    further = {
+        files.RESTYLED: (
+            f"checkpoints/{workflows.SECOND}",
+            checkpoint(files.UNET, files.RESTYLED),
+        ),
+        files.CONTROL: (f"controlnet/{workflows.CONTROL}", control),
+    }
     return {
         f"checkpoints/{workflows.CHECKPOINT}": checkpoint(files.UNET),
-        f"checkpoints/{workflows.SECOND}": checkpoint(files.UNET, files.RESTYLED),
-        f"controlnet/{workflows.CONTROL}": control,
+        **dict(further[name] for name in further if name in shipped),
         f"clip_vision/{workflows.ENCODER}": copy(files.ENCODER),
         f"ipadapter/{workflows.ADAPTERS['base']}": copy(files.ADAPTER),
         f"ipadapter/{workflows.ADAPTERS['fine-grained']}": copy(files.ADAPTER_PLUS),

@@ -1,0 +1,108 @@
+"""What is shipped: whole, small, and the same in ComfyUI, open_clip and training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tools.world import base, files, image_encoder, setup, workflows
+from tools.world.scenes import render, scenes
+from training.image_encoder import KINDS, ImageEncoder
+from training.models import load_base
+
+LIMIT = 32_000_000
+
+
+def apart(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def test_files_are_those_of_the_manifest_and_small():
+    shipped = files.manifest()["files"]
+    found = {path.name for path in files.FOLDER.iterdir()}
+    assert {*shipped, files.MANIFEST, "README.md"} == found
+    for name, what in shipped.items():
+        path = files.FOLDER / name
+        assert files.checksum(path) == what["sha256"], name
+        assert path.stat().st_size == what["bytes"]
+    assert sum(path.stat().st_size for path in files.FOLDER.iterdir()) <= LIMIT
+
+
+def test_the_card_names_every_file():
+    card = (files.FOLDER / "README.md").read_text("utf-8")
+    for name in files.manifest()["files"]:
+        assert f"`{name}`" in card
+
+
+def test_eight_bits_are_a_hundredth_of_a_channel_off():
+    state = {"a.weight": torch.randn(7, 5, 3, 3), "a.bias": torch.randn(7)}
+    found = files.dequantised(files.quantised(state))
+    assert found.keys() == state.keys()
+    largest = state["a.weight"].flatten(1).abs().amax(1)[:, None, None, None]
+    assert float(((found["a.weight"].float() - state["a.weight"]).abs() / largest).max()) < 0.006
+    assert apart(found["a.bias"].float(), state["a.bias"]) < 1e-3
+
+
+def test_set_up_again_nothing_is_made_and_after_a_change_all_is(world, monkeypatch, tmp_path):
+    checkpoint = world / "models" / "checkpoints" / workflows.CHECKPOINT
+    before = checkpoint.stat().st_mtime_ns
+    setup.ensure()
+    assert checkpoint.stat().st_mtime_ns == before
+    monkeypatch.setenv(setup.FOLDER_VARIABLE, str(tmp_path))
+    assert setup.ensure() == tmp_path
+    assert files.checksum(tmp_path / "models" / "checkpoints" / checkpoint.name) == files.checksum(
+        checkpoint
+    )
+    stamp = tmp_path / "made.json"
+    stamp.write_text(json.dumps({"shipped": {}}))
+    reference = tmp_path / "input" / "reference.png"
+    reference.write_bytes(b"old")
+    setup.ensure()
+    assert reference.stat().st_size > 1000
+
+
+def test_training_and_diffusers_read_the_checkpoint(world):
+    """The UNet that training loads from the file is the one that was trained."""
+    loaded = load_base(str(world / "models" / "checkpoints" / workflows.CHECKPOINT))
+    unet = base.new(0)
+    state = files.dequantised(load_file(files.FOLDER / files.UNET))
+    unet.load_state_dict({key: x.float() for key, x in state.items()})
+    given = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 77, 768)
+    with torch.inference_mode():
+        assert apart(loaded.unet(*given).sample, unet(*given).sample) < 1e-4
+        pictures = render(scenes(1, 2))
+        vae = files.autoencoder(files.FOLDER / files.AUTOENCODER)
+        latents = loaded.vae.encode(pictures * 2 - 1).latents
+        assert apart(latents, vae.encode(pictures)) < 1e-2
+
+
+def test_the_image_encoder_is_the_same_in_comfyui_open_clip_and_training(pack, world):
+    from comfyui_ip_adapter.ip_adapter_core.host.open_clip import load_image_encoder
+
+    path = world / "models" / "clip_vision" / workflows.ENCODER
+    pictures = (render(scenes(2, 3)) * 255).round() / 255
+    out = load_image_encoder(path).encode_image(pictures.movedim(1, -1))
+    pixels = image_encoder.normalised(pictures)
+    with torch.inference_mode():
+        assert apart(out["image_embeds"], image_encoder.tower(path)(pixels)) < 1e-3
+        found = ImageEncoder.from_name(f"open_clip:{path}").features(pixels, KINDS)
+    assert apart(out["image_embeds"], found["image_embeds"]) < 1e-3
+    assert apart(out["penultimate_hidden_states"], found["penultimate_hidden_states"]) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["text_and_image", "per_prompt", "several_images_masks"])
+def test_workflows_keep_their_graph_on_the_miniature(workflow, name):
+    before = workflow(name)
+    after = workflows.on_miniature(before, "a star")
+    assert before == workflow(name)
+    assert after.keys() == before.keys()
+    texts = [n["inputs"]["text"] for n in after.values() if n["class_type"] == "CLIPTextEncode"]
+    assert set(texts) <= {"", "a star"}
+    for key, node in after.items():
+        links = {k: v for k, v in node["inputs"].items() if isinstance(v, list)}
+        assert links == {k: v for k, v in before[key]["inputs"].items() if isinstance(v, list)}
+    named = json.dumps(after)
+    assert "v1-5" not in named and "CLIP-ViT" not in named and "_sd15" not in named
