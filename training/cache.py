@@ -114,6 +114,7 @@ def parse(arguments: Sequence[str] | None = None) -> CacheSettings:
         return CacheSettings(**found)
     except ValueError as error:
         parser.error(str(error))
+        raise  # never reached: error() ends the program
 
 
 def make(settings: CacheSettings) -> CachedDataset:

@@ -207,3 +207,4 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         return Settings(**found)
     except ValueError as error:
         parser.error(str(error))
+        raise  # never reached: error() ends the program

@@ -197,6 +197,24 @@ def test_sizes_of_the_published_unets():
     assert (found["sample_size"], found["use_linear_projection"]) == (128, True)
 
 
+def test_transformers_on_the_way_up_alone_and_no_middle():
+    """The miniature's layout, which diffusers builds and ComfyUI reads."""
+    unet = "model.diffusion_model."
+    block = "1.transformer_blocks.0.attn2.to_k.weight"
+    shapes = {
+        f"{unet}input_blocks.0.0.weight": (320, 4, 3, 3),
+        f"{unet}input_blocks.1.0.out_layers.3.weight": (320, 320, 3, 3),
+        **{f"{unet}output_blocks.{i}.{block}": (320, 768) for i in range(2)},
+        f"{unet}output_blocks.0.1.proj_in.weight": (320, 320, 1, 1),
+        f"{unet}out.2.weight": (4, 320, 3, 3),
+    }
+    found = layout.unet(shapes, "sd15")
+    assert found["down_block_types"] == ["DownBlock2D"]
+    assert found["up_block_types"] == ["CrossAttnUpBlock2D"]
+    assert found["mid_block_type"] is None
+    assert found["transformer_layers_per_block"] == [1]
+
+
 def test_latents_are_scaled_as_the_family_is(files):
     for family, factor in (("sd15", 0.18215), ("sdxl", 0.13025)):
         assert load_encoders(str(files[family])).vae.config.scaling_factor == factor

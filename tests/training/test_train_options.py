@@ -244,6 +244,8 @@ def test_what_a_cache_decides_is_told(cached, caplog):
         ({"drop_image": 0.6, "drop_text": 0.6}, "whose sum is at most 1"),
         ({"validate_every": 5}, "--validation_references"),
         ({"warmup_steps": 5}, "constant_with_warmup"),
+        ({"resampler_dim": 100}, "resampler_dim is 100; expected a multiple of 64"),
+        ({"resampler_depth": 0}, "resampler_depth is 0"),
     ],
 )
 def test_settings_that_cannot_be(settings, changes, said):

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
+from ip_adapter_core import checkpoint
 from tools import small_training as small
 from training.unet import Variant, attach, cross_attention_layers, new_adapter
 
@@ -122,6 +123,16 @@ def test_sizes_are_the_published_ones(config, variant, feature_dim, keys_values,
         sum(p.numel() for p in m.parameters()) for m in (adapter.ip_adapter, adapter.image_proj)
     )
     assert (mine, round(theirs / 1e6, 2)) == (keys_values, projection)
+
+
+def test_a_smaller_query_network(tmp_path):
+    """Its size is in the file, so that every loader finds it."""
+    unet = small.unet("sd15")
+    adapter = new_adapter(unet, "fine-grained", 48, resampler_dim=128, resampler_depth=2)
+    sizes = adapter.spec.sizes
+    assert (sizes["dim"], sizes["depth"], sizes["heads"]) == (128, 2, 2)
+    checkpoint.save(adapter, tmp_path / "a.safetensors", {})
+    assert checkpoint.load(tmp_path / "a.safetensors").spec == adapter.spec
 
 
 def test_a_unet_without_cross_attention():

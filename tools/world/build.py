@@ -43,8 +43,8 @@ STEPS: dict[str, Any] = {
     "judge": 250,
     "base": ((1500, 8e-4), (900, 5e-4)),
     "pictures": 2000,
-    "ip-adapter": 400,
-    "ip-adapter-plus": 400,
+    "ip-adapter": 260,
+    "ip-adapter-plus": 260,
     "control": 300,
     "second base": 150,
 }

@@ -43,11 +43,13 @@ class Control(nn.Module):
             layers += [nn.Conv2d(into, out, 3, 2 if number in STRIDED else 1, 1), nn.SiLU()]
         self.input_hint_block = nn.Sequential(*layers[:-1])
         self.zero_convs = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 1)) for _ in range(2))
-        for zero in (self.input_hint_block[-1], *(conv[0] for conv in self.zero_convs)):  # type: ignore[misc]
-            nn.init.zeros_(zero.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(zero.bias)  # type: ignore[arg-type]
-        nn.init.normal_(self.zero_convs[0][0].weight, std=0.01)  # type: ignore[index]
-        nn.init.normal_(self.zero_convs[1][0].weight, std=0.01)  # type: ignore[index]
+        for zero in self.zero_convs.modules():
+            if isinstance(zero, nn.Conv2d):  # not quite zeros: those of the hint, behind, are
+                nn.init.normal_(zero.weight, std=0.01)
+                nn.init.zeros_(zero.bias)  # type: ignore[arg-type]
+        last: Any = self.input_hint_block[-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, unet: Any, latents: Tensor, times: Tensor, hints: Tensor) -> list[Tensor]:
         """`latents (N, 4, h, w)`, `hints (N, 3, 8 h, 8 w)` to two `(N, width, h, w)`."""

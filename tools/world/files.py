@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ip_adapter_core.image_tower import METADATA_KEY
+from tools import layouts
 from tools.weights import under
 from tools.world import image_encoder, text
 from tools.world.autoencoder import Autoencoder
@@ -90,10 +91,21 @@ def autoencoder(path: Path) -> Autoencoder:
     return made.eval().requires_grad_(False)
 
 
+def idle_transformer() -> State:
+    """A transformer for the UNet's input block that passes on what it gets: its last projection is
+    zeros. The base trains without one, but ComfyUI reads the context's width off the input blocks.
+    """
+    layout = layouts._transformer("input_blocks.1.1", 1, layouts.SD15_MINI)
+    return {
+        key: torch.ones(shape) if "norm" in key and key.endswith("weight") else torch.zeros(shape)
+        for key, shape in layout.items()
+    }
+
+
 def checkpoint(unet: Mapping[str, Tensor], vae: Autoencoder) -> State:
     """A whole SD1.5 checkpoint for CheckpointLoaderSimple, of diffusers' names of a UNet."""
     return {
-        **under("model.diffusion_model.", halved(original(dict(unet)))),
+        **under("model.diffusion_model.", halved(original(dict(unet)) | idle_transformer())),
         **under("cond_stage_model.transformer.", text.state()),
         **under("first_stage_model.", halved(vae.taesd())),
         "first_stage_model.vae_scale": torch.tensor(_LATENT_SCALE),

@@ -81,3 +81,4 @@ def parse(arguments: Sequence[str] | None = None) -> EvaluationSettings:
         return EvaluationSettings(**found)
     except ValueError as error:
         parser.error(str(error))
+        raise  # never reached: error() ends the program
