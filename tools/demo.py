@@ -103,12 +103,19 @@ def on_miniature(seed: int, size: int | None, steps: int | None) -> Ask:
         for name in setup.REFERENCES
     }
     rows = [
-        Row(f'"{caption(SHAPES.index(told))}", λ from 0 to 1', name, picture, _growing(told))
+        Row(
+            f'"{caption(SHAPES.index(told))}", the image gaining weight',
+            name,
+            picture,
+            _growing(told),
+        )
         for told, (name, picture) in zip(TOLD, opened.items(), strict=True)
     ]
     name, picture = next(iter(opened.items()))
     shots = [*(Shot(1.0, caption(SHAPES.index(told))) for told in TEXTS), Shot(1.0, "")]
-    rows.append(Row("several texts over one reference, λ = 1", name, picture, tuple(shots)))
+    rows.append(
+        Row("several texts over one reference, at full weight", name, picture, tuple(shots))
+    )
     return Ask(
         tuple(rows),
         negative="",
@@ -128,7 +135,7 @@ def on_published(workflow: Workflow, seed: int, size: int | None, steps: int | N
     positive, negative = texts(workflow)
     name = "reference.png"
     shots = tuple(Shot(weight, positive) for weight in WEIGHTS)
-    row = Row(f'"{positive}", λ from 0 to 1', name, pictures.picture(name), shots)
+    row = Row(f'"{positive}", the image gaining weight', name, pictures.picture(name), shots)
     return Ask((row,), negative, size or 512, steps or 50, 7.5, seed)
 
 

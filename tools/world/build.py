@@ -43,8 +43,8 @@ STEPS: dict[str, Any] = {
     "judge": 250,
     "base": ((1500, 8e-4), (900, 5e-4)),
     "pictures": 2000,
-    "ip-adapter": 260,
-    "ip-adapter-plus": 260,
+    "ip-adapter": ((260, 5e-4), (370, 1e-3)),
+    "ip-adapter-plus": ((260, 5e-4),),
     "control": 300,
     "second base": 150,
 }
@@ -156,7 +156,7 @@ class Build:
                     concatenated.train(
                         *self._frozen(),
                         image_encoder.tower(at / files.ENCODER),
-                        (seed, STEPS["pictures"], STEPS["ip-adapter"]),
+                        (seed, STEPS["pictures"], sum(steps for steps, _ in STEPS["ip-adapter"])),
                     ).state_dict()
                 ),
             ),
@@ -176,16 +176,22 @@ class Build:
         files.save(target, files.checkpoint(unet, vae))
 
     def _adapter(self, variant: str, name: str, target: Path) -> None:
-        run = self.work / f"run-{name.removesuffix('.safetensors')}"
-        made = adapters.train(
-            variant,
-            self.work / _CHECKPOINT,
-            self.work / files.ENCODER,
-            self.work / "cache",
-            run,
-            STEPS[name.removesuffix(".safetensors")],
-            seed=self.seed,
-        )
+        """In cycles of steps and a peak learning rate, each from the adapter before."""
+        stem = name.removesuffix(".safetensors")
+        before: dict[str, Any] = {}
+        for number, (steps, peak) in enumerate(STEPS[stem]):
+            made = adapters.train(
+                variant,
+                self.work / _CHECKPOINT,
+                self.work / files.ENCODER,
+                self.work / "cache",
+                self.work / f"run-{stem}-{number}",
+                steps,
+                seed=self.seed + number,
+                learning_rate=peak,
+                **before,
+            )
+            before = {"adapter": made}
         shutil.copyfile(made, target)
 
     def ship(self, out: Path) -> int:
