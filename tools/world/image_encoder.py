@@ -79,7 +79,7 @@ def train(seed: int, steps: int, batch: int = 128) -> CLIP:
         texts = normalize(model.encode_text(tokenize(rows.descriptions)), dim=-1)
         scores = model.logit_scale.exp() * images @ texts.T
         same = _same(rows.descriptions)
-        loss = (_contrast(scores, same) + _contrast(scores.T, same)) / 2
+        loss = (cross_entropy(scores, same) + cross_entropy(scores.T, same)) / 2
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -96,7 +96,3 @@ def _same(descriptions: list[str]) -> Tensor:
     mine = torch.tensor([numbers[text] for text in descriptions])
     equal = (mine[:, None] == mine).float()
     return equal / equal.sum(dim=1, keepdim=True)
-
-
-def _contrast(scores: Tensor, right: Tensor) -> Tensor:
-    return cross_entropy(scores, right)

@@ -24,7 +24,7 @@ SHOWN = 1 << 40  # the stream of what is shown and measured; training never sees
 REFERENCES = {"reference.png": 3, "reference_2.png": 8, "reference_3.png": 12}
 """Scenes of that stream, by the names that the workflows load."""
 SIDE = 256  # pixels of a reference as it lies in input/
-_FROM_SCENES = ("mask.png",)
+_DRAWN = ("mask.png",)
 
 
 def base_directory() -> Path:
@@ -48,7 +48,7 @@ def ensure() -> Path:
         (base / "models" / "controlnet").mkdir(parents=True, exist_ok=True)
         for name, number in REFERENCES.items():
             _write(base / "input" / name, _picture(scenes(SHOWN, 1, number)))
-        for name in _FROM_SCENES:
+        for name in _DRAWN:
             _write(base / "input" / name, _drawn(name))
         stamp.write_text(json.dumps(wanted), encoding="utf-8")
     return base
