@@ -1,6 +1,6 @@
-"""Draw docs/graph.png: a workflow in ComfyUI's editor, after it has run on the stand-in models.
+"""Draw docs/graph.png: a workflow in ComfyUI's editor, after it has run on the miniature.
 
-    python -m tools.editor_picture [--workflow text_and_image] [--steps 10]
+    python -m tools.editor_picture [--workflow text_and_image] [--text "a star"]
 
 Needs `pip install playwright` and a Chromium (CHROMIUM_PATH, or `chromium` on the path).
 """
@@ -14,8 +14,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tools import host, miniature
+from tools import host
 from tools.server import Server
+from tools.world import setup
+from tools.world.workflows import in_editor
 
 READY = """() => window.app?.extensionManager && window.app.graph
     && window.LiteGraph?.registered_node_types?.IPA_Apply"""
@@ -32,23 +34,11 @@ FIT = """() => {
 GRAPH: Any = {"x": 205, "y": 212, "width": 1292, "height": 378}  # where the fitted view lies
 
 
-def prepared(name: str, steps: int) -> dict[str, Any]:
-    """The editor's workflow, with fewer steps and a smaller picture."""
-    workflow = json.loads((host.ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
-    for node in workflow["nodes"]:
-        values = node.get("widgets_values")
-        if node["type"] == "KSampler":
-            values[2] = steps
-        elif node["type"] == "EmptyLatentImage":
-            values[:2] = [256, 256]
-    return workflow
-
-
 def draw(workflow: dict[str, Any], target: Path) -> None:
     from playwright.sync_api import sync_playwright
 
     chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium")
-    with Server(miniature.ensure("sd15"), host.require()) as client, sync_playwright() as play:
+    with Server(setup.ensure(), host.require()) as client, sync_playwright() as play:
         browser = play.chromium.launch(
             executable_path=chromium,
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
@@ -70,10 +60,11 @@ def draw(workflow: dict[str, Any], target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workflow", default="text_and_image")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--text", default="a star")
     given = parser.parse_args()
     target = host.ROOT / "docs" / "graph.png"
-    draw(prepared(given.workflow, given.steps), target)
+    source = host.ROOT / "workflows" / f"{given.workflow}.json"
+    draw(in_editor(json.loads(source.read_text(encoding="utf-8")), given.text), target)
     print(target)
 
 

@@ -29,10 +29,16 @@ class Recipe:
 
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
     min_snr_gamma: float | None = None
+    debiased_estimation: bool = False
     zero_terminal_snr: bool = False
 
     def schedule(self, base: Mapping[str, Any]) -> Any:
         """The DDPMScheduler of training; `base`: the configuration of the base's scheduler."""
+        if self.debiased_estimation and self.min_snr_gamma is not None:
+            raise TrainingError(
+                f"min_snr_gamma {self.min_snr_gamma:g} and debiased_estimation are two weights for "
+                "one loss; leave one of them out."
+            )
         changes: dict[str, Any] = {}
         if self.zero_terminal_snr:  # else as the base has it
             changes["rescale_betas_zero_snr"] = True
@@ -54,11 +60,15 @@ class Recipe:
         return schedule
 
     def loss_weights(self, schedule: Any, timesteps: Tensor) -> Tensor:
-        """`(B,)`: 1, or min-SNR-γ's (arXiv 2303.09556, section 3.4)."""
-        if self.min_snr_gamma is None:
+        """`(B,)`: 1, or min-SNR-γ's (arXiv 2303.09556, section 3.4), or 1/√SNR (arXiv 2310.08442).
+        Both are said of the noise's squared error, which is SNR / (SNR + 1) times v's.
+        """
+        if self.min_snr_gamma is None and not self.debiased_estimation:
             return torch.ones_like(timesteps, dtype=torch.float32)
         snr = compute_snr(schedule, timesteps).float()
         divisor = snr + 1 if schedule.config.prediction_type == "v_prediction" else snr
+        if self.min_snr_gamma is None:
+            return snr.sqrt() / divisor
         return snr.clamp(max=self.min_snr_gamma) / divisor
 
 

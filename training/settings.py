@@ -66,6 +66,9 @@ class Settings:
     """What the base predicts; auto reads its own configuration."""
     min_snr_gamma: float | None = None
     """Min-SNR weighting (arXiv 2303.09556), usually 5; off as in the paper."""
+    debiased_estimation: bool = False
+    """Weight the loss by 1/√SNR (arXiv 2310.08442), so that what is decided in strong noise, colour
+    and composition, is learnt sooner; off as in the paper."""
     noise_offset: float = 0.0
     """Offset of each channel's mean, usually 0.05 for darker darks; off as in the paper."""
     zero_terminal_snr: bool = False

@@ -62,7 +62,12 @@ def prepare(settings: Settings) -> Run:
         *(fingerprints.of_weights(x.to_k) for x in cross_attention_layers(base.unet).values())
     )
     nn.Module.to(base.unet, dtype)  # the adapter has started from its weights as the file has them
-    recipe = Recipe(settings.prediction, settings.min_snr_gamma, settings.zero_terminal_snr)
+    recipe = Recipe(
+        settings.prediction,
+        settings.min_snr_gamma,
+        settings.debiased_estimation,
+        settings.zero_terminal_snr,
+    )
     noise_schedule = recipe.schedule(base.scheduler)
     timesteps = noise_schedule.config.num_train_timesteps
     place = Place.of(settings, accelerator, done)

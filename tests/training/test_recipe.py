@@ -216,6 +216,26 @@ def test_min_snr(prediction):
     assert torch.equal(Recipe(prediction).loss_weights(schedule, timesteps), torch.ones(5))
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_debiased_estimation(prediction):
+    """Its weighted loss is (ε̂ − ε)²/√SNR, whichever of ε and v the UNet predicts."""
+    schedule = Recipe(prediction, debiased_estimation=True).schedule(config())
+    timesteps = torch.tensor([0, 1, 200, 500, 999])
+    signal = schedule.alphas_cumprod[timesteps].double()
+    clean, noise, wrong = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).double()
+    noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+
+    def predicted(noise):
+        if prediction == "epsilon":
+            return noise
+        return (noise - (1 - signal).sqrt() * noisy) / signal.sqrt()  # v, from x and ε
+
+    error = (predicted(noise) - predicted(noise + wrong)) ** 2
+    weights = Recipe(prediction, debiased_estimation=True).loss_weights(schedule, timesteps)
+    snr = signal / (1 - signal)
+    torch.testing.assert_close(weights.double() * error, wrong**2 / snr.sqrt(), rtol=1e-4, atol=0)
+
+
 def test_the_bases_own_prediction_is_found():
     found = Recipe().schedule(config(prediction_type="v_prediction"))
     assert isinstance(found, DDPMScheduler)
@@ -227,6 +247,7 @@ def test_the_bases_own_prediction_is_found():
     [
         (Recipe(zero_terminal_snr=True), {}, "needs a base with v_prediction"),
         (Recipe(), {"prediction_type": "sample"}, "predicts 'sample'"),
+        (Recipe(min_snr_gamma=5, debiased_estimation=True), {}, "leave one of them out"),
     ],
 )
 def test_combinations_without_meaning(made, base, said):

@@ -14,8 +14,9 @@ from PIL import Image
 
 from tools.server import Client, Server
 from tools.world import setup
-from tools.world.evaluate import WORKFLOWS, as_tensor, judge
+from tools.world.drawing import WORKFLOWS, as_tensor
 from tools.world.judge import Judge
+from tools.world.measures import judge
 
 
 @pytest.fixture(scope="session")

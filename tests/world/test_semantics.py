@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tools.world.evaluate import Drawer, Similarity, Task, chance_interval, measured
+from tools.world.drawing import Drawer, Task
+from tools.world.evaluate import measured
+from tools.world.measures import Similarity, chance_interval
 from tools.world.scenes import KINDS
 
 COUNT = 16
@@ -27,7 +29,7 @@ def at(draw):
 
     def at(weight):
         if weight not in made:
-            made[weight] = draw("text_and_image", weight, "base")
+            made[weight] = draw("text_and_image", weight)[:, 0]
         return made[weight]
 
     return at
@@ -64,7 +66,12 @@ def test_the_text_keeps_the_shape(at, judged, task):
 
 def test_the_figures_say_one_where_everything_follows(task, judged):
     """References in place of results: what follows is all, and no text is kept."""
-    names = [*(f"text {w:g}" for w in (0, 0.25, 0.5, 0.75, 1)), "image only", "fine-grained"]
+    names = [
+        *(f"text {w:g}" for w in (0, 0.25, 0.5, 0.75, 1)),
+        "image only",
+        "fine-grained",
+        "described",
+    ]
     found = measured(dict.fromkeys(names, task.pictures), task, judged)
     assert min(found[f"{kind}_follows"] for kind in ("colour", "texture", "background")) > 0.95
     assert found["shape_kept"] < 0.1

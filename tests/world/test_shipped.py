@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tools.world import base, files, image_encoder, setup, workflows
+from tools.world.drawing import WORKFLOWS
 from tools.world.scenes import render, scenes
 from training.image_encoder import KINDS, ImageEncoder
 from training.models import load_base
@@ -106,3 +107,28 @@ def test_workflows_keep_their_graph_on_the_miniature(workflow, name):
         assert links == {k: v for k, v in before[key]["inputs"].items() if isinstance(v, list)}
     named = json.dumps(after)
     assert "v1-5" not in named and "CLIP-ViT" not in named and "_sd15" not in named
+
+
+NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json") if path.stem != "sdxl")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_editors_workflow_says_on_the_miniature_what_the_api_does(workflow, name):
+    """Node by node: the same classes, and every value of the API's among the editor's widgets."""
+    editor = json.loads((WORKFLOWS.parent / f"{name}.json").read_text("utf-8"))
+    shown = {str(node["id"]): node for node in workflows.in_editor(editor, "a star")["nodes"]}
+    for key, node in workflows.on_miniature(workflow(name), "a star").items():
+        assert shown[key]["type"] == node["class_type"]
+        values = [value for value in node["inputs"].values() if not isinstance(value, list)]
+        for value in values:
+            assert value in shown[key]["widgets_values"], (node["class_type"], value)
+
+
+def test_an_adapters_idle_layer_is_left_out_and_put_back(world, tmp_path):
+    """The shipped file lacks it; the one that ComfyUI reads has it, as zeros, and nothing else."""
+    shipped = load_file(files.FOLDER / files.ADAPTER)
+    laid = load_file(world / "models" / "ipadapter" / workflows.ADAPTERS["base"])
+    added = laid.keys() - shipped.keys()
+    assert added == {"ip_adapter.1.to_k_ip.weight", "ip_adapter.1.to_v_ip.weight"}
+    assert not any(laid[key].any() for key in added)
+    assert all(torch.equal(laid[key], shipped[key]) for key in shipped)

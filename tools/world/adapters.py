@@ -21,10 +21,11 @@ RESAMPLER = {"resampler_dim": 192, "resampler_depth": 2}
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 16,
-    "learning_rate": 5e-4,
+    "learning_rate": 2e-3,
+    "clip_norm": 1.0,
     "schedule": "cosine",
     "warmup_steps": 20,
-    "min_snr_gamma": 5.0,
+    "debiased_estimation": True,
     "log_with": "none",
     "workers": 0,
     "save_every": 1000,

@@ -5,6 +5,7 @@ Trained with diffusers' UNet2DConditionModel and saved in the original layout, a
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from tools.world import text
 from tools.world.autoencoder import Autoencoder
-from tools.world.scenes import SHAPES, caption, render, scenes
+from tools.world.scenes import KINDS, SHAPES, caption, render, scenes
 from tools.world.training import Average, Progress, decaying
 
 CONFIG: dict[str, Any] = {
@@ -30,8 +31,10 @@ CONFIG: dict[str, Any] = {
 }
 POOL = 16_000  # pictures whose latents are computed once
 DROP_TEXT = 0.1
-MIN_SNR = 5.0  # arXiv 2303.09556
+SHAPE_ALONE = 0.35  # of the texts name nothing else
+NAMED = 0.75  # how often each of colour, texture and background is named in the others
 NONE = len(SHAPES)  # the row of the empty text
+_TEXTS_AT_ONCE = 60
 
 _NAMES = (
     (r"time_embedding\.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"),
@@ -86,36 +89,76 @@ def alphas() -> Tensor:
 
 @torch.no_grad()
 def latents(autoencoder: Autoencoder, seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Latents `(count, 4, 8, 8)` of the stream `seed`, and the shape of each."""
-    made, shapes = [], []
+    """Latents `(count, 4, 8, 8)` of the stream `seed`, and the kinds `(count, 4)` of each."""
+    made, kinds = [], []
     for start in range(0, count, 100):
         rows = scenes(seed, 100, start)
         made.append(autoencoder.encode(render(rows)))
-        shapes.append(rows.shape)
-    return torch.cat(made), torch.cat(shapes)
+        kinds.append(torch.stack([getattr(rows, kind) for kind in KINDS], 1))
+    return torch.cat(made), torch.cat(kinds)
 
 
 def contexts() -> Tensor:
-    """The text states of every caption and, as the last row, of the empty one."""
+    """The text states of every shape's caption and, as the last row, of the empty one."""
     return text.states([*(caption(shape) for shape in range(len(SHAPES))), ""])
+
+
+def all_texts() -> list[str]:
+    """Whatever of a scene a caption can name, as `naming` counts them, and last the empty text."""
+    shapes, *others = (range(number) for number in KINDS.values())
+    every = itertools.product(shapes, *((None, *kind) for kind in others))
+    return [*(caption(*kinds) for kinds in every), ""]
+
+
+def all_contexts() -> Tensor:
+    """The text states of all texts, in float16: 200 MB, after some minutes."""
+    texts = all_texts()
+    some = [texts[at : at + _TEXTS_AT_ONCE] for at in range(0, len(texts), _TEXTS_AT_ONCE)]
+    return torch.cat([text.states(batch).half() for batch in some])
+
+
+def naming(kinds: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows of `all_texts` for scenes of these kinds `(N, 4)`: texts that name the shape alone,
+    or some of the rest too, or nothing."""
+    count = len(kinds)
+    named = torch.rand(count, 3, generator=generator) < NAMED
+    named &= (torch.rand(count, generator=generator) >= SHAPE_ALONE)[:, None]
+    rows = kinds[:, 0]
+    for kind, number in enumerate([*KINDS.values()][1:]):
+        rows = rows * (number + 1) + torch.where(named[:, kind], kinds[:, kind + 1] + 1, 0)
+    rows[torch.rand(count, generator=generator) < DROP_TEXT] = -1
+    return rows
+
+
+def debiased(signal: Tensor) -> Tensor:
+    """The weight of a squared error of the noise where that share of the variance is signal: 1/√SNR
+    (arXiv 2310.08442). Colour and background are decided where there is almost only noise, and a
+    plain error hardly feels them there."""
+    return ((1 - signal) / signal).sqrt()
 
 
 def train(autoencoder: Autoencoder, seed: int, cycles: Sequence[tuple[int, float]]) -> Any:
     """A new one, from the stream `seed`. `cycles`: steps and peak learning rate of each; a cycle
     begins with the running average of the weights that the one before ended with."""
     unet = new(seed)
-    pool = latents(autoencoder, seed, POOL)
+    pool, context = latents(autoencoder, seed, POOL), all_contexts()
     for number, (steps, peak) in enumerate(cycles):
-        cycle(unet, pool, seed + number, steps, peak)
+        cycle(unet, pool, context, seed + number, steps, peak)
     return unet.eval().requires_grad_(False)
 
 
 def cycle(
-    unet: Any, pool: tuple[Tensor, Tensor], seed: int, steps: int, peak: float, batch: int = 16
+    unet: Any,
+    pool: tuple[Tensor, Tensor],
+    context: Tensor,
+    seed: int,
+    steps: int,
+    peak: float,
+    batch: int = 16,
 ) -> None:
-    """Train `unet` in place on latents and shapes as `latents` gives them."""
-    made, shapes = pool
-    context, signal = contexts(), alphas()
+    """Train `unet` in place on latents and kinds as `latents` gives them."""
+    made, kinds = pool
+    signal = alphas()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     average, progress = Average(unet, 0.995), Progress("base", steps)
@@ -124,13 +167,10 @@ def cycle(
         rows = torch.randint(len(made), (batch,), generator=generator)
         times = torch.randint(1000, (batch,), generator=generator)
         noise = torch.randn(made[rows].shape, generator=generator)
-        told = shapes[rows].clone()
-        told[torch.rand(batch, generator=generator) < DROP_TEXT] = NONE
+        told = context[naming(kinds[rows], generator)].float()
         a = signal[times][:, None, None, None]
-        found = unet(a.sqrt() * made[rows] + (1 - a).sqrt() * noise, times, context[told]).sample
-        ratio = (a / (1 - a)).flatten()
-        loss = (found - noise).square().mean((1, 2, 3))
-        loss = (loss * ratio.clamp(max=MIN_SNR) / ratio).mean()
+        found = unet(a.sqrt() * made[rows] + (1 - a).sqrt() * noise, times, told).sample
+        loss = ((found - noise).square().mean((1, 2, 3)) * debiased(signal[times])).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

@@ -199,7 +199,10 @@ class Build:
         out.mkdir(parents=True, exist_ok=True)
         made = [name for name in _SHIPPED if (self.work / name).exists()]
         for name in made:
-            shutil.copyfile(self.work / name, out / name)
+            if name in (files.ADAPTER, files.ADAPTER_PLUS):
+                files.copy_adapter(self.work / name, out / name, whole=False)
+            else:
+                shutil.copyfile(self.work / name, out / name)
         sizes = {name: (out / name).stat().st_size for name in made}
         manifest = {
             "seed": self.seed,

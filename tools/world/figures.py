@@ -15,7 +15,7 @@ from tools.world.scenes import KINDS, caption
 from tools.world.setup import as_image
 
 if TYPE_CHECKING:
-    from tools.world.evaluate import Task
+    from tools.world.drawing import Task
 
 SHOWN = 6  # references on the sheet
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from open_clip.model import CLIP
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +32,7 @@ ADAPTER, ADAPTER_PLUS = "ip-adapter.safetensors", "ip-adapter-plus.safetensors"
 JUDGE, CONTROL, RESTYLED = "judge.safetensors", "control.safetensors", "outlined.safetensors"
 CONCATENATED = "concatenated.safetensors"
 MANIFEST = "manifest.json"
+_IDLE, _BUSY = "ip_adapter.1.", "ip_adapter.3."  # an adapter's first and second layer
 _LEVELS = 127  # of 8 bits on either side of zero
 _SCALE = "::scale"
 _LATENT_SCALE = 0.18215  # SD1.5's: ComfyUI divides latents by it before it calls a VAE
@@ -110,6 +112,18 @@ def checkpoint(unet: Mapping[str, Tensor], vae: Autoencoder) -> State:
         **under("first_stage_model.", halved(vae.taesd())),
         "first_stage_model.vae_scale": torch.tensor(_LATENT_SCALE),
     }
+
+
+def copy_adapter(source: Path, target: Path, *, whole: bool) -> None:
+    """Copy an adapter's file; not `whole`: without its layer for `idle_transformer`, which trains
+    nothing and stays zeros, and takes a megabyte."""
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    state = {key: x for key, x in load_file(source).items() if not key.startswith(_IDLE)}
+    if whole:
+        layer = {key: x for key, x in state.items() if key.startswith(_BUSY)}
+        state |= {key.replace(_BUSY, _IDLE): torch.zeros_like(x) for key, x in layer.items()}
+    save(target, state, metadata)
 
 
 def checksum(path: Path) -> str:

@@ -73,23 +73,27 @@ class Scenes:
 
     @property
     def captions(self) -> list[str]:
-        """What a text-to-image model is told: the shape."""
+        """What an adapter's base is told in training: the shape."""
         return [caption(int(shape)) for shape in self.shape]
 
     @property
     def descriptions(self) -> list[str]:
         """All that is to be seen, for training an image encoder."""
-        colours, backgrounds = list(COLOURS), list(BACKGROUNDS)
         kinds = (self.shape, self.colour, self.texture, self.background)
-        rows = zip(*(kind.tolist() for kind in kinds), strict=True)
-        return [
-            f"a {TEXTURES[t]} {colours[c]} {SHAPES[s]}, {backgrounds[b]} background"
-            for s, c, t, b in rows
-        ]
+        return [caption(*row) for row in zip(*(kind.tolist() for kind in kinds), strict=True)]
 
 
-def caption(shape: int) -> str:
-    return f"a {SHAPES[shape]}"
+def caption(
+    shape: int, colour: int | None = None, texture: int | None = None, background: int | None = None
+) -> str:
+    """Names the shape, and of the rest what is given: "a striped red star, sky background"."""
+    named = [
+        *([] if texture is None else [TEXTURES[texture]]),
+        *([] if colour is None else [list(COLOURS)[colour]]),
+        SHAPES[shape],
+    ]
+    behind = "" if background is None else f", {list(BACKGROUNDS)[background]} background"
+    return f"a {' '.join(named)}{behind}"
 
 
 def scenes(seed: int, count: int, start: int = 0) -> Scenes:

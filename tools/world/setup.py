@@ -39,7 +39,7 @@ def ensure() -> Path:
     base = base_directory()
     base.mkdir(parents=True, exist_ok=True)
     stamp = base / "made.json"
-    wanted = {"shipped": files.manifest()["files"], "text": text.SEED, "version": 1}
+    wanted = {"shipped": files.manifest()["files"], "text": text.SEED, "version": 2}
     with FileLock(base / "making.lock"):
         if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == wanted:
             return base
@@ -74,6 +74,9 @@ def _models() -> dict[str, Callable[[Path], object]]:
     def copy(name: str) -> Callable[[Path], object]:
         return lambda target: shutil.copyfile(files.FOLDER / name, target)
 
+    def adapter(name: str) -> Callable[[Path], object]:
+        return lambda target: files.copy_adapter(files.FOLDER / name, target, whole=True)
+
     shipped = files.manifest()["files"]
     further = {
         files.RESTYLED: (
@@ -86,8 +89,8 @@ def _models() -> dict[str, Callable[[Path], object]]:
         f"checkpoints/{workflows.CHECKPOINT}": checkpoint(files.UNET),
         **dict(further[name] for name in further if name in shipped),
         f"clip_vision/{workflows.ENCODER}": copy(files.ENCODER),
-        f"ipadapter/{workflows.ADAPTERS['base']}": copy(files.ADAPTER),
-        f"ipadapter/{workflows.ADAPTERS['fine-grained']}": copy(files.ADAPTER_PLUS),
+        f"ipadapter/{workflows.ADAPTERS['base']}": adapter(files.ADAPTER),
+        f"ipadapter/{workflows.ADAPTERS['fine-grained']}": adapter(files.ADAPTER_PLUS),
     }
 
 

@@ -52,6 +52,41 @@ def on_miniature(
     return made
 
 
+def in_editor(workflow: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """A workflow of ComfyUI's editor, a copy that runs on the miniature as `on_miniature` makes it
+    run over the API."""
+    made = copy.deepcopy(dict(workflow))
+    sides = {"EmptyLatentImage": slice(0, 2), "ImageScale": slice(1, 3)}  # of the widgets
+    shortest = min(
+        min(node["widgets_values"][sides[node["type"]]])
+        for node in made["nodes"]
+        if node["type"] in sides
+    )
+    for node in made["nodes"]:
+        values: list[Any] = node.get("widgets_values") or []
+        match node["type"]:
+            case "CheckpointLoaderSimple":
+                values[0] = SECOND if values[0] == DREAMSHAPER.name else CHECKPOINT
+            case "ControlNetLoader":
+                values[0] = CONTROL
+            case "CLIPVisionLoader":
+                node["type"] = "IPA_LoadImageEncoder"
+                node["properties"] = {"Node name for S&R": node["type"]}
+                node["inputs"] = []
+                values[0] = ENCODER
+            case "IPA_LoadAdapter":
+                values[0] = ADAPTERS["fine-grained" if values[0] in _PLUS else "base"]
+            case "CLIPTextEncode":
+                values[0] = "" if values[0] in ("", DEFECTS) else text
+            case "EmptyLatentImage" | "ImageScale":
+                at = sides[node["type"]]
+                values[at] = [side * SIDE // shortest for side in values[at]]
+            case "KSampler":
+                values[2:4] = [STEPS, GUIDANCE]
+        node.get("properties", {}).pop("models", None)  # nothing is offered for download
+    return made
+
+
 def given(api: Mapping[str, Any], **values: Mapping[str, Any]) -> Api:
     """A copy with these inputs in every node of a class: `given(api, KSampler={"seed": 1})`."""
     made = copy.deepcopy(dict(api))

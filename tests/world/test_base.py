@@ -1,0 +1,50 @@
+"""How the base is trained: which texts it hears, and what weighs how much."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tools.world import base
+from tools.world.scenes import KINDS, SHAPES, caption, scenes
+from training.recipe import Recipe
+
+
+def test_a_caption_names_what_it_is_given():
+    assert caption(3) == "a star"
+    assert caption(3, colour=0) == "a red star"
+    assert caption(3, 0, 2, 2) == "a striped red star, sky background"
+    assert caption(3, background=1) == "a star, night background"
+
+
+def test_texts_name_what_the_scene_shows_and_often_the_shape_alone():
+    rows = scenes(5, 4000)
+    kinds = torch.stack([getattr(rows, kind) for kind in KINDS], 1)
+    texts = base.all_texts()
+    heard = [texts[row] for row in base.naming(kinds, torch.Generator().manual_seed(0))]
+    for text, *given in zip(heard, *kinds.T.tolist(), strict=True):
+        for kind, named in zip(("shape", "colour", "texture", "background"), given, strict=True):
+            only = {"shape": given[0], kind: named}
+            said = set(caption(**only).replace(",", "").split()) - {"a", "background"}
+            others = {
+                word
+                for number in range(KINDS[kind])
+                for word in caption(**(only | {kind: number})).replace(",", "").split()
+            } - said
+            assert not (others - {"a", "background", SHAPES[given[0]]}) & set(
+                text.replace(",", "").split()
+            ), (text, kind)
+    share = {text: heard.count(text) / 4000 for text in ("", *map(caption, range(len(SHAPES))))}
+    assert share.pop("") == pytest.approx(base.DROP_TEXT, abs=0.02)
+    assert sum(share.values()) > (1 - base.DROP_TEXT) * base.SHAPE_ALONE - 0.03
+    assert sum("red" in text for text in heard) / 4000 == pytest.approx(
+        0.9 * 0.65 * base.NAMED / KINDS["colour"], abs=0.02
+    )
+
+
+def test_the_loss_is_weighted_as_training_weights_it():
+    recipe = Recipe("epsilon", debiased_estimation=True)
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    times = torch.tensor([0, 10, 300, 999])
+    expected = recipe.loss_weights(recipe.schedule(config), times)
+    torch.testing.assert_close(base.debiased(base.alphas()[times]), expected, rtol=1e-3, atol=0)

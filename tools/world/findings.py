@@ -1,0 +1,174 @@
+"""What else an image prompt does on the miniature: several references, structure, other bases.
+
+Each function draws with the shipped workflows and returns plain figures; `evaluate.py` collects
+them over several seeds.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tools.world import concatenated, files, setup
+from tools.world.drawing import Drawer
+from tools.world.judge import Judge
+from tools.world.measures import Similarity, overlap, share, whiteness_of_outlines
+from tools.world.scenes import Scenes, outlines, render, scenes
+from tools.world.workflows import SECOND, Api, given
+
+STRUCTURES = 1 << 22  # of the shown stream: what gives structures their edges
+Figures = dict[str, Any]
+
+
+def partners(rows: Scenes) -> Tensor:
+    """For each scene the next one that differs in colour and in background, `(N,)`."""
+    count = len(rows)
+    found = []
+    for number in range(count):
+        others = [(number + step) % count for step in range(1, count)]
+        unlike = (
+            other
+            for other in others
+            if rows.colour[other] != rows.colour[number]
+            and rows.background[other] != rows.background[number]
+        )
+        found.append(next(unlike))
+    return torch.tensor(found)
+
+
+def of_two(api: Api) -> Api:
+    """A workflow for three references, with two: the third is not wired in, and where there is a
+    latent for each, there are two."""
+    made = copy.deepcopy(api)
+    for node in made.values():
+        node["inputs"].pop("images.image2", None)
+        if node["inputs"].get("batch_size") == 3:
+            node["inputs"]["batch_size"] = 2
+    return made
+
+
+def several_references(draw: Drawer, judged: Judge, alike: Similarity) -> Figures:
+    """Two references that share neither colour nor background, combined in each way."""
+    task = draw.task
+    second = partners(task.rows)
+    pictures = task.pictures, task.pictures[second]
+    strangers = [
+        other
+        for number, first in enumerate(second.tolist())
+        for other in [next(i for i in range(len(second)) if i not in (number, first))]
+    ]
+    names = [draw.names[number] for number in second.tolist()]
+    found: Figures = {}
+    for combine in ("concat", "average"):
+        made = draw(f"several_images_{combine}", others=names, change=of_two)[:, 0]
+        seen = judged(made)
+        found[combine] = {
+            f"{kind}_of_either": float(
+                (
+                    (seen[kind] == getattr(task.rows, kind))
+                    | (seen[kind] == getattr(task.rows, kind)[second])
+                )
+                .float()
+                .mean()
+            )
+            for kind in ("colour", "background")
+        } | {
+            "image_similarity": [float(alike(made, picture).mean()) for picture in pictures],
+            "image_similarity_of_strangers": float(alike(made, task.pictures[strangers]).mean()),
+        }
+    made = draw("several_images_per_latent", others=names, change=of_two)
+    both = [judged(made[:, latent]) for latent in (0, 1)]
+    found["per_latent"] = {
+        f"{kind}_of_{whose}": sum(
+            share(both[latent][kind], getattr(task.rows, kind)[rows])
+            for latent, rows in enumerate(order)
+        )
+        / 2
+        for kind in ("colour", "background")
+        for whose, order in (
+            ("own", (slice(None), second)),
+            ("other", (second, slice(None))),
+        )
+    }
+    return found
+
+
+def structure(draw: Drawer, judged: Judge) -> Figures:
+    """Edges say where and what shape, the reference says the colours, and there is no text."""
+    task = draw.task
+    rows = scenes(setup.SHOWN, len(task.rows), STRUCTURES + task.seeds[0])
+    names = draw.lay("structure", rows)
+    covered = outlines(rows, task.pictures.shape[-1])
+    with_edges = draw("controlnet", others=names)[:, 0]
+    without = draw("image_only")[:, 0]
+    from_picture = draw("image_to_image", others=names)[:, 0]
+    seen = judged(with_edges)
+    shown = render(rows, task.pictures.shape[-1])
+    return {
+        "shape_of_edges": share(seen["shape"], rows.shape),
+        "overlap": overlap(with_edges, covered),
+        "overlap_without": overlap(without, covered),
+        **{kind: share(seen[kind], getattr(task.rows, kind)) for kind in ("colour", "background")},
+        "image_to_image": {
+            "overlap": overlap(from_picture, covered),
+            "overlap_of_start": overlap(shown, covered),
+            **{
+                kind: share(judged(from_picture)[kind], getattr(task.rows, kind))
+                for kind in ("colour", "background")
+            },
+        },
+    }
+
+
+def variants(draw: Drawer, alike: Similarity, base: Tensor) -> Figures:
+    """How like its reference a picture is with each kind of adapter, each under the same texts."""
+    task = draw.task
+
+    def likeness(made: Tensor) -> float:
+        return float(alike(made, task.pictures).mean())
+
+    found = {
+        "base": likeness(base),
+        "fine_grained": likeness(draw("text_and_image", adapter="fine-grained")[:, 0]),
+    }
+    if files.CONCATENATED in files.manifest()["files"]:
+        made = concatenated.draw(task.pictures, task.told.tolist(), task.seeds)
+        found["concatenated"] = likeness(made)
+    return found
+
+
+def another_base(draw: Drawer, judged: Judge, first: Tensor) -> Figures:
+    """The adapter on the fine-tuned base; `first`: what the first one draws of the same."""
+
+    def on_second(api: Api) -> Api:
+        return given(api, CheckpointLoaderSimple={"ckpt_name": SECOND})
+
+    made = draw("text_and_image", change=on_second)[:, 0]
+    plain = draw("text_and_image", 0.0, change=on_second)[:, 0]
+    seen = judged(made)
+    rows = draw.task.rows
+    return {
+        **{kind: share(seen[kind], getattr(rows, kind)) for kind in ("colour", "background")},
+        "shape_kept": share(seen["shape"], draw.task.told),
+        "colour_at_zero": share(judged(plain)["colour"], rows.colour),
+        "whiteness_of_outlines": whiteness_of_outlines(made),
+        "whiteness_on_the_first_base": whiteness_of_outlines(first),
+    }
+
+
+def of(draw: Drawer, judged: Judge, alike: Similarity) -> Figures:
+    """Every finding for which the miniature has the models."""
+    shipped = files.manifest()["files"]
+    base = draw("text_and_image")[:, 0]
+    found = {
+        "image_similarity": variants(draw, alike, base),
+        "several_references": several_references(draw, judged, alike),
+    }
+    if files.CONTROL in shipped:
+        found["structure"] = structure(draw, judged)
+    if files.RESTYLED in shipped:
+        found["another_base"] = another_base(draw, judged, base)
+    return found
