@@ -38,7 +38,7 @@ def test_texts_name_what_the_scene_shows_and_often_the_shape_alone():
     assert share.pop("") == pytest.approx(base.DROP_TEXT, abs=0.02)
     assert sum(share.values()) > (1 - base.DROP_TEXT) * base.SHAPE_ALONE - 0.03
     assert sum("red" in text for text in heard) / 4000 == pytest.approx(
-        0.9 * 0.65 * base.NAMED / KINDS["colour"], abs=0.02
+        (1 - base.DROP_TEXT) * (1 - base.SHAPE_ALONE) * base.NAMED / KINDS["colour"], abs=0.02
     )
 
 

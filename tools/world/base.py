@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,10 +28,9 @@ CONFIG: dict[str, Any] = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
-POOL = 16_000  # pictures whose latents are computed once
 DROP_TEXT = 0.1
-SHAPE_ALONE = 0.35  # of the texts name nothing else
-NAMED = 0.75  # how often each of colour, texture and background is named in the others
+SHAPE_ALONE = 0.2  # of the texts name nothing else
+NAMED = 0.85  # how often each of colour, texture and background is named in the others
 NONE = len(SHAPES)  # the row of the empty text
 _TEXTS_AT_ONCE = 60
 
@@ -137,16 +135,6 @@ def debiased(signal: Tensor) -> Tensor:
     return ((1 - signal) / signal).sqrt()
 
 
-def train(autoencoder: Autoencoder, seed: int, cycles: Sequence[tuple[int, float]]) -> Any:
-    """A new one, from the stream `seed`. `cycles`: steps and peak learning rate of each; a cycle
-    begins with the running average of the weights that the one before ended with."""
-    unet = new(seed)
-    pool, context = latents(autoencoder, seed, POOL), all_contexts()
-    for number, (steps, peak) in enumerate(cycles):
-        cycle(unet, pool, context, seed + number, steps, peak)
-    return unet.eval().requires_grad_(False)
-
-
 def cycle(
     unet: Any,
     pool: tuple[Tensor, Tensor],
@@ -156,7 +144,9 @@ def cycle(
     peak: float,
     batch: int = 16,
 ) -> None:
-    """Train `unet` in place on latents and kinds as `latents` gives them."""
+    """Train `unet` in place on latents and kinds as `latents` gives them and the states of
+    `all_texts`: up to a learning rate of `peak` and down to nearly none. It ends with the running
+    average of its weights."""
     made, kinds = pool
     signal = alphas()
     generator = torch.Generator().manual_seed(seed)

@@ -41,14 +41,16 @@ STEPS: dict[str, Any] = {
     "autoencoder": (2500, 2500),
     "image encoder": 400,
     "judge": 250,
-    "base": ((1500, 8e-4), (900, 5e-4)),
+    "latents": 16_000,
+    "base": ((2000, 8e-4), (2000, 8e-4), (1500, 6e-4)),
     "pictures": 2000,
-    "ip-adapter": ((260, 5e-4), (370, 1e-3)),
-    "ip-adapter-plus": ((260, 5e-4),),
+    "ip-adapter": ((1000, 2e-3),),
+    "ip-adapter-plus": ((1000, 2e-3),),
     "control": 300,
     "second base": 150,
 }
-_TRAINED = "unet-trained.safetensors"  # in float16, as training left it
+_TEXTS = "texts.safetensors"
+_BASES = [f"unet-{number + 1}.safetensors" for number in range(len(STEPS["base"]))]  # float16
 _CHECKPOINT = "checkpoint.safetensors"  # with the UNet as it is shipped, for the adapters
 _SHIPPED = (
     *(files.UNET, files.AUTOENCODER, files.ENCODER),
@@ -107,16 +109,13 @@ class Build:
             files.JUDGE,
             lambda to: files.save(to, saved(judge.train(seed, STEPS["judge"]))),
         )
+        self.part("texts", _TEXTS, lambda to: files.save(to, {"states": base.all_contexts()}))
+        for number, name in enumerate(_BASES):
+            self.part(f"base {number + 1}", name, lambda to, n=number: self._base(n, to))  # type: ignore[misc]
         self.part(
-            "base",
-            _TRAINED,
-            lambda to: files.save(
-                to,
-                saved(base.train(files.autoencoder(at / files.AUTOENCODER), seed, STEPS["base"])),
-            ),
-        )
-        self.part(
-            "8 bits", files.UNET, lambda to: files.save(to, files.quantised(_floats(at / _TRAINED)))
+            "8 bits",
+            files.UNET,
+            lambda to: files.save(to, files.quantised(_floats(at / _BASES[-1]))),
         )
         self.part("checkpoint", _CHECKPOINT, self._checkpoint)
         self.part(
@@ -169,6 +168,18 @@ class Build:
         unet.load_state_dict({key: x.float() for key, x in state.items()})
         vae = files.autoencoder(self.work / files.AUTOENCODER)
         return vae, unet.eval().requires_grad_(False)
+
+    def _base(self, number: int, target: Path) -> None:
+        """One cycle of it, from where the one before ended."""
+        unet = base.new(self.seed)
+        if number:
+            unet.load_state_dict(_floats(self.work / _BASES[number - 1]))
+        pool = base.latents(
+            files.autoencoder(self.work / files.AUTOENCODER), self.seed, STEPS["latents"]
+        )
+        context = load_file(self.work / _TEXTS)["states"]
+        base.cycle(unet, pool, context, self.seed + number, *STEPS["base"][number])
+        files.save(target, files.halved(unet.state_dict()))
 
     def _checkpoint(self, target: Path) -> None:
         unet = files.dequantised(load_file(self.work / files.UNET))

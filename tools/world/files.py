@@ -111,6 +111,7 @@ def checkpoint(unet: Mapping[str, Tensor], vae: Autoencoder) -> State:
         **under("cond_stage_model.transformer.", text.state()),
         **under("first_stage_model.", halved(vae.taesd())),
         "first_stage_model.vae_scale": torch.tensor(_LATENT_SCALE),
+        "first_stage_model.vae_shift": torch.tensor(0.0),
     }
 
 

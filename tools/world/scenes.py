@@ -2,7 +2,8 @@
 
 A scene is a row of numbers that follow from (seed, number) alone, so that any stretch of the
 endless stream can be had at once, in any size, in any process. Its caption names the shape and
-nothing else: colour, texture and background can come from nowhere but a reference.
+nothing else: colour, texture and background can come from nowhere but a reference. Its description
+names all.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def ensure() -> Path:
     base = base_directory()
     base.mkdir(parents=True, exist_ok=True)
     stamp = base / "made.json"
-    wanted = {"shipped": files.manifest()["files"], "text": text.SEED, "version": 2}
+    wanted = {"shipped": files.manifest()["files"], "text": text.SEED, "version": 3}
     with FileLock(base / "making.lock"):
         if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == wanted:
             return base

@@ -1,0 +1,123 @@
+"""The one command that makes the miniature, with hardly any steps: all parts, whole and small."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tools.world import base, build, control, files, setup, workflows
+from tools.world.scenes import render, scenes
+from training.models import load_base
+
+STEPS = {
+    "autoencoder": (2, 2),
+    "image encoder": 2,
+    "judge": 2,
+    "latents": 100,
+    "base": ((2, 1e-4), (1, 1e-4)),
+    "pictures": 16,
+    "ip-adapter": ((1, 1e-3), (1, 1e-3)),
+    "ip-adapter-plus": ((1, 1e-3),),
+    "control": 2,
+    "second base": 2,
+}
+LIMIT = 32_000_000
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The build's folder, and what was shipped of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "STEPS", STEPS)
+        patch.setattr(build, "_BASES", ["unet-1.safetensors", "unet-2.safetensors"])
+        few = torch.randn(
+            len(base.all_texts()), 77, 768, generator=torch.Generator().manual_seed(0)
+        )
+        patch.setattr(base, "all_contexts", few.half)  # the true ones take minutes
+        work, out = (tmp_path_factory.mktemp(name) for name in ("work", "out"))
+        whole = build.Build(1, work)
+        whole.all()
+        whole.ship(out)
+        before = {path: path.stat().st_mtime_ns for path in work.iterdir()}
+        whole.all()  # everything is there already
+        assert {path: path.stat().st_mtime_ns for path in work.iterdir()} == before
+        return work, out
+
+
+def test_everything_is_made_and_shipped_and_fits(made):
+    work, out = made
+    manifest = json.loads((out / files.MANIFEST).read_text("utf-8"))
+    assert manifest["seed"] == 1
+    assert manifest["steps"] == json.loads(json.dumps(STEPS))
+    assert set(manifest["files"]) == {path.name for path in out.iterdir()} - {files.MANIFEST}
+    assert {files.CONTROL, files.RESTYLED, files.CONCATENATED} <= set(manifest["files"])
+    for name, what in manifest["files"].items():
+        assert files.checksum(out / name) == what["sha256"], name
+    assert sum(path.stat().st_size for path in out.iterdir()) <= LIMIT
+    assert set(manifest["seconds"]) >= {"base 1", "base 2", "control", "ip-adapter.safetensors"}
+    assert not list(work.glob("unfinished-*"))
+
+
+def test_a_cycle_goes_on_from_the_one_before(made):
+    work, _ = made
+    one, two = (load_file(work / f"unet-{number}.safetensors") for number in (1, 2))
+    apart = max(float((one[key].float() - two[key].float()).abs().max()) for key in one)
+    assert 0 < apart < 1e-2
+
+
+@pytest.fixture
+def laid(made, monkeypatch, tmp_path):
+    """ComfyUI's base directory of what was made."""
+    monkeypatch.setattr(files, "FOLDER", made[1])
+    monkeypatch.setenv(setup.FOLDER_VARIABLE, str(tmp_path))
+    return setup.ensure()
+
+
+def test_the_second_base_is_the_first_but_for_its_end(laid):
+    first, second = (
+        load_base(str(laid / "models" / "checkpoints" / name)).unet.state_dict()
+        for name in (workflows.CHECKPOINT, workflows.SECOND)
+    )
+    changed = {key for key in first if not torch.equal(first[key], second[key])}
+    assert changed
+    assert all(key.startswith(control.RESTYLED) for key in changed), changed
+
+
+def test_comfyui_adds_what_training_added(made, laid, pack):
+    """The control LoRA through the host's own loader and ControlNet, against `Control` itself."""
+    from comfy.controlnet import load_controlnet
+    from comfy.sd import load_checkpoint_guess_config
+
+    model = load_checkpoint_guess_config(
+        str(laid / "models" / "checkpoints" / workflows.CHECKPOINT), embedding_directory=None
+    )[0]
+    hints = control.edges(render(scenes(3, 2)))
+    loaded = load_controlnet(str(laid / "models" / "controlnet" / workflows.CONTROL))
+    loaded.set_cond_hint(hints, 1.0, (0.0, 1.0))
+    loaded.pre_run(model.model, lambda percent: 1e9 if percent == 0 else 0.0)
+    latents, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 768)
+    loaded.previous_controlnet = None
+    time = torch.tensor([500, 500])
+    sigma = model.model.model_sampling.sigma(time)
+    noisy = latents * (sigma[0] ** 2 + 1) ** 0.5
+    with torch.inference_mode():
+        found = loaded.get_control(noisy, sigma, {"c_crossattn": context}, 2, {})
+    loaded.cleanup()
+
+    ours = control.Control()
+    state = files.dequantised(load_file(made[1] / files.CONTROL))
+    ours.load_state_dict({key: x.float() for key, x in state.items()})
+    unet = base.new(0)
+    unet.load_state_dict(
+        {k: x.float() for k, x in files.dequantised(load_file(made[1] / files.UNET)).items()}
+    )
+    with torch.inference_mode():
+        expected = ours(unet, latents, time, hints)
+    skips = [x for x in found["output"] if x is not None]
+    assert len(skips) == len(expected)
+    for one, other in zip(skips, expected, strict=True):
+        assert float((one.float() - other).abs().max() / other.abs().max()) < 2e-2
+    assert not any(x is not None and x.any() for x in found["middle"])
