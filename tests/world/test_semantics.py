@@ -46,22 +46,22 @@ def shares(judged, pictures, task):
 
 
 def test_the_reference_is_followed_at_1_and_not_at_0(at, judged, task):
-    """How far, `nox -s evaluate` says; the card of the miniature says how far it is."""
+    """Of 16; `nox -s evaluate` says it of 64, the card of the miniature what it said."""
     without, full = shares(judged, at(0.0), task), shares(judged, at(1.0), task)
-    for kind in ("colour", "background"):
+    for kind in ("colour", "texture", "background"):
         assert without[kind] <= chance_interval(1 / KINDS[kind], COUNT)[1] + 1e-6, without
-        assert full[kind] >= without[kind] + 2 / COUNT, (kind, without, full)
+        assert full[kind] >= 0.75, (kind, without, full)
 
 
 def test_likeness_to_the_reference_rises(at, task):
     alike = Similarity()
     means = [float(alike(at(weight), task.pictures).mean()) for weight in (0.0, 1.0)]
-    assert means[1] > means[0] + 0.1, means
+    assert means[1] > means[0] + 0.4, means
 
 
 def test_the_text_keeps_the_shape(at, judged, task):
     kept = float((judged(at(1.0))["shape"] == task.told).float().mean())
-    assert kept > chance_interval(1 / KINDS["shape"], COUNT)[1]
+    assert kept >= 0.8
 
 
 def test_the_figures_say_one_where_everything_follows(task, judged):
