@@ -99,13 +99,13 @@ def text_of(api: Api) -> str:
 
 
 def checkpoint_of(api: Api) -> str:
-    """What people call the checkpoint."""
+    """What people call the checkpoint; of one that is not published, its name."""
     (name,) = (
         node["inputs"]["ckpt_name"]
         for node in api.values()
         if node["class_type"] == "CheckpointLoaderSimple"
     )
-    return PUBLIC[name].label
+    return PUBLIC[name].label if name in PUBLIC else str(name).partition(".")[0]
 
 
 def draw(
