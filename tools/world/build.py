@@ -3,7 +3,7 @@
     python -m tools.world [--seed 0] [--work .cache/world-build] [--out miniature]
 
 Goes on where it stopped: a part whose file lies in the work folder is not made again. On two CPU
-cores it takes about two hours; miniature/manifest.json has the time of every part.
+cores it takes some hours; miniature/manifest.json has the time of every part.
 """
 
 from __future__ import annotations
