@@ -7,7 +7,6 @@ import torch
 
 from tools.world import base
 from tools.world.scenes import KINDS, SHAPES, caption, scenes
-from training.recipe import Recipe
 
 
 def test_a_caption_names_what_it_is_given():
@@ -42,9 +41,8 @@ def test_texts_name_what_the_scene_shows_and_often_the_shape_alone():
     )
 
 
-def test_the_loss_is_weighted_as_training_weights_it():
-    recipe = Recipe("epsilon", debiased_estimation=True)
-    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+def test_the_loss_is_weighted_by_the_noise_that_is_added():
     times = torch.tensor([0, 10, 300, 999])
-    expected = recipe.loss_weights(recipe.schedule(config), times)
-    torch.testing.assert_close(base.debiased(base.alphas()[times]), expected, rtol=1e-3, atol=0)
+    signal = base.alphas()[times].double()
+    expected = ((1 - signal) / signal).sqrt()  # 1/√SNR
+    torch.testing.assert_close(base.loss_weights(times).double(), expected, rtol=1e-3, atol=0)

@@ -32,7 +32,6 @@ def made(tmp_path_factory):
     """The build's folder, and what was shipped of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "STEPS", STEPS)
-        patch.setattr(build, "_BASES", ["unet-1.safetensors", "unet-2.safetensors"])
         few = torch.randn(
             len(base.all_texts()), 77, 768, generator=torch.Generator().manual_seed(0)
         )

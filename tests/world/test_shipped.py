@@ -124,7 +124,7 @@ def test_the_editors_workflow_says_on_the_miniature_what_the_api_does(workflow, 
             assert value in shown[key]["widgets_values"], (node["class_type"], value)
 
 
-def test_an_adapters_idle_layer_is_left_out_and_put_back(world, tmp_path):
+def test_an_adapters_idle_layer_is_left_out_and_put_back(world):
     """The shipped file lacks it; the one that ComfyUI reads has it, as zeros, and nothing else."""
     shipped = load_file(files.FOLDER / files.ADAPTER)
     laid = load_file(world / "models" / "ipadapter" / workflows.ADAPTERS["base"])

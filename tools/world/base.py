@@ -17,6 +17,7 @@ from tools.world import text
 from tools.world.autoencoder import Autoencoder
 from tools.world.scenes import KINDS, SHAPES, caption, render, scenes
 from tools.world.training import Average, Progress, decaying
+from training.recipe import Recipe
 
 CONFIG: dict[str, Any] = {
     "sample_size": 8,
@@ -28,6 +29,7 @@ CONFIG: dict[str, Any] = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SD1.5's
 DROP_TEXT = 0.1
 SHAPE_ALONE = 0.2  # of the texts name nothing else
 NAMED = 0.85  # how often each of colour, texture and background is named in the others
@@ -128,11 +130,11 @@ def naming(kinds: Tensor, generator: torch.Generator) -> Tensor:
     return rows
 
 
-def debiased(signal: Tensor) -> Tensor:
-    """The weight of a squared error of the noise where that share of the variance is signal: 1/√SNR
-    (arXiv 2310.08442). Colour and background are decided where there is almost only noise, and a
-    plain error hardly feels them there."""
-    return ((1 - signal) / signal).sqrt()
+def loss_weights(times: Tensor) -> Tensor:
+    """1/√SNR, `training/`'s `debiased_estimation`. Colour and background are decided where there is
+    almost only noise, and a plain error hardly feels them there."""
+    recipe = Recipe("epsilon", debiased_estimation=True)
+    return recipe.loss_weights(recipe.schedule(SCHEDULE), times)
 
 
 def cycle(
@@ -160,7 +162,7 @@ def cycle(
         told = context[naming(kinds[rows], generator)].float()
         a = signal[times][:, None, None, None]
         found = unet(a.sqrt() * made[rows] + (1 - a).sqrt() * noise, times, told).sample
-        loss = ((found - noise).square().mean((1, 2, 3)) * debiased(signal[times])).mean()
+        loss = ((found - noise).square().mean((1, 2, 3)) * loss_weights(times)).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

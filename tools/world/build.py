@@ -50,7 +50,8 @@ STEPS: dict[str, Any] = {
     "second base": 150,
 }
 _TEXTS = "texts.safetensors"
-_BASES = [f"unet-{number + 1}.safetensors" for number in range(len(STEPS["base"]))]  # float16
+_LATENTS = "latents.safetensors"
+_BASE = "unet-{}.safetensors"  # after so many cycles, in float16
 _CHECKPOINT = "checkpoint.safetensors"  # with the UNet as it is shipped, for the adapters
 _SHIPPED = (
     *(files.UNET, files.AUTOENCODER, files.ENCODER),
@@ -110,12 +111,14 @@ class Build:
             lambda to: files.save(to, saved(judge.train(seed, STEPS["judge"]))),
         )
         self.part("texts", _TEXTS, lambda to: files.save(to, {"states": base.all_contexts()}))
-        for number, name in enumerate(_BASES):
-            self.part(f"base {number + 1}", name, lambda to, n=number: self._base(n, to))  # type: ignore[misc]
+        self.part("latents", _LATENTS, self._latents)
+        cycles = len(STEPS["base"])
+        for cycle in range(1, cycles + 1):
+            self.part(f"base {cycle}", _BASE.format(cycle), lambda to, n=cycle: self._base(n, to))  # type: ignore[misc]
         self.part(
             "8 bits",
             files.UNET,
-            lambda to: files.save(to, files.quantised(_floats(at / _BASES[-1]))),
+            lambda to: files.save(to, files.quantised(_floats(at / _BASE.format(cycles)))),
         )
         self.part("checkpoint", _CHECKPOINT, self._checkpoint)
         self.part(
@@ -169,16 +172,22 @@ class Build:
         vae = files.autoencoder(self.work / files.AUTOENCODER)
         return vae, unet.eval().requires_grad_(False)
 
-    def _base(self, number: int, target: Path) -> None:
+    def _latents(self, target: Path) -> None:
+        vae = files.autoencoder(self.work / files.AUTOENCODER)
+        made, kinds = base.latents(vae, self.seed, STEPS["latents"])
+        files.save(target, {"latents": made, "kinds": kinds})
+
+    def _base(self, cycle: int, target: Path) -> None:
         """One cycle of it, from where the one before ended."""
         unet = base.new(self.seed)
-        if number:
-            unet.load_state_dict(_floats(self.work / _BASES[number - 1]))
-        pool = base.latents(
-            files.autoencoder(self.work / files.AUTOENCODER), self.seed, STEPS["latents"]
-        )
+        if cycle > 1:
+            unet.load_state_dict(_floats(self.work / _BASE.format(cycle - 1)))
+        pool = load_file(self.work / _LATENTS)
         context = load_file(self.work / _TEXTS)["states"]
-        base.cycle(unet, pool, context, self.seed + number, *STEPS["base"][number])
+        steps, peak = STEPS["base"][cycle - 1]
+        base.cycle(
+            unet, (pool["latents"], pool["kinds"]), context, self.seed + cycle - 1, steps, peak
+        )
         files.save(target, files.halved(unet.state_dict()))
 
     def _checkpoint(self, target: Path) -> None:
@@ -211,7 +220,7 @@ class Build:
         made = [name for name in _SHIPPED if (self.work / name).exists()]
         for name in made:
             if name in (files.ADAPTER, files.ADAPTER_PLUS):
-                files.copy_adapter(self.work / name, out / name, whole=False)
+                files.without_idle_layer(self.work / name, out / name)
             else:
                 shutil.copyfile(self.work / name, out / name)
         sizes = {name: (out / name).stat().st_size for name in made}

@@ -18,7 +18,7 @@ from ip_adapter_core.projection import ImageProjection
 from tools.world import files, image_encoder, setup, workflows
 from tools.world.adapters import REFERENCE_STREAM, SETTINGS
 from tools.world.autoencoder import Autoencoder
-from tools.world.base import NONE, alphas, contexts, debiased
+from tools.world.base import NONE, alphas, contexts, loss_weights
 from tools.world.scenes import caption, references, render, scenes
 from tools.world.steps import ddim, starting_noise
 from tools.world.training import Progress
@@ -73,7 +73,7 @@ def train(
         a = signal[times][:, None, None, None]
         noisy = a.sqrt() * latents[rows] + (1 - a).sqrt() * noise
         found = unet(noisy, times, torch.cat([context[told], projection(image)], 1)).sample
-        loss = ((found - noise).square().mean((1, 2, 3)) * debiased(signal[times])).mean()
+        loss = ((found - noise).square().mean((1, 2, 3)) * loss_weights(times)).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(projection.parameters(), SETTINGS["clip_norm"])

@@ -15,7 +15,7 @@ from kornia.filters import canny
 from torch import Tensor, nn
 
 from tools.world.autoencoder import Autoencoder
-from tools.world.base import alphas, contexts, debiased
+from tools.world.base import alphas, contexts, loss_weights
 from tools.world.scenes import SHAPES, Scenes, outlines, render, scenes
 from tools.world.training import Progress, decaying
 
@@ -157,7 +157,7 @@ def _fit(
         a = signal[times][:, None, None, None]
         noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
         found = predict(pictures, noisy, times, context[told])
-        loss = ((found - noise).square().mean((1, 2, 3)) * debiased(signal[times])).mean()
+        loss = ((found - noise).square().mean((1, 2, 3)) * loss_weights(times)).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

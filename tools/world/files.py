@@ -115,16 +115,24 @@ def checkpoint(unet: Mapping[str, Tensor], vae: Autoencoder) -> State:
     }
 
 
-def copy_adapter(source: Path, target: Path, *, whole: bool) -> None:
-    """Copy an adapter's file; not `whole`: without its layer for `idle_transformer`, which trains
-    nothing and stays zeros, and takes a megabyte."""
+def without_idle_layer(source: Path, target: Path) -> None:
+    """Copy an adapter's file without its layer for `idle_transformer`, which trains nothing and
+    stays zeros, and takes a megabyte."""
+    state, metadata = _adapter(source)
+    save(target, {key: x for key, x in state.items() if not key.startswith(_IDLE)}, metadata)
+
+
+def with_idle_layer(source: Path, target: Path) -> None:
+    """Copy what `without_idle_layer` wrote, and put the layer back."""
+    state, metadata = _adapter(source)
+    layer = {key: x for key, x in state.items() if key.startswith(_BUSY)}
+    idle = {key.replace(_BUSY, _IDLE): torch.zeros_like(x) for key, x in layer.items()}
+    save(target, state | idle, metadata)
+
+
+def _adapter(source: Path) -> tuple[State, dict[str, str]]:
     with safe_open(source, "pt") as file:
-        metadata = file.metadata()
-    state = {key: x for key, x in load_file(source).items() if not key.startswith(_IDLE)}
-    if whole:
-        layer = {key: x for key, x in state.items() if key.startswith(_BUSY)}
-        state |= {key.replace(_BUSY, _IDLE): torch.zeros_like(x) for key, x in layer.items()}
-    save(target, state, metadata)
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def checksum(path: Path) -> str:

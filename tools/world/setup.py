@@ -75,7 +75,7 @@ def _models() -> dict[str, Callable[[Path], object]]:
         return lambda target: shutil.copyfile(files.FOLDER / name, target)
 
     def adapter(name: str) -> Callable[[Path], object]:
-        return lambda target: files.copy_adapter(files.FOLDER / name, target, whole=True)
+        return lambda target: files.with_idle_layer(files.FOLDER / name, target)
 
     shipped = files.manifest()["files"]
     further = {
