@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from .metrics import load_clip
 from .models import Base, load_base
 from .recipe import Dropped, Recipe
 from .run import Run
+from .same_run import check_same
 from .sampling import SamplingSettings
 from .settings import Settings
 from .unet import PROJECTION, attach, cross_attention_layers, new_adapter
@@ -82,7 +83,7 @@ def prepare(settings: Settings) -> Run:
         **encoders.fingerprints,
     }
     if done:
-        _check_same(checkpoints.run(done), settings, identity)
+        check_same(checkpoints.run(done), settings, identity)
     ema = None
     if settings.ema is not None:
         ema = AveragedModel(adapter, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
@@ -247,22 +248,6 @@ def _optimizer(settings: Settings, adapter: IPAdapter) -> torch.optim.Optimizer:
             "`pip install bitsandbytes`, or use adamw."
         ) from error
     return AdamW8bit(groups, lr=settings.learning_rate)
-
-
-def _check_same(stored: Mapping[str, Any], settings: Settings, identity: Mapping[str, Any]) -> None:
-    """Raise TrainingError if the stored run was another: going on would be neither."""
-    now = json.loads(json.dumps({**settings.deciding(), **identity}))  # as it would be read back
-    # Of a setting that was not there yet when the run began, today's default is what it did.
-    begun = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
-    before = {**begun, **stored["settings"], **stored["identity"]}
-    other = [name for name, value in now.items() if before.get(name) != value]
-    if other:
-        told = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in other)
-        raise TrainingError(
-            f"'{settings.out}' holds a run of other settings, at step {stored['step']}: {told}. "
-            "Give the same ones to go on with it. To train on with these, start from its "
-            f"adapter: --adapter {Path(settings.out, 'ip-adapter.safetensors')} and another --out."
-        )
 
 
 def _validation(
