@@ -9,7 +9,16 @@ import torch
 
 from tools.world import control, findings
 from tools.world.drawing import Task
-from tools.world.measures import Similarity, chance_interval, overlap, whiteness_of_outlines
+from tools.world.measures import (
+    Similarity,
+    centres,
+    chance,
+    displacement,
+    distance,
+    overlap,
+    share,
+    whiteness_of_outlines,
+)
 from tools.world.scenes import outlines, render, scenes
 
 ROWS = scenes(1 << 41, 64)
@@ -28,11 +37,31 @@ def test_outlines_of_the_second_style_are_white():
     assert whiteness_of_outlines(render(dark)) < 0.3
 
 
-def test_the_interval_of_chance_holds_99_of_100():
-    low, high = chance_interval(0.2, 64)
-    draws = torch.rand(20_000, 64, generator=torch.Generator().manual_seed(0)) < 0.2
-    shares = draws.float().mean(1)
-    assert 0.98 < float(((shares >= low) & (shares <= high)).float().mean()) <= 0.999
+def test_chance_knows_what_is_preferred():
+    """Half of the pictures show kind 0, as do three in four of the references."""
+    found = torch.tensor([0, 0, 1, 2] * 16)
+    wanted = torch.tensor([0, 0, 0, 3] * 16)
+    seen = chance(found, wanted)
+    assert seen.mean == pytest.approx(0.5 * 0.75, abs=0.01)
+    generator = torch.Generator().manual_seed(5)
+    shuffled = [share(found, wanted[torch.randperm(64, generator=generator)]) for _ in range(2000)]
+    assert 0.98 < sum(seen.low <= one <= seen.high for one in shuffled) / 2000 < 1
+    assert share(found, found) > seen.high  # pictures that follow are beyond it
+
+
+def test_displacement_is_in_pixels():
+    """x and y are in halves of the picture, 32 pixels."""
+    moved = replace(ROWS, x=ROWS.x + 0.2, y=ROWS.y - 0.15)
+    shifted = centres(render(moved)) - centres(render(ROWS))
+    torch.testing.assert_close(shifted.mean(0), torch.tensor([6.4, -4.8]), atol=0.4, rtol=0)
+    assert displacement(render(moved), render(ROWS)) == pytest.approx(8, abs=0.4)
+    assert displacement(render(ROWS), render(ROWS)) == 0
+    empty = torch.full((1, 3, 64, 64), 0.5)
+    assert bool(centres(empty).isfinite().all())
+
+
+def test_distance_is_in_8_bit_levels():
+    assert distance(torch.full((2, 3, 4, 4), 0.25), torch.full((2, 3, 4, 4), 0.5)) == 63.75
 
 
 @pytest.fixture
@@ -58,7 +87,29 @@ class Told:
         return [f"{stem}.png"] * len(rows)
 
     def __call__(self, workflow, weight=1.0, adapter="base", **_):
-        return self.pictures[workflow]
+        return self.pictures.get((workflow, adapter), self.pictures.get(workflow))
+
+
+def test_figures_of_the_variants(task, monkeypatch):
+    """The fine-grained one gives the reference itself, the others a stranger."""
+    strangers = task.pictures.roll(1, 0)
+    monkeypatch.setattr(findings.concatenated, "draw", lambda *_: strangers)
+    monkeypatch.setattr(
+        findings.files, "manifest", lambda: {"files": {findings.files.CONCATENATED: {}}}
+    )
+    pictures = {
+        "image_only": strangers[:, None],
+        ("image_only", "fine-grained"): task.pictures[:, None],
+        ("text_and_image", "fine-grained"): task.pictures[:, None],
+    }
+    found = findings.variants(Told(task, pictures), Similarity(), strangers)
+    for setting in ("text_and_image", "image_only"):
+        closest, other = found["fine_grained"][setting], found["base"][setting]
+        assert closest["image_similarity"] == pytest.approx(1, abs=1e-4)
+        assert closest["distance"] == closest["displacement"] == 0
+        assert other["image_similarity"] < 0.8
+        assert other["distance"] > 10 and other["displacement"] > 2
+    assert found["concatenated"] == {"text_and_image": found["base"]["text_and_image"]}
 
 
 def test_figures_of_several_references(task, judged):

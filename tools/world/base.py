@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -81,12 +83,6 @@ def original(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def alphas() -> Tensor:
-    """The share of the signal's variance at each of the 1,000 steps, as in SD1.5."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    return (1 - betas).cumprod(0).float()
-
-
 @torch.no_grad()
 def latents(autoencoder: Autoencoder, seed: int, count: int) -> tuple[Tensor, Tensor]:
     """Latents `(count, 4, 8, 8)` of the stream `seed`, and the kinds `(count, 4)` of each."""
@@ -130,11 +126,32 @@ def naming(kinds: Tensor, generator: torch.Generator) -> Tensor:
     return rows
 
 
-def loss_weights(times: Tensor) -> Tensor:
-    """1/√SNR, `training/`'s `debiased_estimation`. Colour and background are decided where there is
-    almost only noise, and a plain error hardly feels them there."""
+@cache
+def _recipe() -> tuple[Recipe, Any]:
+    """`training/`'s, with its scheduler. Weighted by 1/√SNR: colour and background are decided
+    where there is almost only noise, and a plain error hardly feels them there."""
     recipe = Recipe("epsilon", debiased_estimation=True)
-    return recipe.loss_weights(recipe.schedule(SCHEDULE), times)
+    return recipe, recipe.schedule(SCHEDULE)
+
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Noisy latents, their times `(N,)` and a context `(N, tokens, 768)` to the noise in them."""
+
+
+def denoising_loss(
+    predict: Predict, latents: Tensor, context: Tensor, generator: torch.Generator
+) -> Tensor:
+    """How far `predict` is from the noise that was added to latents `(N, 4, h, w)`: a scalar."""
+    recipe, schedule = _recipe()
+    times = torch.randint(1000, (len(latents),), generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    found = predict(schedule.add_noise(latents, noise, times), times, context)
+    errors = (found - noise).square().mean((1, 2, 3))
+    return (errors * recipe.loss_weights(schedule, times)).mean()
+
+
+def noise_by(unet: Any) -> Predict:
+    return lambda noisy, times, context: unet(noisy, times, context).sample
 
 
 def cycle(
@@ -150,19 +167,14 @@ def cycle(
     `all_texts`: up to a learning rate of `peak` and down to nearly none. It ends with the running
     average of its weights."""
     made, kinds = pool
-    signal = alphas()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     average, progress = Average(unet, 0.995), Progress("base", steps)
     for step in range(steps):
         decaying(optimizer, peak, step, steps, warmup=50)
         rows = torch.randint(len(made), (batch,), generator=generator)
-        times = torch.randint(1000, (batch,), generator=generator)
-        noise = torch.randn(made[rows].shape, generator=generator)
         told = context[naming(kinds[rows], generator)].float()
-        a = signal[times][:, None, None, None]
-        found = unet(a.sqrt() * made[rows] + (1 - a).sqrt() * noise, times, told).sample
-        loss = ((found - noise).square().mean((1, 2, 3)) * loss_weights(times)).mean()
+        loss = denoising_loss(noise_by(unet), made[rows], told, generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

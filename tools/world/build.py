@@ -43,7 +43,7 @@ STEPS: dict[str, Any] = {
     "judge": 250,
     "latents": 16_000,
     "base": ((2000, 8e-4), (2000, 8e-4), (1500, 6e-4)),
-    "pictures": 2000,
+    "pictures": 3000,
     "ip-adapter": ((1000, 2e-3),),
     "ip-adapter-plus": ((1000, 2e-3),),
     "control": 300,

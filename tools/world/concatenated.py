@@ -18,15 +18,15 @@ from ip_adapter_core.projection import ImageProjection
 from tools.world import files, image_encoder, setup, workflows
 from tools.world.adapters import REFERENCE_STREAM, SETTINGS
 from tools.world.autoencoder import Autoencoder
-from tools.world.base import NONE, alphas, contexts, loss_weights
+from tools.world.base import NONE, contexts, denoising_loss, noise_by
 from tools.world.scenes import caption, references, render, scenes
 from tools.world.steps import ddim, starting_noise
 from tools.world.training import Progress
 from training.models import load_base
 from training.prompts import encode_text
+from training.settings import Settings
 
 WIDTH = 768
-DROP = 0.05  # of the image, of the text, and of both, as the paper
 _DRAWN_AT_ONCE = 16
 
 
@@ -55,25 +55,22 @@ def train(
     """`asked`: seed, pictures, steps."""
     seed, count, steps = asked
     latents, embeds, shapes = _pool(autoencoder, encoder, seed, count)
-    context, signal = contexts(), alphas()
+    context = contexts()
     torch.manual_seed(seed)
     projection = new(embeds.shape[1])
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(projection.parameters(), SETTINGS["learning_rate"])
     schedule = get_cosine_schedule_with_warmup(optimizer, SETTINGS["warmup_steps"], steps)
     progress, batch = Progress("concatenated", steps), SETTINGS["batch_size"]
+    no_text, no_image, neither = SETTINGS["drop_text"], Settings.drop_image, Settings.drop_both
     for step in range(steps):
         rows = torch.randint(count, (batch,), generator=generator)
-        times = torch.randint(1000, (batch,), generator=generator)
-        noise = torch.randn(latents[rows].shape, generator=generator)
         draw = torch.rand(batch, generator=generator)
         told, image = shapes[rows].clone(), embeds[rows].clone()
-        told[(draw < DROP) | (draw > 1 - DROP)] = NONE
-        image[draw > 1 - 2 * DROP] = 0
-        a = signal[times][:, None, None, None]
-        noisy = a.sqrt() * latents[rows] + (1 - a).sqrt() * noise
-        found = unet(noisy, times, torch.cat([context[told], projection(image)], 1)).sample
-        loss = ((found - noise).square().mean((1, 2, 3)) * loss_weights(times)).mean()
+        told[(draw < neither) | (draw >= 1 - no_text)] = NONE
+        image[draw < neither + no_image] = 0
+        both = torch.cat([context[told], projection(image)], 1)
+        loss = denoising_loss(noise_by(unet), latents[rows], both, generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(projection.parameters(), SETTINGS["clip_norm"])

@@ -8,6 +8,7 @@ it as a control LoRA, which takes all else from the model that it is used with.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from kornia.filters import canny
 from torch import Tensor, nn
 
 from tools.world.autoencoder import Autoencoder
-from tools.world.base import alphas, contexts, loss_weights
+from tools.world.base import contexts, denoising_loss
 from tools.world.scenes import SHAPES, Scenes, outlines, render, scenes
 from tools.world.training import Progress, decaying
 
@@ -91,6 +92,7 @@ def outlined(rows: Scenes, side: int = 64) -> Tensor:
 
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Pictures, and what base's takes, to the noise."""
 
 
 def train_control(autoencoder: Autoencoder, unet: Any, seed: int, steps: int) -> Control:
@@ -139,7 +141,7 @@ def _fit(
     batch: int = 16,
 ) -> None:
     """Train `parameters` so that `predict` finds the noise in the latents of `draw`'s pictures."""
-    context, signal = contexts(), alphas()
+    context = contexts()
     generator = torch.Generator().manual_seed(seed)
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
@@ -150,14 +152,9 @@ def _fit(
         pictures = draw(rows)
         with torch.no_grad():
             latents = autoencoder.encode(pictures)
-        times = torch.randint(1000, (batch,), generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
         told = rows.shape.clone()
         told[torch.rand(batch, generator=generator) < drop_text] = len(SHAPES)
-        a = signal[times][:, None, None, None]
-        noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
-        found = predict(pictures, noisy, times, context[told])
-        loss = ((found - noise).square().mean((1, 2, 3)) * loss_weights(times)).mean()
+        loss = denoising_loss(partial(predict, pictures), latents, context[told], generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -25,7 +25,7 @@ from tools.server import Server
 from tools.world import concatenated, files, findings, setup
 from tools.world.drawing import Drawer, Task
 from tools.world.judge import Judge
-from tools.world.measures import Similarity, chance_interval, judge, share
+from tools.world.measures import Chance, Similarity, chance, judge, share
 from tools.world.scenes import KINDS, render, scenes
 from tools.world.workflows import GUIDANCE, SIDE, STEPS
 
@@ -39,9 +39,14 @@ def measured(drawn: dict[str, Tensor], task: Task, judged: Judge) -> dict[str, A
     alike = Similarity()
     rows = task.rows
 
+    def wanted(kind: str) -> Tensor:
+        return task.told if kind == "shape" else getattr(rows, kind)
+
     def follows(name: str, kind: str) -> float:
-        wanted = task.told if kind == "shape" else getattr(rows, kind)
-        return share(judged(drawn[name])[kind], wanted)
+        return share(judged(drawn[name])[kind], wanted(kind))
+
+    def by_chance(name: str, kind: str) -> Chance:
+        return chance(judged(drawn[name])[kind], wanted(kind))
 
     def similarity(name: str) -> float:
         return float(alike(drawn[name], task.pictures).mean())
@@ -58,6 +63,7 @@ def measured(drawn: dict[str, Tensor], task: Task, judged: Judge) -> dict[str, A
         "texture_at_zero": follows("text 0", "texture"),
         "shape_at_zero": follows("text 0", "shape"),
         "chance": {kind: 1 / number for kind, number in KINDS.items()},
+        "chance_at_zero": {kind: vars(by_chance("text 0", kind)) for kind in KINDS},
         "by_weight": {
             f"{weight:g}": {kind: follows(f"text {weight:g}", kind) for kind in KINDS}
             for weight in WEIGHTS
@@ -106,7 +112,6 @@ def run(client: Client, count: int, seed: int) -> tuple[dict[str, Any], dict[str
         "seed": seed,
         "sampling": {"sampler": "ddim", "steps": STEPS, "guidance": GUIDANCE, "side": SIDE},
         "judge_accuracy": judged.accuracy(render(known, SIDE), known),
-        "chance_interval": {k: chance_interval(1 / n, count) for k, n in KINDS.items()},
     }
     return found, drawn, task
 

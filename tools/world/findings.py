@@ -15,7 +15,14 @@ from torch import Tensor
 from tools.world import concatenated, files, setup
 from tools.world.drawing import Drawer
 from tools.world.judge import Judge
-from tools.world.measures import Similarity, overlap, share, whiteness_of_outlines
+from tools.world.measures import (
+    Similarity,
+    displacement,
+    distance,
+    overlap,
+    share,
+    whiteness_of_outlines,
+)
 from tools.world.scenes import Scenes, outlines, render, scenes
 from tools.world.workflows import SECOND, Api, given
 
@@ -124,19 +131,30 @@ def structure(draw: Drawer, judged: Judge) -> Figures:
 
 
 def variants(draw: Drawer, alike: Similarity, base: Tensor) -> Figures:
-    """How like its reference a picture is with each kind of adapter, each under the same texts."""
+    """How like its reference a picture is with each kind of adapter: under texts that name another
+    shape, and with no text."""
     task = draw.task
 
-    def likeness(made: Tensor) -> float:
-        return float(alike(made, task.pictures).mean())
+    def likeness(made: Tensor) -> Figures:
+        return {
+            "image_similarity": float(alike(made, task.pictures).mean()),
+            "distance": distance(made, task.pictures),
+            "displacement": displacement(made, task.pictures),
+        }
 
     found = {
-        "base": likeness(base),
-        "fine_grained": likeness(draw("text_and_image", adapter="fine-grained")[:, 0]),
+        "base": {
+            "text_and_image": likeness(base),
+            "image_only": likeness(draw("image_only")[:, 0]),
+        },
+        "fine_grained": {
+            name: likeness(draw(name, adapter="fine-grained")[:, 0])
+            for name in ("text_and_image", "image_only")
+        },
     }
     if files.CONCATENATED in files.manifest()["files"]:
         made = concatenated.draw(task.pictures, task.told.tolist(), task.seeds)
-        found["concatenated"] = likeness(made)
+        found["concatenated"] = {"text_and_image": likeness(made)}
     return found
 
 
@@ -164,7 +182,7 @@ def of(draw: Drawer, judged: Judge, alike: Similarity) -> Figures:
     shipped = files.manifest()["files"]
     base = draw("text_and_image")[:, 0]
     found = {
-        "image_similarity": variants(draw, alike, base),
+        "variants": variants(draw, alike, base),
         "several_references": several_references(draw, judged, alike),
     }
     if files.CONTROL in shipped:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load_file
@@ -49,6 +49,23 @@ def overlap(pictures: Tensor, covered: Tensor) -> float:
     return float(((found & wanted).sum((1, 2)) / union).mean())
 
 
+def centres(pictures: Tensor) -> Tensor:
+    """Of the shapes, `(N, 2)`, in pixels from the corner above left; the picture's own centre where
+    no shape is to be seen."""
+    inside = objects(pictures).float()
+    side = pictures.shape[-1]
+    at = torch.arange(side) + 0.5
+    weight = inside.sum((1, 2))
+    found = torch.stack([(inside * at).sum((1, 2)), (inside * at[:, None]).sum((1, 2))], 1)
+    centre = torch.full_like(found, side / 2)
+    return torch.where(weight[:, None] > 0, found / weight[:, None].clamp(min=1), centre)
+
+
+def displacement(pictures: Tensor, others: Tensor) -> float:
+    """How far the shape's centre is from the other's on average, in pixels."""
+    return float((centres(pictures) - centres(others)).norm(dim=1).mean())
+
+
 def whiteness_of_outlines(pictures: Tensor, width: int = 3) -> float:
     """How white the outermost pixels of the shapes are: the mean of their darkest channel."""
     inside = objects(pictures).float()[:, None]
@@ -58,7 +75,26 @@ def whiteness_of_outlines(pictures: Tensor, width: int = 3) -> float:
     return float(((darkest * rim).sum((1, 2)) / rim.sum((1, 2)).clamp(min=1)).mean())
 
 
-def chance_interval(chance: float, count: int) -> tuple[float, float]:
-    """Where a share of `count` draws lies 99 times in 100 if only chance is at work."""
-    spread = 2.58 * math.sqrt(chance * (1 - chance) / count)
-    return max(0.0, chance - spread), min(1.0, chance + spread)
+@dataclass(frozen=True)
+class Chance:
+    """What share of pictures would agree with references that have nothing to do with them."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def chance(found: Tensor, wanted: Tensor, draws: int = 4000) -> Chance:
+    """Of what was found in pictures and what was wanted, `(N,)` each: the mean share over
+    shufflings of the references, and where 99 in 100 of them lie. Unlike one over the number of
+    kinds it knows that a base prefers some kinds and that references show some more often."""
+    generator = torch.Generator().manual_seed(0)
+    orders = torch.rand(draws, len(wanted), generator=generator).argsort(1)
+    shares = (wanted[orders] == found).float().mean(1)
+    low, high = shares.quantile(torch.tensor([0.005, 0.995])).tolist()
+    return Chance(float(shares.mean()), low, high)
+
+
+def distance(pictures: Tensor, others: Tensor) -> float:
+    """Mean difference of pixels, in 8-bit levels."""
+    return float((pictures - others).abs().mean() * 255)

@@ -114,19 +114,14 @@ def scenes(seed: int, count: int, start: int = 0) -> Scenes:
     )
 
 
-def references(targets: Scenes, seed: int, start: int = 0, same_shape: float = 0.5) -> Scenes:
-    """A reference for each target: the same colours, texture and background in another place, and
-    in `same_shape` of them the same shape. So an adapter learns that the text has the last word on
-    the shape, and that the image has it where there is no text."""
+def references(targets: Scenes, seed: int, start: int = 0, same_shape: float = 0.75) -> Scenes:
+    """A reference for each target: the picture itself, as in the paper, but in all but `same_shape`
+    of them with a shape drawn anew. So an adapter learns that the text has the last word on the
+    shape, that the image has it where there is no text, and all else from the image."""
     others = scenes(seed, len(targets), start)
     draw = np.random.Generator(np.random.Philox(key=seed + (1 << 32))).random(len(targets) + start)
     keep = torch.from_numpy(draw[start:]) < same_shape
-    kept = ("colour", "texture", "background", "light", "tint")
-    return replace(
-        others,
-        shape=torch.where(keep, targets.shape, others.shape),
-        **{name: getattr(targets, name) for name in kept},
-    )
+    return replace(targets, shape=torch.where(keep, targets.shape, others.shape))
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
