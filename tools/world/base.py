@@ -32,6 +32,7 @@ CONFIG: dict[str, Any] = {
     "attention_head_dim": 8,
 }
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SD1.5's
+PEAK, WARMUP = 8e-4, 50  # of the learning rate; every part of a training warms its optimiser up
 DROP_TEXT = 0.1
 SHAPE_ALONE = 0.2  # of the texts name nothing else
 NAMED = 0.85  # how often each of colour, texture and background is named in the others
@@ -154,24 +155,24 @@ def noise_by(unet: Any) -> Predict:
     return lambda noisy, times, context: unet(noisy, times, context).sample
 
 
-def cycle(
+def train(
     unet: Any,
     pool: tuple[Tensor, Tensor],
     context: Tensor,
     seed: int,
+    part: range,
     steps: int,
-    peak: float,
     batch: int = 16,
 ) -> None:
     """Train `unet` in place on latents and kinds as `latents` gives them and the states of
-    `all_texts`: up to a learning rate of `peak` and down to nearly none. It ends with the running
-    average of its weights."""
+    `all_texts`: the steps `part` of a training of `steps`, whose learning rate falls from PEAK to
+    nearly none. It ends with the running average of its weights."""
     made, kinds = pool
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + part.start)
     optimizer = torch.optim.AdamW(unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-    average, progress = Average(unet, 0.995), Progress("base", steps)
-    for step in range(steps):
-        decaying(optimizer, peak, step, steps, warmup=50)
+    average, progress = Average(unet, 0.995), Progress(f"base from {part.start} on", len(part))
+    for number, step in enumerate(part):
+        decaying(optimizer, PEAK * min(1.0, (number + 1) / WARMUP), step, steps)
         rows = torch.randint(len(made), (batch,), generator=generator)
         told = context[naming(kinds[rows], generator)].float()
         loss = denoising_loss(noise_by(unet), made[rows], told, generator)
@@ -180,5 +181,5 @@ def cycle(
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         average.update()
-        progress.step(step, loss)
+        progress.step(number, loss)
     average.apply()

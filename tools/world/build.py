@@ -9,6 +9,7 @@ cores it takes some hours; miniature/manifest.json has the time of every part.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -42,7 +43,7 @@ STEPS: dict[str, Any] = {
     "image encoder": 400,
     "judge": 250,
     "latents": 16_000,
-    "base": ((2000, 8e-4), (2000, 8e-4), (1500, 6e-4)),
+    "base": (1500, 1500, 1500),
     "pictures": 3000,
     "ip-adapter": ((1000, 2e-3),),
     "ip-adapter-plus": ((1000, 2e-3),),
@@ -51,7 +52,7 @@ STEPS: dict[str, Any] = {
 }
 _TEXTS = "texts.safetensors"
 _LATENTS = "latents.safetensors"
-_BASE = "unet-{}.safetensors"  # after so many cycles, in float16
+_BASE = "unet-{}.safetensors"  # after so many parts of its training, in float16
 _CHECKPOINT = "checkpoint.safetensors"  # with the UNet as it is shipped, for the adapters
 _SHIPPED = (
     *(files.UNET, files.AUTOENCODER, files.ENCODER),
@@ -112,13 +113,17 @@ class Build:
         )
         self.part("texts", _TEXTS, lambda to: files.save(to, {"states": base.all_contexts()}))
         self.part("latents", _LATENTS, self._latents)
-        cycles = len(STEPS["base"])
-        for cycle in range(1, cycles + 1):
-            self.part(f"base {cycle}", _BASE.format(cycle), lambda to, n=cycle: self._base(n, to))  # type: ignore[misc]
+        parts = len(STEPS["base"])
+        for number in range(1, parts + 1):
+            self.part(
+                f"base {number}",
+                _BASE.format(number),
+                lambda to, n=number: self._base(n, to),  # type: ignore[misc]
+            )
         self.part(
             "8 bits",
             files.UNET,
-            lambda to: files.save(to, files.quantised(_floats(at / _BASE.format(cycles)))),
+            lambda to: files.save(to, files.quantised(_floats(at / _BASE.format(parts)))),
         )
         self.part("checkpoint", _CHECKPOINT, self._checkpoint)
         self.part(
@@ -177,17 +182,16 @@ class Build:
         made, kinds = base.latents(vae, self.seed, STEPS["latents"])
         files.save(target, {"latents": made, "kinds": kinds})
 
-    def _base(self, cycle: int, target: Path) -> None:
-        """One cycle of it, from where the one before ended."""
+    def _base(self, number: int, target: Path) -> None:
+        """One part of its training, from where the one before ended."""
         unet = base.new(self.seed)
-        if cycle > 1:
-            unet.load_state_dict(_floats(self.work / _BASE.format(cycle - 1)))
+        if number > 1:
+            unet.load_state_dict(_floats(self.work / _BASE.format(number - 1)))
         pool = load_file(self.work / _LATENTS)
         context = load_file(self.work / _TEXTS)["states"]
-        steps, peak = STEPS["base"][cycle - 1]
-        base.cycle(
-            unet, (pool["latents"], pool["kinds"]), context, self.seed + cycle - 1, steps, peak
-        )
+        ends = list(itertools.accumulate(STEPS["base"], initial=0))
+        part = range(ends[number - 1], ends[number])
+        base.train(unet, (pool["latents"], pool["kinds"]), context, self.seed, part, ends[-1])
         files.save(target, files.halved(unet.state_dict()))
 
     def _checkpoint(self, target: Path) -> None:
