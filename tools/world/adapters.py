@@ -14,7 +14,7 @@ from tools.host import ROOT
 from tools.world.scenes import references, render, scenes
 
 SIDE = 64
-REFERENCE_STREAM = 1 << 20  # added to the seed: references are scenes of a stream of their own
+REFERENCE_STREAM = 1 << 20  # added to the seed: shapes drawn anew are of a stream of their own
 RESAMPLER = {"resampler_dim": 192, "resampler_depth": 2}
 """Of the fine-grained variant's query network; the published ones' would take 58 MB."""
 
