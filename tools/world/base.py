@@ -172,7 +172,7 @@ def train(
     optimizer = torch.optim.AdamW(unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     average, progress = Average(unet, 0.995), Progress(f"base from {part.start} on", len(part))
     for number, step in enumerate(part):
-        decaying(optimizer, PEAK * min(1.0, (number + 1) / WARMUP), step, steps)
+        decaying(optimizer, PEAK * min(1.0, (number + 1) / WARMUP), step, steps, warmup=1)
         rows = torch.randint(len(made), (batch,), generator=generator)
         told = context[naming(kinds[rows], generator)].float()
         loss = denoising_loss(noise_by(unet), made[rows], told, generator)

@@ -50,6 +50,7 @@ STEPS: dict[str, Any] = {
     "control": 300,
     "second base": 150,
 }
+_RECIPE = "recipe.json"
 _TEXTS = "texts.safetensors"
 _LATENTS = "latents.safetensors"
 _BASE = "unet-{}.safetensors"  # after so many parts of its training, in float16
@@ -67,6 +68,19 @@ class Build:
 
     seed: int
     work: Path
+
+    def begin(self) -> None:
+        """Make the folder, which is of one seed and one recipe."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        path, ours = self.work / _RECIPE, json.dumps({"seed": self.seed, "steps": STEPS}, indent=1)
+        if not any(self.work.iterdir()):
+            path.write_text(ours, encoding="utf-8")
+        theirs = path.read_text(encoding="utf-8") if path.exists() else "no recipe at all"
+        if theirs != ours:
+            raise ValueError(
+                f"'{self.work}' holds parts of another build: {_RECIPE} has {theirs}; expected "
+                f"{ours}. Give another folder with --work, or delete this one."
+            )
 
     def part(self, name: str, target: str, make: Callable[[Path], object]) -> None:
         """Make a part unless its file or folder is there, and note how long it took."""
@@ -89,8 +103,9 @@ class Build:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
     def all(self) -> None:
-        """Every part, each from those before."""
-        self.work.mkdir(parents=True, exist_ok=True)
+        """Every part, each from those before. Raises ValueError if `work` holds parts of another
+        seed or recipe."""
+        self.begin()
         at, seed = self.work, self.seed
 
         def saved(model: torch.nn.Module) -> Mapping[str, Tensor]:

@@ -91,8 +91,8 @@ def outlined(rows: Scenes, side: int = 64) -> Tensor:
     return render(rows, side) * (1 - line) + line
 
 
-Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Pictures, and what base's takes, to the noise."""
+FromPictures = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Pictures, and then what base.Predict takes, to the noise."""
 
 
 def train_control(autoencoder: Autoencoder, unet: Any, seed: int, steps: int) -> Control:
@@ -131,7 +131,7 @@ def restyle(autoencoder: Autoencoder, unet: Any, seed: int, steps: int) -> dict[
 def _fit(
     name: str,
     parameters: Iterable[nn.Parameter],
-    predict: Predict,
+    predict: FromPictures,
     autoencoder: Autoencoder,
     draw: Callable[[Scenes], Tensor],
     seed: int,

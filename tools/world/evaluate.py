@@ -62,8 +62,7 @@ def measured(drawn: dict[str, Tensor], task: Task, judged: Judge) -> dict[str, A
         "background_at_zero": follows("text 0", "background"),
         "texture_at_zero": follows("text 0", "texture"),
         "shape_at_zero": follows("text 0", "shape"),
-        "chance": {kind: 1 / number for kind, number in KINDS.items()},
-        "chance_at_zero": {kind: vars(by_chance("text 0", kind)) for kind in KINDS},
+        "chance": {kind: vars(by_chance("text 0", kind)) for kind in KINDS},
         "by_weight": {
             f"{weight:g}": {kind: follows(f"text {weight:g}", kind) for kind in KINDS}
             for weight in WEIGHTS

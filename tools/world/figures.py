@@ -42,7 +42,7 @@ def _curves(found: Mapping[str, Any], path: Path) -> None:
         values = [row[kind] for row in found["by_weight"].values()]
         label = "shape of the text" if kind == "shape" else f"{kind} of the reference"
         (line,) = shares.plot(weights, values, marker="o", label=label)
-        shares.axhline(found["chance"][kind], color=line.get_color(), ls=":", lw=1)
+        shares.axhline(found["chance"][kind]["mean"], color=line.get_color(), ls=":", lw=1)
     shares.set(xlabel="λ", ylabel="share of pictures", ylim=(0, 1.02))
     shares.set_title(f"What follows ({found['references']} references; dotted: chance)")
     shares.legend(loc="center left", fontsize=8)

@@ -7,6 +7,7 @@ them over several seeds.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,14 +104,14 @@ def several_references(draw: Drawer, judged: Judge, alike: Similarity) -> Figure
     return found
 
 
-def structure(draw: Drawer, judged: Judge) -> Figures:
-    """Edges say where and what shape, the reference says the colours, and there is no text."""
+def structure(draw: Drawer, judged: Judge, without: Tensor) -> Figures:
+    """Edges say where and what shape, the reference says the colours, and there is no text.
+    `without`: pictures of the same without the edges."""
     task = draw.task
     rows = scenes(setup.SHOWN, len(task.rows), STRUCTURES + task.seeds[0])
     names = draw.lay("structure", rows)
     covered = outlines(rows, task.pictures.shape[-1])
     with_edges = draw("controlnet", others=names)[:, 0]
-    without = draw("image_only")[:, 0]
     from_picture = draw("image_to_image", others=names)[:, 0]
     seen = judged(with_edges)
     shown = render(rows, task.pictures.shape[-1])
@@ -130,31 +131,38 @@ def structure(draw: Drawer, judged: Judge) -> Figures:
     }
 
 
-def variants(draw: Drawer, alike: Similarity, base: Tensor) -> Figures:
+def variants(draw: Drawer, alike: Similarity, base: Tensor, alone: Tensor) -> Figures:
     """How like its reference a picture is with each kind of adapter: under texts that name another
-    shape, and with no text."""
+    shape, and with no text. `base` and `alone`: the base adapter's. Distance and displacement are
+    from what is asked for, the reference with the shape of the text; "strangers" has them of
+    pictures that show what another reference asks for."""
     task = draw.task
+    side = task.pictures.shape[-1]
+    asked = {
+        "text_and_image": render(replace(task.rows, shape=task.told), side),
+        "image_only": task.pictures,
+    }
 
-    def likeness(made: Tensor) -> Figures:
+    def likeness(made: dict[str, Tensor]) -> Figures:
         return {
-            "image_similarity": float(alike(made, task.pictures).mean()),
-            "distance": distance(made, task.pictures),
-            "displacement": displacement(made, task.pictures),
+            name: {
+                "image_similarity": float(alike(pictures, task.pictures).mean()),
+                "distance": distance(pictures, asked[name]),
+                "displacement": displacement(pictures, asked[name]),
+            }
+            for name, pictures in made.items()
         }
 
     found = {
-        "base": {
-            "text_and_image": likeness(base),
-            "image_only": likeness(draw("image_only")[:, 0]),
-        },
-        "fine_grained": {
-            name: likeness(draw(name, adapter="fine-grained")[:, 0])
-            for name in ("text_and_image", "image_only")
-        },
+        "base": likeness({"text_and_image": base, "image_only": alone}),
+        "fine_grained": likeness(
+            {name: draw(name, adapter="fine-grained")[:, 0] for name in asked}
+        ),
+        "strangers": likeness({name: pictures.roll(1, 0) for name, pictures in asked.items()}),
     }
     if files.CONCATENATED in files.manifest()["files"]:
         made = concatenated.draw(task.pictures, task.told.tolist(), task.seeds)
-        found["concatenated"] = {"text_and_image": likeness(made)}
+        found["concatenated"] = likeness({"text_and_image": made})
     return found
 
 
@@ -180,13 +188,13 @@ def another_base(draw: Drawer, judged: Judge, first: Tensor) -> Figures:
 def of(draw: Drawer, judged: Judge, alike: Similarity) -> Figures:
     """Every finding for which the miniature has the models."""
     shipped = files.manifest()["files"]
-    base = draw("text_and_image")[:, 0]
+    base, alone = draw("text_and_image")[:, 0], draw("image_only")[:, 0]
     found = {
-        "variants": variants(draw, alike, base),
+        "variants": variants(draw, alike, base, alone),
         "several_references": several_references(draw, judged, alike),
     }
     if files.CONTROL in shipped:
-        found["structure"] = structure(draw, judged)
+        found["structure"] = structure(draw, judged, alone)
     if files.RESTYLED in shipped:
         found["another_base"] = another_base(draw, judged, base)
     return found

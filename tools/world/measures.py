@@ -50,20 +50,16 @@ def overlap(pictures: Tensor, covered: Tensor) -> float:
 
 
 def centres(pictures: Tensor) -> Tensor:
-    """Of the shapes, `(N, 2)`, in pixels from the corner above left; the picture's own centre where
-    no shape is to be seen."""
+    """Of the shapes, `(N, 2)`, in pixels from the corner above left; NaN where none is seen."""
     inside = objects(pictures).float()
-    side = pictures.shape[-1]
-    at = torch.arange(side) + 0.5
-    weight = inside.sum((1, 2))
-    found = torch.stack([(inside * at).sum((1, 2)), (inside * at[:, None]).sum((1, 2))], 1)
-    centre = torch.full_like(found, side / 2)
-    return torch.where(weight[:, None] > 0, found / weight[:, None].clamp(min=1), centre)
+    at = torch.arange(pictures.shape[-1]) + 0.5
+    moments = torch.stack([(inside * at).sum((1, 2)), (inside * at[:, None]).sum((1, 2))], 1)
+    return moments / inside.sum((1, 2))[:, None]
 
 
 def displacement(pictures: Tensor, others: Tensor) -> float:
-    """How far the shape's centre is from the other's on average, in pixels."""
-    return float((centres(pictures) - centres(others)).norm(dim=1).mean())
+    """How far the shape's centre is from the other's on average, in pixels, where both are seen."""
+    return float((centres(pictures) - centres(others)).norm(dim=1).nanmean())
 
 
 def whiteness_of_outlines(pictures: Tensor, width: int = 3) -> float:

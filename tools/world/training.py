@@ -13,7 +13,7 @@ logger = logging.getLogger("comfyui_ip_adapter.tools")
 
 
 def decaying(
-    optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int, warmup: int = 1
+    optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int, warmup: int
 ) -> None:
     """Set the learning rate: linear warm-up, then a cosine down to a fiftieth."""
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
