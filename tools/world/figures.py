@@ -45,7 +45,7 @@ def _curves(found: Mapping[str, Any], path: Path) -> None:
         shares.axhline(found["chance"][kind]["mean"], color=line.get_color(), ls=":", lw=1)
     shares.set(xlabel="λ", ylabel="share of pictures", ylim=(0, 1.02))
     shares.set_title(f"What follows ({found['references']} references; dotted: chance)")
-    shares.legend(loc="center left", fontsize=8)
+    shares.legend(loc="center right", fontsize=8)
     similarity = [*found["image_similarity"].values()]
     alike.plot(weights, similarity, marker="o", label="base, with text")
     alike.plot([1], [found["fine_grained"]["image_similarity"]], "s", label="fine-grained")
