@@ -151,3 +151,14 @@ def unpack(packed: Tensor, layer_dims: Sequence[int]) -> list[tuple[Tensor, Tens
     """The inverse of `fold`: views of K' and V' of each layer."""
     parts = packed.split([dim for dim in layer_dims for _ in "kv"], dim=-1)
     return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def value_columns(layer_dims: Sequence[int]) -> Tensor:
+    """Which columns of a packed tensor are V', booleans `(2·Σ widths,)`."""
+    widths = torch.tensor([dim for dim in layer_dims for _ in "kv"])
+    return torch.tensor([False, True] * len(layer_dims)).repeat_interleave(widths)
+
+
+def scale_values(packed: Tensor, factor: float, columns: Tensor) -> Tensor:
+    """`packed` with λ times `factor`, in two kernels: K' stays, V' (`value_columns`) is scaled."""
+    return torch.where(columns, packed * factor, packed)

@@ -8,7 +8,9 @@ from typing_extensions import override
 from .apply import ApplyIPAdapter, ApplyIPAdapterConditioning
 from .encode import EncodeImagePrompt
 from .image_encoder import LoadImageEncoder
+from .layer_weights import LatentWeights, LayerWeights
 from .load import LoadIPAdapter
+from .regions import ApplyIPAdapterRegions
 
 
 class IPAdapterExtension(ComfyExtension):
@@ -19,5 +21,8 @@ class IPAdapterExtension(ComfyExtension):
             EncodeImagePrompt,
             ApplyIPAdapter,
             ApplyIPAdapterConditioning,
+            ApplyIPAdapterRegions,
+            LayerWeights,
+            LatentWeights,
             LoadImageEncoder,
         ]

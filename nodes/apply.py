@@ -17,8 +17,8 @@ from ..ip_adapter_core.prompt import COMBINE
 from . import types
 
 
-def _settings() -> list[io.Input]:
-    """The inputs that both nodes share; `Settings` takes them by name."""
+def settings() -> list[io.Input]:
+    """The inputs that the Apply nodes share; `Settings` takes them by name."""
     return [
         types.IPAdapter.Input("adapter", tooltip="Made for the family of the model."),
         types.ImagePrompt.Input(
@@ -68,6 +68,19 @@ def _settings() -> list[io.Input]:
             optional=True,
             tooltip="A multiplier of the weight for each cross-attention layer.",
         ),
+        io.Custom("CURVE").Input(
+            "weight_curve",
+            optional=True,
+            tooltip="A multiplier of the weight over the schedule, from its first step on the left "
+            "to its end on the right: connect a Curve Editor. Costs no further UNet call.",
+            extra_dict={"forceInput": True},
+        ),
+        types.LatentWeights.Input(
+            "latent_weights",
+            optional=True,
+            tooltip="A multiplier of the weight for each latent of the batch: frames of an "
+            "animation, or the same picture at several weights.",
+        ),
     ]
 
 
@@ -82,7 +95,7 @@ class ApplyIPAdapter(io.ComfyNode):
             description=(
                 "Makes the model follow a picture besides the text. Several can stand in a row."
             ),
-            inputs=[io.Model.Input("model", tooltip="Stays as it is."), *_settings()],
+            inputs=[io.Model.Input("model", tooltip="Stays as it is."), *settings()],
             outputs=[io.Model.Output("model", display_name="model")],
         )
 
@@ -110,7 +123,7 @@ class ApplyIPAdapterConditioning(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", tooltip="Gets the empty image, or the prompt's negative one."
                 ),
-                *_settings(),
+                *settings(),
             ],
             outputs=[
                 io.Model.Output("model", display_name="model"),

@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_api.input import CurveInput
 from torch import Tensor
 
 from ..prompt import ImagePrompt, check_encoder, layer_weights
 from .adapter import HostAdapter
 from .conditioning import CompiledPrompt
 from .layers import check_fits
+from .schedule import Curve, Schedule
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the Apply nodes ask for. `weight` is λ; `start_at`, `end_at` are fractions of the
-    schedule; `mask (M, H, W)` or `(H, W)`; `layer_weights` one multiplier a layer.
+    schedule; `mask (M, H, W)` or `(H, W)`. Multipliers of λ: `layer_weights` one a layer,
+    `weight_curve` over the schedule (the host's curve, or what it is made of), `latent_weights`
+    one a latent.
 
     Raises ValueError for values out of their domain.
     """
@@ -31,6 +37,8 @@ class Settings:
     combine: str
     mask: Tensor | None = None
     layer_weights: Sequence[float] | None = None
+    weight_curve: Any = None
+    latent_weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("weight", "start_at", "end_at"):
@@ -43,10 +51,13 @@ class Settings:
                 "fractions of the schedule, 0 its first step and 1 its end: swap them."
             )
         if self.mask is not None:
-            self._check_mask(self.mask)
+            self.check_mask(self.mask)
+        if self.latent_weights is not None:
+            self._check_latent_weights(self.latent_weights)
 
     @staticmethod
-    def _check_mask(mask: Tensor) -> None:
+    def check_mask(mask: Tensor) -> None:
+        """Raise ValueError unless it is one or more masks with finite values."""
         if mask.ndim not in (2, 3) or 0 in mask.shape:
             raise ValueError(
                 f"mask has shape {list(mask.shape)}; expected [masks, height, width], none of "
@@ -54,6 +65,53 @@ class Settings:
             )
         if not mask.isfinite().all():
             raise ValueError("mask contains NaN or infinite values; expected 0 … 1.")
+
+    def _check_latent_weights(self, weights: Sequence[float]) -> None:
+        if not len(weights) or not all(map(math.isfinite, weights)):
+            raise ValueError(
+                f"latent_weights must be one finite number a latent; found {list(weights)}."
+            )
+        masks = 1 if self.mask is None or self.mask.ndim == 2 else len(self.mask)
+        if masks > 1 and len(weights) not in (1, masks):
+            raise ValueError(
+                f"{len(weights)} latent_weights do not go with {masks} masks: give one mask, or "
+                "one for each weight."
+            )
+
+    @property
+    def latent_masks(self) -> Tensor | None:
+        """`(M, H, W)`, what the image branch is multiplied with: the masks times the latents'
+        weights, which are a mask of one pixel where there is no other. None for neither."""
+        if self.mask is None and self.latent_weights is None:
+            return None
+        mask = torch.ones(1, 1, 1) if self.mask is None else self.mask.float().cpu()
+        if self.latent_weights is None:
+            return mask if mask.ndim == 3 else mask[None]
+        return mask * torch.tensor(self.latent_weights, dtype=torch.float32)[:, None, None]
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.start_at, self.end_at, curve_of(self.weight_curve))
+
+
+def curve_of(given: Any) -> Curve | None:
+    """The host's curve as a function; also from its points, as an API request may hold them.
+    Raises ValueError for what is no curve, or has values that are not finite."""
+    if given is None:
+        return None
+    try:
+        curve: CurveInput = CurveInput.from_raw(given)
+        finite = curve.points and all(math.isfinite(x) for point in curve.points for x in point)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"weight_curve is {given!r}; expected the output of a Curve Editor, or points "
+            "[[0, 1], [1, 0.5], …] of fraction and multiplier."
+        ) from error
+    if not finite:
+        raise ValueError(
+            f"weight_curve has the points {curve.points}; expected one or more finite ones."
+        )
+    return curve.interp
 
 
 def compile_prompt(
@@ -70,11 +128,8 @@ def compile_prompt(
     if not any(weights):
         return None
     packed = adapter.compile(settings.image_prompt, weights, settings.combine)
-    mask = None if settings.mask is None else settings.mask.float().cpu()
-    if mask is not None and mask.ndim == 2:
-        mask = mask[None]
+    masks, schedule = settings.latent_masks, settings.schedule
     positive, negative = (
-        CompiledPrompt(side, mask, settings.start_at, settings.end_at, adapter.spec.layer_dims)
-        for side in packed
+        CompiledPrompt(side, masks, schedule, adapter.spec.layer_dims) for side in packed
     )
     return positive, negative

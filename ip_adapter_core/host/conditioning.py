@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.conds
@@ -23,8 +23,10 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..prompt import scale_values, value_columns
 from .layers import Layer
 from .masks import mask_levels
+from .schedule import PreparedSchedule, Schedule
 
 KEY = "ip_adapter"
 
@@ -33,14 +35,13 @@ KEY = "ip_adapter"
 class CompiledPrompt:
     """One image prompt on one side of guidance, ready for any number of runs.
 
-    `packed (R, T, 2·Σ widths)` on the CPU, R = 1 or one row an image; `mask (M, H, W)`; the
-    window `start … end` as fractions of the schedule; `layer_dims` of the model it is for.
+    `packed (R, T, 2·Σ widths)` on the CPU, R = 1 or one row an image; `mask (M, H, W)`;
+    `layer_dims` of the model it is for.
     """
 
     packed: Tensor
     mask: Tensor | None
-    start: float
-    end: float
+    schedule: Schedule
     layer_dims: tuple[int, ...]
 
     def prepare(self, run: Run) -> PreparedPrompt:
@@ -52,14 +53,13 @@ class CompiledPrompt:
                 f"cross-attention layers, but the sampled model has {len(dims)} of other widths. "
                 "Apply the adapter to the model that is sampled."
             )
-        mask = None if self.mask is None else run.per_latent(self.mask, "masks")
+        mask = None if self.mask is None else run.per_latent(self.mask, "masks or latent weights")
         return PreparedPrompt(
             run.per_latent(self.packed, "images").to(run.device, run.dtype),
             mask,
             run.latent,
-            windowed=self.start > 0 or self.end < 1,
-            sigma_start=float(run.model_sampling.percent_to_sigma(self.start)),
-            sigma_end=float(run.model_sampling.percent_to_sigma(self.end)),
+            self.schedule.prepare(run.model_sampling),
+            value_columns(self.layer_dims).to(run.device),
         )
 
 
@@ -103,14 +103,22 @@ class PreparedPrompt:
     packed: Tensor
     mask: Tensor | None
     latent: tuple[int, int]
-    windowed: bool
-    sigma_start: float
-    sigma_end: float
+    schedule: PreparedSchedule
+    columns: Tensor
     _levels: dict[tuple[int, ...] | None, Tensor] = field(default_factory=dict)
+    _scaled: dict[float, PreparedPrompt] = field(default_factory=dict)
 
-    def in_force(self, sigma: float) -> bool:
-        """As the host's own ranges: both ends belong to the window."""
-        return self.sigma_end <= sigma <= self.sigma_start
+    def at(self, sigma: float) -> PreparedPrompt | None:
+        """The prompt as it is in force at this sigma; None where it is not."""
+        factor = self.schedule.factor(sigma)
+        if factor in (0.0, 1.0):
+            return self if factor else None
+        if factor not in self._scaled:
+            self._scaled.clear()  # of the step before: one copy of V' is enough
+            self._scaled[factor] = replace(
+                self, packed=scale_values(self.packed, factor, self.columns), _scaled={}
+            )
+        return self._scaled[factor]
 
     def mask_levels(self, area: tuple[int, ...] | None) -> Tensor | None:
         """`(M, Σ tokens, 1)`; computed once for each area of the run."""
@@ -154,7 +162,8 @@ class PromptRows(comfy.conds.CONDRegular):
 
     def at(self, sigma: float) -> PromptRows:
         """Only the prompts in force at this sigma."""
-        return PromptRows(self.cond, tuple(p for p in self.prompts if p.in_force(sigma)))
+        prompts = (prompt.at(sigma) for prompt in self.prompts)
+        return PromptRows(self.cond, tuple(prompt for prompt in prompts if prompt is not None))
 
     def process_cond(
         self, batch_size: int, area: Sequence[int] | None = None, **kwargs: Any

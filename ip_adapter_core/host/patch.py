@@ -137,7 +137,7 @@ def keep_in_force(
     present = [r for r in rows if r is not None]
     if not present or not all(isinstance(r, PromptRows) for r in present):
         return executor(model, conds, x, timestep, model_options, *args, **kwargs)
-    if any(prompt.windowed for r in present for prompt in r.prompts):
+    if any(prompt.schedule.changing for r in present for prompt in r.prompts):
         sigma = timestep[0].item()
         rows = [None if r is None else r.at(sigma) for r in rows]
     if any(r is not None and r.prompts for r in rows):

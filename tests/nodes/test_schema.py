@@ -12,7 +12,17 @@ KNOBS = {
     "end_at": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.001}),
     "combine": (["concat", "average", "per_latent"], {"default": "concat"}),
 }
-OPTIONAL_KNOBS = {"mask": ("MASK", {}), "layer_weights": ("LAYER_WEIGHTS", {})}
+OPTIONAL_KNOBS = {
+    "mask": ("MASK", {}),
+    "layer_weights": ("LAYER_WEIGHTS", {}),
+    "weight_curve": ("CURVE", {"forceInput": True}),
+    "latent_weights": ("LATENT_WEIGHTS", {}),
+}
+PRESETS = [
+    *("uniform", "style", "strong style", "composition", "style and composition"),
+    *("style without composition", "ease in", "ease out", "ease in-out", "reverse in-out"),
+    *("weak input", "weak middle", "weak output", "strong middle"),
+]
 # id: display name, category, required and optional inputs in order, outputs
 NODES = {
     "IPA_LoadAdapter": (
@@ -51,6 +61,41 @@ NODES = {
         },
         OPTIONAL_KNOBS,
         {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING"},
+    ),
+    "IPA_ApplyRegions": (
+        "Apply IP-Adapter (Regions)",
+        "model/conditioning",
+        {
+            "model": ("MODEL", {}),
+            "adapter": KNOBS["adapter"],
+            "image_prompts": ("COMFY_AUTOGROW_V3", {}),
+            "masks": ("COMFY_AUTOGROW_V3", {}),
+            "overlap": (["normalize", "add"], {"default": "normalize"}),
+            **{name: KNOBS[name] for name in ("weight", "start_at", "end_at", "combine")},
+        },
+        {name: OPTIONAL_KNOBS[name] for name in ("layer_weights", "weight_curve")},
+        {"model": "MODEL"},
+    ),
+    "IPA_LayerWeights": (
+        "Layer Weights",
+        "model/conditioning",
+        {
+            "model": ("MODEL", {}),
+            "preset": (PRESETS, {"default": "uniform"}),
+            "changes": ("STRING", {"default": "", "multiline": True}),
+        },
+        {},
+        {"layer_weights": "LAYER_WEIGHTS", "profile": "IMAGE", "layers": "STRING"},
+    ),
+    "IPA_LatentWeights": (
+        "Weights per Latent",
+        "model/conditioning",
+        {
+            "weights": ("STRING", {"default": "0: 0, 15: 1", "multiline": True}),
+            "count": ("INT", {"default": 0, "min": 0, "max": 100_000}),
+        },
+        {"curve": ("CURVE", {"forceInput": True})},
+        {"latent_weights": "LATENT_WEIGHTS"},
     ),
     "IPA_LoadImageEncoder": (
         "Load Image Encoder (OpenCLIP)",

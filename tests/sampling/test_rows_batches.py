@@ -88,6 +88,23 @@ def test_context_windows(small, truth, schedule, fix, settings):
     )
 
 
+def test_an_animation_in_context_windows(small, truth):
+    """An image and a weight a frame, and a weight that falls while it is sampled."""
+    settings = {"latent_weights": [0.2 * i for i in range(7)], "combine": "per_latent"}
+    model, adapter, images = small.model(), small.adapter(), small.images(7)
+    texts = small.text(1), small.text(2)
+    falling = {"points": [[0, 1], [1, 0]], "interpolation": "linear"}
+    sides = truth.sides(adapter, images, steps={0.3: 0.7, 0.6: 0.4}, **settings)
+    expected = truth.apply(model, small.SD15_LAYERS, *zip(texts, sides, strict=True))
+    patched = small.apply(model, adapter, images, weight_curve=falling, **settings)
+    truth.check(
+        *(
+            small.run(small.guider(windowed(m, "standard_static", True), *texts), batch=7)
+            for m in (patched, expected, model)
+        )
+    )
+
+
 def test_context_windows_with_prompts_in_the_conditioning(small, truth):
     model, adapter, images = small.model(), small.adapter(), small.images(6)
     texts = small.text(1), small.text(2)

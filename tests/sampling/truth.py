@@ -22,6 +22,7 @@ class Image:
     """One image prompt on one conditioning, with the settings of the Apply nodes.
 
     `features (N, embed)`: one row a latent with `per_latent`, all on every latent without.
+    `steps`: a factor of λ at each fraction of the schedule where a step lies.
     """
 
     adapter: object
@@ -32,6 +33,8 @@ class Image:
     mask: torch.Tensor | None = None
     layer_weights: list[float] | None = None
     per_latent: bool = False
+    steps: dict[float, float] | None = None
+    latent_weights: list[float] | None = None
 
     def tokens(self, latent: int) -> torch.Tensor:
         features = self.features
@@ -82,7 +85,7 @@ def apply(model, layers, *conditionings):
             for chunk in range(len(chunks))
             for i, latent in enumerate(latents)
         ]
-        options = {**options, KEY: rows, "latent_shape": x.shape[-2:]}
+        options = {**options, KEY: rows, "latent_shape": x.shape[-2:], "model_sampling": sampling}
         return executor(x, timesteps, context, y, control, options, *args, **kwargs)
 
     clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, locate)
@@ -138,10 +141,20 @@ def _branch(image: Image, number: int, query, latent: int, place, options) -> to
         scores = (q @ k.T / q.shape[-1] ** 0.5).exp()
         heads.append(scores / scores.sum(-1, keepdim=True) @ v)
     weight = image.weight * (image.layer_weights[number] if image.layer_weights else 1.0)
+    if image.steps is not None:
+        weight *= image.steps[_step(image.steps, options)]
+    if image.latent_weights is not None:
+        weight *= image.latent_weights[latent % len(image.latent_weights)]
     out = weight * torch.cat(heads, -1)
     if image.mask is not None:
         out = out * _mask(image.mask, latent, place, options)
     return out.to(query.dtype)
+
+
+def _step(steps, options) -> float:
+    """The fraction whose sigma is the step's."""
+    sampling, sigma = options["model_sampling"], float(options["sigmas"][0])
+    return min(steps, key=lambda at: abs(sampling.percent_to_sigma(at) - sigma))
 
 
 def _mask(mask, latent: int, place, options) -> torch.Tensor:

@@ -1,0 +1,103 @@
+"""IPA_LayerWeights and IPA_LatentWeights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..ip_adapter_core.host.compile import curve_of
+from ..ip_adapter_core.host.layers import places
+from ..ip_adapter_core.host.profile import draw_profile
+from ..ip_adapter_core.keyframes import weights_of
+from ..ip_adapter_core.presets import PRESETS, edited, listed, preset_weights
+from . import types
+
+
+class LayerWeights(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        about = " ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
+        return io.Schema(
+            node_id="IPA_LayerWeights",
+            display_name="Layer Weights",
+            category="model/conditioning",
+            search_aliases=["ip adapter layer weights", "style transfer", "composition", "style"],
+            description=(
+                "How much the image counts on each cross-attention layer: a preset, changed line "
+                "by line where you like. Style transfer is a preset of this."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="Tells which layers there are."),
+                io.Combo.Input("preset", options=list(PRESETS), default="uniform", tooltip=about),
+                io.String.Input(
+                    "changes",
+                    multiline=True,
+                    default="",
+                    tooltip="What differs from the preset, one a line: 'input 7: 0.5' for a block, "
+                    "'output 1.9: 0' for one layer of it, 'output: 0.2' for a side, 'all: 0'. "
+                    "Later lines win. The output 'layers' lists them all in this form.",
+                ),
+            ],
+            outputs=[
+                types.LayerWeights.Output("layer_weights", display_name="layer_weights"),
+                io.Image.Output("profile", display_name="profile"),
+                io.String.Output("layers", display_name="layers"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, preset: str, changes: str) -> io.NodeOutput:
+        layers = places(model)
+        weights = edited(preset_weights(preset, layers), layers, changes)
+        profile = draw_profile(weights, layers)
+        shown = ui.PreviewImage(profile, cls=cls)
+        return io.NodeOutput(weights, profile, listed(weights, layers), ui=shown)
+
+
+class LatentWeights(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IPA_LatentWeights",
+            display_name="Weights per Latent",
+            category="model/conditioning",
+            search_aliases=["ip adapter animation", "weight keyframes", "weights per frame"],
+            description=(
+                "A multiplier of the weight for each latent of a batch: frames of an animation, "
+                "or several weights in one run."
+            ),
+            inputs=[
+                io.String.Input(
+                    "weights",
+                    multiline=True,
+                    default="0: 0, 15: 1",
+                    tooltip="Keyframes 'number of the latent: weight', linear between them, or one "
+                    "number a latent: '0, 0.5, 1'.",
+                ),
+                io.Int.Input(
+                    "count",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    tooltip="How many latents there are; 0 for as many as the weights name.",
+                ),
+                io.Custom("CURVE").Input(
+                    "curve",
+                    optional=True,
+                    tooltip="Multiplies them, from the first latent on the left to the last on "
+                    "the right: connect a Curve Editor.",
+                    extra_dict={"forceInput": True},
+                ),
+            ],
+            outputs=[types.LatentWeights.Output("latent_weights", display_name="latent_weights")],
+        )
+
+    @classmethod
+    def execute(cls, weights: str, count: int, curve: Any = None) -> io.NodeOutput:
+        made = weights_of(weights, count)
+        over = curve_of(curve)
+        if over is not None:
+            last = max(1, len(made) - 1)
+            made = [weight * over(number / last) for number, weight in enumerate(made)]
+        return io.NodeOutput(made)

@@ -1,0 +1,86 @@
+"""Several images, each in its region, in one node, against the explicit truth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def masks(count: int) -> list[torch.Tensor]:
+    """Soft ones that overlap, on the latent's own pixels, so that resizing them is no matter."""
+    generator = torch.Generator().manual_seed(count)
+    return [torch.rand(1, 8, 8, generator=generator) for _ in range(count)]
+
+
+def apply(model, adapter, prompts, given, overlap="normalize", **settings):
+    """IPA_ApplyRegions, inputs as the host hands growing lists over."""
+    from comfyui_ip_adapter.nodes.regions import ApplyIPAdapterRegions
+
+    knobs = {"weight": 1.0, "start_at": 0.0, "end_at": 1.0, "combine": "concat", **settings}
+    return ApplyIPAdapterRegions.execute(
+        model=model,
+        adapter=adapter,
+        image_prompts={f"image_prompt{i}": prompt for i, prompt in enumerate(prompts)},
+        masks={f"mask{i}": mask for i, mask in enumerate(given)},
+        overlap=overlap,
+        **knobs,
+    ).args[0]
+
+
+def shares(given, overlap, rest):
+    """By hand."""
+    total = sum(given)
+    found = [m / total.clamp(min=1) for m in given] if overlap == "normalize" else given
+    return [*found, (1 - total).clamp(min=0)] if rest else found
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("overlap", ["normalize", "add"])
+@pytest.mark.parametrize("rest", [False, True])
+def test_each_image_acts_in_its_own_region(small, truth, family, overlap, rest):
+    model, adapter = small.model(family), small.adapter(family)
+    given = masks(2)
+    prompts = [small.images(1 + i, seed=30 + i) for i in range(3 if rest else 2)]
+    texts = small.text(1), small.text(2)
+    knobs = {"weight": 0.8, "end_at": 0.5}
+    sides = [], []
+    for prompt, mask in zip(prompts, shares(given, overlap, rest), strict=True):
+        both = truth.sides(adapter, prompt, mask=mask, **knobs)
+        for side, images in zip(sides, both, strict=True):
+            side += images
+    expected = truth.apply(model, small.LAYERS[family], *zip(texts, sides, strict=True))
+    patched = apply(model, adapter, prompts, given, overlap, **knobs)
+    truth.check(*(small.run(small.guider(m, *texts)) for m in (patched, expected, model)))
+
+
+def test_it_is_several_apply_nodes_in_a_row(small):
+    model, adapter, given = small.model(), small.adapter(), masks(2)
+    prompts = [small.images(seed=i) for i in (1, 2)]
+    texts = small.text(1), small.text(2)
+    row = model
+    for prompt, mask in zip(prompts, given, strict=True):
+        row = small.apply(row, adapter, prompt, mask=mask)
+    one = apply(model, adapter, prompts, given, "add")
+    assert torch.equal(*(small.run(small.guider(m, *texts)) for m in (one, row)))
+
+
+def test_lambda_0_gives_the_model_back(small):
+    model = small.model()
+    assert apply(model, small.adapter(), [small.images()], masks(1), weight=0.0) is model
+
+
+@pytest.mark.parametrize(
+    "prompts, given, message",
+    [
+        (2, [], "2 image prompts do not go with 0 masks"),
+        (1, masks(2), "1 image prompts do not go with 2 masks"),
+        (3, masks(1), "3 image prompts do not go with 1 masks"),
+        (1, [torch.full((1, 4, 4), float("nan"))], "mask contains NaN"),
+        (1, [torch.ones(1, 0, 4)], r"mask has shape \[1, 0, 4\]"),
+        (2, [torch.ones(2, 4, 4), torch.ones(3, 4, 4)], "2 masks and another 3"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together(small, prompts, given, message):
+    with pytest.raises(ValueError, match=message):
+        apply(small.model(), small.adapter(), [small.images()] * prompts, given)
