@@ -61,12 +61,15 @@ def measure(world: World) -> dict[str, float]:
     base = per_step(world.model)
     one, syncs = added(per_step(world.apply(world.model)), base)
     masked, mask_syncs = added(per_step(world.apply(world.model, mask=thirds()[0])), base)
+    curve = {"weight_curve": [[i / 10, (i % 3) / 2] for i in range(11)]}  # ten pieces
+    curved, curve_syncs = added(per_step(world.apply(world.model, **curve)), base)
     window = {"start_at": 1.0, "end_at": 1.0}
     outside, window_syncs = added(per_step(world.apply(world.model, **window)), base)
     return {
         "kernels_per_layer": one / LAYERS,
         "kernels_per_layer_mask": masked / LAYERS,
-        "syncs_per_step": max(syncs, mask_syncs),
+        "kernels_per_layer_curve": curved / LAYERS,
+        "syncs_per_step": max(syncs, mask_syncs, curve_syncs),
         "syncs_per_step_windowed": window_syncs,
         "kernels_outside_window": outside,
         "resident_adapter_parameters": resident_parameters(world),

@@ -101,7 +101,7 @@ def layer_names(layers: Sequence[Layer]) -> list[str]:
     """ "input 4", or "input 4.1" where a block has several transformers; "middle" has no number."""
     blocks = [layer[:2] for layer in layers]
     return [
-        _name((side, number)) + (f".{index}" if blocks.count((side, number)) > 1 else "")
+        block_name((side, number)) + (f".{index}" if blocks.count((side, number)) > 1 else "")
         for side, number, index in layers
     ]
 
@@ -118,7 +118,7 @@ def preset_weights(name: str, layers: Sequence[Layer]) -> list[float]:
         if found is None:
             raise ValueError(
                 f"The preset '{name}' names blocks of {' and '.join(preset.blocks)}, but this "
-                f"model has cross-attention in {', '.join(map(_name, blocks)) or 'no block'}. "
+                f"model has cross-attention in {', '.join(map(block_name, blocks)) or 'no block'}. "
                 "Choose uniform or another preset for any model, and type weights for its layers."
             )
         return [preset.blocks[found].get(layer[:2], preset.rest) for layer in layers]
@@ -188,11 +188,11 @@ def listed(weights: Sequence[float], layers: Sequence[Layer]) -> str:
     for block in dict.fromkeys(layer[:2] for layer in forward(layers)):
         own = [layer for layer in forward(layers) if layer[:2] == block]
         if len({table[layer] for layer in own}) == 1:
-            lines.append(f"{_name(block)}: {table[own[0]]:g}")
+            lines.append(f"{block_name(block)}: {table[own[0]]:g}")
         else:
-            lines += [f"{_name(block)}.{layer[2]}: {table[layer]:g}" for layer in own]
+            lines += [f"{block_name(block)}.{layer[2]}: {table[layer]:g}" for layer in own]
     return "\n".join(lines)
 
 
-def _name(block: Block) -> str:
+def block_name(block: Block) -> str:
     return "middle" if block == ("middle", 0) else f"{block[0]} {block[1]}"

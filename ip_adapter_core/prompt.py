@@ -153,12 +153,10 @@ def unpack(packed: Tensor, layer_dims: Sequence[int]) -> list[tuple[Tensor, Tens
     return list(zip(parts[::2], parts[1::2], strict=True))
 
 
-def value_columns(layer_dims: Sequence[int]) -> Tensor:
-    """Which columns of a packed tensor are V', booleans `(2·Σ widths,)`."""
+def split_values(packed: Tensor, layer_dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`packed` with zeros for V', and with zeros for K': the one plus any multiple of the other is
+    the same prompt with another λ."""
     widths = torch.tensor([dim for dim in layer_dims for _ in "kv"])
-    return torch.tensor([False, True] * len(layer_dims)).repeat_interleave(widths)
-
-
-def scale_values(packed: Tensor, factor: float, columns: Tensor) -> Tensor:
-    """`packed` with λ times `factor`, in two kernels: K' stays, V' (`value_columns`) is scaled."""
-    return torch.where(columns, packed * factor, packed)
+    columns = torch.tensor([False, True] * len(layer_dims)).repeat_interleave(widths)
+    values = packed * columns.to(packed)
+    return packed - values, values

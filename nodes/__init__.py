@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .apply import ApplyIPAdapter, ApplyIPAdapterConditioning
+from .attention_map import AttentionMap, RecordAttention
 from .encode import EncodeImagePrompt
 from .image_encoder import LoadImageEncoder
 from .layer_weights import LatentWeights, LayerWeights
@@ -24,5 +25,7 @@ class IPAdapterExtension(ComfyExtension):
             ApplyIPAdapterRegions,
             LayerWeights,
             LatentWeights,
+            RecordAttention,
+            AttentionMap,
             LoadImageEncoder,
         ]

@@ -23,10 +23,10 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..prompt import scale_values, value_columns
+from ..prompt import split_values
 from .layers import Layer
 from .masks import mask_levels
-from .schedule import PreparedSchedule, Schedule
+from .schedule import Moment, PreparedSchedule, Schedule
 
 KEY = "ip_adapter"
 
@@ -54,13 +54,10 @@ class CompiledPrompt:
                 "Apply the adapter to the model that is sampled."
             )
         mask = None if self.mask is None else run.per_latent(self.mask, "masks or latent weights")
-        return PreparedPrompt(
-            run.per_latent(self.packed, "images").to(run.device, run.dtype),
-            mask,
-            run.latent,
-            self.schedule.prepare(run.model_sampling),
-            value_columns(self.layer_dims).to(run.device),
-        )
+        packed = run.per_latent(self.packed, "images").to(run.device, run.dtype)
+        schedule = run.schedule(self.schedule)
+        parts = None if schedule.table is None else split_values(packed, self.layer_dims)
+        return PreparedPrompt(packed, mask, run.latent, schedule, parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +70,17 @@ class Run:
     batch: int
     latent: tuple[int, int]
     model_sampling: Any
+    sigmas: Tensor | None = None
     _prepared: dict[CompiledPrompt, PreparedPrompt] = field(default_factory=dict)
+    _schedules: dict[Schedule, PreparedSchedule] = field(default_factory=dict)
+
+    def schedule(self, asked: Schedule) -> PreparedSchedule:
+        """Both sides of a prompt share one."""
+        if asked not in self._schedules:
+            self._schedules[asked] = asked.prepare(
+                self.model_sampling, self.sigmas, self.device, self.dtype
+            )
+        return self._schedules[asked]
 
     def per_latent(self, rows: Tensor, name: str) -> Tensor:
         """One row, or one for each latent of the batch; raises ValueError if that cannot be."""
@@ -98,27 +105,25 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class PreparedPrompt:
-    """A prompt for the length of one run: on the device, in the UNet's dtype, in sigmas."""
+    """A prompt for the length of one run: on the device, in the UNet's dtype, in sigmas. `parts`:
+    K' alone and V' alone, where a curve changes λ."""
 
     packed: Tensor
     mask: Tensor | None
     latent: tuple[int, int]
     schedule: PreparedSchedule
-    columns: Tensor
+    parts: tuple[Tensor, Tensor] | None = None
     _levels: dict[tuple[int, ...] | None, Tensor] = field(default_factory=dict)
-    _scaled: dict[float, PreparedPrompt] = field(default_factory=dict)
 
-    def at(self, sigma: float) -> PreparedPrompt | None:
-        """The prompt as it is in force at this sigma; None where it is not."""
-        factor = self.schedule.factor(sigma)
-        if factor in (0.0, 1.0):
-            return self if factor else None
-        if factor not in self._scaled:
-            self._scaled.clear()  # of the step before: one copy of V' is enough
-            self._scaled[factor] = replace(
-                self, packed=scale_values(self.packed, factor, self.columns), _scaled={}
-            )
-        return self._scaled[factor]
+    def at(self, moment: Moment) -> PreparedPrompt | None:
+        """The prompt as it is in force at that moment; None where it is not."""
+        if self.schedule.windowed and not self.schedule.includes(moment.sigma):
+            return None
+        factor = moment.factor(self.schedule)
+        if factor is None or self.parts is None:
+            return self
+        keys, values = self.parts
+        return replace(self, packed=torch.addcmul(keys, values, factor))
 
     def mask_levels(self, area: tuple[int, ...] | None) -> Tensor | None:
         """`(M, Σ tokens, 1)`; computed once for each area of the run."""
@@ -160,9 +165,15 @@ class PromptRows(comfy.conds.CONDRegular):
     def _copy_with(self, cond: Tensor) -> PromptRows:
         return PromptRows(cond, self.prompts, self.area)
 
-    def at(self, sigma: float) -> PromptRows:
-        """Only the prompts in force at this sigma."""
-        prompts = (prompt.at(sigma) for prompt in self.prompts)
+    @property
+    def changing(self) -> bool:
+        """Whether a prompt is not the same at every step."""
+        schedules = [prompt.schedule for prompt in self.prompts]
+        return any(schedule.windowed or schedule.table is not None for schedule in schedules)
+
+    def at(self, moment: Moment) -> PromptRows:
+        """Only the prompts in force at that moment, as they are then."""
+        prompts = (prompt.at(moment) for prompt in self.prompts)
         return PromptRows(self.cond, tuple(prompt for prompt in prompts if prompt is not None))
 
     def process_cond(

@@ -7,8 +7,8 @@ the image branch over the attention slots for one UNet call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import comfy.ldm.modules.attention as host_attention
 import comfy.model_patcher
@@ -19,13 +19,25 @@ from torch import Tensor
 from ..attention import add, image_attention
 from ..prompt import unpack
 from .conditioning import KEY, AttachedPrompts, CompiledPrompt, PromptRows, Run
-from .layers import cross_attention_layers
+from .layers import Layer, cross_attention_layers
 from .masks import resize, split_levels
+from .schedule import Moment
 
 LAYERS, UNNAMED = f"{KEY}.layers", f"{KEY}.unnamed"  # in the run's transformer_options
+RECORD = f"{KEY}.record"  # the same, and an attachment of the model
 
 Model: TypeAlias = comfy.model_patcher.ModelPatcher
 Conditioning: TypeAlias = list[list[Any]]
+
+
+class AttentionRecord(Protocol):
+    """Who wants to see what the image prompts do at every layer (see record.py)."""
+
+    def begin(self, run: Run) -> None: ...
+    def end(self) -> None: ...
+    def watched(
+        self, attention: DecoupledAttention, layer: Layer, options: dict[str, Any]
+    ) -> Callable[..., Tensor]: ...
 
 
 def apply_to_model(model: Model, positive: CompiledPrompt, negative: CompiledPrompt) -> Model:
@@ -80,6 +92,7 @@ def prepare_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
         batch=noise.shape[0],
         latent=(noise.shape[-2], noise.shape[-1]),
         model_sampling=model.get_model_object("model_sampling"),
+        sigmas=args[2] if len(args) > 2 else kwargs.get("sigmas"),
     )
     pairs = model.get_attachment(KEY) or ()
     before = guider.conds
@@ -93,10 +106,16 @@ def prepare_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
     shared = guider.model_options["transformer_options"]
     shared[LAYERS] = run.layers
     shared[UNNAMED] = run.rows([negative for _, negative in pairs]) if pairs else None
+    record: AttentionRecord | None = model.get_attachment(RECORD)
+    if record is not None:
+        shared[RECORD] = record
+        record.begin(run)
     try:
         return executor(noise, *args, **kwargs)
     finally:  # who runs the guider again finds it as it was, and no K'/V' stay on the device
         guider.conds = before
+        if record is not None:
+            record.end()
 
 
 def _prepared(
@@ -137,9 +156,9 @@ def keep_in_force(
     present = [r for r in rows if r is not None]
     if not present or not all(isinstance(r, PromptRows) for r in present):
         return executor(model, conds, x, timestep, model_options, *args, **kwargs)
-    if any(prompt.schedule.changing for r in present for prompt in r.prompts):
-        sigma = timestep[0].item()
-        rows = [None if r is None else r.at(sigma) for r in rows]
+    if any(r.changing for r in present):
+        moment = Moment(timestep)
+        rows = [None if r is None else r.at(moment) for r in rows]
     if any(r is not None and r.prompts for r in rows):
         empty = PromptRows(present[0].cond, ())
         kept = iter([_with_rows(e, r or empty) for e, r in zip(entries, rows, strict=True)])
@@ -183,11 +202,13 @@ def lay_over_attention(
         rows = [None if r is None else _for_all(r, x) for r in rows]
         keys_values = [unpack(packed, dims) for packed in rows[::2]]
         masks = [None if m is None else split_levels(m, *latent) for m in rows[1::2]]
+        record: AttentionRecord | None = options.get(RECORD)
         ours = {}
         for i, layer in enumerate(layers):
             prompts = [(*kv[i], mask) for kv, mask in zip(keys_values, masks, strict=True)]
             before = slots.get(layer.key) or slots.get(layer.key[:2])
-            ours[layer.key] = DecoupledAttention(prompts, latent, before)
+            made = DecoupledAttention(prompts, latent, before)
+            ours[layer.key] = made if record is None else record.watched(made, layer, options)
         attn2 = {**slots, **ours}
         options = {**options, "patches_replace": {**replaced, "attn2": attn2}}
     return executor(x, timesteps, context, y, control, options, *args, **kwargs)
@@ -223,14 +244,23 @@ class DecoupledAttention:
         self.before = before
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        heads = options["n_heads"]
-        if self.before is None:
-            precision = options["attn_precision"]
-            out = optimized_attention(
-                q, k, v, heads, attn_precision=precision, transformer_options=options
-            )
-        else:
-            out = self.before(q, k, v, options)
+        out = self.text(q, k, v, options)
+        for image, mask in self.images(q, options):
+            out = add(out, image, mask)
+        return out
+
+    def text(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        """The text's part, `(B, L, C)`: attention, or what another pack has put in its place."""
+        if self.before is not None:
+            return self.before(q, k, v, options)
+        return optimized_attention(
+            *(q, k, v, options["n_heads"]),
+            attn_precision=options["attn_precision"],
+            transformer_options=options,
+        )
+
+    def images(self, q: Tensor, options: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Each image prompt's part, `(B, L, C)`, and its mask, `(B, L, 1)`."""
         if q.shape[0] != len(self.prompts[0][0]):
             raise RuntimeError(
                 f"Another node's attn2 patch made {q.shape[0]} rows of the "
@@ -238,8 +268,7 @@ class DecoupledAttention:
                 "follows which image cannot be told. Take that node or Apply IP-Adapter out."
             )
         for key, value, mask in self.prompts:
-            out = add(out, image_attention(q, key, value, heads), self._at(mask, q, options))
-        return out
+            yield image_attention(q, key, value, options["n_heads"]), self._at(mask, q, options)
 
     def _at(
         self, levels: dict[int, Tensor] | None, q: Tensor, options: dict[str, Any]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
+from torch import Tensor
 
 Curve: TypeAlias = Callable[[float], float]
 """A fraction of the schedule, 0 … 1, to a multiplier of λ."""
 
-_GRID = 1000  # SD's training timesteps: between two of them log σ is linear
+_GRID = 4000  # places of the schedule at which a curve is known, besides the run's own sigmas
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,43 +26,77 @@ class Schedule:
     end: float = 1.0
     curve: Curve | None = None
 
-    def prepare(self, model_sampling: Any) -> PreparedSchedule:
-        """In the sigmas of the model that is sampled."""
+    def prepare(
+        self, model_sampling: Any, sigmas: Tensor | None, device: torch.device, dtype: torch.dtype
+    ) -> PreparedSchedule:
+        """In the sigmas of the model that is sampled, and exact at those of the run."""
+        table = None
+        if self.curve is not None:
+            steps = [] if sigmas is None else sigmas.flatten().tolist()
+            places, factors = _table(self.curve, model_sampling, steps)
+            table = places.to(device), factors.to(device, dtype)
         return PreparedSchedule(
-            changing=self.start > 0 or self.end < 1 or self.curve is not None,
+            windowed=self.start > 0 or self.end < 1,
             sigma_start=float(model_sampling.percent_to_sigma(self.start)),
             sigma_end=float(model_sampling.percent_to_sigma(self.end)),
-            curve=None if self.curve is None else _over_sigmas(self.curve, model_sampling),
+            table=table,
         )
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedSchedule:
-    """`changing`: whether it is worth asking for the sigma at all. `curve` is over sigmas."""
+    """`table`: rising sigmas and a factor of λ for each, both `(n,)` on the device: looking one up
+    there makes nobody wait for the device, as asking for the sigma would."""
 
-    changing: bool
+    windowed: bool
     sigma_start: float
     sigma_end: float
-    curve: Curve | None
+    table: tuple[Tensor, Tensor] | None
 
-    def factor(self, sigma: float) -> float:
-        """The multiplier of λ at this sigma, 0 outside the window. As in the host's own ranges
-        both ends belong to the window."""
-        if not self.sigma_end <= sigma <= self.sigma_start:
-            return 0.0
-        return 1.0 if self.curve is None else self.curve(sigma)
+    def includes(self, sigma: float) -> bool:
+        """As the host's own ranges: both ends belong to the window."""
+        return self.sigma_end <= sigma <= self.sigma_start
 
 
-def _over_sigmas(curve: Curve, model_sampling: Any) -> Curve:
-    """`curve` as a function of sigma. The host only turns fractions into sigmas, and gives the two
-    ends special values."""
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """One evaluation of the model at the sigma `timestep (B,)`, all rows alike."""
+
+    timestep: Tensor
+    _factors: dict[PreparedSchedule, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def sigma(self) -> float:
+        """Waits for the device."""
+        return float(self.timestep[0].item())
+
+    def factor(self, schedule: PreparedSchedule) -> Tensor | None:
+        """The curve's factor of λ, `(1,)`; None where there is no curve."""
+        if schedule.table is None:
+            return None
+        if schedule not in self._factors:
+            sigmas, factors = schedule.table
+            place = torch.searchsorted(sigmas, self.timestep[:1].to(sigmas))
+            self._factors[schedule] = factors.index_select(0, place)
+        return self._factors[schedule]
+
+
+def _table(curve: Curve, model_sampling: Any, steps: list[float]) -> tuple[Tensor, Tensor]:
+    """The curve over sigmas: at the run's `steps`, and on a grid for samplers that evaluate between
+    them. Beyond the last place it goes on as there."""
     fractions = np.linspace(0, 1, _GRID)
-    sigmas = [float(model_sampling.percent_to_sigma(x)) for x in fractions[1:-1]]
+    # The host only turns fractions into sigmas, and gives the two ends special values.
     ends = float(model_sampling.sigma_max), float(model_sampling.sigma_min)
-    falling = np.log(np.maximum([ends[0], *sigmas, ends[1]], 1e-12))
+    inner = [float(model_sampling.percent_to_sigma(x)) for x in fractions[1:-1]]
+    grid = [ends[0], *inner, ends[1]]
+    falling = np.log(np.maximum(grid, 1e-12))
 
     def at(sigma: float) -> float:
         where = np.interp(-math.log(max(sigma, 1e-12)), -falling, fractions)
         return float(curve(float(where)))
 
-    return at
+    known = dict(zip(grid, map(curve, fractions.tolist()), strict=True))
+    known |= {sigma: at(sigma) for sigma in steps}
+    places = sorted(known)
+    factors = [known[sigma] for sigma in places]
+    return torch.tensor(places), torch.tensor([*factors, factors[-1]])

@@ -18,6 +18,7 @@ def counts(host):
     [
         "kernels_per_layer",
         "kernels_per_layer_mask",
+        "kernels_per_layer_curve",
         "syncs_per_step",
         "kernels_outside_window",
         "resident_adapter_parameters",
@@ -33,3 +34,4 @@ def test_the_prompt_is_in_the_trace(counts):
     """One attention and one addition a layer at least: otherwise nothing was measured."""
     assert counts["kernels_per_layer"] >= 2
     assert counts["kernels_per_layer_mask"] > counts["kernels_per_layer"]
+    assert counts["kernels_per_layer_curve"] > counts["kernels_per_layer"]

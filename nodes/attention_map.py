@@ -1,0 +1,123 @@
+"""IPA_RecordAttention and IPA_AttentionMap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..ip_adapter_core import heat
+from ..ip_adapter_core.host.record import Record, blocks_of, recording
+from . import types
+
+
+class RecordAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IPA_RecordAttention",
+            display_name="Record Image Attention",
+            category="model/conditioning",
+            search_aliases=["ip adapter attention", "attention map", "heat map"],
+            description=(
+                "Watches where image prompts act while a picture is sampled, for 'Image Attention "
+                "Map'. The picture stays the same to the bit. Goes between the last 'Apply "
+                "IP-Adapter' and the sampler."
+            ),
+            inputs=[io.Model.Input("model", tooltip="Stays as it is.")],
+            outputs=[
+                io.Model.Output("model", display_name="model"),
+                types.AttentionRecord.Output("record", display_name="record"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any) -> io.NodeOutput:
+        return io.NodeOutput(*recording(model))
+
+
+class AttentionMap(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IPA_AttentionMap",
+            display_name="Image Attention Map",
+            category="model/conditioning",
+            search_aliases=["ip adapter attention", "heat map", "where the image acts"],
+            description=(
+                "Where the image prompt acted, as a heat map over the finished picture: its share "
+                "in the output of the cross-attention layers."
+            ),
+            inputs=[
+                types.AttentionRecord.Input("record", tooltip="Of 'Record Image Attention'."),
+                io.Image.Input(
+                    "image",
+                    tooltip="The picture that was sampled with the recorded model: the map waits "
+                    "for it.",
+                ),
+                io.String.Input(
+                    "blocks",
+                    default="all",
+                    tooltip="Which blocks of the UNet: all, input, middle, output, or single ones, "
+                    "'input 8, output 1'.",
+                ),
+                io.Float.Input(
+                    "start_at",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="The first step to look at, as a fraction of the schedule.",
+                ),
+                io.Float.Input(
+                    "end_at",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="The last step to look at, as a fraction of the schedule.",
+                ),
+                io.Int.Input(
+                    "image_prompt",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="Which one, where several are applied, in their order from 1; 0 for "
+                    "all together.",
+                ),
+                io.Float.Input(
+                    "opacity",
+                    default=0.6,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Of the colours over the picture; 1 for the map alone.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("overlay", display_name="overlay"),
+                io.Mask.Output("heat_map", display_name="heat_map"),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        record: Record,
+        image: Tensor,
+        blocks: str,
+        start_at: float,
+        end_at: float,
+        image_prompt: int,
+        opacity: float,
+    ) -> io.NodeOutput:
+        maps = record.heat(blocks_of(blocks), start_at, end_at, image_prompt)
+        if len(maps) not in (1, len(image)):
+            raise ValueError(
+                f"image holds {len(image)} pictures, but {len(maps)} latents were sampled with "
+                "the recorded model. Connect the pictures of that sampler, all of them."
+            )
+        maps = heat.resized(maps, *image.shape[1:3]).expand(len(image), -1, -1)
+        overlay = heat.over(image, maps, opacity)
+        return io.NodeOutput(overlay, maps, ui=ui.PreviewImage(overlay, cls=cls))
