@@ -13,7 +13,7 @@ _LIGHTEST = (1.00, 0.97, 0.66)
 
 def resized(maps: Tensor, height: int, width: int) -> Tensor:
     """Maps `(N, h, w)` at a picture's size, `(N, height, width)`."""
-    return interpolate(maps[:, None], (height, width), mode="bicubic")[:, 0].clamp(0, 1)
+    return interpolate(maps[:, None], (height, width), mode="bilinear")[:, 0]
 
 
 def coloured(maps: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing_extensions import override
 from .apply import ApplyIPAdapter, ApplyIPAdapterConditioning
 from .attention_map import AttentionMap, RecordAttention
 from .encode import EncodeImagePrompt
+from .grid import DrawGrid, GridValues
 from .image_encoder import LoadImageEncoder
 from .layer_weights import LatentWeights, LayerWeights
 from .load import LoadIPAdapter
@@ -27,5 +28,7 @@ class IPAdapterExtension(ComfyExtension):
             LatentWeights,
             RecordAttention,
             AttentionMap,
+            GridValues,
+            DrawGrid,
             LoadImageEncoder,
         ]

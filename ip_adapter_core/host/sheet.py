@@ -1,0 +1,41 @@
+"""Pictures side by side, with words at the edges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+_GAP = 6
+_GROUND, _INK = (32, 34, 40), (222, 224, 230)
+
+
+def draw_grid(
+    cells: Sequence[Sequence[Tensor]], columns: Sequence[str], rows: Sequence[str]
+) -> Tensor:
+    """Rows of pictures `(H, W, C)`, values 0 … 1, all of the first one's size, under the words of
+    the columns and beside those of the rows: `(1, H', W', 3)`. Small pictures are enlarged by whole
+    numbers, so that the words have room."""
+    height, width = cells[0][0].shape[:2]
+    factor = max(1, 160 // width)
+    height, width = factor * height, factor * width
+    font = max(13, width // 14)
+    left, top = 6 * font, 2 * font
+    sheet = Image.new(
+        "RGB", (left + len(columns) * (width + _GAP), top + len(rows) * (height + _GAP)), _GROUND
+    )
+    pen = ImageDraw.Draw(sheet)
+    for x, word in enumerate(columns):
+        middle = left + x * (width + _GAP) + width // 2
+        pen.text((middle, top // 2), word, fill=_INK, anchor="mm", font_size=font)
+    for y, word in enumerate(rows):
+        middle = top + y * (height + _GAP) + height // 2
+        pen.text((left - _GAP, middle), word, fill=_INK, anchor="rm", font_size=font)
+        for x, cell in enumerate(cells[y]):
+            pixels = (cell[..., :3].float().clamp(0, 1) * 255).round().byte().cpu().numpy()
+            picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (left + x * (width + _GAP), top + y * (height + _GAP)))
+    return torch.from_numpy(np.asarray(sheet, np.float32) / 255)[None]
