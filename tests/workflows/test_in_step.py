@@ -10,7 +10,7 @@ import pytest
 
 from tools.build_workflows import build
 
-DRAWN = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+DRAWN = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "CURVE"}
 """Types that the editor draws as widgets."""
 
 
@@ -23,8 +23,8 @@ def declared(info: dict[str, Any], type_: str) -> dict[str, tuple[Any, dict[str,
     }
 
 
-def drawn(type_: Any) -> bool:
-    return isinstance(type_, list) or type_ in DRAWN
+def drawn(type_: Any, options: dict[str, Any]) -> bool:
+    return (isinstance(type_, list) or type_ in DRAWN) and not options.get("forceInput")
 
 
 def exported(editor: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def exported(editor: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
         values = iter(node["widgets_values"])
         inputs: dict[str, Any] = {}
         for name, (type_, options, _) in declared(info, node["type"]).items():
-            if drawn(type_):
+            if drawn(type_, options):
                 inputs[name] = next(values)
                 if options.get("control_after_generate"):
                     assert next(values) in ("fixed", "randomize", "increment", "decrement")
@@ -93,10 +93,14 @@ def test_sockets_are_the_classes_own(workflow, object_info):
                 ((entry, *_),) = options["template"]["input"]["required"].values()
                 grown = [key for key in sockets if key.startswith(f"{name}.")]
                 assert {sockets.pop(key) for key in grown} == {entry}
-            elif not drawn(type_):
+            elif not drawn(type_, options):
                 assert sockets.pop(name) == type_
                 (slot,) = (slot for slot in node["inputs"] if slot["name"] == name)
                 assert slot["link"] is not None or not required
+            elif name in sockets:  # a widget that is linked instead
+                assert sockets.pop(name) == type_
+                (slot,) = (slot for slot in node["inputs"] if slot["name"] == name)
+                assert slot["widget"] == {"name": name} and slot["link"] is not None
         assert sockets == {}
 
 
@@ -116,10 +120,12 @@ def test_links_join_equal_types_and_are_known_at_both_ends(workflow):
 def test_values_are_ones_that_the_classes_allow(workflow, object_info):
     for node in workflow.api.values():
         for name, (type_, options, required) in declared(object_info, node["class_type"]).items():
-            if not drawn(type_):
+            if not drawn(type_, options):
                 continue
             assert name in node["inputs"] or not required
             value = node["inputs"][name]
+            if isinstance(value, list) and not isinstance(type_, list):
+                continue  # linked
             choices = type_ if isinstance(type_, list) else options.get("options")
             if choices is not None:
                 assert value in choices, f"{node['class_type']}.{name}"

@@ -16,7 +16,8 @@ def test_every_picture_leads_into_a_stage_and_every_adapter_is_one(workflow):
     )
     adapters = [stage for stage in stages if stage.label.startswith("IP-Adapter")]
     classes = [node["class_type"] for node in workflow.api.values()]
-    assert len(adapters) == sum(name in ("IPA_Apply", "IPA_ApplyConditioning") for name in classes)
+    applied = ("IPA_Apply", "IPA_ApplyConditioning", "IPA_ApplyRegions")
+    assert len(adapters) == sum(name in applied for name in classes)
     for stage in stages:
         controls = stage.label.startswith("ControlNet")
         assert not controls or "ControlNetApplyAdvanced" in classes

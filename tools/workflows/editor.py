@@ -67,10 +67,12 @@ def _node(node: Node, graph: Graph, info: ObjectInfo, links: list[list[Any]]) ->
     inputs: list[dict[str, Any]] = []
     widgets = 0
     for name, type_, options, optional in inputs_of(node, info):
+        slot: dict[str, Any] = {"name": name, "type": type_, "link": None}
         if is_widget(type_, options):
             widgets += 2 if options.get("control_after_generate") else 1
-            continue
-        slot: dict[str, Any] = {"name": name, "type": type_, "link": None}
+            if name not in sources:
+                continue
+            slot["widget"] = {"name": name}
         if "." in name:
             slot["label"] = name.partition(".")[2]
         if optional:
@@ -120,12 +122,16 @@ def _properties(type_: str, values: list[Any]) -> dict[str, Any]:
         "cnr_id": PACK if type_.startswith("IPA_") else "comfy-core",
         "Node name for S&R": type_,
     }
-    files = [PUBLIC[value] for value in values if isinstance(value, str) and value in PUBLIC]
+    files = [PUBLIC[value] for value in values if _public(value)]
     if files:
         properties["models"] = [
             {"name": file.name, "url": file.url, "directory": file.directory} for file in files
         ]
     return properties
+
+
+def _public(value: Any) -> bool:
+    return isinstance(value, str) and value in PUBLIC
 
 
 def _colors(node: Node) -> tuple[str, str] | None:
@@ -169,7 +175,7 @@ def _notes(graph: Graph, nodes: int) -> list[dict[str, Any]]:
 
 def _models(graph: Graph) -> str:
     """The files by folder, with their links and the names to save them under."""
-    names = [value for node in graph.nodes for value in node.inputs.values() if value in PUBLIC]
+    names = [value for node in graph.nodes for value in node.inputs.values() if _public(value)]
     files = [PUBLIC[name] for name in dict.fromkeys(names)]
     parts = []
     for directory in dict.fromkeys(file.directory for file in files):

@@ -32,6 +32,12 @@ STEP_OF = {
     "IPA_EncodeImage": "Image prompt",
     "IPA_Apply": "Image prompt",
     "IPA_ApplyConditioning": "Image prompt",
+    "IPA_ApplyRegions": "Image prompt",
+    "IPA_LayerWeights": "Image prompt",
+    "IPA_LatentWeights": "Image prompt",
+    "IPA_GridValues": "Image prompt",
+    "IPA_RecordAttention": "Image prompt",
+    "CurveEditor": "Image prompt",
     "ConditioningSetAreaPercentage": "Regions",
     "ConditioningCombine": "Regions",
     "Canny": "Structure",
@@ -43,12 +49,19 @@ STEP_OF = {
     "KSampler": "Sampling",
     "VAEDecode": "Sampling",
     "ImageCompositeMasked": "Result",
+    "IPA_AttentionMap": "Result",
+    "IPA_DrawGrid": "Result",
     "SaveImage": "Result",
 }
 LEAST = {
     "LoadImage": (300, 330),
     "LoadImageMask": (300, 340),
     "CLIPTextEncode": (380, 140),
+    "CurveEditor": (300, 340),
+    "IPA_LayerWeights": (340, 420),
+    "IPA_LatentWeights": (300, 180),
+    "IPA_AttentionMap": (460, 620),
+    "IPA_DrawGrid": (460, 520),
     "SaveImage": (460, 520),
 }
 """Room for pictures and text, which slots and widgets alone would not give."""

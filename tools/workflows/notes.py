@@ -160,4 +160,79 @@ this adapter was trained with. Adapters with `vit-h` in their name take the ViT-
         _SETTINGS,
         _PICTURES,
     ),
+    "style_transfer": _note(
+        "Style transfer",
+        """
+The picture gives colours and manner, the text says what is to be seen. *Layer Weights* lets the \
+image act only on the cross-attention layers that carry style; its picture shows which.
+""",
+        """
+Other presets: `composition` for what is where, `style without composition` to turn away from it, \
+`strong style` for all but the composition. Below them single blocks can be changed, \
+`input 8: 0.5`.
+""",
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "weight_curve": _note(
+        "Weight over the steps",
+        """
+The curve multiplies the weight, from the first step on the left to the last on the right. Early \
+steps decide what is where, late ones the detail: here the picture leads at first and the text has \
+the last word.
+""",
+        """
+Drag the curve's points. Whatever it looks like, no step costs more: there is no further call of \
+the UNet.
+""",
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "weights_per_latent": _note(
+        "A weight for each latent",
+        """
+Four latents, four weights in one run: `0: 0, 3: 1` are keyframes, linear between latent 0 and 3. \
+For an animation, give a frame's number and weight; with *per_latent* and a batch of pictures \
+every frame has a picture of its own too. Context windows work.
+""",
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "regions": _note(
+        "Several pictures, each in its region, in one node",
+        """
+The first picture acts where the mask is white. There is one picture more than masks, so the last \
+one gets what they leave free. Further prompts and masks appear as you connect them; where masks \
+overlap, the regions share.
+""",
+        """
+The fine-grained adapter (`plus`) keeps more of each picture than the base one; either works here.
+""",
+        _IMAGE_ONLY,
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "attention_map": _note(
+        "Where the picture acts",
+        """
+*Record Image Attention* watches the sampling, *Image Attention Map* lays over the result what it \
+saw: the share of the image prompt in the output of the cross-attention layers. With the mask, \
+only one half is warm.
+""",
+        """
+Look at single blocks (`output 5`) or at a part of the steps. The picture itself stays the same to \
+the bit; without the two nodes nothing is recorded and nothing costs anything.
+""",
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "weight_start_grid": _note(
+        "Weights and starts side by side",
+        """
+*Weights × Starts* gives every pair, and ComfyUI runs *Apply* and the sampler once for each: nine \
+pictures. A late start leaves the layout to the text and takes colour and detail from the picture.
+""",
+        _SETTINGS,
+        _PICTURES,
+    ),
 }

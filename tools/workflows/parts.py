@@ -68,22 +68,23 @@ def apply(
     image_prompt: Output,
     *,
     model: Output | None = None,
-    weight: float = 1.0,
+    weight: float | Output = 1.0,
+    start_at: float | Output = 0.0,
     combine: str = "concat",
-    mask: Output | None = None,
+    **optional: Output | None,
 ) -> Output:
     """The model that follows the image prompt; `model` stands in for the checkpoint's."""
-    optional: dict[str, Any] = {} if mask is None else {"mask": mask}
+    more: dict[str, Any] = {k: output for k, output in optional.items() if output is not None}
     node = graph.add(
         "IPA_Apply",
         model=model or models.checkpoint["MODEL"],
         adapter=models.adapter["adapter"],
         image_prompt=image_prompt,
         weight=weight,
-        start_at=0.0,
+        start_at=start_at,
         end_at=1.0,
         combine=combine,
-        **optional,
+        **more,
     )
     return node["model"]
 

@@ -67,10 +67,15 @@ def _label(api: Api, id_: str, node: Mapping[str, Any]) -> str | None:
     inputs = node["inputs"]
     match node["class_type"]:
         case "IPA_Apply" | "IPA_ApplyConditioning":
-            source = api[api[inputs["image_prompt"][0]]["inputs"]["image"][0]]
-            several = source["class_type"] == "BatchImagesNode"
+            weight = inputs["weight"]
+            shown = "weights" if isinstance(weight, list) else f"weight {weight:g}"
+            several = any(
+                node["class_type"] == "BatchImagesNode" for node in _upstream(api, inputs)
+            )
             combine = f"\n{inputs['combine']}" if several else ""
-            return f"IP-Adapter\nweight {inputs['weight']:g}{combine}#{id_}"
+            return f"IP-Adapter\n{shown}{combine}#{id_}"
+        case "IPA_ApplyRegions":
+            return f"IP-Adapter\nregions#{id_}"
         case "ControlNetApplyAdvanced":
             return f"ControlNet\nedges#{id_}"
         case "VAEEncode" | "SetLatentNoiseMask":
@@ -85,6 +90,15 @@ def _label(api: Api, id_: str, node: Mapping[str, Any]) -> str | None:
         case "ImageCompositeMasked":
             return ""
     return None
+
+
+def _upstream(api: Api, inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The nodes that an image prompt comes from."""
+    source = inputs.get("image_prompt") or inputs.get("image")
+    if isinstance(source, list):
+        node = api[source[0]]
+        yield node
+        yield from _upstream(api, node["inputs"])
 
 
 def text_of(api: Api) -> str:

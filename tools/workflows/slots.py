@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tools.workflows.graph import Node, ObjectInfo
+from tools.workflows.graph import Node, ObjectInfo, Output
 
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "CURVE"}
 GROWING = "COMFY_AUTOGROW_V3"
 
 
@@ -45,7 +45,9 @@ def widget_values(node: Node, info: ObjectInfo) -> list[Any]:
     for name, type_, options, _ in inputs_of(node, info):
         if not is_widget(type_, options):
             continue
-        values.append(node.inputs[name])
+        value = node.inputs[name]
+        # A widget that a link overrides keeps a value, which nothing reads.
+        values.append(options["default"] if isinstance(value, Output) else value)
         if options.get("control_after_generate"):
             values.append("fixed")
         if options.get("image_upload"):

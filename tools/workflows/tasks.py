@@ -29,6 +29,14 @@ from tools.workflows.several import (
     several_images_masks,
     several_images_per_latent,
 )
+from tools.workflows.toolbox import (
+    attention_map,
+    regions,
+    style_transfer,
+    weight_curve,
+    weight_start_grid,
+    weights_per_latent,
+)
 
 
 def text_and_image() -> Graph:
@@ -137,6 +145,12 @@ TASKS = (
     another_checkpoint,
     per_prompt,
     sdxl,
+    style_transfer,
+    weight_curve,
+    weights_per_latent,
+    regions,
+    attention_map,
+    weight_start_grid,
 )
 
 

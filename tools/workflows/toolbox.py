@@ -1,0 +1,133 @@
+"""The example workflows of what lies beyond Apply: layers, steps, latents, regions, maps, grids."""
+
+from __future__ import annotations
+
+from tools.workflows.graph import Graph, Output
+from tools.workflows.parts import (
+    DEFECTS,
+    QUALITY,
+    Models,
+    apply,
+    empty,
+    encode,
+    load,
+    picture,
+    sample,
+    save,
+    task,
+    texts,
+)
+from tools.workflows.public import PLUS
+
+HAT = f"{QUALITY}, wearing a hat on the beach"
+
+
+def style_transfer() -> Graph:
+    graph = task("style_transfer")
+    models = load(graph)
+    reference = picture(graph, "reference.png", "Reference picture: its style")
+    words = texts(graph, models, f"{QUALITY}, a cat in a garden", DEFECTS)
+    weights = graph.add(
+        "IPA_LayerWeights", model=models.checkpoint["MODEL"], preset="style", changes=""
+    )
+    prompt = encode(graph, models, reference)
+    model = apply(graph, models, prompt, weight=0.9, layer_weights=weights["layer_weights"])
+    return save(graph, sample(graph, models, model, words, empty(graph)))
+
+
+def weight_curve() -> Graph:
+    graph = task("weight_curve")
+    models = load(graph)
+    reference = picture(graph, "reference.png", "Reference picture")
+    words = texts(graph, models, HAT, DEFECTS)
+    curve = graph.add(
+        "CurveEditor",
+        "Weight over the steps",
+        "Image prompt",
+        curve={"points": [[0, 1], [0.5, 0.8], [1, 0]], "interpolation": "monotone_cubic"},
+    )
+    prompt = encode(graph, models, reference)
+    model = apply(graph, models, prompt, weight=0.8, weight_curve=curve["curve"])
+    return save(graph, sample(graph, models, model, words, empty(graph)))
+
+
+def weights_per_latent() -> Graph:
+    graph = task("weights_per_latent")
+    models = load(graph)
+    reference = picture(graph, "reference.png", "Reference picture")
+    words = texts(graph, models, HAT, DEFECTS)
+    weights = graph.add("IPA_LatentWeights", weights="0: 0, 3: 1", count=4)
+    prompt = encode(graph, models, reference)
+    model = apply(graph, models, prompt, weight=0.9, latent_weights=weights["latent_weights"])
+    return save(graph, sample(graph, models, model, words, empty(graph, batch=4)))
+
+
+def regions() -> Graph:
+    graph = task("regions")
+    models = load(graph, adapter=PLUS)
+    left = picture(graph, "reference.png", "Reference picture in the white part")
+    right = picture(graph, "reference_2.png", "Reference picture everywhere else")
+    mask = graph.add("LoadImageMask", "Mask", image="mask.png", channel="red")["MASK"]
+    words = texts(graph, models, "", "")
+    model = _in_regions(graph, models, left, right, mask)
+    return save(graph, sample(graph, models, model, words, empty(graph)))
+
+
+def attention_map() -> Graph:
+    graph = task("attention_map")
+    models = load(graph, adapter=PLUS)
+    reference = picture(graph, "reference.png", "Reference picture in the white part")
+    mask = graph.add("LoadImageMask", "Mask", image="mask.png", channel="red")["MASK"]
+    words = texts(graph, models, HAT, DEFECTS)
+    model = apply(graph, models, encode(graph, models, reference), weight=0.8, mask=mask)
+    watched = graph.add("IPA_RecordAttention", model=model)
+    image = sample(graph, models, watched["model"], words, empty(graph))
+    heat = graph.add(
+        "IPA_AttentionMap",
+        record=watched["record"],
+        image=image,
+        blocks="all",
+        start_at=0.0,
+        end_at=1.0,
+        image_prompt=0,
+        opacity=0.6,
+    )
+    return save(graph, heat["overlay"])
+
+
+def weight_start_grid() -> Graph:
+    graph = task("weight_start_grid")
+    models = load(graph)
+    reference = picture(graph, "reference.png", "Reference picture")
+    words = texts(graph, models, HAT, DEFECTS)
+    values = graph.add("IPA_GridValues", weights="0.25, 0.5, 0.75", starts="0, 0.2, 0.4")
+    model = apply(
+        graph,
+        models,
+        encode(graph, models, reference),
+        weight=values["weight"],
+        start_at=values["start_at"],
+    )
+    images = sample(graph, models, model, words, empty(graph))
+    grid = graph.add(
+        "IPA_DrawGrid", images=images, weight=values["weight"], start_at=values["start_at"]
+    )
+    return save(graph, grid["grid"])
+
+
+def _in_regions(graph: Graph, models: Models, white: Output, rest: Output, mask: Output) -> Output:
+    """The model that follows one picture in the mask, and the other outside."""
+    node = graph.add(
+        "IPA_ApplyRegions",
+        model=models.checkpoint["MODEL"],
+        adapter=models.adapter["adapter"],
+        image_prompts__image_prompt0=encode(graph, models, white),
+        image_prompts__image_prompt1=encode(graph, models, rest),
+        masks__mask0=mask,
+        overlap="normalize",
+        weight=1.0,
+        start_at=0.0,
+        end_at=1.0,
+        combine="concat",
+    )
+    return node["model"]
