@@ -29,8 +29,10 @@ def _blocks(inputs: Sequence[int], outputs: Sequence[int]) -> frozenset[Block]:
 LAYOUTS: dict[str, frozenset[Block]] = {
     "SD1.5": _blocks((1, 2, 4, 5, 7, 8), range(3, 12)),
     "SDXL": _blocks((4, 5, 7, 8), range(6)),
+    "the miniature": frozenset({("input", 1), ("output", 0), ("output", 1)}),
 }
-"""Which blocks of a family have cross-attention."""
+"""Which blocks of a family have cross-attention. The miniature is this repository's own (see
+miniature/README.md): what its two layers carry was measured there."""
 
 STYLE: dict[str, dict[Block, float]] = {
     "SD1.5": {
@@ -38,10 +40,12 @@ STYLE: dict[str, dict[Block, float]] = {
         **{("output", number): 1.0 for number in range(5, 12)},
     },
     "SDXL": {("output", 1): 1.0},
+    "the miniature": {("output", 1): 1.0},
 }
 COMPOSITION: dict[str, dict[Block, float]] = {
     "SD1.5": {("input", 7): 0.25, ("input", 8): 1.0},
     "SDXL": {("input", 8): 1.0},
+    "the miniature": {("output", 0): 1.0},
 }
 
 

@@ -107,7 +107,7 @@ def test_every_preset_is_for_both_families(name):
 
 
 def test_a_preset_of_blocks_is_refused_for_a_model_of_others():
-    with pytest.raises(ValueError, match=r"(?s)'style'.*SD1\.5 and SDXL.*output 0, output 1"):
+    with pytest.raises(ValueError, match=r"(?s)'style'.*SD1\.5 and SDXL and.*output 0, output 1"):
         preset_weights("style", OTHER)
     with pytest.raises(ValueError, match=r"'styled'.*expected one of uniform, style"):
         preset_weights("styled", SD15)
