@@ -70,8 +70,15 @@ def recognise(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
 
 @functools.lru_cache(maxsize=32)  # a folder holds many files of few kinds
 def _layout(spec: AdapterSpec) -> dict[str, Shape]:
-    module = IPAdapter(spec, device="meta")
-    return {key: Shape(tuple(x.shape), x.dtype) for key, x in module.state_dict().items()}
+    """What `IPAdapter(spec)` holds. Its many layers are not built, which would take the search
+    of a folder twice the time."""
+    projection = PROJECTIONS[spec.projection](**spec.sizes, device="meta").state_dict()
+    layout = {f"image_proj.{key}": Shape(tuple(x.shape), x.dtype) for key, x in projection.items()}
+    for i, width in enumerate(spec.layer_dims):
+        for kind in "kv":
+            shape = Shape((width, spec.cross_attention_dim), torch.float32)
+            layout[f"ip_adapter.{2 * i + 1}.to_{kind}_ip.weight"] = shape
+    return layout
 
 
 def save(adapter: IPAdapter, path: str | os.PathLike[str], metadata: dict[str, str]) -> None:

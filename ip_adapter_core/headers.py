@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_TOO_MUCH = (OverflowError, RecursionError)  # a number, or a nesting, that no tensor needs
 
 
 class HeaderError(ValueError):
@@ -30,8 +28,7 @@ class Shaped(Protocol):
     def dtype(self) -> Any: ...
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """A tensor's shape and precision. `dtype` is safetensors' name for it where it is none of
     the three that adapters come in."""
 
@@ -58,26 +55,22 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Shaped], d
         size = os.fstat(file.fileno()).st_size
         start = file.read(9)
         length = int.from_bytes(start[:8], "little")
-        if start[8:] != b"{" or length > MAX_HEADER:
+        if start[8:] != b"{" or not 1 < length <= MAX_HEADER:
             raise HeaderError("it is no safetensors file")
+        if 8 + length > size:
+            raise HeaderError("it is cut short inside its header")
         text = start[8:] + file.read(length - 1)
-    if len(text) != length:
-        raise HeaderError("it is cut short inside its header")
     try:
         entries: dict[str, Any] = json.loads(text)
         metadata: Any = entries.pop("__metadata__", None) or {}
-        found: dict[str, Shaped] = {name: _shape(entry) for name, entry in entries.items()}
-        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        found: dict[str, Shaped] = {
+            name: Shape(tuple(entry["shape"]), _DTYPES.get(entry["dtype"], entry["dtype"]))
+            for name, entry in entries.items()
+        }
         metadata = {str(key): str(value) for key, value in metadata.items()}
-    except (ValueError, TypeError, LookupError, AttributeError, *_TOO_MUCH) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise HeaderError(f"its header is damaged ({type(error).__name__}: {error})") from error
     if 8 + length + end != size:
         raise HeaderError(f"it is {size} bytes long, where its header tells of {8 + length + end}")
     return found, metadata
-
-
-def _shape(entry: Any) -> Shape:
-    sides = tuple(int(side) for side in entry["shape"])
-    if any(side < 0 for side in sides):
-        raise ValueError(f"a shape of {list(sides)}")
-    return Shape(sides, _DTYPES.get(entry["dtype"], str(entry["dtype"])))
