@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .apply import ApplyIPAdapter, ApplyIPAdapterConditioning
+from .auto_load import AutoLoadIPAdapter
 from .encode import EncodeImagePrompt
 from .image_encoder import LoadImageEncoder
 from .load import LoadIPAdapter
@@ -20,4 +21,5 @@ class IPAdapterExtension(ComfyExtension):
             ApplyIPAdapter,
             ApplyIPAdapterConditioning,
             LoadImageEncoder,
+            AutoLoadIPAdapter,
         ]
