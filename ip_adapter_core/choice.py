@@ -86,6 +86,8 @@ def choose(
             ("its name comes first", lambda a: a.name),
         ),
     )
+    if not preset.suits(adapter):
+        adapter_why = f"{'no' if preset.marked else 'every'} name here says '{preset.word}'"
     given = readable[adapter]
     encoder, encoder_why = _best(
         given,

@@ -107,8 +107,8 @@ def what(file: File) -> str:
             embeds = f"{sizes.embed_dim} wide" if sizes.embed_dim else "none"
             hidden = f"{sizes.hidden_dim} wide" if sizes.hidden_dim else "none"
             return (
-                f"'{name}': an image encoder in {sizes.layout}'s layout; image embeds {embeds}, "
-                f"penultimate hidden states {hidden}"
+                f"'{name}': an image encoder in the layout of {sizes.layout}; image embeds "
+                f"{embeds}, penultimate hidden states {hidden}"
             )
         case Unusable(reason=reason):
             return reason
