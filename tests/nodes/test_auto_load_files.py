@@ -198,3 +198,17 @@ def test_the_extra_folders_of_the_host(small, auto, folder, tmp_path, tower, sav
     saved(tmp_path / "second" / "x.safetensors")
     assert auto.fingerprint_inputs() != before
     assert auto.execute(small.model(), "standard").args[0].name == "x.safetensors"
+
+
+def test_a_real_size_through_the_hosts_own_loader(auto, folder, put):
+    """What the header tells is what the loaded encoder gives."""
+    from comfyui_ip_adapter.ip_adapter_core import catalogue
+    from comfyui_ip_adapter.ip_adapter_core.host.auto import load_encoder
+    from comfyui_ip_adapter.nodes import folders
+
+    put({}, {"l.safetensors": sparse.vision("ViT-L")})
+    (file,) = catalogue.encoders(folders.encoders().files)
+    out = load_encoder(file).encode_image(torch.rand(1, 224, 224, 3))
+    assert out["image_embeds"].shape == (1, file.sizes.embed_dim)
+    hidden = file.sizes.positions, file.sizes.hidden_dim
+    assert out["penultimate_hidden_states"].shape == (1, *hidden)
