@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -16,14 +17,19 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from .adapter import PROJECTIONS, AdapterSpec, IPAdapter
+from .headers import MAX_HEADER, Shape, Shaped
 from .resampler import DIM_HEAD
 from .unsupported import unsupported_kind
 
 # The tensor whose presence decides for a projection.
 SIGNATURES = {"linear": "proj.weight", "resampler": "latents", "mlp": "proj.3.weight"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 EXTENSIONS = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
+
+OLD_FORMAT = (  # its tensors lie between the pickles
+    "it is of torch's format before 1.6, which cannot be recognised without reading all of it: "
+    "choose it in a loader of its own, or save it as .safetensors"
+)
 
 _LAYER = re.compile(r"ip_adapter\.(\d{1,4})\.to_([kv])_ip\.weight")
 
@@ -41,6 +47,16 @@ def load(path: str | os.PathLike[str], *, operations: Any = nn) -> IPAdapter:
     """
     weights = read(path)
     name = os.path.basename(path)
+    spec = recognise(weights, name)
+    _check_finite(weights, name)
+    adapter = IPAdapter(spec, operations=operations, device="meta")
+    adapter.load_state_dict(weights, assign=True)
+    return adapter
+
+
+def recognise(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
+    """The adapter that tensors of these names, shapes and precisions make, all of them together.
+    Raises CheckpointError if that is none, or one of an unsupported kind."""
     kind = unsupported_kind(weights)
     if kind is not None:
         raise CheckpointError(
@@ -48,10 +64,21 @@ def load(path: str | os.PathLike[str], *, operations: Any = nn) -> IPAdapter:
             "fine-grained (plus) and full IP-Adapters for SD1.5 and SDXL."
         )
     spec = infer_spec(weights, name)
-    _check(weights, IPAdapter(spec, device="meta").state_dict(), name)
-    adapter = IPAdapter(spec, operations=operations, device="meta")
-    adapter.load_state_dict(weights, assign=True)
-    return adapter
+    _check(weights, _layout(spec), name)
+    return spec
+
+
+@functools.lru_cache(maxsize=32)  # a folder holds many files of few kinds
+def _layout(spec: AdapterSpec) -> dict[str, Shape]:
+    """What `IPAdapter(spec)` holds. Its many layers are not built, which would take the search
+    of a folder twice the time."""
+    projection = PROJECTIONS[spec.projection](**spec.sizes, device="meta").state_dict()
+    layout = {f"image_proj.{key}": Shape(tuple(x.shape), x.dtype) for key, x in projection.items()}
+    for i, width in enumerate(spec.layer_dims):
+        for kind in "kv":
+            shape = Shape((width, spec.cross_attention_dim), torch.float32)
+            layout[f"ip_adapter.{2 * i + 1}.to_{kind}_ip.weight"] = shape
+    return layout
 
 
 def save(adapter: IPAdapter, path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
@@ -77,8 +104,17 @@ def save_weights(
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """All tensors of a file under dotted keys. Raises CheckpointError if that cannot be had."""
     name = os.path.basename(path)
+    if file_format(path) == "safetensors":
+        return _read_safetensors(path, name)
+    return read_pickle(path)
+
+
+def file_format(path: str | os.PathLike[str]) -> Literal["safetensors", "zip", "pickle"]:
+    """What a file's first bytes tell: `zip` is torch's format, `pickle` the one before torch 1.6.
+    Raises CheckpointError for a file that is none of these, and says what it is."""
+    name = os.path.basename(path)
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             head = file.read(64)
     except OSError as error:
         raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
@@ -91,7 +127,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         )
     # Before anything that looks at the first byte: there stands a length, any byte can.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER:
-        return _read_safetensors(path, name)
+        return "safetensors"
     if head.lstrip()[:1] == b"<":
         raise CheckpointError(
             f"'{name}' is a web page, not weights: the download saved an error or login page. "
@@ -102,7 +138,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"'{name}' is neither a safetensors file nor one that torch wrote; it begins with "
             f"{head[:24]!r}. Download it again."
         )
-    return _read_pickle(path, name)
+    return "zip" if head.startswith(b"PK") else "pickle"
 
 
 def _read_safetensors(path: str | os.PathLike[str], name: str) -> dict[str, Tensor]:
@@ -115,9 +151,11 @@ def _read_safetensors(path: str | os.PathLike[str], name: str) -> dict[str, Tens
         ) from error
 
 
-def _read_pickle(path: str | os.PathLike[str], name: str) -> dict[str, Tensor]:
+def read_pickle(path: str | os.PathLike[str], **how: Any) -> dict[str, Tensor]:
+    """`read` of a file that torch wrote; `how` goes to `torch.load`."""
+    name = os.path.basename(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, **how)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named is None:
@@ -165,7 +203,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.nbytes <= tensor.untyped_storage().nbytes()  # no billion views of one number
 
 
-def infer_spec(weights: Mapping[str, Tensor], name: str) -> AdapterSpec:
+def infer_spec(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
     """Recognise the adapter from names and shapes of its tensors, never from the file's name."""
     projection_weights = {
         key.removeprefix("image_proj."): value
@@ -209,7 +247,7 @@ def infer_spec(weights: Mapping[str, Tensor], name: str) -> AdapterSpec:
     return AdapterSpec(kind, tuple(sizes.items()), widths)
 
 
-def _check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
+def _check(found: Mapping[str, Shaped], expected: Mapping[str, Shaped], name: str) -> None:
     missing = [key for key in expected if key not in found]
     if missing:
         raise CheckpointError(
@@ -234,6 +272,10 @@ def _check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: st
                 f"'{name}': '{key}' is stored as {tensor.dtype}, expected float32, float16 or "
                 "bfloat16. Use an unquantised file."
             )
+
+
+def _check_finite(weights: Mapping[str, Tensor], name: str) -> None:
+    for key, tensor in weights.items():
         if not tensor.isfinite().all():
             raise CheckpointError(
                 f"'{name}': '{key}' contains NaN or infinite values. The file is damaged, or "

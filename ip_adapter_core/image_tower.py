@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .headers import Shaped
 
 CONFIG_NAME = "open_clip_config.json"  # beside the weights in open_clip's folders
 METADATA_KEY = "open_clip_config"  # inside a .safetensors, the same text
@@ -47,6 +49,7 @@ _PLAIN: dict[str, Any] = {
     "scale_fc": False,
     "timm_model_name": None,
 }
+_Shaped = TypeVar("_Shaped", bound=Shaped)
 
 
 class ImageEncoderError(ValueError):
@@ -91,7 +94,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Tower | None, dict[str, Tensor]]
     """
     path = Path(path)
     try:
-        state, metadata = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+        state, metadata = _safetensors(path) if is_safetensors(path) else read_pickle(path)
     except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImageEncoderError(
@@ -100,8 +103,27 @@ def read(path: str | os.PathLike[str]) -> tuple[Tower | None, dict[str, Tensor]]
         ) from error
     if any(key.startswith("vision_model.") for key in state):
         return None, state
-    state = _tower_tensors(state)
-    return _configuration(path, metadata) or _recognised(state), state
+    state = tower_tensors(state)
+    return describe(path, state, metadata), state
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether it goes by that format: encoders do by their ending, in the host's loader too."""
+    return path.suffix.lower() in (".safetensors", ".sft")
+
+
+def describe(path: Path, state: Mapping[str, Shaped], metadata: Mapping[str, str]) -> Tower:
+    """The tower of these tensors, keys without prefix: as its configuration says, in the file or
+    beside it, else as their shapes do. Raises ImageEncoderError, without the file's name."""
+    return _configuration(path, metadata) or _recognised(state)
+
+
+def configurations(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The files beside an image encoder that may hold its configuration, those that are there."""
+    path = Path(path)
+    for beside in (path.with_suffix(".json"), path.with_name(CONFIG_NAME)):
+        if beside.is_file():
+            yield beside
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -111,17 +133,19 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         return {name: file.get_tensor(name) for name in wanted}, file.metadata() or {}
 
 
-def _pickled(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def read_pickle(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """The entries of a file that torch wrote, mapped and not read; no metadata."""
     found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]  # of a training run
     if not isinstance(found, dict):
         raise ImageEncoderError(f"it holds a {type(found).__name__}; expected tensors by name")
-    return {str(key).removeprefix("module."): x for key, x in found.items()}, {}
+    tensors = {str(key): x for key, x in found.items() if isinstance(x, Tensor)}
+    return {key.removeprefix("module."): x for key, x in tensors.items()}, {}
 
 
-def _tower_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The image tower's, keys without prefix."""
+def tower_tensors(state: Mapping[str, _Shaped]) -> dict[str, _Shaped]:
+    """The image tower's, keys without prefix. Raises ImageEncoderError where there are none."""
     found = {k.removeprefix(VISUAL): x for k, x in state.items() if k.startswith(VISUAL)}
     alone = "conv1.weight" in state or any(key.startswith("trunk.") for key in state)
     if not found and not alone:
@@ -130,16 +154,15 @@ def _tower_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
             f"none of its {len(state)} tensors belongs to an image tower (the first ones: {first});"
             f" expected names that begin with '{VISUAL}'. Choose a CLIP model of open_clip"
         )
-    return found or {key: x for key, x in state.items() if isinstance(x, Tensor)}
+    return found or {**state}
 
 
 def _configuration(path: Path, metadata: Mapping[str, str]) -> Tower | None:
     """From the file or beside it; None where there is none."""
     if METADATA_KEY in metadata:
         return _parsed(metadata[METADATA_KEY], f"its metadata {METADATA_KEY}")
-    for beside in (path.with_suffix(".json"), path.with_name(CONFIG_NAME)):
-        if beside.is_file():
-            return _parsed(beside.read_text(encoding="utf-8"), f"'{beside.name}' beside it")
+    for beside in configurations(path):
+        return _parsed(beside.read_text(encoding="utf-8"), f"'{beside.name}' beside it")
     return None
 
 
@@ -160,7 +183,7 @@ def _parsed(text: str, place: str) -> Tower:
         ) from error
 
 
-def _recognised(state: Mapping[str, Tensor]) -> Tower:
+def _recognised(state: Mapping[str, Shaped]) -> Tower:
     """From the tensors' shapes, where those leave no choice."""
     layers = {re.match(r"transformer\.resblocks\.(\d+)\.", key) for key in state}
     count = len({match[1] for match in layers if match})

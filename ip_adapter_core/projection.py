@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .headers import Shaped
+
 
 class Projection(nn.Module):
     """What all projections have: `(N, …, feature_dim) -> (N, tokens, cross_attention_dim)`.
@@ -18,7 +20,7 @@ class Projection(nn.Module):
     features: ClassVar[str]
 
     @staticmethod
-    def sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    def sizes(weights: Mapping[str, Shaped]) -> dict[str, int]:
         """Constructor arguments that these weights were made with."""
         raise NotImplementedError
 
@@ -47,7 +49,7 @@ class ImageProjection(Projection):
         self.norm = operations.LayerNorm(cross_attention_dim, **factory)
 
     @staticmethod
-    def sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    def sizes(weights: Mapping[str, Shaped]) -> dict[str, int]:
         width = weights["norm.weight"].shape[0]
         out, feature_dim = weights["proj.weight"].shape
         return {
@@ -81,7 +83,7 @@ class MLPProjection(Projection):
         )
 
     @staticmethod
-    def sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    def sizes(weights: Mapping[str, Shaped]) -> dict[str, int]:
         cross_attention_dim, feature_dim = weights["proj.2.weight"].shape
         return {"feature_dim": feature_dim, "cross_attention_dim": cross_attention_dim}
 

@@ -68,6 +68,11 @@ class ImagePrompt:
         )
 
 
+def encoder_name(features: str, width: int) -> str | None:
+    """The published encoder whose `features` (as AdapterSpec names them) are `width` wide."""
+    return _ENCODERS.get((features, width))
+
+
 def check_encoder(spec: AdapterSpec, prompt: ImagePrompt, adapter_name: str) -> None:
     """Raise ValueError if the prompt's features are not of the width that the adapter reads."""
     found = getattr(prompt.positive, spec.features).shape[-1]
@@ -81,7 +86,7 @@ def check_encoder(spec: AdapterSpec, prompt: ImagePrompt, adapter_name: str) -> 
             "the image again."
         )
     kind = spec.features.replace("_", " ")
-    encoder = _ENCODERS.get((spec.features, spec.feature_dim), "another encoder")
+    encoder = encoder_name(spec.features, spec.feature_dim) or "another encoder"
     raise ValueError(
         f"'{adapter_name}' reads {kind} {spec.feature_dim} wide, as {encoder} gives, but the "
         f"image prompt was made with {prompt.encoder}, whose {kind} are {found} wide. Load the "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .headers import Shaped
 from .projection import Projection
 
 DIM_HEAD = 64  # not visible in any weight's shape; every published adapter uses it
@@ -99,7 +100,7 @@ class Resampler(Projection):
         )
 
     @staticmethod
-    def sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    def sizes(weights: Mapping[str, Shaped]) -> dict[str, int]:
         dim, feature_dim = weights["proj_in.weight"].shape
         return {
             "feature_dim": feature_dim,

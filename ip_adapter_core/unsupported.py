@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from .headers import Shaped
 
 FACE_EMBEDDING = 512  # width of a face-recognition embedding (ArcFace)
 
 
-def unsupported_kind(weights: Mapping[str, Tensor]) -> str | None:
+def unsupported_kind(weights: Mapping[str, Shaped]) -> str | None:
     """Name of the unsupported kind of adapter that these tensors make, or None."""
 
     def width(key: str, axis: int) -> int | None:

@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from .apply import ApplyIPAdapter, ApplyIPAdapterConditioning
 from .attention_map import AttentionMap, RecordAttention
+from .auto_load import AutoLoadIPAdapter
 from .encode import EncodeImagePrompt
 from .grid import DrawGrid, GridValues
 from .image_encoder import LoadImageEncoder
@@ -31,4 +32,5 @@ class IPAdapterExtension(ComfyExtension):
             GridValues,
             DrawGrid,
             LoadImageEncoder,
+            AutoLoadIPAdapter,
         ]

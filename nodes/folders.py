@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import folder_paths
 
+from ..ip_adapter_core.catalogue import File, Folder, Stamp, stamps
 from ..ip_adapter_core.checkpoint import EXTENSIONS
-from ..ip_adapter_core.image_tower import CONFIG_NAME
 
 FOLDER = "ipadapter"
 ENCODERS = "clip_vision"  # the host's own folder
@@ -47,12 +45,27 @@ def encoder_path(name: str) -> str:
     return _path(ENCODERS, name, "Image encoder")
 
 
-def configurations(path: str) -> Iterator[str]:
-    """The files beside an image encoder that may hold its configuration, those that are there."""
-    beside = Path(path)
-    for file in (beside.with_suffix(".json"), beside.with_name(CONFIG_NAME)):
-        if file.is_file():
-            yield str(file)
+def adapters() -> Folder:
+    """All adapters, as the host finds them."""
+    return _folder(register(), adapter_names())
+
+
+def encoders() -> Folder:
+    """All image encoders, as the host finds them."""
+    return _folder(ENCODERS, encoder_names())
+
+
+def fingerprint() -> tuple[tuple[str, tuple[Stamp, ...] | None], ...]:
+    """Changes with the files of both folders, and with configurations beside them."""
+    files = (*adapters().files, *encoders().files)
+    return tuple((file.path, stamps(file.path)) for file in files)
+
+
+def _folder(key: str, names: list[str]) -> Folder:
+    known = folder_paths.folder_names_and_paths.get(key, ([], set()))[0]
+    paths = ((name, folder_paths.get_full_path(key, name)) for name in names)
+    files = (File(name, path) for name, path in paths if path is not None)  # not: a dead link
+    return Folder(tuple(known), tuple(files))
 
 
 def _path(folder: str, name: str, what: str) -> str:

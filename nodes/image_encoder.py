@@ -7,6 +7,7 @@ import os
 from comfy_api.latest import io
 
 from ..ip_adapter_core.host.open_clip import load_image_encoder
+from ..ip_adapter_core.image_tower import configurations
 from . import folders
 
 
@@ -39,7 +40,7 @@ class LoadImageEncoder(io.ComfyNode):
         """A file that was changed is read anew, and so is its configuration."""
         path = folders.encoder_path(encoder_name)
         found = []
-        for file in (path, *folders.configurations(path)):
+        for file in (path, *configurations(path)):
             status = os.stat(file)
             found.append((os.path.basename(file), status.st_mtime_ns, status.st_size))
         return tuple(found)

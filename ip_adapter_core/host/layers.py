@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from comfy.ldm.modules.attention import SpatialTransformer
@@ -10,8 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ..adapter import AdapterSpec
-
-_FAMILIES = {(768, 16): "SD1.5", (1024, 16): "SD2", (2048, 70): "SDXL", (1280, 44): "SDXL Refiner"}
+from ..families import describe
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,18 @@ def _walk(unet: nn.Module) -> Iterator[Layer]:
                             )
 
 
+def fits(spec: AdapterSpec, layers: Sequence[Layer]) -> bool:
+    """Whether the adapter has W'k, W'v for exactly these layers."""
+    return bool(layers) and (layers[0].context_dim, tuple(layer.dim for layer in layers)) == (
+        spec.cross_attention_dim,
+        spec.layer_dims,
+    )
+
+
 def check_fits(spec: AdapterSpec, adapter_name: str, model: ModelPatcher) -> None:
     """Raise ValueError unless the adapter has W'k, W'v for exactly this model's layers."""
     layers = cross_attention_layers(model.get_model_object("diffusion_model"))
-    made_for = _describe(spec.cross_attention_dim, len(spec.layer_dims))
+    made_for = describe(spec.cross_attention_dim, len(spec.layer_dims))
     model_name = type(model.model).__name__
     if not layers:
         raise ValueError(
@@ -78,7 +85,7 @@ def check_fits(spec: AdapterSpec, adapter_name: str, model: ModelPatcher) -> Non
             "SDXL families."
         )
     context_dim = layers[0].context_dim
-    found = _describe(context_dim, len(layers))
+    found = describe(context_dim, len(layers))
     if (context_dim, len(layers)) != (spec.cross_attention_dim, len(spec.layer_dims)):
         raise ValueError(
             f"'{adapter_name}' was made for {made_for}, but the connected model ({model_name}) "
@@ -92,9 +99,3 @@ def check_fits(spec: AdapterSpec, adapter_name: str, model: ModelPatcher) -> Non
                 f"{number} (tensor ip_adapter.{2 * number + 1}) is {width} wide, but the model's "
                 f"{layer.key} is {layer.dim} wide. Load an adapter made for this model."
             )
-
-
-def _describe(context_dim: int, count: int) -> str:
-    sizes = f"{count} cross-attention layers over {context_dim}-wide text states"
-    family = _FAMILIES.get((context_dim, count))
-    return f"{family} ({sizes})" if family else f"a model of {sizes}"

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools import sparse
+
 
 @pytest.fixture(scope="session")
 def nodes(pack) -> dict[str, type]:
@@ -66,6 +68,51 @@ def saved(small):
         return module
 
     return saved
+
+
+@pytest.fixture
+def encoders(folder, monkeypatch):
+    """The host's folder of image encoders, empty."""
+    import folder_paths
+
+    made = folder.parent / "clip_vision"
+    made.mkdir()
+    known = folder_paths.folder_names_and_paths
+    monkeypatch.setitem(known, "clip_vision", ([str(made)], folder_paths.supported_pt_extensions))
+    return made
+
+
+@pytest.fixture
+def find(real, folder, encoders):
+    """What the node would load: names of adapter and encoder."""
+    from comfyui_ip_adapter.ip_adapter_core.host import auto
+    from comfyui_ip_adapter.nodes import folders
+
+    def find(family, preset):
+        choice = auto.find(real[family], preset, folders.adapters(), folders.encoders())
+        find.choice, find.said = choice, auto.describe(choice)
+        return choice.adapter.name, choice.encoder.name
+
+    return find
+
+
+@pytest.fixture
+def put(folder, encoders):
+    """Files of real sizes, from names that say nothing or the wrong thing, to what they are."""
+
+    def put(adapters=(), image_encoders=()):
+        for name, kind in dict(adapters).items():
+            sparse.write(folder / name, sparse.ADAPTERS[kind])
+        for name, layout in dict(image_encoders).items():
+            sparse.write(encoders / name, layout)
+
+    return put
+
+
+@pytest.fixture(scope="session")
+def real(small, helper):
+    """ModelPatchers of the families, in the host's real layouts and sizes, without weights."""
+    return helper("nodes/real").models()
 
 
 @pytest.fixture(autouse=True)

@@ -18,18 +18,6 @@ def load(nodes):
     return nodes["IPA_LoadImageEncoder"]
 
 
-@pytest.fixture
-def encoders(folder, monkeypatch):
-    """The host's folder of image encoders, empty."""
-    import folder_paths
-
-    made = folder.parent / "clip_vision"
-    made.mkdir()
-    known = {".safetensors", ".pt", ".bin"}
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "clip_vision", ([str(made)], known))
-    return made
-
-
 def write(path, seed=0):
     model = small_frozen.open_clip_model()
     state = {key: (x + seed).contiguous() for key, x in model.state_dict().items()}

@@ -147,6 +147,19 @@ NODES = {
         {},
         {"clip_vision": "CLIP_VISION"},
     ),
+    "IPA_AutoLoad": (
+        "Load IP-Adapter (Auto)",
+        "model/loaders",
+        {
+            "model": ("MODEL", {}),
+            "preset": (
+                ["light", "standard", "fine-grained", "face", "full face"],
+                {"default": "standard"},
+            ),
+        },
+        {},
+        {"adapter": "IP_ADAPTER", "clip_vision": "CLIP_VISION", "chosen": "STRING"},
+    ),
 }
 
 

@@ -1,0 +1,125 @@
+"""What model files are, told by their headers: adapters, image encoders, and everything else.
+
+A search looks at every file of a folder, so that none may cost more than its header, none may
+stop it, and none is looked at twice unless it changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .adapter import AdapterSpec
+from .encoder_header import EncoderSizes, encoder_sizes
+from .headers import HeaderError, read_safetensors, shapes
+from .image_tower import ImageEncoderError, configurations
+
+Stamp = tuple[str, int, int]  # path, time of change in nanoseconds, bytes
+_TRAINED = "ip_adapter"  # key of the metadata that training writes
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a models folder, under the name that the host lists."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A kind of models folder: where the host looks for it, and the files that it lists."""
+
+    paths: tuple[str, ...]
+    files: tuple[File, ...]
+
+
+@dataclass(frozen=True)
+class AdapterFile(File):
+    """`trained_with`: the image encoder's name, where this repository's training noted it."""
+
+    spec: AdapterSpec
+    trained_with: str | None = None
+
+
+@dataclass(frozen=True)
+class EncoderFile(File):
+    sizes: EncoderSizes
+
+
+@dataclass(frozen=True)
+class Unusable(File):
+    """Neither, or not whole; `reason` is a sentence that names the file."""
+
+    reason: str
+
+
+def stamps(path: str) -> tuple[Stamp, ...] | None:
+    """Changes when the file does, or a configuration beside it. None where there is no file."""
+    try:
+        files = (path, *map(str, configurations(path)))
+        return tuple((file, (s := os.stat(file)).st_mtime_ns, s.st_size) for file in files)
+    except OSError:  # a link that leads nowhere, or a file that went meanwhile
+        return None
+
+
+def adapters(files: Iterable[File]) -> list[AdapterFile | Unusable]:
+    """Every file as an adapter, or why it is none. Raises nothing."""
+    return [_known(_adapter, file) for file in files]
+
+
+def encoders(files: Iterable[File]) -> list[EncoderFile | Unusable]:
+    """Every file as an image encoder, or why it is none. Raises nothing."""
+    return [_known(_encoder, file) for file in files]
+
+
+def _known(look: Callable[[File], File], file: File) -> Any:
+    stamp = stamps(file.path)
+    if stamp is None or not os.access(file.path, os.R_OK):
+        return Unusable(file.name, file.path, f"'{file.name}' cannot be read.")
+    return _looked_at(look, file, stamp)
+
+
+@functools.lru_cache(maxsize=4096)
+def _looked_at(look: Callable[[File], File], file: File, stamp: tuple[Stamp, ...]) -> File:
+    """`stamp` tells the cache of changes."""
+    try:
+        return look(file)
+    except checkpoint.CheckpointError as error:
+        reason = str(error)
+    except (HeaderError, ImageEncoderError) as error:
+        reason = f"'{file.name}': {error}."
+    except Exception as error:  # of any file that lies there; torch raises a dozen kinds
+        first = next(iter(str(error).splitlines()), "")
+        reason = f"'{file.name}' cannot be read ({type(error).__name__}: {first})."
+    return Unusable(file.name, file.path, reason)
+
+
+def _adapter(file: File) -> AdapterFile:
+    metadata: Mapping[str, str] = {}
+    found_format = checkpoint.file_format(file.path)
+    if found_format == "pickle":
+        raise HeaderError(checkpoint.OLD_FORMAT)
+    if found_format == "safetensors":
+        found, metadata = read_safetensors(file.path)
+    else:
+        found = shapes(checkpoint.read_pickle(file.path, mmap=True))
+    spec = checkpoint.recognise(found, file.name)
+    return AdapterFile(file.name, file.path, spec, _trained_with(metadata))
+
+
+def _trained_with(metadata: Mapping[str, str]) -> str | None:
+    try:
+        return str(json.loads(metadata[_TRAINED])["image_encoder"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _encoder(file: File) -> EncoderFile:
+    return EncoderFile(file.name, file.path, encoder_sizes(Path(file.path)))

@@ -1,0 +1,82 @@
+"""The published adapters and image encoders: their files' names, and where to get them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_FILES = "https://huggingface.co/h94/IP-Adapter/resolve/main"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file `name` in `models/<directory>`, downloaded from `url`; `label` is for people."""
+
+    name: str
+    url: str
+    directory: str
+    label: str = ""
+
+    @property
+    def saved_as(self) -> str:
+        """The name under which a browser saves the download."""
+        return self.url.rsplit("/", 1)[-1]
+
+
+def _adapter(folder: str, name: str) -> Weights:
+    return Weights(f"{name}.safetensors", f"{_FILES}/{folder}/{name}.safetensors", "ipadapter")
+
+
+VIT_H = Weights(
+    "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
+    f"{_FILES}/models/image_encoder/model.safetensors",
+    "clip_vision",
+    "CLIP ViT-H/14",
+)
+VIT_BIGG = Weights(
+    "CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors",
+    f"{_FILES}/sdxl_models/image_encoder/model.safetensors",
+    "clip_vision",
+    "CLIP ViT-bigG/14",
+)
+BASE = _adapter("models", "ip-adapter_sd15")
+LIGHT = _adapter("models", "ip-adapter_sd15_light")
+BASE_BIGG = _adapter("models", "ip-adapter_sd15_vit-G")
+PLUS = _adapter("models", "ip-adapter-plus_sd15")
+PLUS_FACE = _adapter("models", "ip-adapter-plus-face_sd15")
+FULL_FACE = _adapter("models", "ip-adapter-full-face_sd15")
+BASE_SDXL = _adapter("sdxl_models", "ip-adapter_sdxl")
+BASE_SDXL_VIT_H = _adapter("sdxl_models", "ip-adapter_sdxl_vit-h")
+PLUS_SDXL = _adapter("sdxl_models", "ip-adapter-plus_sdxl_vit-h")
+PLUS_FACE_SDXL = _adapter("sdxl_models", "ip-adapter-plus-face_sdxl_vit-h")
+
+# For each family and preset of IPA_AutoLoad the one to get first. All of these read ViT-H.
+ADAPTERS: dict[str, dict[str, Weights]] = {
+    "SD1.5": {
+        "light": LIGHT,
+        "standard": BASE,
+        "fine-grained": PLUS,
+        "face": PLUS_FACE,
+        "full face": FULL_FACE,
+    },
+    "SDXL": {
+        "standard": BASE_SDXL_VIT_H,
+        "fine-grained": PLUS_SDXL,
+        "face": PLUS_FACE_SDXL,
+    },
+}
+NAMES = {
+    weights.name
+    for weights in (
+        *(weights for family in ADAPTERS.values() for weights in family.values()),
+        *(BASE_BIGG, BASE_SDXL, VIT_H, VIT_BIGG),
+    )
+}
+# Widths of image_embeds and of hidden states, and positions (224 pixels), of the encoders that
+# published adapters were trained with.
+ENCODERS = {(1024, 1280, 257): VIT_H, (1280, 1664, 257): VIT_BIGG}
+
+
+def encoder(features: str, width: int) -> Weights | None:
+    """The published encoder whose `features` (as AdapterSpec names them) are `width` wide."""
+    place = 0 if features == "image_embeds" else 1
+    return next((weights for sizes, weights in ENCODERS.items() if sizes[place] == width), None)

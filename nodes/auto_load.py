@@ -1,0 +1,67 @@
+"""IPA_AutoLoad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..ip_adapter_core.choice import PRESETS
+from ..ip_adapter_core.host import auto
+from ..ip_adapter_core.host.adapter import load_adapter
+from . import folders, types
+
+
+class AutoLoadIPAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IPA_AutoLoad",
+            display_name="Load IP-Adapter (Auto)",
+            category="model/loaders",
+            search_aliases=[
+                "ip adapter",
+                "ipadapter",
+                "image prompt",
+                "unified loader",
+                "ip adapter unified loader",
+                "load clip vision",
+            ],
+            description=(
+                "Finds the IP-Adapter for a model, and its image encoder, among the files in "
+                "models/ipadapter and models/clip_vision. Goes by what is in the files, whatever "
+                "their names."
+            ),
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="Decides for the family (SD1.5, SDXL); only its layers are looked at. "
+                    "Connect it straight from the checkpoint: behind a LoRA, every change of that "
+                    "would load the files again.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default="standard",
+                    tooltip="light: SD1.5 only, follows the picture loosely. standard: its content "
+                    "and style. fine-grained: details too (plus). face: a face (plus-face). full "
+                    "face: SD1.5 only, a face at its closest (full-face).",
+                ),
+            ],
+            outputs=[
+                types.IPAdapter.Output("adapter", display_name="adapter"),
+                io.ClipVision.Output("clip_vision", display_name="clip_vision"),
+                io.String.Output("chosen", display_name="chosen"),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> tuple[Any, ...]:
+        """Looks again when a file comes, goes or changes. (The model is not given here.)"""
+        return folders.fingerprint()
+
+    @classmethod
+    def execute(cls, model: Any, preset: str) -> io.NodeOutput:
+        choice = auto.find(model, preset, folders.adapters(), folders.encoders())
+        adapter = load_adapter(choice.adapter.path)
+        return io.NodeOutput(adapter, auto.load_encoder(choice.encoder), auto.describe(choice))

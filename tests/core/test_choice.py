@@ -1,0 +1,117 @@
+"""Between files that all fit: what makes one better, in order, and what is said of it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from comfyui_ip_adapter.ip_adapter_core import published
+from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec
+from comfyui_ip_adapter.ip_adapter_core.catalogue import AdapterFile, EncoderFile
+from comfyui_ip_adapter.ip_adapter_core.choice import PRESETS, choose, words
+from comfyui_ip_adapter.ip_adapter_core.encoder_header import EncoderSizes
+
+VIT_H, VIT_G, VIT_BIGG = (1024, 1280, 32, 257), (1024, 1408, 40, 257), (1280, 1664, 48, 257)
+
+
+def adapter(name, feature_dim=1024, trained_with=None):
+    sizes = {"feature_dim": feature_dim, "cross_attention_dim": 768, "tokens": 4}
+    spec = AdapterSpec("linear", tuple(sizes.items()), (320,) * 16)
+    return AdapterFile(f"{name}.safetensors", f"/{name}", spec, trained_with)
+
+
+def encoder(name, sizes=VIT_H, layout="transformers", alone=True):
+    return EncoderFile(f"{name}.safetensors", f"/{name}", EncoderSizes(layout, *sizes, 5120, alone))
+
+
+def best(adapters, encoders, preset="standard"):
+    """The same whatever the order of the files."""
+    orders = itertools.product(itertools.permutations(adapters), itertools.permutations(encoders))
+    choices = {choose(a, e, PRESETS[preset]) for a, e in orders}
+    pairs = {(choice.adapter, choice.encoder) for choice in choices}
+    assert len(pairs) == 1
+    return choices.pop()
+
+
+@pytest.mark.parametrize(
+    "better, worse, why",
+    [
+        (encoder(published.VIT_H.name[:-12]), encoder("a"), "published one"),
+        (encoder("b"), encoder("a", layout="open_clip"), "ComfyUI reads it"),
+        (encoder("b"), encoder("a", alone=False), "no text tower"),
+        (encoder("b", layout="open_clip"), encoder("a", VIT_G, "open_clip"), "trained with"),
+        (encoder("a"), encoder("b"), "comes first"),
+    ],
+)
+def test_encoders(better, worse, why):
+    choice = best([adapter("x")], [better, worse])
+    assert choice.encoder is better
+    assert why in choice.encoder_why and choice.adapter_why == ""
+
+
+def test_the_encoder_in_the_metadata_and_where_no_name_is_like_it():
+    trained = adapter("x", trained_with="laion2b_s32b_b79k")
+    by_name = encoder("z-Laion2B-S32B-B79K.x", VIT_G)
+    assert best([trained], [encoder("a"), by_name]).encoder is by_name
+    choice = best([trained], [encoder("b"), encoder("a", VIT_G)])
+    assert choice.encoder.name == "b.safetensors"
+    assert "published encoder's sizes" in choice.encoder_why
+    assert any("laion2b_s32b_b79k" in doubt for doubt in choice.doubts)
+
+
+def test_widths_alike_are_no_encoder_of_its_own():
+    """ViT-g's embedding is as wide as ViT-H's: the adapter of bigG has its own here."""
+    choice = best(
+        [adapter("h"), adapter("big", 1280)], [encoder("a", VIT_G), encoder("b", VIT_BIGG)]
+    )
+    assert (choice.adapter.name, choice.encoder.name) == ("big.safetensors", "b.safetensors")
+    assert "own image encoder" in choice.adapter_why and not choice.doubts
+    choice = best([adapter("h")], [encoder("a", VIT_G)])
+    assert "another one" in choice.doubts[0]
+
+
+def test_an_adapter_of_no_published_encoder_raises_no_doubt():
+    choice = best([adapter("x", 24)], [encoder("a", (24, 20, 3, 5))])
+    assert not choice.doubts
+
+
+def test_the_same_adapter_in_two_formats():
+    one = adapter("x")
+    other = AdapterFile("x.bin", "/x.bin", one.spec)
+    choice = best([one, other], [encoder("a")])
+    assert choice.adapter is one
+    assert ".safetensors" in choice.adapter_why and not choice.doubts
+
+
+def test_equal_names_in_two_folders_are_in_doubt():
+    choice = best([adapter("run1/ip-adapter"), adapter("run2/ip-adapter")], [encoder("a")])
+    assert choice.adapter.name == "run1/ip-adapter.safetensors"
+    assert "'run2/ip-adapter.safetensors' has the same shapes" in choice.doubts[0]
+
+
+def test_none_where_no_encoder_fits():
+    assert choose([adapter("x")], [encoder("a", VIT_BIGG)], PRESETS["standard"]) is None
+    assert choose([], [encoder("a")], PRESETS["standard"]) is None
+    bare = encoder("a", (0, *VIT_H[1:]))
+    assert choose([adapter("x")], [bare], PRESETS["standard"]) is None
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_published_names_are_as_hinted(preset):
+    """A preset's published file suits it, and its twin's does not."""
+    found = [family[preset] for family in published.ADAPTERS.values() if preset in family]
+    twin = {"light": "standard", "fine-grained": "face"}
+    twin |= {b: a for a, b in twin.items()}
+    for weights in found:
+        assert PRESETS[preset].suits(AdapterFile(weights.name, "", adapter("x").spec))
+        if preset in twin:
+            other = PRESETS[twin[preset]]
+            assert not other.suits(AdapterFile(weights.name, "", adapter("x").spec))
+        assert weights.url.endswith(f"/{weights.name}") and weights.directory == "ipadapter"
+
+
+def test_words():
+    assert words("Faces/IPAdapterPlusFace_sd15-v1.1.bin") == {
+        *("faces", "ip", "adapter", "plus", "face", "sd", "v")
+    }
+    assert "light" not in words("sdxl_lightning.safetensors")

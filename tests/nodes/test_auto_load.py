@@ -1,0 +1,185 @@
+"""IPA_AutoLoad: which files it takes among those that lie there, by contents and by names."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+import pytest
+import torch
+
+from tools import sparse
+
+
+def warnings(caplog):
+    return [record.message for record in caplog.records if record.levelno == logging.WARNING]
+
+
+# As if somebody had renamed each file to what another one is called.
+PERMUTED = {
+    "ip-adapter-plus_sd15.safetensors": "sd15",
+    "ip-adapter_sd15.safetensors": "sd15_full",
+    "ip-adapter-full-face_sd15.safetensors": "sd15_plus",
+    "ip-adapter-plus_sdxl_vit-h.safetensors": "sdxl_vit-h",
+    "ip-adapter_sdxl_vit-h.safetensors": "sdxl_plus",
+}
+ENCODERS = {
+    "CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors": "ViT-H",
+    "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": "ViT-bigG",
+    "model.safetensors": "ViT-L",
+}
+EXPECTED = {
+    ("SD1.5", "light"): "sd15",
+    ("SD1.5", "standard"): "sd15",
+    ("SD1.5", "fine-grained"): "sd15_plus",
+    ("SD1.5", "face"): "sd15_plus",
+    ("SD1.5", "full face"): "sd15_full",
+    ("SDXL", "standard"): "sdxl_vit-h",
+    ("SDXL", "fine-grained"): "sdxl_plus",
+    ("SDXL", "face"): "sdxl_plus",
+}
+
+
+@pytest.mark.parametrize("family, preset", EXPECTED)
+def test_every_published_kind_under_anothers_name(find, put, family, preset):
+    put(PERMUTED, {name: sparse.vision(kind) for name, kind in ENCODERS.items()})
+    adapter, encoder = find(family, preset)
+    assert PERMUTED[adapter] == EXPECTED[family, preset]
+    assert ENCODERS[encoder] == "ViT-H"
+    for words in (adapter, encoder, family):
+        assert words in find.said
+
+
+@pytest.mark.parametrize("family, kinds", [("SD1.5", "sd15"), ("SDXL", "sdxl")])
+def test_base_adapters_of_two_encoders(find, put, family, kinds):
+    """ViT-H's where both can be used, else the one whose encoder is there."""
+    other, vit_h = ("sd15_vit-G", "sd15") if kinds == "sd15" else ("sdxl", "sdxl_vit-h")
+    put(
+        {"a.safetensors": other, "b.safetensors": vit_h},
+        {"g.safetensors": sparse.clip("ViT-bigG-14")},
+    )
+    assert find(family, "standard") == ("a.safetensors", "g.safetensors")
+    put({}, {"h.safetensors": sparse.clip()})
+    assert find(family, "standard") == ("b.safetensors", "h.safetensors")
+    assert "smaller" in find.said
+
+
+@pytest.mark.parametrize(
+    "kind, twins",
+    [
+        ("sd15", {"standard": "ip-adapter_sd15", "light": "ip-adapter_sd15_light"}),
+        ("sd15", {"standard": "lightning", "light": "a/ipLight-v1.1"}),
+        (
+            "sd15_plus",
+            {"fine-grained": "ip-adapter-plus_sd15", "face": "ip-adapter-plus-face_sd15"},
+        ),
+        ("sd15_plus", {"fine-grained": "surface", "face": "IPAdapterPlusFace"}),
+    ],
+)
+def test_twins_go_by_name_with_a_warning(find, put, caplog, kind, twins):
+    put(
+        {f"{name}.safetensors": kind for name in twins.values()}, {"h.safetensors": sparse.vision()}
+    )
+    for preset, name in twins.items():
+        caplog.clear()
+        assert find("SD1.5", preset)[0] == f"{name}.safetensors"
+        (warning,) = warnings(caplog)
+        assert "same shapes" in warning and all(
+            f"{n}.safetensors" in warning for n in twins.values()
+        )
+        assert "its name" in find.said
+
+
+@pytest.mark.parametrize(
+    "preset, name, kind, why",
+    [
+        ("light", "any", "sd15", "no name here says 'light'"),
+        ("standard", "light", "sd15", "every name here says 'light'"),
+        ("face", "plus", "sd15_plus", "no name here says 'face'"),
+    ],
+)
+def test_no_name_rules_a_file_out(find, put, caplog, preset, name, kind, why):
+    put({f"{name}.safetensors": kind}, {"h.safetensors": sparse.vision()})
+    assert find("SD1.5", preset)[0] == f"{name}.safetensors"
+    (warning,) = warnings(caplog)
+    assert "may be the other kind" in warning
+    assert why in find.said
+
+
+def test_no_twin_no_warning(find, put, caplog):
+    caplog.set_level(logging.INFO)
+    put(
+        {"full.safetensors": "sd15_full", "x.safetensors": "sdxl"},
+        {"h.safetensors": sparse.vision()},
+    )
+    find("SD1.5", "full face")
+    assert not warnings(caplog)
+    assert "full.safetensors" in caplog.text and "h.safetensors" in caplog.text
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_many_alike_give_the_same_one_each_time(find, put, caplog, order):
+    names = ["b", "ip-adapter_sd15", "a"][::order]
+    put(
+        {f"{n}.safetensors": "sd15" for n in names},
+        {f"{n}.safetensors": sparse.vision() for n in "yx"},
+    )
+    assert find("SD1.5", "standard") == ("ip-adapter_sd15.safetensors", "x.safetensors")
+    assert len(warnings(caplog)) == 2  # of adapters, and of encoders
+    assert "published" in find.said and "comes first" in find.said
+
+
+def test_the_whole_encoder_that_published_adapters_know(find, put, caplog):
+    """Widths alone would do for ViT-g, a CLIP of 378 pixels, or a tower without projection."""
+    bare = {k: x for k, x in sparse.vision().items() if k != "visual_projection.weight"}
+    large = {**sparse.tower(), "positional_embedding": (730, 1280)}
+    put(
+        {"base.safetensors": "sd15", "plus.safetensors": "sd15_plus"},
+        {"a.safetensors": sparse.clip("ViT-g-14"), "b.safetensors": large, "c.safetensors": bare},
+    )
+    assert find("SD1.5", "fine-grained")[1] == "c.safetensors"
+    assert find("SD1.5", "standard")[1] in ("a.safetensors", "b.safetensors")
+    assert "another one" in warnings(caplog)[-1]
+    put({}, {"z.safetensors": sparse.clip()})
+    assert find("SD1.5", "standard")[1] == "z.safetensors"
+
+
+def test_the_encoder_that_training_noted(find, put, folder):
+    names = ("CLIP-ViT-H-14-laion2B-s32B-b79K", "own_encoder")
+    put({}, {f"{name}.safetensors": sparse.vision() for name in names})
+    for noted, name in (("laion2b_s32b_b79k", names[0]), ("own_encoder.safetensors", names[1])):
+        about = {"ip_adapter": json.dumps({"image_encoder": noted})}
+        sparse.write(folder / "a.safetensors", sparse.ADAPTERS["sd15"], about)
+        assert find("SD1.5", "standard")[1] == f"{name}.safetensors"
+
+
+def test_encoders_that_the_host_cannot_load_are_left_out(find, put):
+    short = sparse.vision("ViT-H", num_hidden_layers=31)
+    put({"a.safetensors": "sd15"}, {"31.safetensors": short})
+    with pytest.raises(
+        FileNotFoundError, match=r"31\.safetensors.*size that ComfyUI does not know"
+    ):
+        find("SD1.5", "standard")
+
+
+@pytest.mark.parametrize("name", sparse.SIZES)
+def test_the_hosts_sizes_are_the_real_ones(host, name):
+    """What the catalogue says of a file is what the host's own model of that size holds."""
+    import comfy.clip_model
+    import comfy.clip_vision
+    from comfyui_ip_adapter.ip_adapter_core.host import auto
+
+    width, layers, _, mlp, embed, pixels = sparse.SIZES[name]
+    positions = (pixels // 14) ** 2 + 1
+    assert auto._hosts_sizes()[width, layers, mlp, positions] == embed
+    file = {"ViT-L": "vitl", "ViT-L-336": "vitl_336", "ViT-H": "h", "ViT-bigG": "g"}[name]
+    path = os.path.join(
+        os.path.dirname(comfy.clip_vision.__file__), f"clip_vision_config_{file}.json"
+    )
+    with open(path, encoding="utf-8") as text:
+        config = json.load(text)
+    model = comfy.clip_model.CLIPVisionModelProjection(
+        config, torch.float16, "meta", comfy.ops.manual_cast
+    )
+    assert {k: tuple(x.shape) for k, x in model.state_dict().items()} == sparse.vision(name)
