@@ -78,9 +78,10 @@ def choose(
     adapter, adapter_why = _best(
         readable,
         (
-            (word, lambda a: not preset.suits(a)),
+            ("its name is not the published one of another preset", lambda a: _other(a, preset)),
             ("its own image encoder is here", lambda a: not any(own(a, e) for e in readable[a])),
             ("its image encoder is the smaller one", lambda a: a.spec.feature_dim),
+            (word, lambda a: not preset.suits(a)),
             ("its name is the published one", lambda a: _base(a) not in published.NAMES),
             ("it is a .safetensors file", lambda a: not a.name.endswith(".safetensors")),
             ("its name comes first", lambda a: a.name),
@@ -115,6 +116,19 @@ def own(adapter: AdapterFile, encoder: EncoderFile) -> bool:
         return trained in found
     spec = adapter.spec
     return published.encoder(spec.features, spec.feature_dim) is None or _published(encoder)
+
+
+def _other(adapter: AdapterFile, preset: Preset) -> bool:
+    """Whether it has the published name of another preset's adapter, and contents to match."""
+    spec = adapter.spec
+    width = {768: "SD1.5", 2048: "SDXL"}.get(spec.cross_attention_dim, "")
+    named = (
+        PRESETS[name]
+        for name, weights in published.ADAPTERS.get(width, {}).items()
+        if PurePath(weights.name).stem == PurePath(adapter.name).stem
+    )
+    fits = published.encoder(spec.features, spec.feature_dim) is published.VIT_H
+    return any(fits and own.projection == spec.projection and own != preset for own in named)
 
 
 def _published(encoder: EncoderFile) -> bool:

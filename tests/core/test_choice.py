@@ -70,6 +70,22 @@ def test_widths_alike_are_no_encoder_of_its_own():
     assert "another one" in choice.doubts[0]
 
 
+@pytest.mark.parametrize(
+    "names, wanted",
+    [
+        (("ip-adapter_sd15_light", "ip-adapter_sd15"), 1),  # what the names say is possible
+        (("ip-adapter-light-face", "ip-adapter-plus_sdxl"), 0),  # and here it is not
+        (("ip-adapter_sd15_light.new", "b"), 0),
+        (("ip-adapter-full-face_sd15", "ip-adapter_sd15_light"), 0),
+    ],
+)
+def test_contents_come_before_words_in_a_name(names, wanted):
+    """The first reads ViT-H, as the standard adapter does, and the second ViT-bigG."""
+    made = [adapter(names[0]), adapter(names[1], 1280)]
+    choice = best(made, [encoder("a"), encoder("b", VIT_BIGG)])
+    assert choice.adapter is made[wanted]
+
+
 def test_an_adapter_of_no_published_encoder_raises_no_doubt():
     choice = best([adapter("x", 24)], [encoder("a", (24, 20, 3, 5))])
     assert not choice.doubts
