@@ -20,7 +20,8 @@ def apply(model, adapter, prompts, given, overlap="normalize", **settings):
     return ApplyIPAdapterRegions.execute(
         model=model,
         adapter=adapter,
-        image_prompts={f"image_prompt{i}": prompt for i, prompt in enumerate(prompts)},
+        # A request may hold them in any order.
+        image_prompts={f"image_prompt{i}": p for i, p in reversed([*enumerate(prompts)])},
         masks={f"mask{i}": mask for i, mask in enumerate(given)},
         overlap=overlap,
         **knobs,

@@ -19,6 +19,10 @@ FOLDER_OF = {
     "adapter_name": "ipadapter",
     "control_net_name": "controlnet",
 }
+FOUND = {  # what Auto finds with its standard preset
+    ("ip-adapter_sd15.safetensors", "ipadapter"),
+    ("CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors", "clip_vision"),
+}
 TITLE_BAR = 30
 
 
@@ -45,6 +49,8 @@ def test_each_model_file_comes_with_its_download(workflow):
         for name, value in node["inputs"].items()
         if name in FOLDER_OF
     }
+    if any(node["class_type"] == "IPA_AutoLoad" for node in workflow.api.values()):
+        wanted |= FOUND
     offered = [
         (model["name"], model["directory"])
         for node in workflow.nodes
@@ -57,6 +63,8 @@ def test_each_model_file_comes_with_its_download(workflow):
 def test_downloads_stand_at_the_node_that_names_the_file(workflow):
     for node in workflow.nodes:
         files = [value for value in node["widgets_values"] if str(value).endswith(".safetensors")]
+        if node["type"] == "IPA_AutoLoad":
+            files = [name for name, _ in sorted(FOUND, reverse=True)]
         assert [model["name"] for model in node["properties"].get("models", ())] == files
 
 

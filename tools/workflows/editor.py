@@ -9,7 +9,7 @@ from typing import Any
 
 from tools.workflows.graph import Graph, Node, ObjectInfo, slot_of
 from tools.workflows.layout import GAP, STEP_OF, place, size_of
-from tools.workflows.public import PUBLIC
+from tools.workflows.public import BASE, PUBLIC, VIT_H
 from tools.workflows.slots import inputs_of, is_widget, widget_values
 
 PACK = "comfyui-ip-adapter"
@@ -20,6 +20,8 @@ NEGATIVE = ("#322", "#533")
 NOTE = ("#222", "#000")
 FRAME = "#3f789e"
 NOTE_WIDTH = 420
+WANTED = {"IPA_AutoLoad": [BASE, VIT_H]}
+"""Files that a node looks for without naming them, as the workflows set it."""
 
 
 def to_editor(graph: Graph, info: ObjectInfo) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def _node(node: Node, graph: Graph, info: ObjectInfo, links: list[list[Any]]) ->
     # Older hosts give the nodes that end a workflow no outputs, and nothing here uses them.
     outputs = (
         []
-        if own["output_node"]
+        if own["output_node"] and not node.type.startswith("IPA_")
         else [
             {"name": name, "type": type_, "links": None}
             for name, type_ in zip(own["output_name"], own["output"], strict=True)
@@ -122,7 +124,7 @@ def _properties(type_: str, values: list[Any]) -> dict[str, Any]:
         "cnr_id": PACK if type_.startswith("IPA_") else "comfy-core",
         "Node name for S&R": type_,
     }
-    files = [PUBLIC[value] for value in values if _public(value)]
+    files = [PUBLIC[value] for value in values if _public(value)] or WANTED.get(type_, [])
     if files:
         properties["models"] = [
             {"name": file.name, "url": file.url, "directory": file.directory} for file in files
@@ -175,8 +177,9 @@ def _notes(graph: Graph, nodes: int) -> list[dict[str, Any]]:
 
 def _models(graph: Graph) -> str:
     """The files by folder, with their links and the names to save them under."""
-    names = [value for node in graph.nodes for value in node.inputs.values() if _public(value)]
-    files = [PUBLIC[name] for name in dict.fromkeys(names)]
+    named = [value for node in graph.nodes for value in node.inputs.values() if _public(value)]
+    found = [file for node in graph.nodes for file in WANTED.get(node.type, [])]
+    files = [*dict.fromkeys([*(PUBLIC[name] for name in named), *found])]
     parts = []
     for directory in dict.fromkeys(file.directory for file in files):
         parts.append(f"**models/{directory}**\n")

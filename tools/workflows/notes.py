@@ -235,4 +235,63 @@ pictures. A late start leaves the layout to the text and takes colour and detail
         _SETTINGS,
         _PICTURES,
     ),
+    "auto_load": _note(
+        "Text and image, the files found by themselves",
+        """
+*Load IP-Adapter (Auto)* looks at the model and into the files in `models/ipadapter` and \
+`models/clip_vision`, whatever their names, and takes the adapter of the chosen strength with its \
+image encoder. Change the checkpoint to SDXL, and it takes others.
+""",
+        """
+Its output *chosen* says what it took and why; where something is missing, the error says what, \
+where it looked and where to download it.
+""",
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "combined_prompts": _note(
+        "A prompt calculated from two pictures",
+        """
+*Combine Image Prompts* weighs the pictures before the adapter sees them: here seven parts of the \
+first and three of the second. It can also lay them side by side, add, or take one away from the \
+other.
+""",
+        _IMAGE_ONLY,
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "whole_picture": _note(
+        "All of a wide or large picture",
+        """
+The encoder sees a small square. *Prepare Image for Prompt* shows which, and here cuts the picture \
+into tiles, so that nothing is lost: each becomes an image of its own in the prompt. `point` \
+takes the square around a place that you choose.
+""",
+        _IMAGE_ONLY,
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "negative_noise": _note(
+        "Away from noise",
+        """
+Guidance steers away from an empty image. Here it is a noisy version of the reference instead: \
+what both have in common counts less, what the noise destroyed, detail and clarity, counts more.
+""",
+        """
+**Weight 0.6** leaves the words some room.
+""",
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "save_prompt": _note(
+        "Save an image prompt",
+        """
+*Save Image Prompt* writes what the encoder saw into the output folder, a few kilobytes to a \
+megabyte. *Load Image Prompt* takes it from there: without the picture, without the encoder, and \
+to the bit the same.
+""",
+        _IMAGE_ONLY,
+        _SETTINGS,
+        _PICTURES,
+    ),
 }

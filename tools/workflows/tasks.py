@@ -31,11 +31,16 @@ from tools.workflows.several import (
 )
 from tools.workflows.toolbox import (
     attention_map,
+    auto_load,
+    combined_prompts,
+    negative_noise,
     regions,
+    save_prompt,
     style_transfer,
     weight_curve,
     weight_start_grid,
     weights_per_latent,
+    whole_picture,
 )
 
 
@@ -151,6 +156,11 @@ TASKS = (
     regions,
     attention_map,
     weight_start_grid,
+    auto_load,
+    combined_prompts,
+    whole_picture,
+    negative_noise,
+    save_prompt,
 )
 
 

@@ -6,6 +6,7 @@ from tools.workflows.graph import Graph, Output
 from tools.workflows.parts import (
     DEFECTS,
     QUALITY,
+    SEED,
     Models,
     apply,
     empty,
@@ -17,7 +18,7 @@ from tools.workflows.parts import (
     task,
     texts,
 )
-from tools.workflows.public import PLUS
+from tools.workflows.public import PLUS, SD15
 
 HAT = f"{QUALITY}, wearing a hat on the beach"
 
@@ -131,3 +132,84 @@ def _in_regions(graph: Graph, models: Models, white: Output, rest: Output, mask:
         combine="concat",
     )
     return node["model"]
+
+
+def auto_load() -> Graph:
+    graph = task("auto_load")
+    checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=SD15.name)
+    found = graph.add("IPA_AutoLoad", model=checkpoint["MODEL"], preset="standard")
+    models = Models(checkpoint, found, found)
+    reference = picture(graph, "reference.png", "Reference picture")
+    words = texts(graph, models, HAT, DEFECTS)
+    prompt = graph.add(
+        "IPA_EncodeImage", clip_vision=found["clip_vision"], image=reference, crop="center"
+    )
+    model = apply(graph, models, prompt["image_prompt"], weight=0.6)
+    return save(graph, sample(graph, models, model, words, empty(graph)))
+
+
+def combined_prompts() -> Graph:
+    graph = task("combined_prompts")
+    models = load(graph)
+    prompts = [
+        encode(graph, models, picture(graph, file, f"Reference picture {number}"))
+        for number, file in enumerate(("reference.png", "reference_2.png"), 1)
+    ]
+    words = texts(graph, models, "", "")
+    both = graph.add(
+        "IPA_CombinePrompts",
+        prompts__prompt0=prompts[0],
+        prompts__prompt1=prompts[1],
+        method="average",
+        weights="0.7, 0.3",
+    )
+    model = apply(graph, models, both["image_prompt"])
+    return save(graph, sample(graph, models, model, words, empty(graph)))
+
+
+def whole_picture() -> Graph:
+    graph = task("whole_picture")
+    models = load(graph, adapter=PLUS)
+    wide = picture(graph, "reference_3.png", "Wide or large picture")
+    words = texts(graph, models, "", "")
+    tiles = graph.add(
+        "IPA_PrepareImage",
+        image=wide,
+        clip_vision=models.vision["CLIP_VISION"],
+        crop="tiles",
+        x=0.5,
+        y=0.5,
+        grid=2,
+    )
+    model = apply(graph, models, encode(graph, models, tiles["image"]))
+    return save(graph, sample(graph, models, model, words, empty(graph)))
+
+
+def negative_noise() -> Graph:
+    graph = task("negative_noise")
+    models = load(graph)
+    reference = picture(graph, "reference.png", "Reference picture")
+    noise = graph.add(
+        "IPA_NegativeNoise", image=reference, kind="gaussian", strength=0.5, blur=0.0, seed=SEED
+    )
+    words = texts(graph, models, HAT, DEFECTS)
+    prompt = graph.add(
+        "IPA_EncodeImage",
+        clip_vision=models.vision["CLIP_VISION"],
+        image=reference,
+        crop="center",
+        negative_image=noise["image"],
+    )
+    model = apply(graph, models, prompt["image_prompt"], weight=0.6)
+    return save(graph, sample(graph, models, model, words, empty(graph)))
+
+
+def save_prompt() -> Graph:
+    graph = task("save_prompt")
+    models = load(graph)
+    reference = picture(graph, "reference.png", "Reference picture")
+    words = texts(graph, models, "", "")
+    prompt = encode(graph, models, reference)
+    graph.add("IPA_SavePrompt", image_prompt=prompt, filename_prefix="image_prompts/prompt")
+    model = apply(graph, models, prompt)
+    return save(graph, sample(graph, models, model, words, empty(graph)))
