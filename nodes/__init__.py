@@ -6,9 +6,13 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .apply import ApplyIPAdapter, ApplyIPAdapterConditioning
+from .combine import CombineImagePrompts
 from .encode import EncodeImagePrompt
 from .image_encoder import LoadImageEncoder
 from .load import LoadIPAdapter
+from .noise import NegativeNoise
+from .prepare import PrepareImage
+from .prompt_files import LoadImagePrompt, SaveImagePrompt
 
 
 class IPAdapterExtension(ComfyExtension):
@@ -20,4 +24,9 @@ class IPAdapterExtension(ComfyExtension):
             ApplyIPAdapter,
             ApplyIPAdapterConditioning,
             LoadImageEncoder,
+            PrepareImage,
+            NegativeNoise,
+            CombineImagePrompts,
+            SaveImagePrompt,
+            LoadImagePrompt,
         ]
