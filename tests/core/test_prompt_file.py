@@ -63,9 +63,12 @@ def test_what_the_file_says(path):
     assert sorted(load_file(path)) == sorted(KEYS)
 
 
-def test_views_and_sides_that_share_memory(path):
-    wide = torch.randn(2, 24)
-    side = ImageFeatures(wide[:, ::2], torch.randn(20, 5, 2).permute(2, 1, 0))
+@pytest.mark.parametrize("views", [True, False])
+def test_views_and_sides_that_share_memory(path, views):
+    states = torch.randn(20, 5, 2).permute(2, 1, 0)
+    side = ImageFeatures(torch.randn(2, 24)[:, ::2], states)
+    if not views:
+        side = features(2)
     given = ImagePrompt(side, side, TEXT)
     save(given, path)
     for one, other in zip(bits(load(path)), bits(given), strict=True):
