@@ -13,14 +13,19 @@ from .adapter import AdapterSpec, IPAdapter
 
 COMBINE = ("concat", "average", "per_latent")
 
-# Which published encoder gives features of this width, for error messages.
+FEATURES = ("image_embeds", "penultimate_hidden_states")  # the fields of ImageFeatures
+
+# The published encoders by the widths of those two, for descriptions and error messages.
+_PUBLISHED = {
+    (768, 1024): "CLIP ViT-L/14",
+    (1024, 1280): "CLIP ViT-H/14",
+    (1280, 1664): "CLIP ViT-bigG/14",
+}
+_PATCH = 14  # pixels; that of all three
 _ENCODERS = {
-    ("image_embeds", 768): "CLIP ViT-L/14",
-    ("image_embeds", 1024): "CLIP ViT-H/14",
-    ("image_embeds", 1280): "CLIP ViT-bigG/14",
-    ("penultimate_hidden_states", 1024): "CLIP ViT-L/14",
-    ("penultimate_hidden_states", 1280): "CLIP ViT-H/14",
-    ("penultimate_hidden_states", 1664): "CLIP ViT-bigG/14",
+    (kind, width): name
+    for widths, name in _PUBLISHED.items()
+    for kind, width in zip(FEATURES, widths, strict=True)
 }
 
 
@@ -55,12 +60,14 @@ class ImagePrompt:
 
     `negative` is the zero image as in training (zero embedding; features of zero *normalised*
     pixels) or an image of the user's. Knows neither λ nor model: any adapter of the same
-    encoder can use it.
+    encoder can use it. `encoder` describes the encoder to people; `fingerprint` is the same for
+    the same weights only, and empty where nothing is known of them.
     """
 
     positive: ImageFeatures
     negative: ImageFeatures
     encoder: str
+    fingerprint: str = ""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ImagePrompt:
         return replace(
@@ -71,6 +78,19 @@ class ImagePrompt:
 def encoder_name(features: str, width: int) -> str | None:
     """The published encoder whose `features` (as AdapterSpec names them) are `width` wide."""
     return _ENCODERS.get((features, width))
+
+
+def describe_encoder(features: ImageFeatures, image_size: int) -> str:
+    """The encoder of these features in words; `image_size` in pixels. One that has the shapes of
+    a published encoder is called by its name."""
+    widths = tuple(getattr(features, kind).shape[-1] for kind in FEATURES)
+    patches = features.penultimate_hidden_states.shape[1]
+    name = _PUBLISHED.get(widths) if patches == (image_size // _PATCH) ** 2 + 1 else None
+    size = f"{image_size} px" if name is None else f"{name}, {image_size} px"
+    return (
+        f"an image encoder of {widths[1]}-wide hidden states and {widths[0]}-wide embeddings "
+        f"({size})"
+    )
 
 
 def check_encoder(spec: AdapterSpec, prompt: ImagePrompt, adapter_name: str) -> None:

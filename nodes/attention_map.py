@@ -99,6 +99,8 @@ class AttentionMap(io.ComfyNode):
                 io.Image.Output("overlay", display_name="overlay"),
                 io.Mask.Output("heat_map", display_name="heat_map"),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
         )
 
     @classmethod

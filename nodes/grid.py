@@ -68,6 +68,8 @@ class DrawGrid(io.ComfyNode):
                 io.Float.Input("start_at", force_input=True, tooltip="Of Weights × Starts."),
             ],
             outputs=[io.Image.Output("grid", display_name="grid")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
             is_input_list=True,
         )
 

@@ -44,6 +44,8 @@ class LayerWeights(io.ComfyNode):
                 io.Image.Output("profile", display_name="profile"),
                 io.String.Output("layers", display_name="layers"),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
         )
 
     @classmethod

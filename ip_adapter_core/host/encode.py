@@ -10,7 +10,9 @@ from comfy.clip_vision import ClipVisionModel
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from ..prompt import ImageFeatures, ImagePrompt
+from ..fingerprint import fingerprint
+from ..pictures import checked
+from ..prompt import ImageFeatures, ImagePrompt, describe_encoder
 
 CROPS = ("center", "pad", "none")
 
@@ -24,38 +26,29 @@ def encode(
     margins of the encoder's mean colour; "none" squeezes the picture into the square.
     Raises ValueError for no pictures, other shapes, or values that are not finite.
     """
+    check_kind(clip_vision)
+    positive = _features(clip_vision, image, crop, "image")
+    if negative_image is None:
+        negative = _zero_image(clip_vision, positive.image_embeds.shape[-1])
+    else:
+        negative = _features(clip_vision, negative_image, crop, "negative_image")
+    described = describe_encoder(positive, clip_vision.image_size)
+    return ImagePrompt(positive, negative, described, fingerprint(clip_vision.model))
+
+
+def check_kind(clip_vision: ClipVisionModel) -> None:
+    """Raise ValueError for what is no CLIP vision model."""
     if clip_vision.model_type != "clip_vision_model":
         raise ValueError(
             f"The image encoder is a {clip_vision.model_type}, which no supported IP-Adapter was "
             "trained with; expected a CLIP vision model. Load the adapter's own encoder, CLIP "
             "ViT-H/14 for most."
         )
-    positive = _features(clip_vision, image, crop, "image")
-    if negative_image is None:
-        negative = _zero_image(clip_vision, positive.image_embeds.shape[-1])
-    else:
-        negative = _features(clip_vision, negative_image, crop, "negative_image")
-    return ImagePrompt(positive, negative, _describe(clip_vision, positive))
 
 
 def prepare(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str) -> Tensor:
     """Checked RGB pictures `(N, H, W, 3)` that the host's preprocessing handles at any shape."""
-    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
-        raise ValueError(
-            f"{name} has shape {list(image.shape)}; expected [pictures, height, width, channels] "
-            "with 1 (grey), 3 (RGB) or 4 (RGBA) channels."
-        )
-    if 0 in image.shape:
-        raise ValueError(
-            f"{name} holds no pixels (shape {list(image.shape)}). Connect at least one picture."
-        )
-    if not image.isfinite().all():
-        raise ValueError(
-            f"{name} contains NaN or infinite pixels. Look at the node that made it; a VAE in "
-            "half precision is a common cause."
-        )
-    image = image.float().clamp(0, 1)
-    image = image.expand(-1, -1, -1, 3) if image.shape[-1] == 1 else image[..., :3]
+    image = checked(image, name)
     if crop == "center":
         return _trim(image, clip_vision.image_size)
     if crop == "pad":
@@ -113,10 +106,3 @@ def _zero_image(clip_vision: ClipVisionModel, embed_dim: int) -> ImageFeatures:
     pixels = torch.zeros(1, 3, size, size, device=clip_vision.load_device)
     penultimate = clip_vision.model(pixel_values=pixels, intermediate_output=-2)[1]
     return ImageFeatures(torch.zeros(1, embed_dim), penultimate.float().cpu())
-
-
-def _describe(clip_vision: ClipVisionModel, features: ImageFeatures) -> str:
-    return (
-        f"an image encoder of {features.penultimate_hidden_states.shape[-1]}-wide hidden states "
-        f"and {features.image_embeds.shape[-1]}-wide embeddings ({clip_vision.image_size} px)"
-    )

@@ -58,6 +58,18 @@ def folder(host, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
+def prompts_folder(folder, tmp_path, monkeypatch) -> Path:
+    """`image_prompts` in the output folder, which like the input folder is the test's own."""
+    import folder_paths
+
+    for name in ("output", "input", "temp"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
+    (tmp_path / "output" / "image_prompts").mkdir()
+    return tmp_path / "output" / "image_prompts"
+
+
+@pytest.fixture
 def saved(small):
     """Save a random adapter at a path, and return its module."""
     from comfyui_ip_adapter.ip_adapter_core import checkpoint

@@ -160,17 +160,84 @@ NODES = {
         {},
         {"adapter": "IP_ADAPTER", "clip_vision": "CLIP_VISION", "chosen": "STRING"},
     ),
+    "IPA_PrepareImage": (
+        "Prepare Image for Prompt",
+        "model/conditioning",
+        {
+            "clip_vision": ("CLIP_VISION", {}),
+            "image": ("IMAGE", {}),
+            "crop": (["center", "pad", "none", "point", "tiles"], {"default": "center"}),
+            "x": ("FLOAT", {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.01}),
+            "y": ("FLOAT", {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.01}),
+            "grid": ("INT", {"default": 1, "min": 1, "max": 4}),
+        },
+        {},
+        {"image": "IMAGE"},
+    ),
+    "IPA_NegativeNoise": (
+        "Noise for the Negative Side",
+        "model/conditioning",
+        {
+            "image": ("IMAGE", {}),
+            "kind": (["gaussian", "dissolve", "shuffle"], {"default": "gaussian"}),
+            "strength": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}),
+            "blur": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 32.0, "step": 0.5}),
+            "seed": (
+                "INT",
+                {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True},
+            ),
+        },
+        {},
+        {"image": "IMAGE"},
+    ),
+    "IPA_CombinePrompts": (
+        "Combine Image Prompts",
+        "model/conditioning",
+        {
+            "prompts": ("COMFY_AUTOGROW_V3", {}),
+            "method": (
+                ["concat", "average", "norm_average", "add", "subtract"],
+                {"default": "concat"},
+            ),
+            "weights": ("STRING", {"default": ""}),
+        },
+        {},
+        {"image_prompt": "IMAGE_PROMPT"},
+    ),
+    "IPA_SavePrompt": (
+        "Save Image Prompt",
+        "model/conditioning",
+        {
+            "image_prompt": ("IMAGE_PROMPT", {}),
+            "filename_prefix": ("STRING", {"default": "image_prompts/prompt"}),
+        },
+        {},
+        {"image_prompt": "IMAGE_PROMPT"},
+    ),
+    "IPA_LoadPrompt": (
+        "Load Image Prompt",
+        "model/conditioning",
+        {"prompt_name": (["image_prompts/a.safetensors [output]"], {})},
+        {},
+        {"image_prompt": "IMAGE_PROMPT"},
+    ),
+}
+# Those that a prompt may end in: they show or keep something.
+ENDS = {
+    *("IPA_PrepareImage", "IPA_SavePrompt", "IPA_LayerWeights", "IPA_AttentionMap"),
+    "IPA_DrawGrid",
 }
 
 
 def test_ids(nodes):
-    assert list(nodes) == list(NODES)
+    assert set(nodes) == set(NODES)
 
 
 @pytest.fixture
-def info(nodes, folder):
+def info(nodes, folder, prompts_folder):
     def info(node_id):
         (folder / "a.safetensors").touch()
+        (prompts_folder / "a.safetensors").touch()
         return nodes[node_id].GET_NODE_INFO_V1()
 
     return info
@@ -184,7 +251,8 @@ def test_names_and_words_to_find_it_by(info, node_id):
     assert "ip adapter" in " ".join(node["search_aliases"])
     assert len(node["search_aliases"]) >= 3
     assert node["description"].endswith(".")
-    assert not node["experimental"] and not node["deprecated"] and not node["output_node"]
+    assert not node["experimental"] and not node["deprecated"]
+    assert node["output_node"] == (node_id in ENDS)
 
 
 @pytest.mark.parametrize("node_id", NODES)
@@ -205,3 +273,10 @@ def test_inputs(info, node_id, kind):
 def test_outputs(info, node_id):
     node = info(node_id)
     assert dict(zip(node["output_name"], node["output"], strict=True)) == NODES[node_id][4]
+
+
+def test_the_list_of_prompts_grows_from_one(info):
+    template = info("IPA_CombinePrompts")["input"]["required"]["prompts"][1]["template"]
+    assert (template["prefix"], template["min"]) == ("prompt", 1)
+    ((name, (type_, _)),) = template["input"]["required"].items()
+    assert (name, type_) == ("prompt", "IMAGE_PROMPT")

@@ -1,0 +1,203 @@
+"""Several image prompts to one, on the encoder's features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .prompt import FEATURES, ImageFeatures, ImagePrompt
+
+METHODS = ("concat", "average", "norm_average", "add", "subtract")
+
+
+def parse_weights(text: str, count: int) -> list[float]:
+    """The numbers of "1, 0.5", one for each of `count` prompts; all 1 where the text is empty.
+
+    Raises ValueError for another number of them, or for what is not a finite number.
+    """
+    if not text.strip():
+        return [1.0] * count
+    weights = []
+    for position, entry in enumerate(text.split(","), 1):
+        try:
+            weight = float(entry)
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise ValueError(
+                f"weights holds {entry.strip()!r} in place {position}; expected a finite number. "
+                'Separate numbers by commas, as in "1, 0.5".'
+            )
+        weights.append(weight)
+    if len(weights) != count:
+        raise ValueError(
+            f"weights holds {len(weights)} numbers ({text.strip()}), but {count} image prompts "
+            "are connected. Give each its own, in their order, or leave weights empty."
+        )
+    return weights
+
+
+def combine(
+    prompts: Mapping[str, ImagePrompt], method: str, weights: Sequence[float]
+) -> ImagePrompt:
+    """One prompt of several; `prompts` by the names that errors call them by, one weight wᵢ each.
+
+    `concat`: all images side by side, so that their numbers add up. The others go image by
+    image, where prompts of one image stand beside each of N: `average` Σ wᵢ fᵢ / Σ wᵢ; `add`
+    Σ wᵢ fᵢ; `subtract` w₀ f₀ − Σ wᵢ fᵢ of the others; `norm_average` the direction of the
+    average of the directions, with the average of the lengths, for each vector of features.
+    What stands against the images: with `concat` all of theirs, equal ones once; otherwise
+    their average, weighted by |wᵢ|.
+
+    Raises ValueError for no prompts, another method, prompts of different encoders or numbers of
+    images, and for weights that cannot be applied.
+    """
+    if not prompts:
+        raise ValueError("No image prompt is connected; expected at least one.")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}.")
+    if len(weights) != len(prompts):
+        raise ValueError(f"Found {len(weights)} weights for {len(prompts)} image prompts.")
+    _check_encoders(prompts)
+    first = next(iter(prompts.values()))
+    images = {name: prompt.positive for name, prompt in prompts.items()}
+    against = {name: prompt.negative for name, prompt in prompts.items()}
+    if method == "concat":
+        if any(weight != 1 for weight in weights):
+            raise ValueError(
+                f"concat shows every image as it is, so that its weights must all be 1; found "
+                f"{_listed(weights)}. Leave weights empty, or choose another method."
+            )
+        positive = _side_by_side(list(images.values()))
+        negative = _side_by_side(_distinct(list(against.values())))
+    else:
+        positive = _calculated(images, method, weights)
+        negative = _average_negative(against, weights)
+    known = (prompt.fingerprint for prompt in prompts.values() if prompt.fingerprint)
+    return ImagePrompt(positive, negative, first.encoder, next(known, ""))
+
+
+def _check_encoders(prompts: Mapping[str, ImagePrompt]) -> None:
+    (first_name, first), *others = prompts.items()
+    for name, other in others:
+        if first.fingerprint and other.fingerprint:
+            same = first.fingerprint == other.fingerprint
+        else:
+            same = first.encoder == other.encoder
+        if not (same and _sizes(first) == _sizes(other)):
+            raise ValueError(
+                "Image prompts of different encoders cannot be combined: "
+                f"{first_name} was made with {_named(first)}, {name} with {_named(other)}. "
+                "Encode the images with one image encoder."
+            )
+
+
+def _sizes(prompt: ImagePrompt) -> list[torch.Size]:
+    """Of one image's features."""
+    return [getattr(prompt.positive, kind).shape[1:] for kind in FEATURES]
+
+
+def _named(prompt: ImagePrompt) -> str:
+    known = f"fingerprint {prompt.fingerprint[:12]}" if prompt.fingerprint else "no fingerprint"
+    return f"{prompt.encoder}, {known}"
+
+
+def _listed(weights: Sequence[float]) -> str:
+    return ", ".join(f"{weight:g}" for weight in weights)
+
+
+def _each(function: Callable[[list[Tensor]], Tensor], sides: list[ImageFeatures]) -> ImageFeatures:
+    """`function` of the tensors of one kind, for both kinds."""
+    return ImageFeatures(*(function([getattr(side, kind) for side in sides]) for kind in FEATURES))
+
+
+def _side_by_side(sides: list[ImageFeatures]) -> ImageFeatures:
+    return _each(torch.cat, sides)
+
+
+def _equal(one: ImageFeatures, other: ImageFeatures) -> bool:
+    return all(torch.equal(getattr(one, kind), getattr(other, kind)) for kind in FEATURES)
+
+
+def _distinct(sides: list[ImageFeatures]) -> list[ImageFeatures]:
+    kept: list[ImageFeatures] = []
+    for side in sides:
+        if not any(_equal(side, other) for other in kept):
+            kept.append(side)
+    return kept
+
+
+def _average_negative(
+    sides: Mapping[str, ImageFeatures], weights: Sequence[float]
+) -> ImageFeatures:
+    distinct = _distinct(list(sides.values()))
+    if len(distinct) == 1:
+        return distinct[0]  # to the bit, whatever the weights
+    absolute = [abs(weight) for weight in weights]
+    if not any(absolute):
+        absolute = [1.0] * len(absolute)
+    return _calculated(sides, "average", absolute, "negative images")
+
+
+def _calculated(
+    sides: Mapping[str, ImageFeatures],
+    method: str,
+    weights: Sequence[float],
+    what: str = "images",
+) -> ImageFeatures:
+    numbers = {name: len(side) for name, side in sides.items()}
+    if len({n for n in numbers.values() if n != 1}) > 1:
+        found = ", ".join(f"{n} in {name}" for name, n in numbers.items())
+        raise ValueError(
+            f"{method} goes image by image, but found {what} of different numbers: {found}. "
+            "Expected equal numbers, or one image; concat takes any."
+        )
+    total = math.fsum(weights)
+    # Not exactly 0: 0.1 + 0.2 − 0.3 is not.
+    if "average" in method and abs(total) <= 1e-9 * sum(map(abs, weights)):
+        raise ValueError(
+            f"{method} divides by the sum of weights, which is 0 for {_listed(weights)}. Choose "
+            "weights of another sum, or add or subtract."
+        )
+
+    def calculate(features: list[Tensor]) -> Tensor:
+        exact = [x.double() for x in features]  # rounded once, at the end
+        if method == "norm_average":
+            result = _norm_average(exact, weights)
+        elif method == "subtract":
+            result = _sum(exact, [weights[0], *(-weight for weight in weights[1:])])
+        else:
+            result = _sum(exact, weights) / (total if method == "average" else 1)
+        result = result.to(features[0].dtype)
+        if not result.isfinite().all():
+            raise ValueError(
+                f"{method} with weights {_listed(weights)} leaves the range of numbers. Choose "
+                "smaller weights."
+            )
+        return result
+
+    return _each(calculate, list(sides.values()))
+
+
+def _sum(features: list[Tensor], weights: Sequence[float]) -> Tensor:
+    first, *others = (weight * x for weight, x in zip(weights, features, strict=True))
+    for other in others:
+        first = first + other
+    return first
+
+
+def _norm_average(features: list[Tensor], weights: Sequence[float]) -> Tensor:
+    """Of vectors along the last axis; zero vectors have no direction, and count with length 0."""
+    lengths = [x.norm(dim=-1, keepdim=True) for x in features]
+    directions = [_unit(x, length) for x, length in zip(features, lengths, strict=True)]
+    total = math.fsum(weights)
+    direction = _sum(directions, weights) / total
+    direction = _unit(direction, direction.norm(dim=-1, keepdim=True))
+    return direction * (_sum(lengths, weights) / total)
+
+
+def _unit(vectors: Tensor, lengths: Tensor) -> Tensor:
+    return vectors / lengths.where(lengths > 0, torch.ones_like(lengths))

@@ -1,0 +1,145 @@
+"""Image prompts as files: safetensors that hold float32 features and say of which encoder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from .prompt import FEATURES, ImageFeatures, ImagePrompt
+
+SUFFIX = ".safetensors"
+FORMAT = "image_prompt_format"  # the entry of the metadata that tells these files from others
+VERSION = "1"
+SIDES = ("positive", "negative")
+KEYS = tuple(f"{side}.{kind}" for side in SIDES for kind in FEATURES)
+
+
+class PromptFileError(ValueError):
+    """A file that is no usable image prompt. The message names file, finding and remedy."""
+
+
+def save(
+    prompt: ImagePrompt, path: str | os.PathLike[str], more: Mapping[str, str] | None = None
+) -> None:
+    """Write a prompt to `path`, which is never half-written; `more`: further metadata.
+
+    Raises PromptFileError for features that `load` would refuse, or a file that cannot be written.
+    """
+    path = Path(path)
+    # Clones: safetensors refuses tensors that share memory, as equal sides may.
+    tensors = {
+        f"{side}.{kind}": getattr(getattr(prompt, side), kind)
+        .detach()
+        .to("cpu", torch.float32)
+        .clone(memory_format=torch.contiguous_format)
+        for side in SIDES
+        for kind in FEATURES
+    }
+    _check(tensors, path.name, "Encode the image again.")
+    metadata = {
+        **(more or {}),
+        FORMAT: VERSION,
+        "encoder": prompt.encoder,
+        "encoder_fingerprint": prompt.fingerprint,
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        # Not save_file: that writes files which only their owner may read.
+        temporary.write_bytes(serialise(tensors, metadata))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise PromptFileError(f"'{path}' cannot be written: {error.strerror}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def load(path: str | os.PathLike[str]) -> ImagePrompt:
+    """Read a prompt that `save` wrote, to the bit.
+
+    Raises PromptFileError for everything that is not a complete and finite prompt.
+    """
+    name = os.path.basename(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_kind(metadata, list(file.keys()), name)
+            # Clones: the file may be replaced while they live.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise PromptFileError(
+            f"'{name}' is no whole safetensors file ({error}); expected one of Save Image Prompt. "
+            "It was cut short, or is something else: save the prompt again."
+        ) from error
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise PromptFileError(f"'{path}' cannot be read: {found}.") from error
+    _check(tensors, name, "The file is damaged, or was made by something else.")
+    positive, negative = (
+        ImageFeatures(*(tensors[f"{side}.{kind}"] for kind in FEATURES)) for side in SIDES
+    )
+    return ImagePrompt(
+        positive, negative, metadata["encoder"], metadata.get("encoder_fingerprint", "")
+    )
+
+
+def _check_kind(metadata: Mapping[str, str], keys: list[str], name: str) -> None:
+    """Before any tensor is read: a foreign file may be a model of gigabytes."""
+    if FORMAT not in metadata or "encoder" not in metadata:
+        raise PromptFileError(
+            f"'{name}' is no image prompt: its metadata lacks '{FORMAT}' or 'encoder'. Found "
+            f"{len(keys)} tensors: {_few(keys)}. Choose a file of Save Image Prompt."
+        )
+    if metadata[FORMAT] != VERSION:
+        raise PromptFileError(
+            f"'{name}' is an image prompt of format {metadata[FORMAT]!r}; expected {VERSION!r}. "
+            "It was saved by another version of this pack: update the pack, or save it again."
+        )
+    if sorted(keys) != sorted(KEYS):
+        raise PromptFileError(
+            f"'{name}' holds the tensors {_few(sorted(keys))}; expected {', '.join(KEYS)}. Save "
+            "the prompt again."
+        )
+
+
+def _check(tensors: Mapping[str, Tensor], name: str, remedy: str) -> None:
+    for key, tensor in tensors.items():
+        dimensions = 2 if key.endswith(FEATURES[0]) else 3
+        if tensor.ndim != dimensions or tensor.shape[0] == 0:
+            wanted = "[images, width]" if dimensions == 2 else "[images, patches, width]"
+            raise PromptFileError(
+                f"'{name}': '{key}' has shape {list(tensor.shape)}; expected {wanted}, at least "
+                f"one image. {remedy}"
+            )
+        if tensor.dtype != torch.float32:
+            raise PromptFileError(
+                f"'{name}': '{key}' is stored as {tensor.dtype}; expected float32. {remedy}"
+            )
+        if not tensor.isfinite().all():
+            raise PromptFileError(f"'{name}': '{key}' contains NaN or infinite values. {remedy}")
+    for side in SIDES:
+        one, other = (tensors[f"{side}.{kind}"].shape for kind in FEATURES)
+        if one[0] != other[0]:
+            raise PromptFileError(
+                f"'{name}': {side} has embeddings of {one[0]} images and hidden states of "
+                f"{other[0]}; expected equal numbers. {remedy}"
+            )
+    for kind in FEATURES:
+        one, other = (tensors[f"{side}.{kind}"].shape for side in SIDES)
+        if one[1:] != other[1:]:
+            raise PromptFileError(
+                f"'{name}': {kind} has shape {list(one)} on the positive and {list(other)} on the "
+                f"negative side; expected the same but for the number of images. {remedy}"
+            )
+
+
+def _few(names: list[str], limit: int = 4) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" … and {rest} more" if rest > 0 else "")

@@ -1,0 +1,61 @@
+"""IPA_CombinePrompts."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..ip_adapter_core.combine import METHODS, combine, parse_weights
+from . import types
+
+MOST = 50
+
+
+class CombineImagePrompts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        template = io.Autogrow.TemplatePrefix(
+            types.ImagePrompt.Input("prompt", tooltip="All must be of one image encoder."),
+            prefix="prompt",
+            min=1,
+            max=MOST,
+        )
+        return io.Schema(
+            node_id="IPA_CombinePrompts",
+            display_name="Combine Image Prompts",
+            category="model/conditioning",
+            search_aliases=["merge image prompts", "ip adapter combine embeds", "average embeds"],
+            description=(
+                "Makes one image prompt of several: all images side by side, or one image that "
+                "is calculated from theirs."
+            ),
+            inputs=[
+                io.Autogrow.Input(
+                    "prompts",
+                    template=template,
+                    tooltip="A prompt of one image goes with each image of the others.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="concat",
+                    tooltip="concat: all images side by side. average: their weighted mean. "
+                    "norm_average: the mean direction with the mean length, which keeps the "
+                    "strength of a single image. add: the weighted sum. subtract: the first "
+                    "without the others.",
+                ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    tooltip='One number a prompt, as in "1, 0.5"; empty for 1 each. concat takes '
+                    "1 only.",
+                ),
+            ],
+            outputs=[types.ImagePrompt.Output("image_prompt", display_name="image_prompt")],
+        )
+
+    @classmethod
+    def execute(cls, prompts: io.Autogrow.Type, method: str, weights: str) -> io.NodeOutput:
+        # A workflow for the server may give them in any order.
+        names = sorted(prompts, key=lambda name: int(name.removeprefix("prompt")))
+        given = {name: prompts[name] for name in names}
+        return io.NodeOutput(combine(given, method, parse_weights(weights, len(given))))

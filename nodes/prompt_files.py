@@ -1,0 +1,108 @@
+"""IPA_SavePrompt and IPA_LoadPrompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from comfy.cli_args import args
+from comfy_api.latest import io, ui
+
+from ..ip_adapter_core import prompt_file
+from ..ip_adapter_core.prompt import ImagePrompt
+from . import prompt_folders, types
+
+
+class SaveImagePrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IPA_SavePrompt",
+            display_name="Save Image Prompt",
+            category="model/conditioning",
+            search_aliases=["export image prompt", "ip adapter save embeds", "save embeds"],
+            description=(
+                "Writes an image prompt into the output folder, so that it can be used again "
+                "without its pictures and without the image encoder."
+            ),
+            inputs=[
+                types.ImagePrompt.Input("image_prompt", tooltip="Is passed on as it is."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="image_prompts/prompt",
+                    tooltip="Folder and name below the output folder; a number is added. Load "
+                    "Image Prompt lists what lies in image_prompts.",
+                ),
+            ],
+            outputs=[types.ImagePrompt.Output("image_prompt", display_name="image_prompt")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        """Refuse at once what would be refused after encoding; None comes over a link."""
+        try:
+            return filename_prefix is None or bool(prompt_folders.checked_prefix(filename_prefix))
+        except ValueError as error:
+            return str(error)
+
+    @classmethod
+    def execute(cls, image_prompt: ImagePrompt, filename_prefix: str) -> io.NodeOutput:
+        target = prompt_folders.target(filename_prefix)
+        prompt_file.save(image_prompt, target.path, cls._workflow())
+        saved = ui.SavedResult(target.filename, target.subfolder, io.FolderType.output)
+        return io.NodeOutput(image_prompt, ui={"image_prompts": [saved]})
+
+    @classmethod
+    def _workflow(cls) -> dict[str, str]:
+        """What the host writes into every file that it saves: the editor opens it from there."""
+        if args.disable_metadata or cls.hidden is None:
+            return {}
+        given = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
+        return {key: json.dumps(value) for key, value in given.items() if value is not None}
+
+
+class LoadImagePrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IPA_LoadPrompt",
+            display_name="Load Image Prompt",
+            category="model/conditioning",
+            search_aliases=["import image prompt", "ip adapter load embeds", "load embeds"],
+            description="Reads an image prompt that Save Image Prompt wrote, to the bit.",
+            inputs=[
+                io.Combo.Input(
+                    "prompt_name",
+                    options=prompt_folders.names(),
+                    tooltip="A file in the folder image_prompts of the output or input folder. "
+                    "Press R to see new ones. The adapter must be one for the image encoder that "
+                    "the prompt was made with.",
+                )
+            ],
+            outputs=[types.ImagePrompt.Output("image_prompt", display_name="image_prompt")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, prompt_name: object = None) -> bool | str:
+        """In place of the host's look at the list: other files of the same folders may be named
+        too. None comes over a link, and is looked at when it is known."""
+        try:
+            return prompt_name is None or bool(prompt_folders.prompt_path(prompt_name))
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    @classmethod
+    def fingerprint_inputs(cls, prompt_name: str) -> str:
+        """A file that was changed is read anew. Its time is not enough: files are small, and may
+        be written twice within one tick of the clock."""
+        digest = hashlib.sha256()
+        with open(prompt_folders.prompt_path(prompt_name), "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    @classmethod
+    def execute(cls, prompt_name: str) -> io.NodeOutput:
+        return io.NodeOutput(prompt_file.load(prompt_folders.prompt_path(prompt_name)))

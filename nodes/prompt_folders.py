@@ -1,0 +1,121 @@
+"""Where image prompts are saved and found: `image_prompts` in the host's output and input folders,
+and `models/image_prompts` where extra_model_paths.yaml or another pack registers that key."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import folder_paths
+
+from ..ip_adapter_core.prompt_file import SUFFIX
+
+FOLDER = "image_prompts"
+
+
+class Target(NamedTuple):
+    """Where a new file goes: its path, and how the host names it to its editor."""
+
+    path: str
+    filename: str
+    subfolder: str
+
+
+def names() -> list[str]:
+    """Files to choose from, named as the host's own loaders name them: below the input folder as
+    it is, below the output folder with " [output]" behind; those of the models folder alone."""
+    found = []
+    for base, behind in (
+        (folder_paths.get_output_directory(), " [output]"),
+        (folder_paths.get_input_directory(), ""),
+    ):
+        for relative in folder_paths.recursive_search(os.path.join(base, FOLDER))[0]:
+            name = f"{FOLDER}/{relative.replace(os.sep, '/')}"
+            if _inside(base, name) is not None:
+                found.append(name + behind)
+    if FOLDER in folder_paths.folder_names_and_paths:
+        found += folder_paths.get_filename_list(FOLDER)
+    return sorted({name for name in found if name.removesuffix(" [output]").endswith(SUFFIX)})
+
+
+def prompt_path(name: object) -> str:
+    """Full path of a prompt that `names` lists, or of another in the same folders.
+
+    Raises ValueError for a name that leads out of them, FileNotFoundError where no such file is.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"Found {name!r} for the image prompt's file; expected a name.")
+    given, base = folder_paths.annotated_filepath(name)
+    if base == folder_paths.get_temp_directory():
+        raise ValueError(f"Image prompt {name!r}: expected [output], [input] or nothing behind.")
+    relative = _parts(given, f"Image prompt {name!r}")
+    if not relative.endswith(SUFFIX):
+        raise ValueError(f"Image prompt {name!r} does not end in {SUFFIX}. Choose another file.")
+    path = _inside(base or folder_paths.get_input_directory(), relative)
+    if path is None and base is None and FOLDER in folder_paths.folder_names_and_paths:
+        path = folder_paths.get_full_path(FOLDER, relative)
+    if path is None:
+        raise FileNotFoundError(
+            f"Image prompt {name!r} is in none of these folders: {', '.join(_searched())}. Save "
+            "it again, or put the file into one of them, then refresh the node list (R)."
+        )
+    return path
+
+
+def checked_prefix(filename_prefix: str) -> str:
+    """The prefix, with forward slashes. Raises ValueError for one that leads out of the output
+    folder, by its text or over a link."""
+    what = f"filename_prefix {filename_prefix!r}"
+    prefix = _parts(filename_prefix, what)
+    output = folder_paths.get_output_directory()
+    if not folder_paths.is_within_directory(output, os.path.join(output, os.path.dirname(prefix))):
+        raise ValueError(f"{what} leads out of the output folder, {output}. Choose another.")
+    return prefix
+
+
+def target(filename_prefix: str) -> Target:
+    """A new file below the output folder, numbered as the host numbers its own.
+
+    Raises ValueError for a prefix that `checked_prefix` refuses, or that no folder can be made for.
+    """
+    try:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            checked_prefix(filename_prefix), folder_paths.get_output_directory()
+        )
+    except OSError as error:
+        raise ValueError(
+            f"filename_prefix {filename_prefix!r}: the folder cannot be made or read "
+            f"({error.strerror}). Choose another."
+        ) from error
+    filename = f"{name}_{counter:05}_{SUFFIX}"
+    return Target(os.path.join(folder, filename), filename, subfolder)
+
+
+def _parts(name: str, what: str) -> str:
+    """A relative path with forward slashes that goes down only, on every system."""
+    parts = name.replace("\\", "/").split("/")
+    # On Windows a colon is a drive or a stream of a file, and dots and blanks at an end fall away.
+    if any(not part.strip(" .") or set(part) & {":", "\0"} for part in parts):
+        raise ValueError(
+            f"{what} is no place inside ComfyUI's folders: expected names of folders and a file, "
+            "separated by '/', as in image_prompts/prompt; not empty, absolute, or with '..' "
+            "or ':'."
+        )
+    return "/".join(parts)
+
+
+def _inside(base: str, relative: str) -> str | None:
+    path = os.path.join(base, *relative.split("/"))
+    # Links that lead out of the folder are followed before that is decided.
+    if not folder_paths.is_within_directory(base, path) or not os.path.isfile(path):
+        return None
+    return path
+
+
+def _searched() -> list[str]:
+    bases = folder_paths.get_output_directory(), folder_paths.get_input_directory()
+    searched = [str(Path(base) / FOLDER) for base in bases]
+    if FOLDER in folder_paths.folder_names_and_paths:
+        searched += folder_paths.get_folder_paths(FOLDER)
+    return searched

@@ -1,0 +1,139 @@
+"""IPA_PrepareImage: what the encoder sees, from which the same features come."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPImageProcessor
+
+KINDS = ("image_embeds", "penultimate_hidden_states")
+SIZE = 28  # of the encoder
+SHAPES = [(28, 28), (40, 24), (24, 61), (1, 9), (7, 400), (300, 200), (28, 50)]
+
+
+def pictures(height, width, count=2, channels=3):
+    generator = torch.Generator().manual_seed(height + width)
+    return torch.rand(count, height, width, channels, generator=generator)
+
+
+@pytest.fixture
+def prepare(nodes, clip_vision, prompts_folder):
+    def prepare(image, crop="center", x=0.5, y=0.5, grid=1):
+        made = nodes["IPA_PrepareImage"].execute(clip_vision, image, crop, x, y, grid)
+        return made.args[0]
+
+    return prepare
+
+
+@pytest.fixture
+def encode(nodes, clip_vision):
+    def encode(image, crop):
+        return nodes["IPA_EncodeImage"].execute(clip_vision, image, crop).args[0].positive
+
+    return encode
+
+
+def same(one, other):
+    return all(torch.equal(getattr(one, kind), getattr(other, kind)) for kind in KINDS)
+
+
+@pytest.mark.parametrize("crop", ["center", "pad", "none"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_gives_the_features_of_the_original_to_the_bit(prepare, encode, shape, crop):
+    image = pictures(*shape)
+    expected, made = encode(image, crop), prepare(image, crop)
+    assert made.shape == (2, SIZE, SIZE, 3)
+    for again in ("center", "pad", "none"):
+        assert same(encode(made, again), expected)
+    if shape[0] != shape[1]:
+        other = encode(image, "none" if crop == "center" else "center")
+        assert not same(expected, other)
+
+
+@pytest.mark.parametrize("crop", ["center", "pad", "none", "point", "tiles"])
+def test_it_is_of_8_bits_and_prepared_again_the_same(prepare, crop):
+    made = prepare(pictures(50, 90), crop)
+    assert (made.dtype, made.min() >= 0, made.max() <= 1) == (torch.float32, True, True)
+    assert torch.equal(made, (255 * made).round() / 255)
+    for again in ("center", "pad", "none", "point", "tiles"):
+        assert torch.equal(prepare(made, again), made)
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (60, 60), (57, 80), (96, 64)])
+def test_centre_is_transformers(prepare, clip_vision, shape):
+    """PIL's filter and torch's differ a little, and both round."""
+    coarse = pictures(6, 8).movedim(-1, 1)
+    image = torch.nn.functional.interpolate(coarse, shape, mode="bilinear").movedim(1, -1)
+    given = [(255 * picture).round().byte().numpy() for picture in image]
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
+    )
+    truth = processor(images=given, return_tensors="pt", do_normalize=False)["pixel_values"]
+    difference = (prepare(image) - truth.movedim(1, -1)).abs()
+    assert difference.max() < (0.5 / 255 if shape == (28, 28) else 3 / 255)
+
+
+@pytest.mark.parametrize("height, width", [(40, 100), (100, 40)])
+@pytest.mark.parametrize("at, start", [(0.0, 0), (0.3, 10), (0.35, 15), (0.5, 30), (1.0, 60)])
+def test_point_is_the_square_around_it(prepare, encode, height, width, at, start):
+    image = pictures(height, width)
+    x, y = (at, 0.9) if width > height else (0.1, at)
+    dim = 2 if width > height else 1
+    made = prepare(image, "point", x, y)
+    assert same(encode(made, "center"), encode(image.narrow(dim, start, 40), "center"))
+
+
+def test_tiles_are_one_image_each(prepare, encode):
+    image = pictures(40, 100)
+    made = prepare(image, "tiles")
+    assert len(made) == 6
+    cut = [image[n : n + 1, :, left : left + 40] for n in range(2) for left in (0, 30, 60)]
+    assert torch.equal(made, torch.cat([prepare(square) for square in cut]))
+    assert same(encode(made, "pad"), encode(torch.cat(cut), "center"))
+    assert len(prepare(pictures(64, 60), "tiles", grid=3)) == 18
+
+
+def test_grey_and_transparent_pictures(prepare):
+    image = pictures(40, 50, channels=4)
+    for crop in ("center", "point", "tiles"):
+        assert torch.equal(prepare(image, crop), prepare(image[..., :3], crop))
+        grey = image[..., :1]
+        assert torch.equal(prepare(grey, crop), prepare(grey.repeat(1, 1, 1, 3), crop))
+
+
+def test_the_node_shows_it(nodes, clip_vision, prompts_folder):
+    from PIL import Image
+
+    image = pictures(40, 100)
+    made = nodes["IPA_PrepareImage"].execute(clip_vision, image, "tiles", 0.5, 0.5, 1)
+    shown = made.ui.as_dict()["images"]
+    assert len(shown) == len(made.args[0]) == 6
+    for entry, expected in zip(shown, made.args[0], strict=True):
+        path = prompts_folder.parents[1] / entry["type"] / entry["subfolder"] / entry["filename"]
+        pixels = np.asarray(Image.open(path), float)
+        # The host cuts the fraction off where others round.
+        assert np.abs(pixels - 255 * expected.numpy()).max() <= 1.001
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"crop": "middle"}, "'middle'; expected one of center, pad, none, point, tiles"),
+        ({"crop": "point", "x": float("nan")}, "x is nan"),
+        ({"crop": "tiles", "grid": 9}, "grid is 9"),
+        ({"crop": "tiles", "image": pictures(1, 100)}, "100 tiles; at most 64"),
+        ({"image": torch.rand(0, 8, 8, 3)}, "image holds no pixels"),
+        ({"image": torch.rand(8, 8, 3), "crop": "point"}, r"image has shape \[8, 8, 3\]"),
+        ({"image": torch.full((1, 8, 8, 3), torch.nan), "crop": "tiles"}, "image contains NaN"),
+    ],
+)
+def test_what_cannot_be(prepare, changed, said):
+    with pytest.raises(ValueError, match=said):
+        prepare(**{"image": pictures(40, 50), **changed})
+
+
+def test_an_encoder_of_another_kind(prepare, clip_vision, monkeypatch):
+    monkeypatch.setattr(clip_vision, "model_type", "siglip2_vision_model")
+    with pytest.raises(ValueError, match=r"siglip2_vision_model.*expected a CLIP vision model"):
+        prepare(pictures(40, 50))
