@@ -71,7 +71,8 @@ def picture(client: Client, api: dict[str, Any], remark: str) -> Image.Image:
         for file in pictures_of(api).values()
     }
     images = client.run(api).images
-    results = [_open(image) for node in images.values() for image in node]
+    saved = (id_ for id_, node in api.items() if node["class_type"] == "SaveImage")
+    results = [_open(image) for id_ in saved for image in images[id_]]  # previews are no results
     return draw(api, loaded, results, remark)
 
 
