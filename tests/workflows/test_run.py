@@ -120,8 +120,8 @@ def test_a_grid_holds_the_pictures_of_its_values(reading, client, pictures, run)
     (alone,) = pictures(client.run(api))
     windows = np.lib.stride_tricks.sliding_window_view(sheet, (SIDE, SIDE), (0, 1))
     cell = alone.transpose(2, 0, 1)
-    corners = np.argwhere((windows[:, :, :, 0, 0] == cell[:, 0, 0]).all(-1))
-    assert any(np.array_equal(windows[y, x], cell) for y, x in corners)
+    corners = np.argwhere((np.abs(windows[:, :, :, 0, 0] - cell[:, 0, 0]) <= 2).all(-1))
+    assert any(np.abs(windows[y, x] - cell).max() <= 2 for y, x in corners)  # rounded twice
 
 
 def test_a_saved_prompt_lies_in_the_output_folder(reading, client):
