@@ -83,6 +83,10 @@ class Client:
         with direct.open(question, timeout=self.timeout) as answer:
             return bytes(answer.read())
 
+    def get(self, path: str) -> Any:
+        """What the server answers to GET `path`, from JSON."""
+        return json.loads(self._request(path))
+
     def object_info(self, node_class: str = "") -> dict[str, Any]:
         """The schema of every node, or of one."""
         return dict(json.loads(self._request(f"/object_info/{node_class}".rstrip("/"))))

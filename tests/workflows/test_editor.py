@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from tools.host import ROOT
 from tools.server import Client
 
+FOLDER = ROOT / "workflows"
 pytestmark = pytest.mark.browser
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -27,8 +31,8 @@ LOAD = """async (workflow) => {
 
 
 @pytest.fixture(scope="module")
-def load(client: Client) -> Iterator[Callable[[Any], dict[str, Any]]]:
-    """Loads a workflow into the editor, on a page cut off from everything but the server."""
+def page(client: Client) -> Iterator[Any]:
+    """The editor, on a page cut off from everything but the server."""
     url = f"http://{client.address}"
     browser = os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, BROWSERS)), "")
     if not browser:
@@ -44,14 +48,21 @@ def load(client: Client) -> Iterator[Callable[[Any], dict[str, Any]]]:
         )
         page.goto(url)
         page.wait_for_function(READY, timeout=120_000)
-        loaded: dict[str, Any] = {}
-        yield (
-            lambda workflow: (
-                loaded.get(workflow.name)
-                or loaded.setdefault(workflow.name, page.evaluate(LOAD, workflow.editor))
-            )
-        )
+        yield page
         chromium.close()
+
+
+@pytest.fixture(scope="module")
+def load(page: Any) -> Callable[[Any], dict[str, Any]]:
+    """Loads a workflow into the editor."""
+    loaded: dict[str, Any] = {}
+
+    def load(workflow: Any) -> dict[str, Any]:
+        if workflow.name not in loaded:
+            loaded[workflow.name] = page.evaluate(LOAD, workflow.editor)
+        return loaded[workflow.name]
+
+    return load
 
 
 def test_the_editor_sends_what_lies_in_api(load, workflow):
@@ -61,3 +72,70 @@ def test_the_editor_sends_what_lies_in_api(load, workflow):
 def test_no_node_is_smaller_than_its_contents(load, workflow):
     for node in load(workflow)["nodes"]:
         assert node["size"][0] >= node["least"][0] and node["size"][1] >= node["least"][1], node
+
+
+# Loads a blueprint, connects a checkpoint and a picture, and gives what would be sent.
+CONNECT = """async ({blueprint, widgets}) => {
+    await app.loadGraphData(blueprint)
+    const [task] = app.graph._nodes
+    const add = (type, values) => {
+        const node = LiteGraph.createNode(type)
+        app.graph.add(node)
+        for (const [name, value] of Object.entries(values))
+            node.widgets.find((widget) => widget.name === name).value = value
+        return node
+    }
+    const from = (node, name) => node.outputs.findIndex((output) => output.name === name)
+    const to = (name) => task.inputs.findIndex((input) => input.name === name)
+    const checkpoint = add("CheckpointLoaderSimple", {ckpt_name: widgets.checkpoint})
+    const picture = add("LoadImage", {image: "reference.png"})
+    const encode = add("CLIPTextEncode", {text: ""})
+    const latent = add("EmptyLatentImage", {width: 64, height: 64})
+    const sampler = add("KSampler", {steps: 1, cfg: 2.0, sampler_name: "ddim", seed: 1})
+    const save = add("SaveLatent", {filename_prefix: "blueprint"})
+    checkpoint.connect(from(checkpoint, "MODEL"), task, to("model"))
+    picture.connect(0, task, to("image"))
+    checkpoint.connect(from(checkpoint, "CLIP"), encode, 0)
+    task.connect(0, sampler, 0)
+    encode.connect(0, sampler, 1)
+    encode.connect(0, sampler, 2)
+    latent.connect(0, sampler, 3)
+    sampler.connect(0, save, 0)
+    const shown = task.widgets.map((widget) => [widget.name, widget.value])
+    return {api: (await app.graphToPrompt()).output, shown}
+}"""
+BLUEPRINTS = {  # what the one node shows
+    "Image Prompt": {"preset": "standard", "weight": 0.6, "start_at": 0, "end_at": 1},
+    "Style Transfer": {"layers": "style", "weight": 1},
+}
+
+
+@pytest.mark.parametrize("name", BLUEPRINTS)
+def test_a_blueprint_is_one_node_that_does_the_task(page, client, name):
+    entries = client.get("/global_subgraphs")
+    (id_,) = (
+        id_
+        for id_, entry in entries.items()
+        if entry["name"] == name and entry["source"] == "custom_node"
+    )
+    blueprint = json.loads(client.get(f"/global_subgraphs/{id_}")["data"])
+    checkpoint = json.loads((FOLDER / "api" / "image_only.json").read_text("utf-8"))
+    (named,) = (
+        node["inputs"]["ckpt_name"]
+        for node in checkpoint.values()
+        if node["class_type"] == "CheckpointLoaderSimple"
+    )
+    given = {"blueprint": blueprint, "widgets": {"checkpoint": named}}
+    found = page.evaluate(CONNECT, given)
+    assert dict(found["shown"]) == BLUEPRINTS[name]
+    api = found["api"]
+    kinds = {node["class_type"]: node["inputs"] for node in api.values()}
+    assert kinds["IPA_AutoLoad"]["preset"] == "standard"
+    assert kinds["IPA_Apply"]["weight"] == BLUEPRINTS[name]["weight"]
+    if name == "Style Transfer":
+        assert kinds["IPA_LayerWeights"]["preset"] == "style"
+        kinds["IPA_LayerWeights"]["preset"] = "ease in"  # the stand-ins have other blocks
+    with ThreadPoolExecutor(1) as aside:  # playwright's own loop runs in this thread
+        result = aside.submit(client.run, api).result()
+    classes = {api[id_]["class_type"] for id_ in (*result.executed, *result.cached)}
+    assert {"IPA_AutoLoad", "IPA_EncodeImage", "IPA_Apply", "KSampler"} <= classes

@@ -27,7 +27,7 @@ WANTED = {"IPA_AutoLoad": [BASE, VIT_H]}
 def to_editor(graph: Graph, info: ObjectInfo) -> dict[str, Any]:
     """The graph as a file that the editor opens: nodes, links, frames, and two notes."""
     links: list[list[Any]] = []
-    nodes = [_node(node, graph, info, links) for node in graph.nodes]
+    nodes = [editor_node(node, graph, info, links) for node in graph.nodes]
     for node in nodes:
         for index, output in enumerate(node["outputs"]):
             mine = [link[0] for link in links if link[1:3] == [node["id"], index]]
@@ -63,7 +63,9 @@ def to_editor(graph: Graph, info: ObjectInfo) -> dict[str, Any]:
     }
 
 
-def _node(node: Node, graph: Graph, info: ObjectInfo, links: list[list[Any]]) -> dict[str, Any]:
+def editor_node(
+    node: Node, graph: Graph, info: ObjectInfo, links: list[list[Any]]
+) -> dict[str, Any]:
     """One node without its place; appends its incoming links."""
     sources = dict(node.sources())
     inputs: list[dict[str, Any]] = []
