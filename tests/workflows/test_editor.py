@@ -3,53 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from tools.host import ROOT
-from tools.server import Client
 
 FOLDER = ROOT / "workflows"
 pytestmark = pytest.mark.browser
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-# The spinner turns until the editor has loaded a graph of its own accord, which would replace ours.
-READY = """() => window.app?.extensionManager?.workflow?.activeWorkflow
-    && app.extensionManager.spinner === false
-    && window.LiteGraph?.registered_node_types?.IPA_Apply"""
 LOAD = """async (workflow) => {
     await app.loadGraphData(workflow)
     const nodes = app.graph._nodes.map(
         (node) => ({type: node.type, size: [...node.size], least: [...node.computeSize()]}))
     return {api: (await app.graphToPrompt()).output, nodes}
 }"""
-
-
-@pytest.fixture(scope="module")
-def page(client: Client) -> Iterator[Any]:
-    """The editor, on a page cut off from everything but the server."""
-    url = f"http://{client.address}"
-    browser = os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, BROWSERS)), "")
-    if not browser:
-        pytest.skip("no browser: install chromium, or name one in CHROMIUM_PATH")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="`pip install playwright`")
-    with sync_api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        chromium = playwright.chromium.launch(executable_path=browser, args=arguments)
-        page = chromium.new_page(viewport={"width": 1600, "height": 900})
-        page.route(
-            lambda asked: not asked.startswith((url, "data:", "blob:")),
-            lambda route: route.abort(),
-        )
-        page.goto(url)
-        page.wait_for_function(READY, timeout=120_000)
-        yield page
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,90 @@
+"""The nodes' texts in other languages: whole, in step with the nodes, and shown by the host."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tools.build_texts import LOCALES, dump, texts
+
+LANGUAGES = {
+    "zh": r"[\u4e00-\u9fff]",
+    "ja": r"[\u3040-\u30ff\u4e00-\u9fff]",
+    "ko": r"[\uac00-\ud7af]",
+}
+"""Folders of `locales/`, and a letter of the language."""
+
+
+def leaves(found: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    if isinstance(found, str):
+        yield path, found
+        return
+    for key, value in found.items():
+        yield from leaves(value, (*path, key))
+
+
+def read(language: str) -> dict[str, Any]:
+    return dict(json.loads((LOCALES / language / "nodeDefs.json").read_text("utf-8")))
+
+
+def test_english_is_what_the_nodes_say(object_info):
+    assert (LOCALES / "en" / "nodeDefs.json").read_text("utf-8") == dump(texts(object_info)), (
+        "locales/en is out of step: run `python -m tools.build_texts`, and translate what changed"
+    )
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_language_has_every_text(language):
+    english, found = dict(leaves(read("en"))), dict(leaves(read(language)))
+    assert found.keys() == english.keys()
+    for path, text in found.items():
+        assert text.strip(), path
+        if path[-1] != "name":
+            assert re.search(LANGUAGES[language], text), f"{path} is not translated: {text}"
+
+
+@pytest.mark.parametrize("language", ["en", *LANGUAGES])
+def test_nothing_that_the_editor_takes_for_a_placeholder(language):
+    for path, text in leaves(read(language)):
+        assert not re.search(r"[{}@|]", text), path
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_what_is_typed_or_chosen_stays_as_it_is(language):
+    """Numbers, quoted syntax and file names of the English text are in the translation too."""
+    translated = dict(leaves(read(language)))
+    for path, text in leaves(read("en")):
+        kept = re.findall(r"\w+/\w+|\w+\.(?:json|safetensors|bin|pt)|per_latent|norm_average", text)
+        kept += re.findall(r"'((?:input|output|all|middle)[^']*)'", text)
+        kept += re.findall(r"'(\d[^']*)'", text)
+        for word in kept:
+            assert word in translated[path], (path, word)
+
+
+@pytest.mark.parametrize("language", ["en", *LANGUAGES])
+def test_the_host_offers_them(client, language):
+    found = client.get("/i18n")[language]["nodeDefs"]
+    assert {name: found[name] for name in read(language)} == read(language)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_editor_shows_them(page, language):
+    """The title and the widgets of a node that is added in that language."""
+    found = page.evaluate(
+        """async (language) => {
+            await app.extensionManager.setting.set('Comfy.Locale', language)
+            await new Promise((done) => setTimeout(done, 500))
+            const node = LiteGraph.createNode('IPA_Apply')
+            const shown = node.inputs.map((input) => input.localized_name ?? input.label)
+            await app.extensionManager.setting.set('Comfy.Locale', 'en')
+            return [node.title, shown]
+        }""",
+        language,
+    )
+    own = read(language)["IPA_Apply"]
+    assert own["inputs"]["weight"]["name"] in found[1] or own["display_name"] == found[0]

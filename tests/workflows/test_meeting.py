@@ -1,0 +1,95 @@
+"""How people meet the pack in the host's editor: search, help, templates, errors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from typing import Any
+
+import pytest
+
+from tools.host import ROOT
+
+pytestmark = pytest.mark.browser
+
+FOLDER = ROOT / "workflows"
+NODES = sorted(json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text("utf-8")))
+WORDS = {  # what people type: the node that they mean
+    "ip adapter": "Apply IP-Adapter",
+    "ipadapter": "Apply IP-Adapter",
+    "unified loader": "Load IP-Adapter (Auto)",
+    "image prompt": "Encode Image Prompt",
+    "style transfer": "Layer Weights",
+    "reference": "Apply IP-Adapter",
+    "heat map": "Image Attention Map",
+    "xy plot": "Draw Grid",
+    "tiles": "Prepare Image for Prompt",
+    "combine embeds": "Combine Image Prompts",
+    "regional image prompt": "Apply IP-Adapter (Conditioning)",
+    "weights per frame": "Weights per Latent",
+}
+FOUND = """() => [...document.querySelectorAll('#results-list [role=option]')].map(
+    (entry) => entry.innerText.split('\\n')[0])"""
+
+
+@pytest.fixture
+def bare(page: Any) -> Any:
+    """The editor with an empty graph and nothing open over it."""
+    for _ in range(3):
+        page.keyboard.press("Escape")
+    page.evaluate("() => app.graph.clear()")
+    return page
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_the_search_box_finds_nodes_by_what_people_type(bare, words):
+    bare.mouse.dblclick(900, 400)
+    box = bare.get_by_role("combobox", name="Add a node...")
+    box.fill(words)
+    entry = bare.locator("#results-list [role=option]", has_text=WORDS[words]).first
+    entry.wait_for(state="attached", timeout=10_000)
+    assert WORDS[words] in bare.evaluate(FOUND)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_the_help_panel_shows_the_page(bare, name):
+    page = (ROOT / "web" / "docs" / f"{name}.md").read_text("utf-8")
+    bare.evaluate(
+        """(type) => {
+            const node = LiteGraph.createNode(type)
+            app.graph.add(node)
+            app.canvas.centerOnNode(node)
+            app.canvas.selectNode(node)
+        }""",
+        name,
+    )
+    bare.get_by_role("button", name="Node Info").click()
+    title = re.search(r"^# (.+)$", page, re.M)
+    assert title is not None
+    bare.get_by_role("heading", name=title[1], exact=True).first.wait_for(timeout=10_000)
+    pictures = bare.locator(".node-help-content img")
+    for place in range(pictures.count()):
+        assert pictures.nth(place).evaluate("async (img) => { await img.decode(); return true }")
+
+
+def test_the_template_browser_shows_every_workflow_with_its_picture(bare):
+    bare.get_by_role("button", name="Templates").click()
+    pack = bare.locator("[role=dialog] nav, [role=dialog] aside").get_by_text("ip_adapter").first
+    pack.click()
+    for path in sorted(FOLDER.glob("*.json")):
+        card = bare.locator(f"[role=dialog] img[src*='/{path.stem}.']").first
+        card.wait_for(state="attached", timeout=10_000)
+        card.scroll_into_view_if_needed()
+        assert card.evaluate("async (img) => { await img.decode(); return img.naturalWidth > 0 }")
+
+
+def test_a_wrong_adapter_is_told_with_its_remedy(bare, client):
+    """An SDXL adapter on an SD1.5 model: the editor shows what the node says."""
+    workflow = copy.deepcopy(json.loads((FOLDER / "text_and_image.json").read_text("utf-8")))
+    (loader,) = (node for node in workflow["nodes"] if node["type"] == "IPA_LoadAdapter")
+    loader["widgets_values"] = ["ip-adapter_sdxl.safetensors"]
+    bare.evaluate("async (workflow) => { await app.loadGraphData(workflow) }", workflow)
+    bare.evaluate("() => { app.queuePrompt(0) }")
+    told = bare.get_by_text(re.compile("was made for SDXL|Connect a model of the adapter's family"))
+    told.first.wait_for(timeout=60_000)
