@@ -75,16 +75,20 @@ def test_the_host_offers_them(client, language):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_editor_shows_them(page, language):
     """The title and the widgets of a node that is added in that language."""
-    found = page.evaluate(
-        """async (language) => {
-            await app.extensionManager.setting.set('Comfy.Locale', language)
-            await new Promise((done) => setTimeout(done, 500))
-            const node = LiteGraph.createNode('IPA_Apply')
-            const shown = node.inputs.map((input) => input.localized_name ?? input.label)
-            await app.extensionManager.setting.set('Comfy.Locale', 'en')
-            return [node.title, shown]
-        }""",
-        language,
-    )
     own = read(language)["IPA_Apply"]
-    assert own["inputs"]["weight"]["name"] in found[1] or own["display_name"] == found[0]
+    choose = "(language) => app.extensionManager.setting.set('Comfy.Locale', language)"
+    page.evaluate(choose, language)
+    try:
+        page.wait_for_function(
+            """(title) => LiteGraph.createNode('IPA_Apply').title === title""",
+            arg=own["display_name"],
+            timeout=15_000,
+        )
+        shown = page.evaluate(
+            """() => Object.fromEntries(LiteGraph.createNode('IPA_Apply').inputs.map(
+                (input) => [input.name, input.localized_name]))"""
+        )
+    finally:
+        page.evaluate(choose, "en")
+    for name in ("model", "image_prompt", "weight", "layer_weights"):
+        assert shown[name] == own["inputs"][name]["name"]
