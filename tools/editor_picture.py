@@ -1,4 +1,4 @@
-"""Draw docs/graph.png: a workflow in ComfyUI's editor, after it has run on the miniature.
+"""Draw docs/graph.png, help.png and templates.png: the pack in ComfyUI's editor, on the miniature.
 
     python -m tools.editor_picture [--workflow text_and_image] [--text "a star"]
 
@@ -31,12 +31,47 @@ FIT = """() => {
         (node) => app.graph.remove(node))
     app.extensionManager.command.execute('Comfy.Canvas.FitView')
 }"""
+SELECT = """(type) => {
+    const node = app.graph._nodes.find((node) => node.type === type)
+    app.canvas.ds.scale = 1
+    app.canvas.centerOnNode(node)
+    app.canvas.selectNode(node)
+}"""
 GRAPH: Any = {"x": 205, "y": 212, "width": 1292, "height": 378}  # where the fitted view lies
 
 
-def draw(workflow: dict[str, Any], target: Path) -> None:
+def graph(page: Any, workflow: dict[str, Any], target: Path) -> None:
+    """The workflow after it has run."""
+    page.evaluate(LOAD, workflow)
+    page.wait_for_function(DONE, timeout=600_000, polling=1000)
+    page.evaluate(FIT)
+    page.wait_for_timeout(3000)
+    page.screenshot(path=target, clip=GRAPH)
+
+
+def help_panel(page: Any, node: str, target: Path) -> None:
+    """A node of the loaded workflow, and its page beside it."""
+    page.evaluate(SELECT, node)
+    page.wait_for_timeout(1000)
+    page.get_by_role("button", name="Node Info").click()
+    page.wait_for_timeout(3000)
+    page.screenshot(path=target)
+
+
+def templates(page: Any, target: Path) -> None:
+    """The template browser with the pack's workflows."""
+    page.get_by_role("button", name="Templates").click()
+    page.get_by_role("dialog").get_by_text("ip_adapter").first.click()
+    page.wait_for_timeout(3000)
+    page.screenshot(path=target)
+
+
+def draw(workflow: dict[str, Any], node: str, folder: Path) -> list[Path]:
+    """All pictures. Returns their files."""
     from playwright.sync_api import sync_playwright
 
+    folder.mkdir(exist_ok=True)
+    targets = [folder / f"{name}.png" for name in ("graph", "help", "templates")]
     chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium")
     with Server(setup.ensure(), host.require()) as client, sync_playwright() as play:
         browser = play.chromium.launch(
@@ -48,24 +83,24 @@ def draw(workflow: dict[str, Any], target: Path) -> None:
         page.wait_for_function(READY, timeout=180_000)
         page.wait_for_timeout(3000)
         page.keyboard.press("Escape")
-        page.evaluate(LOAD, workflow)
-        page.wait_for_function(DONE, timeout=600_000, polling=1000)
-        page.evaluate(FIT)
-        page.wait_for_timeout(3000)
-        target.parent.mkdir(exist_ok=True)
-        page.screenshot(path=target, clip=GRAPH)
+        graph(page, workflow, targets[0])
+        help_panel(page, node, targets[1])
+        page.keyboard.press("Escape")
+        templates(page, targets[2])
         browser.close()
+    return targets
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workflow", default="text_and_image")
     parser.add_argument("--text", default="a star")
+    parser.add_argument("--node", default="IPA_Apply", help="whose help page is shown")
     given = parser.parse_args()
-    target = host.ROOT / "docs" / "graph.png"
     source = host.ROOT / "workflows" / f"{given.workflow}.json"
-    draw(in_editor(json.loads(source.read_text(encoding="utf-8")), given.text), target)
-    print(target)
+    workflow = in_editor(json.loads(source.read_text(encoding="utf-8")), given.text)
+    for target in draw(workflow, given.node, host.ROOT / "docs"):
+        print(target)
 
 
 if __name__ == "__main__":

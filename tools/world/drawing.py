@@ -91,7 +91,9 @@ class Drawer:
             loaders = [node for node in prompt.values() if node["class_type"] == "LoadImage"]
             for loader, name in zip(loaders, itertools.cycle(names)):
                 loader["inputs"]["image"] = name
-            (images,) = self.client.run(change(prompt) if change else prompt).images.values()
+            prompt = change(prompt) if change else prompt
+            (saved,) = (i for i, node in prompt.items() if node["class_type"] == "SaveImage")
+            images = self.client.run(prompt).images[saved]  # previews are no results
             made.append(
                 torch.stack([as_tensor(Image.open(io.BytesIO(picture))) for picture in images])
             )

@@ -10,10 +10,9 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tools.world import concatenated, files, setup
+from tools.world import concatenated, files, setup, toolbox
 from tools.world.drawing import Drawer
 from tools.world.judge import Judge
 from tools.world.measures import (
@@ -24,27 +23,12 @@ from tools.world.measures import (
     share,
     whiteness_of_outlines,
 )
-from tools.world.scenes import Scenes, outlines, render, scenes
+from tools.world.pairs import partners
+from tools.world.scenes import outlines, render, scenes
 from tools.world.workflows import SECOND, Api, given
 
 STRUCTURES = 1 << 22  # of the shown stream: what gives structures their edges
 Figures = dict[str, Any]
-
-
-def partners(rows: Scenes) -> Tensor:
-    """For each scene the next one that differs in colour and in background, `(N,)`."""
-    count = len(rows)
-    found = []
-    for number in range(count):
-        others = [(number + step) % count for step in range(1, count)]
-        unlike = (
-            other
-            for other in others
-            if rows.colour[other] != rows.colour[number]
-            and rows.background[other] != rows.background[number]
-        )
-        found.append(next(unlike))
-    return torch.tensor(found)
 
 
 def of_two(api: Api) -> Api:
@@ -192,6 +176,7 @@ def of(draw: Drawer, judged: Judge, alike: Similarity) -> Figures:
     found = {
         "variants": variants(draw, alike, base, alone),
         "several_references": several_references(draw, judged, alike),
+        "toolbox": toolbox.of(draw, judged, alike),
     }
     if files.CONTROL in shipped:
         found["structure"] = structure(draw, judged, alone)

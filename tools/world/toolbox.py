@@ -1,0 +1,93 @@
+"""What regions, layer weights and the attention map do on the miniature."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tools import pictures
+from tools.world.drawing import Drawer, as_tensor
+from tools.world.judge import Judge
+from tools.world.measures import Similarity, displacement, overlap, share
+from tools.world.pairs import partners
+from tools.world.scenes import outlines
+from tools.world.workflows import SIDE, Api, given
+
+Figures = dict[str, Any]
+
+
+def mask() -> Tensor:
+    """The workflows' mask, a disc, as booleans `(SIDE, SIDE)`."""
+    drawn = pictures.picture("mask.png").resize((SIDE, SIDE))
+    return as_tensor(drawn)[0] > 0.5
+
+
+def regions(draw: Drawer, judged: Judge) -> Figures:
+    """One reference within the disc, where the shape is, and another around it: how often the
+    shape has the colour of the one, and the background is that of the other."""
+    second = partners(draw.task.rows)
+    names = [draw.names[number] for number in second.tolist()]
+    seen = judged(draw("regions", others=names)[:, 0])
+    inner, outer = draw.task.rows, draw.task.rows[second]
+    return {
+        "colour_of_inner": share(seen["colour"], inner.colour),
+        "colour_of_outer": share(seen["colour"], outer.colour),
+        "background_of_inner": share(seen["background"], inner.background),
+        "background_of_outer": share(seen["background"], outer.background),
+    }
+
+
+def style(draw: Drawer, judged: Judge, alike: Similarity) -> Figures:
+    """With uniform weights and with the style preset: what of the look comes through, and what of
+    the place and size, which a shape of the text takes from the reference too."""
+    task = draw.task
+    found: Figures = {}
+    for preset in ("uniform", "style", "composition"):
+
+        def chosen(api: Api, name: str = preset) -> Api:
+            return given(api, IPA_LayerWeights={"preset": name})
+
+        made = draw("style_transfer", 1.0, "fine-grained", change=chosen)[:, 0]
+        seen = judged(made)
+        found[preset] = {
+            **{k: share(seen[k], getattr(task.rows, k)) for k in ("colour", "texture")},
+            "background": share(seen["background"], task.rows.background),
+            "shape_kept": share(seen["shape"], task.told),
+            "displacement": displacement(made, task.pictures),
+            "overlap": overlap(made, outlines(task.rows, SIDE)),
+            "image_similarity": float(alike(made, task.pictures).mean()),
+        }
+    return found
+
+
+def heat(draw: Drawer) -> Figures:
+    """The attention map of an image prompt that acts within the disc alone: its mean inside and
+    outside, and the overlap of the disc with what is warmer than half of the warmest."""
+
+    def map_alone(api: Api) -> Api:
+        made = copy.deepcopy(api)
+        (node,) = (i for i, n in made.items() if n["class_type"] == "IPA_AttentionMap")
+        made["map"] = {"class_type": "MaskToImage", "inputs": {"mask": [node, 1]}}
+        return given(made, SaveImage={"images": ["map", 0]})
+
+    maps = draw("attention_map", change=map_alone)[:, 0, 0]
+    disc = mask()
+    warm = maps > maps.amax((1, 2), keepdim=True) / 2
+    union = (warm | disc).sum((1, 2))
+    return {
+        "inside": float(maps[:, disc].mean()),
+        "outside": float(maps[:, ~disc].mean()),
+        "overlap": float(((warm & disc).sum((1, 2)) / union).mean()),
+    }
+
+
+def of(draw: Drawer, judged: Judge, alike: Similarity) -> Figures:
+    with torch.inference_mode():
+        return {
+            "regions": regions(draw, judged),
+            "style": style(draw, judged, alike),
+            "attention_map": heat(draw),
+        }
