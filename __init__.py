@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from comfy_api.latest import ComfyExtension
 
+# ComfyUI serves this folder under /extensions/; its help panel reads the nodes' pages in docs/.
+WEB_DIRECTORY = "./web"
+
 
 async def comfy_entrypoint() -> ComfyExtension:
     """Called by ComfyUI once; nothing is imported before."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ PICTURES = "pictures"  # beside the pages, whose links are relative to their own
 _INPUTS = re.compile(r"^\{inputs\}$", re.M)
 _OUTPUTS = re.compile(r"^\{outputs\}\n((?:\w+: .+\n?)*)", re.M)
 _PICTURE = re.compile(r"^\{picture (\w+)\}$", re.M)
+_CHOICE = re.compile(r"(?:^|(?<=\. ))([^.:,]+):")  # a sentence on one, in a tooltip
 _MARKS = re.compile(r"([\\`*|<\[]|\b_|_\b)")  # that markdown would take for its own
 
 
@@ -72,8 +73,8 @@ def _inputs(node: dict[str, Any]) -> str:
         for name, (type_, *rest) in node["input"].get(kind, {}).items():
             options = rest[0] if rest else {}
             what = _type(type_, options) + (", optional" if kind == "optional" else "")
-            rows.append((f"`{name}`", what, " ".join(_tooltips(options))))
-    return _table(("Input", "Type", "Meaning"), rows, "## Inputs")
+            rows.append((name, what, _meaning(options)))
+    return _table("Input", rows)
 
 
 def _outputs(node: dict[str, Any], lines: str) -> str:
@@ -84,21 +85,25 @@ def _outputs(node: dict[str, Any], lines: str) -> str:
             f"are; the node has {', '.join(node['output_name'])}, in this order."
         )
     listed = ("list of " if several else "" for several in node["output_is_list"])
-    rows = [
-        (f"`{name}`", _escaped(some + type_), meaning)
-        for (name, meaning), some, type_ in zip(
-            meanings.items(), listed, node["output"], strict=True
-        )
-    ]
-    return _table(("Output", "Type", "Meaning"), rows, "## Outputs")
+    types = (some + type_ for some, type_ in zip(listed, node["output"], strict=True))
+    rows = zip(meanings, map(_escaped, types), meanings.values(), strict=True)
+    return _table("Output", rows)
 
 
-def _tooltips(options: dict[str, Any]) -> Iterator[str]:
-    """Of an input, and of the entries that a growing one is made of."""
+def _meaning(options: dict[str, Any]) -> str:
+    """The tooltips of an input, and of the entries that a growing one is made of."""
     entries = options.get("template", {}).get("input", {}).get("required", {}).values()
-    for own in (options, *(entry[1] for entry in entries)):
-        if own.get("tooltip"):
-            yield _escaped(own["tooltip"])
+    tooltips = [own.get("tooltip", "") for own in (options, *(entry[1] for entry in entries))]
+    text = _escaped(" ".join(filter(None, tooltips)))
+    if _explained(options):
+        return _CHOICE.sub(r"<br>`\1`:", text).replace(" <br>", "<br>").removeprefix("<br>")
+    return text
+
+
+def _explained(options: dict[str, Any]) -> bool:
+    """Whether the tooltip has a sentence on each choice, which then need not be listed."""
+    choices = options.get("options", ())
+    return bool(choices) and {*choices} <= {*_CHOICE.findall(options.get("tooltip", ""))}
 
 
 def _type(type_: str, options: dict[str, Any]) -> str:
@@ -123,6 +128,8 @@ def _choices(options: dict[str, Any]) -> str:
     if "default" not in options:
         return "a file from the list"
     default = options["default"]
+    if _explained(options):
+        return f"a choice, default `{default}`"
     shown = (f"`{x}`" + (" (default)" if x == default else "") for x in options["options"])
     return "one of " + ", ".join(shown)
 
@@ -142,9 +149,10 @@ def _escaped(text: str) -> str:
     return _MARKS.sub(r"\\\1", " ".join(text.split()))
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines)])
+def _table(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """Two columns, name and the rest: the panel has no room for more."""
+    lines = [f"| `{name}` | *{what}*<br>{meaning} |" for name, what, meaning in rows]
+    return "\n".join([f"## {head}s", "", f"| {head} | Meaning |", "| --- | --- |", *lines])
 
 
 def write(info: ObjectInfo) -> Iterator[Path]:

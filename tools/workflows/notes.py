@@ -53,7 +53,7 @@ each of them and take what fits.
     "several_images_average": _note(
         "Several pictures, their mean",
         """
-`average` takes the mean of the pictures' tokens: one prompt between all of them, at the cost of \
+`average` takes the mean of what the encoder says of the pictures: one prompt between all of them, at the cost of \
 one.
 """,
         _IMAGE_ONLY,
