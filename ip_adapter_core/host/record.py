@@ -114,7 +114,8 @@ class Record:
             raise ValueError(
                 "Nothing has been recorded: no image prompt was in force in a run of this record. "
                 "Connect the model output of 'Record Image Attention' to the sampler that makes "
-                "the picture, after 'Apply IP-Adapter', with a weight other than 0."
+                "the picture, after 'Apply IP-Adapter', with a weight other than 0. (Prompts "
+                "that are limited to an area cannot be recorded.)"
             )
         sampling = self.run.model_sampling
         first, last = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)

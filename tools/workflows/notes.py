@@ -53,8 +53,8 @@ each of them and take what fits.
     "several_images_average": _note(
         "Several pictures, their mean",
         """
-`average` takes the mean of what the encoder says of the pictures: one prompt between all of them, at the cost of \
-one.
+`average` takes the mean of what the encoder says of the pictures: one prompt between all of them, \
+at the cost of one.
 """,
         _IMAGE_ONLY,
         _BATCH,
