@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from . import published
 from .catalogue import AdapterFile, EncoderFile, File
+from .families import family
 
 _File = TypeVar("_File", bound=File)
 # In order of weight: what makes one file better than another, and its rank, the least first.
@@ -121,10 +122,10 @@ def own(adapter: AdapterFile, encoder: EncoderFile) -> bool:
 def _other(adapter: AdapterFile, preset: Preset) -> bool:
     """Whether it has the published name of another preset's adapter, and contents to match."""
     spec = adapter.spec
-    width = {768: "SD1.5", 2048: "SDXL"}.get(spec.cross_attention_dim, "")
+    name = family(spec.cross_attention_dim, len(spec.layer_dims)) or ""
     named = (
-        PRESETS[name]
-        for name, weights in published.ADAPTERS.get(width, {}).items()
+        PRESETS[other]
+        for other, weights in published.ADAPTERS.get(name, {}).items()
         if PurePath(weights.name).stem == PurePath(adapter.name).stem
     )
     fits = published.encoder(spec.features, spec.feature_dim) is published.VIT_H

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
-_KEYFRAME = re.compile(rf"(\d+)\s*[:=]\s*({_NUMBER})", re.IGNORECASE)
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+_KEYFRAME = re.compile(rf"(\d+)\s*[:=]\s*({NUMBER})", re.IGNORECASE)
 
 
 def weights_of(text: str, count: int = 0) -> list[float]:
@@ -29,7 +29,7 @@ def weights_of(text: str, count: int = 0) -> list[float]:
                 f"numbered 0 … {count - 1}. Raise count, or move the keyframe."
             )
         return _between(points, count or last + 1)
-    odd = next((entry for entry in entries if not re.fullmatch(_NUMBER, entry, re.I)), None)
+    odd = next((entry for entry in entries if not re.fullmatch(NUMBER, entry, re.I)), None)
     if odd is not None:
         raise ValueError(
             f"weights has {odd!r}; expected numbers, '0, 0.5, 1', or keyframes only, '0: 0, 8: 1'."

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from .keyframes import NUMBER
+
 Block: TypeAlias = tuple[str, int]
 Layer: TypeAlias = tuple[str, int, int]
 """A block and the index of the transformer in it."""
@@ -141,7 +143,7 @@ def _ramp(points: tuple[float, float, float], depth: float) -> float:
 
 _EDIT = re.compile(
     r"(?P<side>all|input|output|middle)(?:\s+(?P<number>\d+))?(?:\.(?P<index>\d+))?"
-    r"\s*[:=]\s*(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)",
+    rf"\s*[:=]\s*(?P<weight>{NUMBER})",
     re.IGNORECASE,
 )
 

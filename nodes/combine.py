@@ -55,7 +55,5 @@ class CombineImagePrompts(io.ComfyNode):
 
     @classmethod
     def execute(cls, prompts: io.Autogrow.Type, method: str, weights: str) -> io.NodeOutput:
-        # A workflow for the server may give them in any order.
-        names = sorted(prompts, key=lambda name: int(name.removeprefix("prompt")))
-        given = {name: prompts[name] for name in names}
+        given = types.in_order(prompts)
         return io.NodeOutput(combine(given, method, parse_weights(weights, len(given))))

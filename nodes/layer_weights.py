@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..ip_adapter_core.host.compile import curve_of
-from ..ip_adapter_core.host.layers import places
+from ..ip_adapter_core.host.layers import layers_of
 from ..ip_adapter_core.host.profile import draw_profile
 from ..ip_adapter_core.keyframes import weights_of
 from ..ip_adapter_core.presets import PRESETS, edited, listed, preset_weights
@@ -50,7 +50,7 @@ class LayerWeights(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, preset: str, changes: str) -> io.NodeOutput:
-        layers = places(model)
+        layers = [layer.key for layer in layers_of(model)]
         weights = edited(preset_weights(preset, layers), layers, changes)
         profile = draw_profile(weights, layers)
         shown = ui.PreviewImage(profile, cls=cls)

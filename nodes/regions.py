@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from typing import Any
 
 from comfy_api.latest import io
@@ -14,7 +12,6 @@ from ..ip_adapter_core.regions import OVERLAPS, share_out
 from . import apply, types
 
 _MOST = 32  # regions
-_NUMBER = re.compile(r"\D+")
 
 
 class ApplyIPAdapterRegions(io.ComfyNode):
@@ -60,7 +57,7 @@ class ApplyIPAdapterRegions(io.ComfyNode):
     def execute(
         cls, model: Any, image_prompts: Any, masks: Any, overlap: str, **settings: Any
     ) -> io.NodeOutput:
-        prompts, given = map(_in_order, (image_prompts, masks))
+        prompts, given = ([*types.in_order(x).values()] for x in (image_prompts, masks))
         if len(prompts) - len(given) not in (0, 1):
             raise ValueError(
                 f"{len(prompts)} image prompts do not go with {len(given)} masks: give one mask "
@@ -75,8 +72,3 @@ class ApplyIPAdapterRegions(io.ComfyNode):
             compiled = compile_prompt(model, regional)
             model = model if compiled is None else apply_to_model(model, *compiled)
         return io.NodeOutput(model)
-
-
-def _in_order(entries: Mapping[str, Any]) -> list[Any]:
-    """A growing list by its numbers: a request may hold them in any order."""
-    return [entries[name] for name in sorted(entries, key=lambda name: int(_NUMBER.sub("", name)))]

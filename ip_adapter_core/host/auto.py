@@ -17,7 +17,7 @@ from ..catalogue import AdapterFile, EncoderFile, File, Folder, Unusable
 from ..choice import PRESETS, Choice, choose
 from ..image_tower import ImageEncoderError
 from ..missing import Search, what
-from .layers import cross_attention_layers, fits
+from .layers import fits, layers_of
 from .open_clip import load_image_encoder
 
 logger = logging.getLogger("comfyui_ip_adapter")
@@ -32,12 +32,7 @@ def find(model: ModelPatcher, preset: str, adapters: Folder, encoders: Folder) -
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}.")
     wanted, name = PRESETS[preset], type(model.model).__name__
-    layers = cross_attention_layers(model.get_model_object("diffusion_model"))
-    if not layers:
-        raise ValueError(
-            f"The connected model ({name}) has no UNet cross-attention layers. IP-Adapters work "
-            "with models of the SD1.5 and SDXL families."
-        )
+    layers = layers_of(model)
     found = catalogue.adapters(adapters.files)
     seen = [_loadable(file) for file in catalogue.encoders(encoders.files)]
     fitting = [

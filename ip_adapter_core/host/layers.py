@@ -30,16 +30,13 @@ def cross_attention_layers(unet: nn.Module) -> tuple[Layer, ...]:
     return tuple(_walk(unet))
 
 
-def places(model: ModelPatcher) -> list[tuple[str, int, int]]:
-    """`Layer.key` of every cross-attention layer in checkpoint order. Raises ValueError for a model
-    without any."""
-    found = [
-        layer.key for layer in cross_attention_layers(model.get_model_object("diffusion_model"))
-    ]
+def layers_of(model: ModelPatcher) -> tuple[Layer, ...]:
+    """All layers of a model in checkpoint order. Raises ValueError where there are none."""
+    found = cross_attention_layers(model.get_model_object("diffusion_model"))
     if not found:
         raise ValueError(
             f"The connected model ({type(model.model).__name__}) has no UNet cross-attention "
-            "layers, so there is nothing to weight. Connect a model of the SD1.5 or SDXL family."
+            "layers. IP-Adapters work with models of the SD1.5 and SDXL families."
         )
     return found
 

@@ -44,11 +44,12 @@ class Record:
     """What the last run that it watched left: filled while sampling, empty before."""
 
     shares: list[Share] = field(default_factory=list)
-    run: Run | None = None
+    latent: tuple[int, int] = (0, 0)
+    model_sampling: Any = None
 
     def begin(self, run: Run) -> None:
-        """A run starts; the one before is forgotten."""
-        self.shares, self.run = [], run
+        """A run starts; the one before is forgotten. Keeps nothing of it that is on the device."""
+        self.shares, self.latent, self.model_sampling = [], run.latent, run.model_sampling
 
     def end(self) -> None:
         """The maps leave the device."""
@@ -97,9 +98,8 @@ class Record:
 
     def _whole(self, options: dict[str, Any]) -> bool:
         """Whether the rows show all of the picture; those of an area show a part."""
-        assert self.run is not None
         shape = options.get("original_shape")
-        return shape is None or tuple(shape[-2:]) == self.run.latent
+        return shape is None or tuple(shape[-2:]) == self.latent
 
     def heat(
         self, blocks: Collection[Block] | None, start: float, end: float, prompt: int
@@ -110,14 +110,14 @@ class Record:
         `prompt`: its number from 1, in the order of application; 0 for all together. Raises
         ValueError if nothing was recorded, or nothing of what is asked for.
         """
-        if self.run is None or not self.shares:
+        if not self.shares:
             raise ValueError(
                 "Nothing has been recorded: no image prompt was in force in a run of this record. "
                 "Connect the model output of 'Record Image Attention' to the sampler that makes "
                 "the picture, after 'Apply IP-Adapter', with a weight other than 0. (Prompts "
                 "that are limited to an area cannot be recorded.)"
             )
-        sampling = self.run.model_sampling
+        sampling = self.model_sampling
         first, last = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)
         own = [s for s in self.shares if last <= float(s.sigma[0]) <= first]
         if not own:
@@ -141,8 +141,7 @@ class Record:
         return self._mean([share for share in own if share.block in chosen], prompt)
 
     def _mean(self, shares: Sequence[Share], prompt: int) -> Tensor:
-        assert self.run is not None
-        height, width = self.run.latent
+        height, width = self.latent
         total: dict[int, Tensor] = defaultdict(lambda: torch.zeros(height, width))
         count: dict[int, int] = defaultdict(int)
         for share in shares:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch.nn.functional import interpolate, linear
@@ -174,6 +176,18 @@ def test_it_holds_the_last_run_alone(small, record):
     small.run(guider, at=AT, batch=1, seed=2)
     assert kept.heat(None, 0, 1, 0).shape == (1, 8, 8) and first.shape == (2, 8, 8)
     assert len(kept.shares) == len(AT) * len({key[:2] for key, _ in small.SD15_LAYERS})
+
+
+def test_no_keys_and_values_stay_behind(small, record):
+    """A node's output outlives the run: what lies on the device must not."""
+    from comfyui_ip_adapter.ip_adapter_core.host.conditioning import PreparedPrompt
+
+    patched = small.apply(small.model(), small.adapter(), small.images())
+    recorded, kept = record.recording(patched)
+    small.run(small.guider(recorded, small.text(1), small.text(2)), at=AT)
+    gc.collect()
+    alive = [thing for thing in gc.get_objects() if isinstance(thing, PreparedPrompt)]
+    assert alive == [] and kept.shares
 
 
 def test_what_was_not_recorded(small, record):

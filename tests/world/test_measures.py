@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tools.world import control, findings
+from tools.world import control, findings, pairs
 from tools.world.drawing import Task
 from tools.world.measures import (
     Similarity,
@@ -72,7 +72,7 @@ def task():
 
 
 def test_partners_share_neither_colour_nor_background(task):
-    second = findings.partners(task.rows)
+    second = pairs.partners(task.rows)
     for kind in ("colour", "background"):
         values = getattr(task.rows, kind)
         assert (values != values[second]).all()
@@ -119,7 +119,7 @@ def test_figures_of_the_variants(task, monkeypatch):
 
 
 def test_figures_of_several_references(task, judged):
-    second = findings.partners(task.rows)
+    second = pairs.partners(task.rows)
     both = task.pictures, task.pictures[second]
     draw = Told(
         task,
