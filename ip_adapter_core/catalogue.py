@@ -7,7 +7,6 @@ stop it, and none is looked at twice unless it changed.
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ from . import checkpoint
 from .adapter import AdapterSpec
 from .encoder_header import EncoderSizes, encoder_sizes
 from .headers import HeaderError, read_safetensors, shapes
-from .image_tower import ImageEncoderError, configurations
+from .tower_config import ImageEncoderError, configurations
 
 Stamp = tuple[str, int, int]  # path, time of change in nanoseconds, bytes
-_TRAINED = "ip_adapter"  # key of the metadata that training writes
 
 
 @dataclass(frozen=True)
@@ -70,12 +68,12 @@ def stamps(path: str) -> tuple[Stamp, ...] | None:
 
 
 def adapters(files: Iterable[File]) -> list[AdapterFile | Unusable]:
-    """Every file as an adapter, or why it is none. Raises nothing."""
+    """Every file as an adapter, or why it is none. Raises nothing but MemoryError."""
     return [_known(_adapter, file) for file in files]
 
 
 def encoders(files: Iterable[File]) -> list[EncoderFile | Unusable]:
-    """Every file as an image encoder, or why it is none. Raises nothing."""
+    """Every file as an image encoder, or why it is none. Raises nothing but MemoryError."""
     return [_known(_encoder, file) for file in files]
 
 
@@ -83,19 +81,40 @@ def _known(look: Callable[[File], File], file: File) -> Any:
     stamp = stamps(file.path)
     if stamp is None or not os.access(file.path, os.R_OK):
         return Unusable(file.name, file.path, f"'{file.name}' cannot be read.")
-    return _looked_at(look, file, stamp)
+    try:
+        return _looked_at(look, file, stamp)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return _unusable(file, error)
 
 
 @functools.lru_cache(maxsize=4096)
 def _looked_at(look: Callable[[File], File], file: File, stamp: tuple[Stamp, ...]) -> File:
-    """`stamp` tells the cache of changes."""
+    """`stamp` tells the cache of changes. Raises, and so forgets, what another try may mend."""
     try:
         return look(file)
-    except checkpoint.CheckpointError as error:
-        reason = str(error)
-    except (HeaderError, ImageEncoderError) as error:
-        reason = f"'{file.name}': {error}."
     except Exception as error:  # of any file that lies there; torch raises a dozen kinds
+        if _passing(error):
+            raise
+        return _unusable(file, error)
+
+
+def _passing(error: BaseException | None) -> bool:
+    """Whether it is of the machine and not of the file: a share that is away, a full memory."""
+    while error is not None:
+        if isinstance(error, OSError | MemoryError):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _unusable(file: File, error: Exception) -> Unusable:
+    if isinstance(error, checkpoint.CheckpointError):
+        reason = str(error)
+    elif isinstance(error, HeaderError | ImageEncoderError):
+        reason = f"'{file.name}': {error}."
+    else:
         first = next(iter(str(error).splitlines()), "")
         reason = f"'{file.name}' cannot be read ({type(error).__name__}: {first})."
     return Unusable(file.name, file.path, reason)
@@ -111,14 +130,7 @@ def _adapter(file: File) -> AdapterFile:
     else:
         found = shapes(checkpoint.read_pickle(file.path, mmap=True))
     spec = checkpoint.recognise(found, file.name)
-    return AdapterFile(file.name, file.path, spec, _trained_with(metadata))
-
-
-def _trained_with(metadata: Mapping[str, str]) -> str | None:
-    try:
-        return str(json.loads(metadata[_TRAINED])["image_encoder"])
-    except (ValueError, KeyError, TypeError):
-        return None
+    return AdapterFile(file.name, file.path, spec, checkpoint.trained_with(metadata))
 
 
 def _encoder(file: File) -> EncoderFile:

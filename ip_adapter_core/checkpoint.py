@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pickle
 import re
@@ -52,6 +53,14 @@ def load(path: str | os.PathLike[str], *, operations: Any = nn) -> IPAdapter:
     adapter = IPAdapter(spec, operations=operations, device="meta")
     adapter.load_state_dict(weights, assign=True)
     return adapter
+
+
+def trained_with(metadata: Mapping[str, str]) -> str | None:
+    """The image encoder's name that this repository's training notes in a file's metadata."""
+    try:
+        return str(json.loads(metadata["ip_adapter"])["image_encoder"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def recognise(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:

@@ -8,19 +8,20 @@ rules one out.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, TypeVar
 
-from . import published
-from .catalogue import AdapterFile, EncoderFile, File
+from . import origin, published
+from .adapter import AdapterSpec
+from .catalogue import AdapterFile, EncoderFile, File, Unusable
 from .families import family
+from .origin import own
+from .ranking import Best, Criterion, best, stem
 
-_File = TypeVar("_File", bound=File)
-# In order of weight: what makes one file better than another, and its rank, the least first.
-_Criteria = Sequence[tuple[str, Callable[[_File], Any]]]
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_GLUED = re.compile(r"(plus|full)(?=face)", re.IGNORECASE)
+_Readable = Mapping[AdapterFile, Sequence[EncoderFile]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Preset:
     def suits(self, file: File) -> bool:
         """Whether the name is as hinted."""
         return not self.word or (self.word in words(file.name)) is self.marked
+
+    def public_name(self, spec: AdapterSpec) -> str | None:
+        """Name, without ending, of its published adapter for the family that `spec` is made for."""
+        name = family(spec.cross_attention_dim, len(spec.layer_dims)) or ""
+        weights = published.ADAPTERS.get(name, {}).get(self.name)
+        return None if weights is None else PurePath(weights.name).stem
 
 
 PRESETS = {
@@ -62,142 +69,162 @@ class Choice:
 
 
 def words(name: str) -> set[str]:
-    """Those of a file's name, its folders' included: `PlusFace_sd15` says plus, face and sd."""
-    return {word.lower() for word in _WORDS.findall(_stem(name))}
+    """Those of a file's name, its folders' included: `plusface_sd15` says plus, face and sd."""
+    bare = _GLUED.sub(r"\1_", str(PurePath(name).with_suffix("")))
+    return {word.lower() for word in _WORDS.findall(bare)}
 
 
 def choose(
-    adapters: Iterable[AdapterFile], encoders: Sequence[EncoderFile], preset: Preset
+    adapters: Iterable[AdapterFile],
+    encoders: Sequence[EncoderFile],
+    preset: Preset,
+    unusable: Iterable[Unusable] = (),
 ) -> Choice | None:
     """The best pair of adapters that fit the model and the preset's projection, and encoders that
-    the host can load. None where no encoder gives what one of the adapters reads."""
-    readable = {a: [e for e in encoders if e.sizes.gives(a.spec)] for a in adapters}
-    readable = {adapter: given for adapter, given in readable.items() if given}
+    the host can load. None where no encoder gives what one of the adapters reads.
+
+    `unusable`: the other files beside the adapters, of which those that are named as the preset's
+    are told of.
+    """
+    adapters = list(adapters)
+    given = {a: [e for e in encoders if e.sizes.gives(a.spec)] for a in adapters}
+    readable = {adapter: found for adapter, found in given.items() if found}
     if not readable:
         return None
+    criteria = _of_adapters(readable, preset)
+    adapter = best(readable, criteria)
+    encoder = best(readable[adapter.file], _of_encoders(adapter.file))
+    others: list[AdapterFile | Unusable] = [*adapters]
+    others += _named(unusable, adapter.file, preset)
+    unsuiting = not any(map(preset.suits, others))
+    doubts = (
+        *_kind(adapter.file, preset),
+        *_passed_over(adapter.file, others, criteria, readable, preset),
+        *_rivals(adapter),
+        *_another(adapter.file, encoder.file),
+        *_rivals(encoder),
+    )
+    why = f"{'no' if preset.marked else 'every'} name here says '{preset.word}'"
+    return Choice(
+        adapter.file, encoder.file, why if unsuiting else adapter.why, encoder.why, doubts
+    )
+
+
+def _of_adapters(readable: _Readable, preset: Preset) -> Sequence[Criterion[AdapterFile]]:
     word = f"its name says '{preset.word}'" if preset.marked else f"its name has no '{preset.word}'"
-    adapter, adapter_why = _best(
-        readable,
-        (
-            ("its name is not the published one of another preset", lambda a: _other(a, preset)),
-            ("its own image encoder is here", lambda a: not any(own(a, e) for e in readable[a])),
-            ("its image encoder is the smaller one", lambda a: a.spec.feature_dim),
-            (word, lambda a: not preset.suits(a)),
-            ("its name is the published one", lambda a: _base(a) not in published.NAMES),
-            ("it is a .safetensors file", lambda a: not a.name.endswith(".safetensors")),
-            ("its name comes first", lambda a: a.name),
+    return (
+        Criterion(
+            "its name is not the published one of another preset", lambda a: not _other(a, preset)
         ),
-    )
-    if not preset.suits(adapter):
-        adapter_why = f"{'no' if preset.marked else 'every'} name here says '{preset.word}'"
-    given = readable[adapter]
-    encoder, encoder_why = _best(
-        given,
-        (
-            ("it is the one that the adapter was trained with", lambda e: not own(adapter, e)),
-            ("it is of a published encoder's sizes", lambda e: not _published(e)),
-            ("its name is the published one", lambda e: _base(e) not in published.NAMES),
-            ("ComfyUI reads it itself", lambda e: e.sizes.layout != "transformers"),
-            ("it holds no text tower", lambda e: not e.sizes.alone),
-            ("its name comes first", lambda e: e.name),
+        Criterion(
+            "its own image encoder is here",
+            lambda a: any(own(a, e) for e in readable[a]),
+            certain=True,
         ),
+        Criterion(
+            "its image encoder is the smaller one", lambda a: -a.spec.feature_dim, certain=True
+        ),
+        Criterion(word, preset.suits),
+        Criterion("its name is the published one", lambda a: published.is_name(a.name)),
+        Criterion("it is a .safetensors file", lambda a: a.name.endswith(".safetensors")),
     )
-    doubts = (*_twins(adapter, readable, preset), *_other_encoders(adapter, encoder, given))
-    return Choice(adapter, encoder, adapter_why, encoder_why, doubts)
 
 
-def own(adapter: AdapterFile, encoder: EncoderFile) -> bool:
-    """Whether the adapter was trained with this encoder, as far as can be told: by the name in
-    its metadata, else by sizes, if its features are as wide as a published encoder's."""
-    if adapter.trained_with is not None:
-        trained, found = (
-            re.sub(r"[^a-z0-9]", "", PurePath(name).stem.lower())
-            for name in (adapter.trained_with, encoder.name)
-        )
-        return trained in found
-    spec = adapter.spec
-    return published.encoder(spec.features, spec.feature_dim) is None or _published(encoder)
+def _of_encoders(adapter: AdapterFile) -> Sequence[Criterion[EncoderFile]]:
+    return (
+        Criterion(
+            "it is the one that the adapter was trained with",
+            lambda e: own(adapter, e),
+            certain=True,
+        ),
+        Criterion("it is of a published encoder's sizes", _is_published, certain=True),
+        Criterion("its name is the published one", lambda e: published.is_name(e.name)),
+        Criterion("ComfyUI reads it itself", lambda e: e.sizes.layout == "transformers"),
+        Criterion("it holds no text tower", lambda e: e.sizes.alone),
+    )
+
+
+def _is_published(encoder: EncoderFile) -> bool:
+    return any(origin.is_of(encoder, weights) for weights in published.ENCODERS.values())
 
 
 def _other(adapter: AdapterFile, preset: Preset) -> bool:
     """Whether it has the published name of another preset's adapter, and contents to match."""
     spec = adapter.spec
-    name = family(spec.cross_attention_dim, len(spec.layer_dims)) or ""
-    named = (
-        PRESETS[other]
-        for other, weights in published.ADAPTERS.get(name, {}).items()
-        if PurePath(weights.name).stem == PurePath(adapter.name).stem
-    )
-    fits = published.encoder(spec.features, spec.feature_dim) is published.VIT_H
-    return any(fits and own.projection == spec.projection and own != preset for own in named)
-
-
-def _published(encoder: EncoderFile) -> bool:
-    """Whether it is of a published encoder's sizes; the projection may be left out."""
-    found = encoder.sizes
+    if published.encoder(spec.features, spec.feature_dim) is not published.VIT_H:
+        return False
     return any(
-        (found.hidden_dim, found.positions) == (hidden, positions) and found.embed_dim in (0, embed)
-        for embed, hidden, positions in published.ENCODERS
+        _base(adapter) == other.public_name(spec) and other.projection == spec.projection
+        for other in PRESETS.values()
+        if other != preset
     )
-
-
-def _stem(name: str) -> str:
-    return str(PurePath(name).with_suffix(""))
 
 
 def _base(file: File) -> str:
-    return PurePath(file.name).name
+    return PurePath(stem(file)).name
 
 
-def _best(files: Iterable[_File], criteria: _Criteria[_File]) -> tuple[_File, str]:
-    ranks = {file: [rank(file) for _, rank in criteria] for file in files}
-    first, *others = sorted(files, key=lambda file: ranks[file])
-    if not others:
-        return first, ""
-    pairs = zip(criteria, ranks[first], ranks[others[0]], strict=True)
-    return first, next((reason for (reason, _), one, other in pairs if one != other), "")
+def _named(files: Iterable[Unusable], chosen: AdapterFile, preset: Preset) -> Iterable[Unusable]:
+    """Those whose names are the preset's: that a word is missing says nothing of them."""
+    name = preset.public_name(chosen.spec)
+    for file in files:
+        if _base(file) == name or (preset.marked and preset.suits(file)):
+            yield file
 
 
-def _twins(chosen: AdapterFile, candidates: Iterable[AdapterFile], preset: Preset) -> Iterable[str]:
-    twins = [
-        file.name
-        for file in candidates
-        if file.spec == chosen.spec and _stem(file.name) != _stem(chosen.name)
-    ]
+def _kind(chosen: AdapterFile, preset: Preset) -> Iterable[str]:
     if not preset.suits(chosen):
         says = f"does not say '{preset.word}'" if preset.marked else f"says '{preset.word}'"
         yield (
             f"the name of '{chosen.name}' {says}, and the contents of a '{preset.name}' adapter "
             f"look the same as those of its twin: it may be the other kind"
         )
-    if twins:
-        yield (
-            f"{_few(twins)} {'has' if len(twins) == 1 else 'have'} the same shapes as "
-            f"'{chosen.name}', so that only the names could decide"
-        )
 
 
-def _other_encoders(
-    adapter: AdapterFile, chosen: EncoderFile, candidates: Iterable[EncoderFile]
+def _passed_over(
+    chosen: AdapterFile,
+    others: Iterable[AdapterFile | Unusable],
+    criteria: Sequence[Criterion[AdapterFile]],
+    readable: _Readable,
+    preset: Preset,
 ) -> Iterable[str]:
-    if not own(adapter, chosen):
-        trained = adapter.trained_with or "another one, as far as its sizes tell"
+    """Of files whose names promise more than the chosen one's: why none of them was taken."""
+    name = preset.public_name(chosen.spec)
+
+    def promise(file: File) -> tuple[bool, bool]:
+        return preset.suits(file), _base(file) == name
+
+    for file in others:
+        if promise(file) <= promise(chosen):
+            continue
+        if isinstance(file, Unusable):
+            reason = file.reason.rstrip(".")
+        elif file in readable:
+            reason = f"of '{chosen.name}', {best((chosen, file), criteria).why}"
+        else:
+            reason = f"no image encoder that gives {origin.read_by(file.spec)} is here"
         yield (
-            f"'{chosen.name}' gives features of the right width, but the encoder that "
-            f"'{adapter.name}' was trained with is {trained}"
+            f"'{file.name}', whose name is as expected of the preset '{preset.name}', was passed "
+            f"over: {reason}"
         )
-    sizes = chosen.sizes
-    alike = [
-        file.name
-        for file in candidates
-        if file is not chosen
-        and (file.sizes.hidden_dim, file.sizes.layers, file.sizes.positions)
-        == (sizes.hidden_dim, sizes.layers, sizes.positions)
-    ]
-    if alike:
+
+
+def _rivals(chosen: Best[AdapterFile] | Best[EncoderFile]) -> Iterable[str]:
+    names = [file.name for file in chosen.rivals]
+    if names:
         yield (
-            f"{_few(alike)} {'has' if len(alike) == 1 else 'have'} the same sizes as the image "
-            f"encoder '{chosen.name}', so that only names and layouts could decide"
+            f"{_few(names)} {'fits' if len(names) == 1 else 'fit'} as well as "
+            f"'{chosen.file.name}', so that only names, formats and layouts could decide"
+        )
+
+
+def _another(adapter: AdapterFile, encoder: EncoderFile) -> Iterable[str]:
+    if not own(adapter, encoder):
+        noted = adapter.trained_with if origin.trained_with(adapter) else None
+        yield (
+            f"'{encoder.name}' gives features of the right width, but the encoder that "
+            f"'{adapter.name}' was trained with is "
+            f"{noted or 'another one, as far as sizes and activation tell'}"
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from .keyframes import plain
 from .prompt import FEATURES, ImageFeatures, ImagePrompt
 
 METHODS = ("concat", "average", "norm_average", "add", "subtract")
@@ -21,7 +23,7 @@ def parse_weights(text: str, count: int) -> list[float]:
     if not text.strip():
         return [1.0] * count
     weights = []
-    for position, entry in enumerate(text.split(","), 1):
+    for position, entry in enumerate(plain(text).split(","), 1):
         try:
             weight = float(entry)
         except ValueError:
@@ -50,7 +52,8 @@ def combine(
     Σ wᵢ fᵢ; `subtract` w₀ f₀ − Σ wᵢ fᵢ of the others; `norm_average` the direction of the
     average of the directions, with the average of the lengths, for each vector of features.
     What stands against the images: with `concat` all of theirs, equal ones once; otherwise
-    their average, weighted by |wᵢ|.
+    their average, weighted by |wᵢ|. The fingerprint is that of all prompts, empty where one has
+    none.
 
     Raises ValueError for no prompts, another method, prompts of different encoders or numbers of
     images, and for weights that cannot be applied.
@@ -74,23 +77,25 @@ def combine(
         positive = _side_by_side(list(images.values()))
         negative = _side_by_side(_distinct(list(against.values())))
     else:
+        _check_numbers(images, method, "images")
+        _check_numbers(against, method, "negative images")
         positive = _calculated(images, method, weights)
         negative = _average_negative(against, weights)
-    known = (prompt.fingerprint for prompt in prompts.values() if prompt.fingerprint)
-    return ImagePrompt(positive, negative, first.encoder, next(known, ""))
+    known = all(prompt.fingerprint for prompt in prompts.values())
+    return ImagePrompt(positive, negative, first.encoder, first.fingerprint if known else "")
 
 
 def _check_encoders(prompts: Mapping[str, ImagePrompt]) -> None:
-    (first_name, first), *others = prompts.items()
-    for name, other in others:
-        if first.fingerprint and other.fingerprint:
-            same = first.fingerprint == other.fingerprint
+    # Each with each: between two of unknown weights may stand two of known ones.
+    for (name, one), (other_name, other) in itertools.combinations(prompts.items(), 2):
+        if one.fingerprint and other.fingerprint:
+            same = one.fingerprint == other.fingerprint
         else:
-            same = first.encoder == other.encoder
-        if not (same and _sizes(first) == _sizes(other)):
+            same = one.encoder == other.encoder
+        if not (same and _sizes(one) == _sizes(other)):
             raise ValueError(
                 "Image prompts of different encoders cannot be combined: "
-                f"{first_name} was made with {_named(first)}, {name} with {_named(other)}. "
+                f"{name} was made with {_named(one)}, {other_name} with {_named(other)}. "
                 "Encode the images with one image encoder."
             )
 
@@ -139,15 +144,10 @@ def _average_negative(
     absolute = [abs(weight) for weight in weights]
     if not any(absolute):
         absolute = [1.0] * len(absolute)
-    return _calculated(sides, "average", absolute, "negative images")
+    return _calculated(sides, "average", absolute)
 
 
-def _calculated(
-    sides: Mapping[str, ImageFeatures],
-    method: str,
-    weights: Sequence[float],
-    what: str = "images",
-) -> ImageFeatures:
+def _check_numbers(sides: Mapping[str, ImageFeatures], method: str, what: str) -> None:
     numbers = {name: len(side) for name, side in sides.items()}
     if len({n for n in numbers.values() if n != 1}) > 1:
         found = ", ".join(f"{n} in {name}" for name, n in numbers.items())
@@ -155,6 +155,11 @@ def _calculated(
             f"{method} goes image by image, but found {what} of different numbers: {found}. "
             "Expected equal numbers, or one image; concat takes any."
         )
+
+
+def _calculated(
+    sides: Mapping[str, ImageFeatures], method: str, weights: Sequence[float]
+) -> ImageFeatures:
     total = math.fsum(weights)
     # Not exactly 0: 0.1 + 0.2 − 0.3 is not.
     if "average" in method and abs(total) <= 1e-9 * sum(map(abs, weights)):

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from . import image_tower
+from . import image_tower, tower_config
 from .adapter import AdapterSpec
-from .checkpoint import OLD_FORMAT, file_format
+from .checkpoint import DTYPES, OLD_FORMAT, file_format
 from .headers import HeaderError, Shaped, read_safetensors, shapes
 
 Layout = dict[str, tuple[int, ...]]
@@ -25,7 +25,8 @@ class EncoderSizes:
     """Widths of what an encoder gives, 0 for what it does not give.
 
     `positions` counts patches and the class token; it, `layers` and `mlp_dim` are 0 for what is
-    no vision transformer. `alone`: whether the file holds no text tower besides.
+    no vision transformer. `alone`: whether the file holds no text tower besides. `quick_gelu`:
+    whether its configuration asks for that activation; no shape tells.
     """
 
     layout: Literal["transformers", "open_clip"]
@@ -35,6 +36,7 @@ class EncoderSizes:
     positions: int
     mlp_dim: int
     alone: bool
+    quick_gelu: bool = False
 
     def gives(self, spec: AdapterSpec) -> bool:
         """Whether the adapter can read its features."""
@@ -96,7 +98,7 @@ def _open_clip(
     path: Path, found: Mapping[str, Shaped], metadata: Mapping[str, str]
 ) -> EncoderSizes:
     state = image_tower.tower_tensors(found)
-    tower = image_tower.describe(path, state, metadata)
+    tower = tower_config.describe(path, state, metadata)
     alone = len(state) == len(found)
     if not tower.plain and find_spec("open_clip") is None:
         raise HeaderError(
@@ -104,19 +106,20 @@ def _open_clip(
             "Python with: pip install open_clip_torch"
         )
     layers = _count(r"transformer\.resblocks\.(\d{1,3})\.", state)
+    quick = tower.quick_gelu
     if not layers or "positional_embedding" not in state:  # a ConvNeXt, a ResNet, timm's
-        return EncoderSizes("open_clip", tower.embed_dim, 0, 0, 0, 0, alone)
+        return EncoderSizes("open_clip", tower.embed_dim, 0, 0, 0, 0, alone, quick)
     hidden, positions = tower.vision.get("width", 768), _first(state, "positional_embedding")
     mlp = int(hidden * tower.vision.get("mlp_ratio", 4.0))
     if tower.plain:
         layout = _plain(tower, hidden, mlp)
         _check(state, layout)
         surplus = [key for key in state if key not in layout and not key.endswith("position_ids")]
-        image_tower.check_whole([], surplus)
-    return EncoderSizes("open_clip", tower.embed_dim, hidden, layers, positions, mlp, alone)
+        tower_config.check_whole([], surplus)
+    return EncoderSizes("open_clip", tower.embed_dim, hidden, layers, positions, mlp, alone, quick)
 
 
-def _plain(tower: image_tower.Tower, hidden: int, mlp: int) -> Layout:
+def _plain(tower: tower_config.Tower, hidden: int, mlp: int) -> Layout:
     """CLIP's own vision transformer as open_clip names it, of the sizes in the configuration."""
     patch = tower.vision.get("patch_size", 16)
     layout: Layout = {
@@ -158,9 +161,14 @@ def _first(found: Mapping[str, Shaped], key: str) -> int:
 def _check(found: Mapping[str, Shaped], expected: Layout) -> None:
     """The host loads a tower with tensors missing, and leaves noise in their place."""
     missing = [key for key in expected if key not in found]
-    image_tower.check_whole(missing, [])
+    tower_config.check_whole(missing, [])
     for key, shape in expected.items():
         if found[key].shape != shape:
             raise HeaderError(
                 f"its '{key}' has shape {list(found[key].shape)}, expected {list(shape)}"
+            )
+        if found[key].dtype not in DTYPES:
+            raise HeaderError(
+                f"its '{key}' is stored as {found[key].dtype}, expected float32, float16 or "
+                "bfloat16; use an unquantised file"
             )

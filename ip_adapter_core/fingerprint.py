@@ -1,9 +1,10 @@
-"""Which image encoder it is, by its weights."""
+"""Which image encoder it is, by its weights and settings."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 SAMPLE = 1024  # values of each tensor: one page of the file, and enough of every layer
 
 
-def fingerprint(encoder: nn.Module) -> str:
-    """SHA-256, in hexadecimal, of names, shapes and a sample of the signs of all weights.
+def fingerprint(encoder: nn.Module, **settings: Any) -> str:
+    """SHA-256, in hexadecimal, of names, shapes and a sample of the signs of all weights, and of
+    `settings`: what else decides what the encoder makes of a picture, as JSON takes it.
 
     Signs survive rounding, so that the same weights have the same fingerprint in float32,
     float16, bfloat16 and float8, on any device and machine. Other weights have another one;
@@ -22,8 +24,8 @@ def fingerprint(encoder: nn.Module) -> str:
     is kept between calls.
     """
     state = {k: v for k, v in sorted(encoder.state_dict().items()) if v.is_floating_point()}
-    shapes = json.dumps([(key, list(value.shape)) for key, value in state.items()])
-    digest = hashlib.sha256(shapes.encode())
+    shapes = [(key, list(value.shape)) for key, value in state.items()]
+    digest = hashlib.sha256(json.dumps([shapes, settings], sort_keys=True).encode())
     digest.update(np.packbits(_signs(list(state.values())).numpy()).tobytes())
     return digest.hexdigest()
 

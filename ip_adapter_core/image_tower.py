@@ -1,86 +1,36 @@
-"""Image towers in open_clip's layout: the configuration and tensors that a file holds.
+"""Image towers in open_clip's layout: what a file holds, and open_clip's own module of it.
 
 Training and the host's node read the same files through this.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import pickle
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from .headers import Shaped
+from .tower_config import METADATA_KEY, ImageEncoderError, Tower, check_whole, describe
 
-CONFIG_NAME = "open_clip_config.json"  # beside the weights in open_clip's folders
-METADATA_KEY = "open_clip_config"  # inside a .safetensors, the same text
+__all__ = ["METADATA_KEY", "ImageEncoderError"]  # which training and tools take from here
+
+logger = logging.getLogger("comfyui_ip_adapter")
 VISUAL = "visual."
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, open_clip's default
 STD = (0.26862954, 0.26130258, 0.27577711)
-# Towers that their width alone tells: width of a head. The rest share widths with others of
-# another activation or number of heads.
-_HEADS = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, ViT-g, ViT-bigG
-# Settings of a vision transformer as CLIP has it, and their values there. What acts in training
-# only is not among them.
-_PLAIN: dict[str, Any] = {
-    "ls_init_value": None,
-    "attentional_pool": False,
-    "no_ln_pre": False,
-    "pos_embed_type": "learnable",
-    "final_ln_after_pool": False,
-    "pool_type": "tok",
-    "act_kwargs": None,
-    "norm_kwargs": None,
-    "block_type": None,
-    "qk_norm": False,
-    "scaled_cosine_attn": False,
-    "scale_heads": False,
-    "scale_attn_inner": False,
-    "scale_attn": False,
-    "scale_fc": False,
-    "timm_model_name": None,
+# open_clip's models of shapes that GELU's have too, with the other activation.
+_QUICK_GELU = {
+    1280: "ViT-H-14-quickgelu (DFN5B, MetaCLIP)",
+    1664: "ViT-bigG-14-quickgelu (MetaCLIP)",
 }
 _Shaped = TypeVar("_Shaped", bound=Shaped)
-
-
-class ImageEncoderError(ValueError):
-    """A file that gives no image encoder, and what to do about it."""
-
-
-@dataclass(frozen=True)
-class Tower:
-    """What of an open_clip configuration shapes the image tower and its preprocessing."""
-
-    embed_dim: int
-    vision: Mapping[str, Any]
-    quick_gelu: bool = False
-    preprocess: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def image_size(self) -> int:
-        """Pixels of the side. Raises ImageEncoderError for sizes that are no square."""
-        size = self.preprocess.get("size") or self.vision.get("image_size", 224)
-        sides = {size} if isinstance(size, int) else {*size}
-        if len(sides) != 1:
-            raise ImageEncoderError(
-                f"the configuration asks for pictures of {list(size)} pixels; expected a square"
-            )
-        return int(sides.pop())
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is a vision transformer just as CLIP's are."""
-        usual = all(self.vision.get(name, value) == value for name, value in _PLAIN.items())
-        return usual and isinstance(self.vision.get("layers", 12), int)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Tower | None, dict[str, Tensor]]:
@@ -88,23 +38,46 @@ def read(path: str | os.PathLike[str]) -> tuple[Tower | None, dict[str, Tensor]]
     its configuration and its tensors, keys without prefix.
 
     The configuration is sought in the file (metadata `open_clip_config` of a .safetensors), then
-    beside it (the same name with `.json`, then `open_clip_config.json`); CLIP ViT-H, g and bigG
-    need none. It is None for files whose tensors are named as in transformers; all are returned.
-    Raises ImageEncoderError, without the file's name.
+    beside it (the same name with `.json`, then `open_clip_config.json` if it fits the tensors);
+    CLIP ViT-H, g and bigG with GELU need none. Which it is goes to the log. For files whose tensors
+    are named as in transformers, None and no tensors. Raises ImageEncoderError, without the file's
+    name.
     """
     path = Path(path)
     try:
         state, metadata = _safetensors(path) if is_safetensors(path) else read_pickle(path)
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (ImageEncoderError, MemoryError):
+        raise
+    except Exception as error:  # torch raises a dozen kinds for damaged archives
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImageEncoderError(
             f"the file cannot be read ({reason}). Download it again; pickles that hold more than "
             "tensors must be converted to .safetensors"
         ) from error
-    if any(key.startswith("vision_model.") for key in state):
-        return None, state
+    if state is None or _of_transformers(state):
+        return None, {}
     state = tower_tensors(state)
-    return describe(path, state, metadata), state
+    tower = describe(path, state, metadata)
+    _log_source(path.name, tower)
+    return tower, state
+
+
+def _log_source(name: str, tower: Tower) -> None:
+    alike = _QUICK_GELU.get(tower.vision.get("width", 0))
+    if tower.source:
+        logger.info("Image encoder '%s': configuration from %s", name, tower.source)
+    elif alike:
+        logger.warning(
+            "Image encoder '%s' brings no configuration and was recognised by its shapes. If it is "
+            "%s, whose shapes are the same, its features are wrong: save its open_clip_config.json "
+            "beside it with the same name and the ending .json.",
+            name,
+            alike,
+        )
+
+
+def _of_transformers(names: Iterable[str]) -> bool:
+    return any(name.startswith("vision_model.") for name in names)
 
 
 def is_safetensors(path: Path) -> bool:
@@ -112,30 +85,22 @@ def is_safetensors(path: Path) -> bool:
     return path.suffix.lower() in (".safetensors", ".sft")
 
 
-def describe(path: Path, state: Mapping[str, Shaped], metadata: Mapping[str, str]) -> Tower:
-    """The tower of these tensors, keys without prefix: as its configuration says, in the file or
-    beside it, else as their shapes do. Raises ImageEncoderError, without the file's name."""
-    return _configuration(path, metadata) or _recognised(state)
-
-
-def configurations(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """The files beside an image encoder that may hold its configuration, those that are there."""
-    path = Path(path)
-    for beside in (path.with_suffix(".json"), path.with_name(CONFIG_NAME)):
-        if beside.is_file():
-            yield beside
-
-
-def _safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def _safetensors(path: Path) -> tuple[dict[str, Tensor] | None, Mapping[str, str]]:
+    """Tensors and metadata; none of a file for the host's loader, which reads it itself."""
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
+        if _of_transformers(names):
+            return None, {}
         wanted = [name for name in names if name.startswith(VISUAL)] or names
         return {name: file.get_tensor(name) for name in wanted}, file.metadata() or {}
 
 
 def read_pickle(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """The entries of a file that torch wrote, mapped and not read; no metadata."""
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    """The entries of a file that torch wrote, mapped and not read where its format allows that
+    (since torch 1.6); no metadata."""
+    with open(path, "rb") as file:
+        mapped = file.read(2) == b"PK"
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]  # of a training run
     if not isinstance(found, dict):
@@ -155,57 +120,6 @@ def tower_tensors(state: Mapping[str, _Shaped]) -> dict[str, _Shaped]:
             f" expected names that begin with '{VISUAL}'. Choose a CLIP model of open_clip"
         )
     return found or {**state}
-
-
-def _configuration(path: Path, metadata: Mapping[str, str]) -> Tower | None:
-    """From the file or beside it; None where there is none."""
-    if METADATA_KEY in metadata:
-        return _parsed(metadata[METADATA_KEY], f"its metadata {METADATA_KEY}")
-    for beside in configurations(path):
-        return _parsed(beside.read_text(encoding="utf-8"), f"'{beside.name}' beside it")
-    return None
-
-
-def _parsed(text: str, place: str) -> Tower:
-    try:
-        config = json.loads(text)
-        model = config.get("model_cfg", config)
-        return Tower(
-            embed_dim=int(model["embed_dim"]),
-            vision={**model["vision_cfg"]},
-            quick_gelu=bool(model.get("quick_gelu", False)),
-            preprocess={**config.get("preprocess_cfg", {})},
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ImageEncoderError(
-            f"{place} is no configuration of open_clip ({type(error).__name__}: {error}); expected "
-            "embed_dim and vision_cfg, as in open_clip_config.json or open_clip's model_configs"
-        ) from error
-
-
-def _recognised(state: Mapping[str, Shaped]) -> Tower:
-    """From the tensors' shapes, where those leave no choice."""
-    layers = {re.match(r"transformer\.resblocks\.(\d+)\.", key) for key in state}
-    count = len({match[1] for match in layers if match})
-    width = state["conv1.weight"].shape[0] if "conv1.weight" in state else 0
-    if not count or width not in _HEADS or "proj" not in state:
-        raise ImageEncoderError(
-            f"it brings no configuration, and its shapes (width {width}, {count} layers) do not "
-            "tell heads and activation. Save the model's open_clip_config.json, or the file of its "
-            "name in open_clip's model_configs, beside it with the same name and the ending .json"
-        )
-    patch = state["conv1.weight"].shape[-1]
-    grid = round((state["positional_embedding"].shape[0] - 1) ** 0.5)
-    hidden = state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
-    vision = {
-        "image_size": grid * patch,
-        "patch_size": patch,
-        "width": width,
-        "layers": count,
-        "head_width": _HEADS[width],
-        "mlp_ratio": hidden / width,
-    }
-    return Tower(state["proj"].shape[1], vision)
 
 
 def build(tower: Tower, state: Mapping[str, Tensor]) -> Any:
@@ -240,13 +154,3 @@ def fitting() -> Iterator[None]:
             f"tensors and configuration do not belong together: {reason}. Give it the "
             "configuration that it was trained with"
         ) from error
-
-
-def check_whole(missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    """Raise ImageEncoderError if a tensor is missing, or one is left over."""
-    for keys, finding in ((missing, "lacks"), (unexpected, "has, beyond its configuration,")):
-        if keys:
-            raise ImageEncoderError(
-                f"it {finding} {len(keys)} tensors of the image tower (the first: {keys[0]}). "
-                "Download it again, or give it the configuration that it was trained with"
-            )

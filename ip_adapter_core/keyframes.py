@@ -2,51 +2,84 @@
 
 from __future__ import annotations
 
-import math
 import re
+import unicodedata
+from collections.abc import Iterable
 
+MOST = 100_000  # latents
+LIMITS = (-5.0, 5.0)  # those of λ itself
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
 _KEYFRAME = re.compile(rf"(\d+)\s*[:=]\s*({NUMBER})", re.IGNORECASE)
 
 
-def weights_of(text: str, count: int = 0) -> list[float]:
+def plain(text: str) -> str:
+    """Punctuation and digits of ASCII in place of the wide ones that CJK keyboards type."""
+    return unicodedata.normalize("NFKC", text).replace("、", ",")
+
+
+def weights_of(
+    text: str, count: int = 0, name: str = "weights", limits: tuple[float, float] = LIMITS
+) -> list[float]:
     """One weight a latent. "0, 0.5, 1": as they stand. "0: 0, 8: 1": weights of numbered latents,
     linear between them, constant before the first and after the last.
 
-    `count`: how many latents; 0 for as many as the text names. Raises ValueError for what cannot be
-    read, and for a text of other or further latents than `count`."""
-    entries = [entry for entry in re.split(r"[,;\s]*[,;\n][,;\s]*", text.strip()) if entry]
+    `count`: how many latents; 0 for as many as the text names. `name`: of the input, for messages.
+    Raises ValueError for what cannot be read or lies outside `limits`, and for a text of other or
+    further latents than `count` or MOST."""
+    entries = [e for e in re.split(r"[,;\s]*[,;\n][,;\s]*", plain(text).strip()) if e]
     if not entries:
-        raise ValueError("weights is empty; expected '0, 0.5, 1' or keyframes '0: 0, 8: 1'.")
-    keyframes = [_KEYFRAME.fullmatch(entry) for entry in entries]
-    if all(keyframes):
-        points = {int(match[1]): float(match[2]) for match in keyframes if match}
-        _check_finite(points.values(), text)
-        last = max(points)
-        if count and last >= count:
-            raise ValueError(
-                f"weights has a keyframe at latent {last}, but there are {count} latents, "
-                f"numbered 0 … {count - 1}. Raise count, or move the keyframe."
-            )
-        return _between(points, count or last + 1)
+        raise ValueError(f"{name} is empty; expected '0, 0.5, 1' or keyframes '0: 0, 8: 1'.")
+    keyframes = [(m[1], m[2]) for m in map(_KEYFRAME.fullmatch, entries) if m]
+    if len(keyframes) < len(entries):
+        weights = _listed(entries, count, name)
+        _check_range(weights, name, limits)
+        return weights
+    points = _points(keyframes, count, name)
+    _check_range(points.values(), name, limits)
+    return _between(points, count or max(points) + 1)
+
+
+def _listed(entries: list[str], count: int, name: str) -> list[float]:
     odd = next((entry for entry in entries if not re.fullmatch(NUMBER, entry, re.I)), None)
     if odd is not None:
         raise ValueError(
-            f"weights has {odd!r}; expected numbers, '0, 0.5, 1', or keyframes only, '0: 0, 8: 1'."
+            f"{name} has {odd!r}; expected numbers, '0, 0.5, 1', or keyframes only, '0: 0, 8: 1'."
         )
-    weights = [float(entry) for entry in entries]
-    _check_finite(weights, text)
-    if count and len(weights) != count:
+    if count and len(entries) != count:
         raise ValueError(
-            f"weights lists {len(weights)} numbers for {count} latents. Give one a latent, or "
+            f"{name} lists {len(entries)} numbers for {count} latents. Give one a latent, or "
             "keyframes such as '0: 0, 8: 1', or set count to 0."
         )
-    return weights
+    return [float(entry) for entry in entries]
 
 
-def _check_finite(weights: object, text: str) -> None:
-    if not all(map(math.isfinite, weights)):  # type: ignore[call-overload]
-        raise ValueError(f"weights must be finite numbers; found {text!r}.")
+def _points(keyframes: list[tuple[str, str]], count: int, name: str) -> dict[int, float]:
+    points: dict[int, float] = {}
+    for latent, weight in ((int(number), float(weight)) for number, weight in keyframes):
+        if latent in points:
+            raise ValueError(
+                f"{name} has two keyframes at latent {latent}: {points[latent]:g} and {weight:g}. "
+                "Keep one."
+            )
+        points[latent] = weight
+    last, latents = max(points), count or MOST
+    if last >= latents:
+        raise ValueError(
+            f"{name} has a keyframe at latent {last}, but there are {latents} latents"
+            f"{'' if count else ' at most'}, numbered 0 … {latents - 1}. "
+            f"{'Raise count, or move' if count else 'Move'} the keyframe."
+        )
+    return points
+
+
+def _check_range(weights: Iterable[float], name: str, limits: tuple[float, float]) -> None:
+    low, high = limits
+    odd = next((weight for weight in weights if not low <= weight <= high), None)
+    if odd is not None:
+        raise ValueError(
+            f"{name} has {odd:g}; expected {low:g} … {high:g}. (Decimals are written with a point: "
+            "0.25.)"
+        )
 
 
 def _between(points: dict[int, float], count: int) -> list[float]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from . import published
-from .adapter import AdapterSpec
 from .catalogue import AdapterFile, EncoderFile, File, Folder, Unusable
 from .checkpoint import SIGNATURES
 from .choice import Preset
 from .families import describe, family
-from .prompt import encoder_name
+from .origin import is_of, read_by
 
 _KINDS = {"linear": "base", "resampler": "fine-grained", "mlp": "full"}
 _SHOWN = 5  # of the files found instead
@@ -44,9 +44,9 @@ class Search:
             f"was found. Sought: a {_KINDS[preset.projection]} adapter (with a tensor 'image_proj."
             f"{SIGNATURES[preset.projection]}') for {made_for}."
         )
-        yield from _found(self.adapter_folder, self.adapters)
         name = family(self.context_dim, self.count)
         offered = published.ADAPTERS.get(name or "", {})
+        yield from _found(self.adapter_folder, self.adapters, offered.get(preset.name))
         if not offered:
             yield (
                 f"No adapter is published for {name or 'models of these sizes'}, only for "
@@ -60,9 +60,15 @@ class Search:
             )
         else:
             yield _download(offered[preset.name], self.adapter_folder)
-            if not any(_is_vit_h(file) for file in self.encoders):
+            if not any(map(self._serves, self.encoders)):
                 yield "It also needs an image encoder, which is missing too:"
                 yield _download(published.VIT_H, self.encoder_folder)
+
+    def _serves(self, file: File) -> bool:
+        """Whether the preset's published adapter can use it; all of those read ViT-H."""
+        if not isinstance(file, EncoderFile) or not is_of(file, published.VIT_H):
+            return False
+        return self.preset.projection != "linear" or file.sizes.embed_dim > 0
 
     def _no_encoder(self, fitting: Sequence[AdapterFile]) -> Iterator[str]:
         ranked = sorted(
@@ -78,20 +84,13 @@ class Search:
             f"({self.model}) is here, '{first.name}', but no image encoder for it was found. "
             f"Sought: a CLIP image encoder that gives {'; or '.join(needs.values())}."
         )
-        yield from _found(self.encoder_folder, self.encoders)
         public = published.encoder(first.spec.features, first.spec.feature_dim)
+        yield from _found(self.encoder_folder, self.encoders, public)
         if first.trained_with is None and public is not None:
             yield _download(public, self.encoder_folder)
         else:
             named = f" ('{first.trained_with}')" if first.trained_with else ""
             yield f"Put the encoder that the adapter was trained with{named} into the folder."
-
-
-def read_by(spec: AdapterSpec) -> str:
-    """The features that an adapter reads."""
-    encoder = encoder_name(spec.features, spec.feature_dim)
-    width = f"{spec.features.replace('_', ' ')} {spec.feature_dim} wide"
-    return f"{width} ({encoder})" if encoder else width
 
 
 def what(file: File) -> str:
@@ -115,12 +114,16 @@ def what(file: File) -> str:
     return f"'{file.name}'"
 
 
-def _is_vit_h(file: File) -> bool:
-    return isinstance(file, EncoderFile) and file.sizes.hidden_dim == 1280
+def _found(
+    folder: Folder, files: Iterable[File], wanted: published.Weights | None
+) -> Iterator[str]:
+    """What lies there: what may be the `wanted` file first, then all that cannot be used."""
 
+    def place(file: File) -> tuple[bool, bool]:
+        named = wanted is not None and PurePath(file.name).stem == PurePath(wanted.name).stem
+        return not named, not isinstance(file, Unusable)
 
-def _found(folder: Folder, files: Iterable[File]) -> Iterator[str]:
-    files = sorted(files, key=lambda file: isinstance(file, Unusable))
+    files = sorted(files, key=place)
     yield f"Searched: {', '.join(folder.paths) or 'no folder is known'}."
     if not files:
         yield "There is no model file."

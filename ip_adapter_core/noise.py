@@ -11,11 +11,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv1d, interpolate
 
 from .pictures import checked
 
 GRAIN = 224  # grains of noise along the short side, so that an encoder sees what was drawn
 CELLS = 16  # along the short side: each a patch of a ViT/14 at 224 px
+WIDEST = 8.0  # standard deviation in pixels; wider blurs are made of smaller pictures,
+FEWEST = 16  # pixels of a side, if it has that many
 
 
 def noise(image: Tensor, kind: str, strength: float, blur: float, seed: int) -> Tensor:
@@ -41,8 +44,9 @@ def noise(image: Tensor, kind: str, strength: float, blur: float, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     pictures = [KINDS[kind](picture, strength, generator) for picture in image.cpu()]
     made = torch.stack(pictures)
-    if blur > 0:
-        made = _blurred(made, blur * min(made.shape[1:3]) / GRAIN)
+    sigma = blur * min(made.shape[1:3]) / GRAIN
+    if sigma > 0:
+        made = _blurred(made, sigma)
     return made.clamp(0, 1)
 
 
@@ -92,13 +96,35 @@ def _grains(picture: Tensor, draw: Callable[[list[int]], Tensor]) -> Tensor:
 
 
 def _blurred(images: Tensor, sigma: float) -> Tensor:
-    """Edges mean over what is there, so that they do not darken."""
-    for dim in (1, 2):
-        places = torch.arange(images.shape[dim], dtype=images.dtype)
-        weights = torch.exp(-0.5 * ((places[:, None] - places) / sigma) ** 2)
-        weights /= weights.sum(dim=1, keepdim=True)
-        images = torch.tensordot(images, weights, dims=([dim], [1])).movedim(-1, dim)
-    return images.contiguous()
+    """`images (N, H, W, C)` blurred by `sigma` pixels, at a cost that only their size decides."""
+    size = images.shape[1:3]
+    images = images.movedim(-1, 1)
+    scale = min(1.0, WIDEST / sigma)
+    if scale < 1:
+        images = _resized(images, [min(side, max(FEWEST, round(side * scale))) for side in size])
+    for dim, length in ((2, size[0]), (3, size[1])):
+        lines = images.movedim(dim, -1)
+        images = _smoothed(lines, sigma * lines.shape[-1] / length).movedim(-1, dim)
+    if scale < 1:
+        images = _resized(images, list(size))
+    return images.movedim(1, -1).contiguous()
+
+
+def _resized(images: Tensor, size: list[int]) -> Tensor:
+    return interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def _smoothed(lines: Tensor, sigma: float) -> Tensor:
+    """A Gaussian, cut at four deviations, along the last axis. Edges mean over what is there, so
+    that they do not darken."""
+    length = lines.shape[-1]
+    reach = math.ceil(min(4 * sigma, length - 1))
+    places = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (places / sigma) ** 2).to(lines)[None, None]
+    rows = lines.reshape(-1, 1, length)
+    there = torch.ones_like(rows[:1])
+    blurred = conv1d(rows, weights, padding=reach) / conv1d(there, weights, padding=reach)
+    return blurred.reshape(lines.shape)
 
 
 KINDS: dict[str, Callable[[Tensor, float, torch.Generator], Tensor]] = {

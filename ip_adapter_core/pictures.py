@@ -14,8 +14,9 @@ MAX_GRID = 4
 def checked(image: Tensor, name: str) -> Tensor:
     """RGB pictures `(N, H, W, 3)`, float32 within 0 … 1, of `image (N, H, W, C)`, C = 1, 3 or 4.
 
-    Raises ValueError, which begins with `name`, for no pictures, other shapes, or values that are
-    not finite.
+    What lies beyond 0 … 1 is cut off, so that whole numbers of 0 … 255 become white. Alpha is
+    dropped: colours under transparent pixels count like all others. Raises ValueError, which
+    begins with `name`, for no pictures, other shapes, or values that are not finite.
     """
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
         raise ValueError(

@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from .keyframes import NUMBER
+from .keyframes import LIMITS, NUMBER, plain
 
 Block: TypeAlias = tuple[str, int]
 Layer: TypeAlias = tuple[str, int, int]
 """A block and the index of the transformer in it."""
 
 _SIDES = ("input", "middle", "output")  # as a UNet runs through them
+_FAMILIES = ("SD1.5", "SDXL")
 _WEAK, _LEAST = 0.2, 0.05
 
 
@@ -78,7 +79,7 @@ def _both(
 
 PRESETS: dict[str, Preset] = {
     "uniform": Preset("Every layer alike."),
-    "style": Preset("Colours, texture and manner; not what is where.", STYLE, rest=0.0),
+    "style": Preset("Colours, texture and way of drawing; not what is where.", STYLE, rest=0.0),
     "strong style": Preset("Everything but the composition.", _times(COMPOSITION, 0.0)),
     "composition": Preset("What is where; not how it looks.", COMPOSITION, rest=0.0),
     "style and composition": Preset("Both, and no more.", _both(STYLE, COMPOSITION), rest=0.0),
@@ -91,10 +92,12 @@ PRESETS: dict[str, Preset] = {
     "ease out": Preset("Weak where the UNet begins, growing.", ramp=(_LEAST, 0.525, 1.0)),
     "ease in-out": Preset("Strongest in the middle.", ramp=(_LEAST, 1.0, _LEAST)),
     "reverse in-out": Preset("Weakest in the middle.", ramp=(1.0, _LEAST, 1.0)),
-    "weak input": Preset("Weak on the way down.", sides={"input": _WEAK}),
-    "weak middle": Preset("Weak in the middle block.", sides={"middle": _WEAK}),
-    "weak output": Preset("Weak on the way up.", sides={"output": _WEAK}),
-    "strong middle": Preset("Weak on both ways.", sides={"input": _WEAK, "output": _WEAK}),
+    "weak input": Preset("0.2 in the input (down) blocks.", sides={"input": _WEAK}),
+    "weak middle": Preset("0.2 in the middle block.", sides={"middle": _WEAK}),
+    "weak output": Preset("0.2 in the output (up) blocks.", sides={"output": _WEAK}),
+    "strong middle": Preset(
+        "0.2 in input and output blocks.", sides={"input": _WEAK, "output": _WEAK}
+    ),
 }
 
 
@@ -123,18 +126,19 @@ def preset_weights(name: str, layers: Sequence[Layer]) -> list[float]:
         found = next((k for k, own in LAYOUTS.items() if own == set(blocks)), None)
         if found is None:
             raise ValueError(
-                f"The preset '{name}' names blocks of {' and '.join(preset.blocks)}, but this "
-                f"model has cross-attention in {', '.join(map(block_name, blocks)) or 'no block'}. "
+                f"The preset '{name}' names blocks of {' and '.join(_FAMILIES)}, but this model "
+                f"has cross-attention in {', '.join(map(block_name, blocks)) or 'no block'}. "
                 "Choose uniform or another preset for any model, and type weights for its layers."
             )
         return [preset.blocks[found].get(layer[:2], preset.rest) for layer in layers]
     if preset.sides:
         return [preset.sides.get(layer[0], preset.rest) for layer in layers]
-    return [_ramp(preset.ramp, blocks.index(layer[:2]) / len(blocks)) for layer in layers]
+    last = max(1, len(blocks) - 1)
+    return [_ramp(preset.ramp, blocks.index(layer[:2]) / last) for layer in layers]
 
 
 def _ramp(points: tuple[float, float, float], depth: float) -> float:
-    """Linear between a start, a middle and an end."""
+    """Linear between a start, a middle and an end, at depths 0, 0.5 and 1."""
     start, middle, end = points
     if depth < 0.5:
         return start + (middle - start) * 2 * depth
@@ -142,7 +146,7 @@ def _ramp(points: tuple[float, float, float], depth: float) -> float:
 
 
 _EDIT = re.compile(
-    r"(?P<side>all|input|output|middle)(?:\s+(?P<number>\d+))?(?:\.(?P<index>\d+))?"
+    r"(?P<side>all|input|output|middle)(?:\s*(?P<number>\d+))?(?:\.(?P<index>\d+))?"
     rf"\s*[:=]\s*(?P<weight>{NUMBER})",
     re.IGNORECASE,
 )
@@ -152,15 +156,22 @@ def edited(weights: Sequence[float], layers: Sequence[Layer], text: str) -> list
     """`weights` of `layers` with what `text` sets, one line or comma an entry, later ones last:
     "all: 0", "output: 1", "input 7: 0.5", "output 1.9: 0", "middle: 0"; "#" begins a remark.
 
-    Raises ValueError for an entry that cannot be read or names no layer of these."""
+    Raises ValueError for an entry that cannot be read, names no layer of these, or has a weight
+    outside LIMITS."""
     made = list(weights)
-    lines = (line.partition("#")[0] for line in text.splitlines())
+    lines = (line.partition("#")[0] for line in plain(text).splitlines())
     for entry in filter(None, (part.strip() for line in lines for part in re.split("[,;]", line))):
         match = _EDIT.fullmatch(entry)
         if match is None:
             raise ValueError(
                 f"The layer weight {entry!r} cannot be read; expected a layer and a number, such "
                 "as 'input 7: 0.5', 'output 1.9: 0', 'middle: 1', 'output: 0.2' or 'all: 0'."
+            )
+        weight = float(match["weight"])
+        if not LIMITS[0] <= weight <= LIMITS[1]:
+            raise ValueError(
+                f"The layer weight {entry!r} is out of range; expected {LIMITS[0]:g} … "
+                f"{LIMITS[1]:g}, as for the weight of the Apply node that it multiplies."
             )
         chosen = [place for place, layer in enumerate(layers) if _meant(match, layer)]
         if not chosen:
@@ -169,17 +180,16 @@ def edited(weights: Sequence[float], layers: Sequence[Layer], text: str) -> list
                 f"has {', '.join(layer_names(forward(layers)))}."
             )
         for place in chosen:
-            made[place] = float(match["weight"])
+            made[place] = weight
     return made
 
 
 def _meant(match: re.Match[str], layer: Layer) -> bool:
-    asked = match["side"].lower(), match["number"], match["index"]
-    side, number, index = asked
+    side, number, index = match["side"].lower(), match["number"], match["index"]
     if side == "all":
         return number is None and index is None
-    if index is not None and number is None:  # "middle.3": the one block of its side
-        number = "0" if side == "middle" else "-1"
+    if index is not None and number is None and side != "middle":  # which has a single block
+        return False
     return (
         side == layer[0]
         and (number is None or int(number) == layer[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,23 +11,36 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import published
 from .adapter import AdapterSpec, IPAdapter
 
+logger = logging.getLogger("comfyui_ip_adapter")
 COMBINE = ("concat", "average", "per_latent")
 
 FEATURES = ("image_embeds", "penultimate_hidden_states")  # the fields of ImageFeatures
 
-# The published encoders by the widths of those two, for descriptions and error messages.
-_PUBLISHED = {
+# Encoders by the widths of those two, for descriptions and error messages: those of the published
+# adapters, and the one that is often taken for theirs.
+_NAMES: dict[tuple[int, ...], str] = {
     (768, 1024): "CLIP ViT-L/14",
-    (1024, 1280): "CLIP ViT-H/14",
-    (1280, 1664): "CLIP ViT-bigG/14",
+    **{sizes[:2]: weights.label for sizes, weights in published.ENCODERS.items()},
 }
 _PATCH = 14  # pixels; that of all three
-_ENCODERS = {
-    (kind, width): name
-    for widths, name in _PUBLISHED.items()
-    for kind, width in zip(FEATURES, widths, strict=True)
+DAMAGED_ENCODER = (
+    "the image encoder's weights are damaged, or half precision overflowed. Download it again, or "
+    "start ComfyUI with --fp32-text-enc."
+)
+# For each of FEATURES: what an adapter reads that a prompt lacks, why, and the remedy.
+_LACKING = {
+    "image_embeds": (
+        "the encoder's image embedding",
+        "its file holds no 'visual_projection.weight', so it gives none. Load the complete image "
+        "encoder",
+    ),
+    "penultimate_hidden_states": (
+        "the encoder's hidden states",
+        "it is no vision transformer, so it gives none. Load the image encoder",
+    ),
 }
 
 
@@ -61,7 +76,7 @@ class ImagePrompt:
     `negative` is the zero image as in training (zero embedding; features of zero *normalised*
     pixels) or an image of the user's. Knows neither λ nor model: any adapter of the same
     encoder can use it. `encoder` describes the encoder to people; `fingerprint` is the same for
-    the same weights only, and empty where nothing is known of them.
+    the same encoder only, and empty where nothing is known of its weights.
     """
 
     positive: ImageFeatures
@@ -77,7 +92,8 @@ class ImagePrompt:
 
 def encoder_name(features: str, width: int) -> str | None:
     """The published encoder whose `features` (as AdapterSpec names them) are `width` wide."""
-    return _ENCODERS.get((features, width))
+    place = FEATURES.index(features)
+    return next((name for widths, name in _NAMES.items() if widths[place] == width), None)
 
 
 def describe_encoder(features: ImageFeatures, image_size: int) -> str:
@@ -85,7 +101,7 @@ def describe_encoder(features: ImageFeatures, image_size: int) -> str:
     a published encoder is called by its name."""
     widths = tuple(getattr(features, kind).shape[-1] for kind in FEATURES)
     patches = features.penultimate_hidden_states.shape[1]
-    name = _PUBLISHED.get(widths) if patches == (image_size // _PATCH) ** 2 + 1 else None
+    name = _NAMES.get(widths) if patches == (image_size // _PATCH) ** 2 + 1 else None
     size = f"{image_size} px" if name is None else f"{name}, {image_size} px"
     return (
         f"an image encoder of {widths[1]}-wide hidden states and {widths[0]}-wide embeddings "
@@ -93,25 +109,56 @@ def describe_encoder(features: ImageFeatures, image_size: int) -> str:
     )
 
 
-def check_encoder(spec: AdapterSpec, prompt: ImagePrompt, adapter_name: str) -> None:
-    """Raise ValueError if the prompt's features are not of the width that the adapter reads."""
+def check_encoder(
+    spec: AdapterSpec, prompt: ImagePrompt, adapter_name: str, trained_with: str | None = None
+) -> None:
+    """Raise ValueError if the prompt's features are not of the width that the adapter reads.
+
+    `trained_with`: the encoder's name in the adapter's metadata. Where there is none, features of
+    the right width are compared with the published encoders of that width; what differs from them
+    in its other sizes goes to the log, for an adapter of one's own may read it.
+    """
     found = getattr(prompt.positive, spec.features).shape[-1]
     if found == spec.feature_dim:
+        if trained_with is None:
+            _check_published(spec, prompt, adapter_name)
         return
     if found == 0:
+        read, reason = _LACKING[spec.features]
         raise ValueError(
-            f"'{adapter_name}' reads the encoder's image embedding, but the image prompt was made "
-            f"with {prompt.encoder}: its file holds no 'visual_projection.weight', so it gives "
-            "none. Load the complete image encoder that this adapter was trained with, and encode "
-            "the image again."
+            f"'{adapter_name}' reads {read}, but the image prompt was made with {prompt.encoder}: "
+            f"{reason} that this adapter was trained with, and encode the image again."
         )
     kind = spec.features.replace("_", " ")
-    encoder = encoder_name(spec.features, spec.feature_dim) or "another encoder"
+    encoder = trained_with or encoder_name(spec.features, spec.feature_dim) or "another encoder"
     raise ValueError(
         f"'{adapter_name}' reads {kind} {spec.feature_dim} wide, as {encoder} gives, but the "
         f"image prompt was made with {prompt.encoder}, whose {kind} are {found} wide. Load the "
         "image encoder that this adapter was trained with, and encode the image again."
     )
+
+
+def _check_published(spec: AdapterSpec, prompt: ImagePrompt, adapter_name: str) -> None:
+    """Warn of a prompt that has the width of a published encoder and is of another one."""
+    place = FEATURES.index(spec.features)
+    expected = {k: v.label for k, v in published.ENCODERS.items() if k[place] == spec.feature_dim}
+    embed = prompt.positive.image_embeds.shape[1]
+    patches, hidden = prompt.positive.penultimate_hidden_states.shape[1:]
+    # The projection may have been left out of the encoder's file.
+    same = (k[1:] == (hidden, patches) and embed in (0, k[0]) for k in expected)
+    if expected and not any(same):
+        _warn_once(
+            f"'{adapter_name}' reads {spec.features.replace('_', ' ')} {spec.feature_dim} wide, "
+            f"as {' or '.join(expected.values())} gives. The image prompt's are as wide, but of "
+            f"another encoder: {prompt.encoder}. Unless the adapter was trained with that one, the "
+            "result follows the image badly: load the adapter's own image encoder, and encode the "
+            "image again."
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def tokens(adapter: IPAdapter, prompt: ImagePrompt, combine: str) -> tuple[Tensor, Tensor]:

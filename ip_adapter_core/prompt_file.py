@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from .prompt import FEATURES, ImageFeatures, ImagePrompt
+from .prompt import DAMAGED_ENCODER, FEATURES, ImageFeatures, ImagePrompt
 
 SUFFIX = ".safetensors"
 FORMAT = "image_prompt_format"  # the entry of the metadata that tells these files from others
-VERSION = "1"
+VERSION = "2"
+WEIGHTS_ALONE = "1"  # the version whose fingerprints leave the encoder's settings out
 SIDES = ("positive", "negative")
 KEYS = tuple(f"{side}.{kind}" for side in SIDES for kind in FEATURES)
 
@@ -28,9 +30,10 @@ class PromptFileError(ValueError):
 def save(
     prompt: ImagePrompt, path: str | os.PathLike[str], more: Mapping[str, str] | None = None
 ) -> None:
-    """Write a prompt to `path`, which is never half-written; `more`: further metadata.
+    """Write a prompt to a new file `path`, which is never half-written; `more`: further metadata.
 
-    Raises PromptFileError for features that `load` would refuse, or a file that cannot be written.
+    Raises FileExistsError where there is such a file, which stays as it is, and PromptFileError for
+    features that `load` would refuse, or a file that cannot be written.
     """
     path = Path(path)
     # Clones: safetensors refuses tensors that share memory, as equal sides may.
@@ -42,23 +45,36 @@ def save(
         for side in SIDES
         for kind in FEATURES
     }
-    _check(tensors, path.name, "Encode the image again.")
+    remedy = f"Encode the image again. If that does not help: {DAMAGED_ENCODER}"
+    _check(tensors, path.name, remedy)
     metadata = {
         **(more or {}),
         FORMAT: VERSION,
         "encoder": prompt.encoder,
         "encoder_fingerprint": prompt.fingerprint,
     }
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")  # another process may write there too
     try:
         # Not save_file: that writes files which only their owner may read.
         temporary.write_bytes(serialise(tensors, metadata))
-        os.replace(temporary, path)
+        _move(temporary, path)
+    except FileExistsError:
+        raise
     except OSError as error:
         raise PromptFileError(f"'{path}' cannot be written: {error.strerror}.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _move(source: Path, path: Path) -> None:
+    """Rename to a name that nobody has; an empty file takes it first, as os.replace asks no one."""
+    path.touch(exist_ok=False)
+    try:
+        os.replace(source, path)
+    except OSError:
+        path.unlink()
+        raise
 
 
 def load(path: str | os.PathLike[str]) -> ImagePrompt:
@@ -85,9 +101,9 @@ def load(path: str | os.PathLike[str]) -> ImagePrompt:
     positive, negative = (
         ImageFeatures(*(tensors[f"{side}.{kind}"] for kind in FEATURES)) for side in SIDES
     )
-    return ImagePrompt(
-        positive, negative, metadata["encoder"], metadata.get("encoder_fingerprint", "")
-    )
+    known = metadata[FORMAT] != WEIGHTS_ALONE
+    fingerprint = metadata.get("encoder_fingerprint", "") if known else ""
+    return ImagePrompt(positive, negative, metadata["encoder"], fingerprint)
 
 
 def _check_kind(metadata: Mapping[str, str], keys: list[str], name: str) -> None:
@@ -97,7 +113,7 @@ def _check_kind(metadata: Mapping[str, str], keys: list[str], name: str) -> None
             f"'{name}' is no image prompt: its metadata lacks '{FORMAT}' or 'encoder'. Found "
             f"{len(keys)} tensors: {_few(keys)}. Choose a file of Save Image Prompt."
         )
-    if metadata[FORMAT] != VERSION:
+    if metadata[FORMAT] not in (VERSION, WEIGHTS_ALONE):
         raise PromptFileError(
             f"'{name}' is an image prompt of format {metadata[FORMAT]!r}; expected {VERSION!r}. "
             "It was saved by another version of this pack: update the pack, or save it again."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 
 _FILES = "https://huggingface.co/h94/IP-Adapter/resolve/main"
 
@@ -64,8 +65,8 @@ ADAPTERS: dict[str, dict[str, Weights]] = {
         "face": PLUS_FACE_SDXL,
     },
 }
-NAMES = {
-    weights.name
+_STEMS = {
+    PurePath(weights.name).stem
     for weights in (
         *(weights for family in ADAPTERS.values() for weights in family.values()),
         *(BASE_BIGG, BASE_SDXL, VIT_H, VIT_BIGG),
@@ -74,6 +75,12 @@ NAMES = {
 # Widths of image_embeds and of hidden states, and positions (224 pixels), of the encoders that
 # published adapters were trained with.
 ENCODERS = {(1024, 1280, 257): VIT_H, (1280, 1664, 257): VIT_BIGG}
+TAGS = {"laion2b_s32b_b79k": VIT_H, "laion2b_s39b_b160k": VIT_BIGG}  # open_clip's
+
+
+def is_name(name: str) -> bool:
+    """Whether a file is called as one of them, in whatever folder and format."""
+    return PurePath(name).stem in _STEMS
 
 
 def encoder(features: str, width: int) -> Weights | None:

@@ -16,11 +16,16 @@ def share_out(masks: Sequence[Tensor], overlap: str, rest: bool = False) -> list
 
     `overlap`: "normalize" divides them where their sum exceeds 1, so that regions share and none
     is stronger than λ; "add" leaves them as they are. `rest`: one more mask at the end, of what
-    the others leave free. Raises ValueError for another `overlap`, or numbers M that do not fit."""
+    the others leave free. Raises ValueError for another `overlap`, no mask, or numbers M that do
+    not fit."""
     if overlap not in OVERLAPS:
         raise ValueError(f"overlap is {overlap!r}; expected one of {', '.join(OVERLAPS)}.")
+    if not masks:
+        raise ValueError("There is no mask; expected one for each region, or for all but the last.")
     together = _alike([mask if mask.ndim == 3 else mask[None] for mask in masks])
-    total = torch.stack(together).clamp(min=0).sum(0)
+    total = torch.zeros_like(together[0])
+    for mask in together:
+        total += mask.clamp(min=0)
     if overlap == "normalize":
         together = [mask / total.clamp(min=1) for mask in together]
     return [*together, (1 - total).clamp(min=0)] if rest else together

@@ -20,7 +20,9 @@ from . import types
 def settings() -> list[io.Input]:
     """The inputs that the Apply nodes share; `Settings` takes them by name."""
     return [
-        types.IPAdapter.Input("adapter", tooltip="Made for the family of the model."),
+        types.IPAdapter.Input(
+            "adapter", tooltip="An IP-Adapter for the same family as the model (SD1.5 or SDXL)."
+        ),
         types.ImagePrompt.Input(
             "image_prompt", tooltip="Made with the image encoder that the adapter was trained with."
         ),
@@ -39,7 +41,8 @@ def settings() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.001,
-            tooltip="Where in the schedule the image prompt begins, as a fraction.",
+            tooltip="Where in the schedule the image prompt begins, as a fraction. With a denoise "
+            "below 1, sampling itself begins after 0.",
         ),
         io.Float.Input(
             "end_at",
@@ -47,8 +50,8 @@ def settings() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.001,
-            tooltip="Where in the schedule it ends; outside the model is untouched. A step exactly "
-            "on a boundary belongs to both sides, as in ComfyUI's own ranges.",
+            tooltip="Where in the schedule it ends; outside this range, the model is untouched. A "
+            "step exactly on a boundary belongs to both sides, as in ComfyUI's own ranges.",
         ),
         io.Combo.Input(
             "combine",
@@ -71,8 +74,8 @@ def settings() -> list[io.Input]:
         io.Custom("CURVE").Input(
             "weight_curve",
             optional=True,
-            tooltip="A multiplier of the weight over the schedule, from its first step on the left "
-            "to its end on the right: connect a Curve Editor. Costs no further UNet call.",
+            tooltip="A multiplier of the weight over the schedule, from its start on the left to "
+            "its end on the right: connect a Curve Editor. Costs no further UNet call.",
             extra_dict={"forceInput": True},
         ),
         types.LatentWeights.Input(
@@ -95,8 +98,15 @@ class ApplyIPAdapter(io.ComfyNode):
             description=(
                 "Makes the model follow a picture besides the text. Several can stand in a row."
             ),
-            inputs=[io.Model.Input("model", tooltip="Stays as it is."), *settings()],
-            outputs=[io.Model.Output("model", display_name="model")],
+            inputs=[io.Model.Input("model", tooltip=types.PATCHED), *settings()],
+            outputs=[
+                io.Model.Output(
+                    "model",
+                    display_name="model",
+                    tooltip="The model that follows the picture: for the sampler, or the next "
+                    "Apply node.",
+                )
+            ],
         )
 
     @classmethod
@@ -118,7 +128,7 @@ class ApplyIPAdapterConditioning(io.ComfyNode):
                 "region can have its own. The sampler needs the model output too."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="Stays as it is."),
+                io.Model.Input("model", tooltip=types.PATCHED),
                 io.Conditioning.Input("positive", tooltip="Gets the image."),
                 io.Conditioning.Input(
                     "negative", tooltip="Gets the empty image, or the prompt's negative one."
@@ -126,9 +136,23 @@ class ApplyIPAdapterConditioning(io.ComfyNode):
                 *settings(),
             ],
             outputs=[
-                io.Model.Output("model", display_name="model"),
-                io.Conditioning.Output("positive", display_name="positive"),
-                io.Conditioning.Output("negative", display_name="negative"),
+                io.Model.Output(
+                    "model",
+                    display_name="model",
+                    tooltip="For the sampler or the next node of this kind: it reads the pictures "
+                    "of the conditionings.",
+                ),
+                io.Conditioning.Output(
+                    "positive",
+                    display_name="positive",
+                    tooltip="The positive conditioning, with the image.",
+                ),
+                io.Conditioning.Output(
+                    "negative",
+                    display_name="negative",
+                    tooltip="The negative conditioning, with the empty image or the prompt's "
+                    "negative one.",
+                ),
             ],
         )
 

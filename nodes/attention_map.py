@@ -8,7 +8,8 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..ip_adapter_core import heat
-from ..ip_adapter_core.host.record import Record, blocks_of, recording
+from ..ip_adapter_core.host.record import Record, recording
+from ..ip_adapter_core.shares import blocks_of
 from . import types
 
 
@@ -25,11 +26,20 @@ class RecordAttention(io.ComfyNode):
                 "Map'. The picture stays the same to the bit. Goes between the last 'Apply "
                 "IP-Adapter' and the sampler."
             ),
-            inputs=[io.Model.Input("model", tooltip="Stays as it is.")],
+            inputs=[io.Model.Input("model", tooltip=types.PATCHED)],
             outputs=[
-                io.Model.Output("model", display_name="model"),
-                types.AttentionRecord.Output("record", display_name="record"),
+                io.Model.Output(
+                    "model",
+                    display_name="model",
+                    tooltip="The model that is watched: for the sampler.",
+                ),
+                types.AttentionRecord.Output(
+                    "record",
+                    display_name="record",
+                    tooltip="What was seen: for Image Attention Map.",
+                ),
             ],
+            not_idempotent=True,  # two of these on one model must not share a record
         )
 
     @classmethod
@@ -50,12 +60,15 @@ class AttentionMap(io.ComfyNode):
                 "in the output of the cross-attention layers."
             ),
             inputs=[
-                types.AttentionRecord.Input("record", tooltip="Of 'Record Image Attention'."),
-                io.Image.Input(
-                    "image",
-                    tooltip="The picture that was sampled with the recorded model: the map waits "
-                    "for it.",
+                types.AttentionRecord.Input(
+                    "record", tooltip="The output of Record Image Attention."
                 ),
+                io.Latent.Input(
+                    "samples",
+                    tooltip="The latents that the sampler made with the recorded model: they say "
+                    "which sampling run the map is of.",
+                ),
+                io.Image.Input("image", tooltip="The picture decoded from these latents."),
                 io.String.Input(
                     "blocks",
                     default="all",
@@ -79,12 +92,12 @@ class AttentionMap(io.ComfyNode):
                     tooltip="The last step to look at, as a fraction of the schedule.",
                 ),
                 io.Int.Input(
-                    "image_prompt",
+                    "prompt_number",
                     default=0,
                     min=0,
                     max=64,
-                    tooltip="Which one, where several are applied, in their order from 1; 0 for "
-                    "all together.",
+                    tooltip="Which image prompt to show, if several are applied: 1 for the first "
+                    "applied; 0 for all together.",
                 ),
                 io.Float.Input(
                     "opacity",
@@ -92,12 +105,20 @@ class AttentionMap(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="Of the colours over the picture; 1 for the map alone.",
+                    tooltip="Opacity of the heat map over the picture; 1 shows the map alone.",
                 ),
             ],
             outputs=[
-                io.Image.Output("overlay", display_name="overlay"),
-                io.Mask.Output("heat_map", display_name="heat_map"),
+                io.Image.Output(
+                    "overlay",
+                    display_name="overlay",
+                    tooltip="The map as colours over the picture.",
+                ),
+                io.Mask.Output(
+                    "heat_map",
+                    display_name="heat_map",
+                    tooltip="The shares themselves, from 0 to 1: one mask per picture.",
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
@@ -107,19 +128,17 @@ class AttentionMap(io.ComfyNode):
     def execute(
         cls,
         record: Record,
+        samples: dict[str, Any],
         image: Tensor,
         blocks: str,
         start_at: float,
         end_at: float,
-        image_prompt: int,
+        prompt_number: int,
         opacity: float,
     ) -> io.NodeOutput:
-        maps = record.heat(blocks_of(blocks), start_at, end_at, image_prompt)
-        if len(maps) not in (1, len(image)):
-            raise ValueError(
-                f"image holds {len(image)} pictures, but {len(maps)} latents were sampled with "
-                "the recorded model. Connect the pictures of that sampler, all of them."
-            )
-        maps = heat.resized(maps, *image.shape[1:3]).expand(len(image), -1, -1)
+        run = record.of(samples["samples"])
+        maps = run.heat(blocks_of(blocks), start_at, end_at, prompt_number)
+        heat.check_picture(image, maps)
+        maps = heat.resized(maps, *image.shape[1:3])
         overlay = heat.over(image, maps, opacity)
         return io.NodeOutput(overlay, maps, ui=ui.PreviewImage(overlay, cls=cls))

@@ -29,8 +29,9 @@ class AutoLoadIPAdapter(io.ComfyNode):
             ],
             description=(
                 "Finds the IP-Adapter for a model, and its image encoder, among the files in "
-                "models/ipadapter and models/clip_vision. Goes by what is in the files, whatever "
-                "their names."
+                "models/ipadapter and models/clip_vision. Goes by what is in the files; only light "
+                "and standard, and face and fine-grained, which look alike inside, are told apart "
+                "by the words 'light' and 'face' in the name."
             ),
             inputs=[
                 io.Model.Input(
@@ -49,16 +50,29 @@ class AutoLoadIPAdapter(io.ComfyNode):
                 ),
             ],
             outputs=[
-                types.IPAdapter.Output("adapter", display_name="adapter"),
-                io.ClipVision.Output("clip_vision", display_name="clip_vision"),
-                io.String.Output("chosen", display_name="chosen"),
+                types.IPAdapter.Output(
+                    "adapter",
+                    display_name="adapter",
+                    tooltip="The adapter that was found: for the Apply nodes.",
+                ),
+                io.ClipVision.Output(
+                    "clip_vision",
+                    display_name="clip_vision",
+                    tooltip="The image encoder that goes with it: for Encode Image Prompt.",
+                ),
+                io.String.Output(
+                    "chosen",
+                    display_name="chosen",
+                    tooltip="Which files were taken and why, and what is in doubt, as text.",
+                ),
             ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **_: Any) -> tuple[Any, ...]:
-        """Looks again when a file comes, goes or changes. (The model is not given here.)"""
-        return folders.fingerprint()
+    def fingerprint_inputs(cls, preset: str | None = None, **_: Any) -> tuple[Any, ...]:
+        """Looks again when a file that may be chosen comes, goes or changes. (The model is not
+        given here, nor a preset over a link.)"""
+        return auto.fingerprint(preset, folders.adapters(), folders.encoders())
 
     @classmethod
     def execute(cls, model: Any, preset: str) -> io.NodeOutput:

@@ -46,11 +46,17 @@ class CombineImagePrompts(io.ComfyNode):
                 io.String.Input(
                     "weights",
                     default="",
-                    tooltip='One number a prompt, as in "1, 0.5"; empty for 1 each. concat takes '
+                    tooltip='One number per prompt, as in "1, 0.5"; empty for 1 each. concat takes '
                     "1 only.",
                 ),
             ],
-            outputs=[types.ImagePrompt.Output("image_prompt", display_name="image_prompt")],
+            outputs=[
+                types.ImagePrompt.Output(
+                    "image_prompt",
+                    display_name="image_prompt",
+                    tooltip="The combined prompt, of the same image encoder.",
+                )
+            ],
         )
 
     @classmethod

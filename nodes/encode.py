@@ -25,7 +25,8 @@ class EncodeImagePrompt(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision",
                     tooltip="The image encoder that the adapter was trained with: CLIP ViT-H/14 "
-                    "for SD1.5 and the *_vit-h adapters, ViT-bigG/14 for ip-adapter_sdxl.",
+                    "for SD1.5 and the *_vit-h adapters, ViT-bigG/14 for ip-adapter_sdxl and "
+                    "ip-adapter_sd15_vit-G.",
                 ),
                 io.Image.Input(
                     "image",
@@ -45,7 +46,14 @@ class EncodeImagePrompt(io.ComfyNode):
                     tooltip="What to steer away from. Without it: the empty image of training.",
                 ),
             ],
-            outputs=[types.ImagePrompt.Output("image_prompt", display_name="image_prompt")],
+            outputs=[
+                types.ImagePrompt.Output(
+                    "image_prompt",
+                    display_name="image_prompt",
+                    tooltip="The pictures as a prompt: for the Apply nodes, Combine Image Prompts "
+                    "or Save Image Prompt.",
+                )
+            ],
         )
 
     @classmethod

@@ -6,7 +6,7 @@ import os
 
 import folder_paths
 
-from ..ip_adapter_core.catalogue import File, Folder, Stamp, stamps
+from ..ip_adapter_core.catalogue import File, Folder
 from ..ip_adapter_core.checkpoint import EXTENSIONS
 
 FOLDER = "ipadapter"
@@ -53,12 +53,6 @@ def adapters() -> Folder:
 def encoders() -> Folder:
     """All image encoders, as the host finds them."""
     return _folder(ENCODERS, encoder_names())
-
-
-def fingerprint() -> tuple[tuple[str, tuple[Stamp, ...] | None], ...]:
-    """Changes with the files of both folders, and with configurations beside them."""
-    files = (*adapters().files, *encoders().files)
-    return tuple((file.path, stamps(file.path)) for file in files)
 
 
 def _folder(key: str, names: list[str]) -> Folder:

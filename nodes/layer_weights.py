@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ..ip_adapter_core.host.compile import curve_of
 from ..ip_adapter_core.host.layers import layers_of
 from ..ip_adapter_core.host.profile import draw_profile
-from ..ip_adapter_core.keyframes import weights_of
+from ..ip_adapter_core.keyframes import MOST, weights_of
 from ..ip_adapter_core.presets import PRESETS, edited, listed, preset_weights
 from . import types
 
@@ -34,15 +34,27 @@ class LayerWeights(io.ComfyNode):
                     "changes",
                     multiline=True,
                     default="",
-                    tooltip="What differs from the preset, one a line: 'input 7: 0.5' for a block, "
-                    "'output 1.9: 0' for one layer of it, 'output: 0.2' for a side, 'all: 0'. "
-                    "Later lines win. The output 'layers' lists them all in this form.",
+                    tooltip="What differs from the preset, one per line: 'input 7: 0.5' for a "
+                    "block, 'output 1.9: 0' for one layer of it, 'output: 0.2' for a side, "
+                    "'all: 0'. Later lines win. The output 'layers' lists them all in this form.",
                 ),
             ],
             outputs=[
-                types.LayerWeights.Output("layer_weights", display_name="layer_weights"),
-                io.Image.Output("profile", display_name="profile"),
-                io.String.Output("layers", display_name="layers"),
+                types.LayerWeights.Output(
+                    "layer_weights",
+                    display_name="layer_weights",
+                    tooltip="One multiplier per layer: for layer_weights of the Apply nodes.",
+                ),
+                io.Image.Output(
+                    "profile",
+                    display_name="profile",
+                    tooltip="The weights as a picture, from the UNet's beginning to its end.",
+                ),
+                io.String.Output(
+                    "layers",
+                    display_name="layers",
+                    tooltip="The weights as text, in the form that changes takes.",
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
@@ -75,13 +87,13 @@ class LatentWeights(io.ComfyNode):
                     multiline=True,
                     default="0: 0, 15: 1",
                     tooltip="Keyframes 'number of the latent: weight', linear between them, or one "
-                    "number a latent: '0, 0.5, 1'.",
+                    "number per latent: '0, 0.5, 1'.",
                 ),
                 io.Int.Input(
                     "count",
                     default=0,
                     min=0,
-                    max=100_000,
+                    max=MOST,
                     tooltip="How many latents there are; 0 for as many as the weights name.",
                 ),
                 io.Custom("CURVE").Input(
@@ -92,14 +104,19 @@ class LatentWeights(io.ComfyNode):
                     extra_dict={"forceInput": True},
                 ),
             ],
-            outputs=[types.LatentWeights.Output("latent_weights", display_name="latent_weights")],
+            outputs=[
+                types.LatentWeights.Output(
+                    "latent_weights",
+                    display_name="latent_weights",
+                    tooltip="One multiplier per latent: for latent_weights of the Apply nodes.",
+                )
+            ],
         )
 
     @classmethod
     def execute(cls, weights: str, count: int, curve: Any = None) -> io.NodeOutput:
         made = weights_of(weights, count)
-        over = curve_of(curve)
+        over = curve_of(curve, "curve")
         if over is not None:
-            last = max(1, len(made) - 1)
-            made = [weight * over(number / last) for number, weight in enumerate(made)]
+            made = (over.to_lut(len(made)) * made).tolist()
         return io.NodeOutput(made)

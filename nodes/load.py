@@ -30,12 +30,18 @@ class LoadIPAdapter(io.ComfyNode):
                     "the family of the model (SD1.5, SDXL) and the image encoder.",
                 )
             ],
-            outputs=[types.IPAdapter.Output("adapter", display_name="adapter")],
+            outputs=[
+                types.IPAdapter.Output(
+                    "adapter", display_name="adapter", tooltip="The adapter: for the Apply nodes."
+                )
+            ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name: str) -> tuple[str, int, int]:
-        """A file that was trained or downloaded anew is read anew."""
+    def fingerprint_inputs(cls, adapter_name: str | None) -> tuple[str, int, int] | None:
+        """A file that was trained or downloaded anew is read anew. None comes over a link."""
+        if adapter_name is None:
+            return None
         status = os.stat(folders.adapter_path(adapter_name))
         return adapter_name, status.st_mtime_ns, status.st_size
 

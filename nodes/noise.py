@@ -13,7 +13,7 @@ class NegativeNoise(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IPA_NegativeNoise",
-            display_name="Noise for the Negative Side",
+            display_name="Negative Image Noise",
             category="model/conditioning",
             search_aliases=["ip adapter noise", "negative image", "noise image"],
             description=(
@@ -55,7 +55,13 @@ class NegativeNoise(io.ComfyNode):
                     tooltip="The same seed makes the same noise.",
                 ),
             ],
-            outputs=[io.Image.Output("image", display_name="image")],
+            outputs=[
+                io.Image.Output(
+                    "image",
+                    display_name="image",
+                    tooltip="The noise: for negative_image of Encode Image Prompt.",
+                )
+            ],
         )
 
     @classmethod

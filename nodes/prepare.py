@@ -62,7 +62,13 @@ class PrepareImage(io.ComfyNode):
                     "a square picture makes grid × grid of them.",
                 ),
             ],
-            outputs=[io.Image.Output("image", display_name="image")],
+            outputs=[
+                io.Image.Output(
+                    "image",
+                    display_name="image",
+                    tooltip="The squares that the encoder sees: for Encode Image Prompt.",
+                )
+            ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 
@@ -34,7 +35,13 @@ class SaveImagePrompt(io.ComfyNode):
                     "Image Prompt lists what lies in image_prompts.",
                 ),
             ],
-            outputs=[types.ImagePrompt.Output("image_prompt", display_name="image_prompt")],
+            outputs=[
+                types.ImagePrompt.Output(
+                    "image_prompt",
+                    display_name="image_prompt",
+                    tooltip="The same prompt.",
+                )
+            ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
@@ -49,8 +56,10 @@ class SaveImagePrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, image_prompt: ImagePrompt, filename_prefix: str) -> io.NodeOutput:
-        target = prompt_folders.target(filename_prefix)
-        prompt_file.save(image_prompt, target.path, cls._workflow())
+        for target in prompt_folders.targets(filename_prefix):
+            with contextlib.suppress(FileExistsError):  # another server was faster
+                prompt_file.save(image_prompt, target.path, cls._workflow())
+                break
         saved = ui.SavedResult(target.filename, target.subfolder, io.FolderType.output)
         return io.NodeOutput(image_prompt, ui={"image_prompts": [saved]})
 
@@ -81,7 +90,13 @@ class LoadImagePrompt(io.ComfyNode):
                     "the prompt was made with.",
                 )
             ],
-            outputs=[types.ImagePrompt.Output("image_prompt", display_name="image_prompt")],
+            outputs=[
+                types.ImagePrompt.Output(
+                    "image_prompt",
+                    display_name="image_prompt",
+                    tooltip="The saved prompt: for the Apply nodes, or Combine Image Prompts.",
+                )
+            ],
         )
 
     @classmethod
@@ -94,9 +109,12 @@ class LoadImagePrompt(io.ComfyNode):
             return str(error)
 
     @classmethod
-    def fingerprint_inputs(cls, prompt_name: str) -> str:
+    def fingerprint_inputs(cls, prompt_name: str | None = None) -> str:
         """A file that was changed is read anew. Its time is not enough: files are small, and may
-        be written twice within one tick of the clock."""
+        be written twice within one tick of the clock. None comes over a link: what that gives
+        counts by itself."""
+        if prompt_name is None:
+            return ""
         digest = hashlib.sha256()
         with open(prompt_folders.prompt_path(prompt_name), "rb") as file:
             while chunk := file.read(1 << 20):

@@ -3,7 +3,9 @@ and `models/image_prompts` where extra_model_paths.yaml or another pack register
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,9 +54,12 @@ def prompt_path(name: object) -> str:
     relative = _parts(given, f"Image prompt {name!r}")
     if not relative.endswith(SUFFIX):
         raise ValueError(f"Image prompt {name!r} does not end in {SUFFIX}. Choose another file.")
-    path = _inside(base or folder_paths.get_input_directory(), relative)
-    if path is None and base is None and FOLDER in folder_paths.folder_names_and_paths:
+    path = None
+    # First: `names` lists those of the models folder without anything that tells them apart.
+    if base is None and FOLDER in folder_paths.folder_names_and_paths:
         path = folder_paths.get_full_path(FOLDER, relative)
+    if path is None:
+        path = _inside(base or folder_paths.get_input_directory(), relative)
     if path is None:
         raise FileNotFoundError(
             f"Image prompt {name!r} is in none of these folders: {', '.join(_searched())}. Save "
@@ -74,8 +79,9 @@ def checked_prefix(filename_prefix: str) -> str:
     return prefix
 
 
-def target(filename_prefix: str) -> Target:
-    """A new file below the output folder, numbered as the host numbers its own.
+def targets(filename_prefix: str) -> Iterator[Target]:
+    """New files below the output folder, numbered as the host numbers its own: the next one, and
+    without end those to take where others have taken it meanwhile.
 
     Raises ValueError for a prefix that `checked_prefix` refuses, or that no folder can be made for.
     """
@@ -88,8 +94,9 @@ def target(filename_prefix: str) -> Target:
             f"filename_prefix {filename_prefix!r}: the folder cannot be made or read "
             f"({error.strerror}). Choose another."
         ) from error
-    filename = f"{name}_{counter:05}_{SUFFIX}"
-    return Target(os.path.join(folder, filename), filename, subfolder)
+    for number in itertools.count(counter):
+        filename = f"{name}_{number:05}_{SUFFIX}"
+        yield Target(os.path.join(folder, filename), filename, subfolder)
 
 
 def _parts(name: str, what: str) -> str:

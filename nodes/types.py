@@ -14,10 +14,20 @@ LayerWeights = io.Custom("LAYER_WEIGHTS")
 LatentWeights = io.Custom("LATENT_WEIGHTS")
 AttentionRecord = io.Custom("ATTENTION_RECORD")
 
+PATCHED = "The model to patch. The original is not changed: use the output."
+"""Tooltip of the model that a node takes and changes a copy of."""
+
 
 def in_order(entries: Mapping[str, Any]) -> dict[str, Any]:
     """A growing list by the numbers of its sockets: a request may hold them in any order."""
     return {name: entries[name] for name in sorted(entries, key=_number)}
+
+
+def by_number(entries: Mapping[str, Any]) -> dict[int, Any]:
+    """A growing list's values by the numbers of their sockets, in order; those that nothing comes
+    in at are left out."""
+    ordered = in_order(entries).items()
+    return {_number(name): value for name, value in ordered if value is not None}
 
 
 def _number(name: str) -> int:

@@ -2,7 +2,7 @@
 
     python -m tools.build_subgraphs
 
-They stand in the editor's node library under this pack's name; `subgraphs/` is where ComfyUI looks.
+They stand in the editor's node library under IP-Adapter; `subgraphs/` is where ComfyUI looks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from tools.workflows.slots import inputs_of, is_widget
 FOLDER = ROOT / "subgraphs"
 INSIDE, OUTSIDE = -10, -20  # the nodes that stand for a subgraph's inputs and outputs
 CATEGORY = "IP-Adapter"
+LORA = (
+    "Adapter and encoder are found automatically. Put a LoRA behind this node: in front, each "
+    "change of it would load the files again."
+)
 WIDTH = 320
 Json = dict[str, Any]
 
@@ -45,16 +49,14 @@ class Blueprint:
 
 
 def image_prompt() -> Blueprint:
-    graph = Graph(
-        "Image Prompt", "Makes a model follow a picture. Finds adapter and encoder itself."
-    )
+    graph = Graph("Image Prompt", f"Makes a model follow a picture. {LORA}")
     found = graph.add("IPA_AutoLoad", preset="standard")
     prompt = graph.add("IPA_EncodeImage", clip_vision=found["clip_vision"], crop="center")
     applied = _apply(graph, found, prompt, 0.6)
     inlets = (
         Inlet("model", ((found, "model"), (applied, "model"))),
         Inlet("image", ((prompt, "image"),)),
-        Inlet("preset", ((found, "preset"),)),
+        Inlet("adapter_preset", ((found, "preset"),)),
         *(Inlet(name, ((applied, name),)) for name in ("weight", "start_at", "end_at")),
     )
     return Blueprint(graph, inlets, applied["model"])
@@ -63,7 +65,8 @@ def image_prompt() -> Blueprint:
 def style_transfer() -> Blueprint:
     graph = Graph(
         "Style Transfer",
-        "Takes colours and manner from a picture, and leaves what is to be seen to the text.",
+        "Takes colours and style from a picture, and leaves what is to be seen to the text. "
+        f"{LORA}",
     )
     found = graph.add("IPA_AutoLoad", preset="standard")
     weights = graph.add("IPA_LayerWeights", preset="style", changes="")
@@ -72,7 +75,8 @@ def style_transfer() -> Blueprint:
     inlets = (
         Inlet("model", ((found, "model"), (weights, "model"), (applied, "model"))),
         Inlet("image", ((prompt, "image"),)),
-        Inlet("layers", ((weights, "preset"),)),
+        Inlet("adapter_preset", ((found, "preset"),)),
+        Inlet("style_preset", ((weights, "preset"),)),
         Inlet("weight", ((applied, "weight"),)),
     )
     return Blueprint(graph, inlets, applied["model"])

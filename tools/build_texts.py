@@ -29,14 +29,19 @@ def _node(node: dict[str, Any]) -> dict[str, Any]:
     for kind in ("required", "optional"):
         for name, (_, *rest) in node["input"].get(kind, {}).items():
             tooltip = rest[0].get("tooltip") if rest else None
-            inputs[name] = {"name": name} | ({"tooltip": tooltip} if tooltip else {})
-    outputs = {str(place): {"name": name} for place, name in enumerate(node["output_name"])}
+            inputs[name] = _named(name, tooltip)
+    pairs = zip(node["output_name"], node["output_tooltips"], strict=True)
+    outputs = {str(place): _named(*pair) for place, pair in enumerate(pairs)}
     return {
         "display_name": node["display_name"],
         "description": node["description"],
         "inputs": inputs,
         "outputs": outputs,
     }
+
+
+def _named(name: str, tooltip: str | None) -> dict[str, str]:
+    return {"name": name} | ({"tooltip": tooltip} if tooltip else {})
 
 
 def dump(found: dict[str, Any]) -> str:

@@ -86,13 +86,19 @@ def _models() -> dict[str, Model]:
         ),
         "adapter_bin": Model("ipadapter/ip-adapter_sd15.bin", "sd15", lambda: _adapter(base, sd)),
         "adapter_plus": Model(
-            "ipadapter/ip-adapter-plus_sd15.safetensors", "sd15", lambda: _adapter(plus, sd)
+            "ipadapter/ip-adapter-plus_sd15.safetensors",
+            "sd15",
+            lambda: _adapter(plus, sd),
+            also=("ipadapter/ip-adapter-plus-face_sd15.safetensors",),
         ),
         "adapter_full": Model(
             "ipadapter/ip-adapter-full-face_sd15.safetensors", "sd15", lambda: _adapter(full, sd)
         ),
         "adapter_sdxl": Model(
-            "ipadapter/ip-adapter_sdxl.safetensors", "sdxl", lambda: _adapter(base_xl, xl)
+            "ipadapter/ip-adapter_sdxl.safetensors",
+            "sdxl",
+            lambda: _adapter(base_xl, xl),
+            also=("ipadapter/ip-adapter_sdxl_vit-h.safetensors",),
         ),
         "adapter_plus_sdxl": Model(
             "ipadapter/ip-adapter-plus_sdxl_vit-h.safetensors",

@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ LIMIT = 60 * 1024
 """Bytes of a picture: the browser of templates loads all of them at once."""
 REMARK = "drawn by the miniature models of the repository"
 TEXT = "a star"
+BEFORE = {"load_prompt": ("save_prompt",)}
+"""Workflows that another's run must come before."""
 
 
 @contextlib.contextmanager
@@ -76,6 +78,11 @@ def picture(client: Client, api: dict[str, Any], remark: str) -> Image.Image:
     return draw(api, loaded, results, remark)
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """The workflows, each once, with those that must run before one of them."""
+    return list(dict.fromkeys(one for name in names for one in (*BEFORE.get(name, ()), name)))
+
+
 def jpeg(image: Image.Image) -> bytes:
     """The image in the best quality that keeps within `LIMIT`."""
     for quality in range(92, 20, -4):
@@ -97,7 +104,7 @@ def main() -> None:
     parser.add_argument("--server", help="a running ComfyUI with the weights, 127.0.0.1:8188")
     arguments = parser.parse_args()
     with server(arguments.server) as client:
-        for name in arguments.names or names:
+        for name in in_order(arguments.names or names):
             api = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text("utf-8"))
             if not arguments.server:
                 api = on_miniature(api, TEXT)

@@ -13,10 +13,10 @@ from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 
 from .. import catalogue
-from ..catalogue import AdapterFile, EncoderFile, File, Folder, Unusable
-from ..choice import PRESETS, Choice, choose
-from ..image_tower import ImageEncoderError
+from ..catalogue import AdapterFile, EncoderFile, File, Folder, Stamp, Unusable
+from ..choice import PRESETS, Choice, Preset, choose
 from ..missing import Search, what
+from ..tower_config import ImageEncoderError
 from .layers import fits, layers_of
 from .open_clip import load_image_encoder
 
@@ -35,28 +35,43 @@ def find(model: ModelPatcher, preset: str, adapters: Folder, encoders: Folder) -
     layers = layers_of(model)
     found = catalogue.adapters(adapters.files)
     seen = [_loadable(file) for file in catalogue.encoders(encoders.files)]
-    fitting = [
-        file
-        for file in found
-        if isinstance(file, AdapterFile)
-        and file.spec.projection == wanted.projection
-        and fits(file.spec, layers)
-    ]
-    choice = choose(fitting, _usable(seen), wanted)
+    fitting = [file for file in _of_kind(found, wanted) if fits(file.spec, layers)]
+    unusable = [file for file in found if isinstance(file, Unusable)]
+    choice = choose(fitting, _usable(seen), wanted, unusable)
     if choice is None:
         sizes = layers[0].context_dim, len(layers)
         search = Search(name, *sizes, wanted, adapters, encoders, found, seen)
         raise FileNotFoundError(search.message(fitting))
-    logger.info("Preset '%s': %s", preset, describe(choice).replace("\n", "; "))
+    logger.info("Preset '%s': %s", preset, "; ".join(_taken(choice)))
     for doubt in choice.doubts:
         logger.warning("Preset '%s': %s.", preset, doubt)
     return choice
 
 
+def fingerprint(
+    preset: str | None, adapters: Folder, encoders: Folder
+) -> tuple[tuple[Stamp, ...] | None, ...]:
+    """Changes with the files that `find` may take for any model, and with configurations beside
+    them: the preset's kind of adapter (None: all kinds), and the encoders of these."""
+    kinds = _of_kind(catalogue.adapters(adapters.files), PRESETS.get(preset or ""))
+    specs = {file.spec for file in kinds}
+    theirs = [
+        file
+        for file in _usable(catalogue.encoders(encoders.files))
+        if any(map(file.sizes.gives, specs))
+    ]
+    return tuple(catalogue.stamps(file.path) for file in (*kinds, *theirs))
+
+
 def describe(choice: Choice) -> str:
-    """Two lines: adapter and encoder, what they are and why these."""
+    """A line for the adapter and one for the encoder, what they are and why these; then one for
+    each doubt."""
+    return "\n".join([*_taken(choice), *(f"In doubt: {doubt}." for doubt in choice.doubts)])
+
+
+def _taken(choice: Choice) -> list[str]:
     pairs = (choice.adapter, choice.adapter_why), (choice.encoder, choice.encoder_why)
-    return "\n".join(f"{what(file)}{why and f' (chosen: {why})'}" for file, why in pairs)
+    return [f"{what(file)}{why and f' (chosen: {why})'}" for file, why in pairs]
 
 
 def load_encoder(file: EncoderFile) -> ClipVisionModel:
@@ -67,6 +82,16 @@ def load_encoder(file: EncoderFile) -> ClipVisionModel:
     if encoder is None:
         raise ImageEncoderError(f"Image encoder '{file.name}' is of a size ComfyUI does not know.")
     return encoder
+
+
+def _of_kind(files: Iterable[File], preset: Preset | None) -> list[AdapterFile]:
+    """The adapters of the preset's projection; of any where there is no preset."""
+    return [
+        file
+        for file in files
+        if isinstance(file, AdapterFile)
+        and (preset is None or file.spec.projection == preset.projection)
+    ]
 
 
 def _usable(files: Iterable[File]) -> list[EncoderFile]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -16,7 +16,11 @@ from ..prompt import ImagePrompt, check_encoder, layer_weights
 from .adapter import HostAdapter
 from .conditioning import CompiledPrompt
 from .layers import check_fits
-from .schedule import Curve, Schedule
+from .masks import Masks
+from .schedule import Schedule
+
+Sides: TypeAlias = tuple[CompiledPrompt, CompiledPrompt]
+"""Positive and negative."""
 
 
 @dataclass(frozen=True)
@@ -71,32 +75,28 @@ class Settings:
             raise ValueError(
                 f"latent_weights must be one finite number a latent; found {list(weights)}."
             )
-        masks = 1 if self.mask is None or self.mask.ndim == 2 else len(self.mask)
-        if masks > 1 and len(weights) not in (1, masks):
-            raise ValueError(
-                f"{len(weights)} latent_weights do not go with {masks} masks: give one mask, or "
-                "one for each weight."
-            )
 
     @property
-    def latent_masks(self) -> Tensor | None:
-        """`(M, H, W)`, what the image branch is multiplied with: the masks times the latents'
-        weights, which are a mask of one pixel where there is no other. None for neither."""
+    def masks(self) -> Masks | None:
+        """What the image branch is multiplied with, one pixel where there is no mask; None where
+        latents have no weights either."""
         if self.mask is None and self.latent_weights is None:
             return None
-        mask = torch.ones(1, 1, 1) if self.mask is None else self.mask.float().cpu()
-        if self.latent_weights is None:
-            return mask if mask.ndim == 3 else mask[None]
-        return mask * torch.tensor(self.latent_weights, dtype=torch.float32)[:, None, None]
+        mask = torch.ones(1, 1) if self.mask is None else self.mask.float().cpu()
+        weights = [1.0] if self.latent_weights is None else self.latent_weights
+        return Masks(
+            mask if mask.ndim == 3 else mask[None], torch.tensor(weights, dtype=torch.float32)
+        )
 
     @property
     def schedule(self) -> Schedule:
         return Schedule(self.start_at, self.end_at, curve_of(self.weight_curve))
 
 
-def curve_of(given: Any) -> Curve | None:
-    """The host's curve as a function; also from its points, as an API request may hold them.
-    Raises ValueError for what is no curve, or has values that are not finite."""
+def curve_of(given: Any, name: str = "weight_curve") -> CurveInput | None:
+    """The host's curve; also from its points, as an API request may hold them. `name`: of the
+    input, for messages. Raises ValueError for what is no curve, or has values that are not
+    finite."""
     if given is None:
         return None
     try:
@@ -104,32 +104,44 @@ def curve_of(given: Any) -> Curve | None:
         finite = curve.points and all(math.isfinite(x) for point in curve.points for x in point)
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(
-            f"weight_curve is {given!r}; expected the output of a Curve Editor, or points "
+            f"{name} is {given!r}; expected the output of a Curve Editor, or points "
             "[[0, 1], [1, 0.5], …] of fraction and multiplier."
         ) from error
     if not finite:
-        raise ValueError(
-            f"weight_curve has the points {curve.points}; expected one or more finite ones."
-        )
-    return curve.interp
+        raise ValueError(f"{name} has the points {curve.points}; expected one or more finite ones.")
+    return curve
 
 
-def compile_prompt(
-    model: ModelPatcher, settings: Settings
-) -> tuple[CompiledPrompt, CompiledPrompt] | None:
-    """Positive and negative side, or None where λ is 0 on every layer: then nothing is to do.
+def compile_prompt(model: ModelPatcher, settings: Settings) -> Sides | None:
+    """Both sides, or None where λ is 0 on every layer: then nothing is to do.
 
     Raises ValueError if model, adapter and image prompt do not belong together.
     """
+    made = compile_prompts(model, [settings])
+    return made[0] if made else None
+
+
+def compile_prompts(model: ModelPatcher, several: Sequence[Settings]) -> list[Sides]:
+    """What `compile_prompt` makes of each, None left out. Their adapter is one, loaded once."""
+    acting = [(settings, _weights(model, settings)) for settings in several]
+    acting = [(settings, weights) for settings, weights in acting if any(weights)]
+    if not acting:
+        return []
+    with several[0].adapter.loaded():
+        return [_sides(settings, weights) for settings, weights in acting]
+
+
+def _weights(model: ModelPatcher, settings: Settings) -> list[float]:
     adapter = settings.adapter
     check_fits(adapter.spec, adapter.name, model)
-    check_encoder(adapter.spec, settings.image_prompt, adapter.name)
-    weights = layer_weights(adapter.spec, settings.weight, settings.layer_weights)
-    if not any(weights):
-        return None
-    packed = adapter.compile(settings.image_prompt, weights, settings.combine)
-    masks, schedule = settings.latent_masks, settings.schedule
+    check_encoder(adapter.spec, settings.image_prompt, adapter.name, adapter.trained_with)
+    return layer_weights(adapter.spec, settings.weight, settings.layer_weights)
+
+
+def _sides(settings: Settings, weights: Sequence[float]) -> Sides:
+    adapter, masks, schedule = settings.adapter, settings.masks, settings.schedule
     positive, negative = (
-        CompiledPrompt(side, masks, schedule, adapter.spec.layer_dims) for side in packed
+        CompiledPrompt(packed, masks, schedule, adapter.spec.layer_dims)
+        for packed in adapter.compile(settings.image_prompt, weights, settings.combine)
     )
     return positive, negative

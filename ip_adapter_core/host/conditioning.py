@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..prompt import split_values
 from .layers import Layer
-from .masks import mask_levels
+from .masks import Masks, PreparedMasks
 from .schedule import Moment, PreparedSchedule, Schedule
 
 KEY = "ip_adapter"
@@ -35,12 +35,12 @@ KEY = "ip_adapter"
 class CompiledPrompt:
     """One image prompt on one side of guidance, ready for any number of runs.
 
-    `packed (R, T, 2·Σ widths)` on the CPU, R = 1 or one row an image; `mask (M, H, W)`;
-    `layer_dims` of the model it is for.
+    `packed (R, T, 2·Σ widths)` on the CPU, R = 1 or one row an image; `layer_dims` of the model it
+    is for.
     """
 
     packed: Tensor
-    mask: Tensor | None
+    masks: Masks | None
     schedule: Schedule
     layer_dims: tuple[int, ...]
 
@@ -53,11 +53,24 @@ class CompiledPrompt:
                 f"cross-attention layers, but the sampled model has {len(dims)} of other widths. "
                 "Apply the adapter to the model that is sampled."
             )
-        mask = None if self.mask is None else run.per_latent(self.mask, "masks or latent weights")
+        masks = None if self.masks is None else run.masks(self.masks)
         packed = run.per_latent(self.packed, "images").to(run.device, run.dtype)
+        _check_finite(packed)
         schedule = run.schedule(self.schedule)
-        parts = None if schedule.table is None else split_values(packed, self.layer_dims)
-        return PreparedPrompt(packed, mask, run.latent, schedule, parts)
+        if schedule.table is None:
+            return PreparedPrompt(self, packed, masks, schedule)
+        keys, values = split_values(packed, self.layer_dims)
+        return PreparedPrompt(self, keys, masks, schedule, values)
+
+
+def _check_finite(packed: Tensor) -> None:
+    """Waits for the device, once a prompt and run."""
+    if not packed.isfinite().all():
+        raise ValueError(
+            f"The image prompt's keys and values are not finite in the model's {packed.dtype}. "
+            "Lower weight and layer_weights, whose product is too large for it; if they are of "
+            "usual size, the adapter's file is damaged: download it again."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +95,19 @@ class Run:
             )
         return self._schedules[asked]
 
+    def masks(self, given: Masks) -> PreparedMasks:
+        """Dealt out to the batch; raises ValueError if that cannot be."""
+        if len(given.weights) > self.batch:
+            raise ValueError(
+                f"There are {len(given.weights)} latent_weights for a batch of {self.batch} "
+                "latents: give as many as latents, or fewer, then the last one holds for the rest."
+            )
+        numbers = self.per_latent(torch.arange(len(given.masks)), "masks")
+        weights = given.weights
+        if len(weights) > 1:
+            weights = torch.cat([weights, weights[-1:].expand(self.batch - len(weights))])
+        return PreparedMasks(given.masks, numbers, weights, self.latent)
+
     def per_latent(self, rows: Tensor, name: str) -> Tensor:
         """One row, or one for each latent of the batch; raises ValueError if that cannot be."""
         if len(rows) == 1:
@@ -94,43 +120,50 @@ class Run:
             )
         return rows.repeat(self.batch // len(rows), *[1] * (rows.ndim - 1))
 
-    def rows(self, prompts: Sequence[CompiledPrompt]) -> PromptRows:
+    def rows(self, prompts: Sequence[CompiledPrompt], positive: bool = False) -> PromptRows:
         """The prompts beside the whole batch; each is moved once, however many share it."""
         for prompt in prompts:
             if prompt not in self._prepared:
                 self._prepared[prompt] = prompt.prepare(self)
         latents = torch.arange(self.batch, device=self.device)
-        return PromptRows(latents, tuple(self._prepared[prompt] for prompt in prompts))
+        prepared = tuple(self._prepared[prompt] for prompt in prompts)
+        return PromptRows(latents, prepared, positive=positive)
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedPrompt:
-    """A prompt for the length of one run: on the device, in the UNet's dtype, in sigmas. `parts`:
-    K' alone and V' alone, where a curve changes λ."""
+    """A prompt for the length of one run: on the device, in the UNet's dtype, in sigmas.
 
+    Where a curve changes λ, `packed` is K' alone, `values` V' alone, and `factor (1,)` the curve's
+    at the moment."""
+
+    source: CompiledPrompt
     packed: Tensor
-    mask: Tensor | None
-    latent: tuple[int, int]
+    mask: PreparedMasks | None
     schedule: PreparedSchedule
-    parts: tuple[Tensor, Tensor] | None = None
+    values: Tensor | None = None
+    factor: Tensor | None = None
     _levels: dict[tuple[int, ...] | None, Tensor] = field(default_factory=dict)
 
     def at(self, moment: Moment) -> PreparedPrompt | None:
         """The prompt as it is in force at that moment; None where it is not."""
         if self.schedule.windowed and not self.schedule.includes(moment.sigma):
             return None
-        factor = moment.factor(self.schedule)
-        if factor is None or self.parts is None:
-            return self
-        keys, values = self.parts
-        return replace(self, packed=torch.addcmul(keys, values, factor))
+        return replace(self, factor=moment.factor(self.schedule))
+
+    def rows(self, latents: Tensor) -> Tensor:
+        """Packed K'/V' beside these latents, given by their numbers `(B,)`."""
+        packed = _beside(self.packed, latents)
+        if self.values is not None and self.factor is not None:
+            packed = torch.addcmul(packed, _beside(self.values, latents), self.factor)
+        return packed.expand(len(latents), -1, -1)
 
     def mask_levels(self, area: tuple[int, ...] | None) -> Tensor | None:
         """`(M, Σ tokens, 1)`; computed once for each area of the run."""
         if self.mask is None:
             return None
         if area not in self._levels:
-            self._levels[area] = mask_levels(self.mask, self.latent, area).to(self.packed)
+            self._levels[area] = self.mask.levels(area).to(self.packed)
         return self._levels[area]
 
 
@@ -149,7 +182,8 @@ class PromptRows(comfy.conds.CONDRegular):
     """Prompts of a conditioning while sampling.
 
     `cond (B,)` numbers the latents that the rows stand beside. Being a tensor of the batch's
-    length it is sliced by whoever slices the batch, context windows for example.
+    length it is sliced by whoever slices the batch, context windows for example. `positive`: the
+    guider's name for the conditioning says so.
     """
 
     def __init__(
@@ -157,13 +191,15 @@ class PromptRows(comfy.conds.CONDRegular):
         cond: Tensor,
         prompts: tuple[PreparedPrompt, ...],
         area: tuple[int, ...] | None = None,
+        positive: bool = False,
     ) -> None:
         super().__init__(cond)
         self.prompts = prompts
         self.area = area
+        self.positive = positive
 
     def _copy_with(self, cond: Tensor) -> PromptRows:
-        return PromptRows(cond, self.prompts, self.area)
+        return PromptRows(cond, self.prompts, self.area, self.positive)
 
     @property
     def changing(self) -> bool:
@@ -174,13 +210,14 @@ class PromptRows(comfy.conds.CONDRegular):
     def at(self, moment: Moment) -> PromptRows:
         """Only the prompts in force at that moment, as they are then."""
         prompts = (prompt.at(moment) for prompt in self.prompts)
-        return PromptRows(self.cond, tuple(prompt for prompt in prompts if prompt is not None))
+        kept = tuple(prompt for prompt in prompts if prompt is not None)
+        return PromptRows(self.cond, kept, self.area, self.positive)
 
     def process_cond(
         self, batch_size: int, area: Sequence[int] | None = None, **kwargs: Any
     ) -> PromptRows:
         rows = comfy.utils.repeat_to_batch_size(self.cond, batch_size)
-        return PromptRows(rows, self.prompts, None if area is None else tuple(area))
+        return PromptRows(rows, self.prompts, None if area is None else tuple(area), self.positive)
 
     def can_concat(self, other: Any) -> bool:
         return isinstance(other, PromptRows)
@@ -195,10 +232,8 @@ class PromptRows(comfy.conds.CONDRegular):
         number of tokens, and rows without one get K' = V' = 0, which adds exactly nothing.
         """
         blocks = [self, *others]
-        tables = [block._by_slot() for block in blocks]
         out: list[Tensor | None] = []
-        for slot in dict.fromkeys(slot for table in tables for slot in table):
-            prompts = [table.get(slot) for table in tables]
+        for prompts in slots(blocks):
             some = next(p for p in prompts if p is not None)
             out.append(
                 torch.cat([b._packed(p, some) for b, p in zip(blocks, prompts, strict=True)])
@@ -211,7 +246,8 @@ class PromptRows(comfy.conds.CONDRegular):
                 out.append(torch.cat(rows))
         return out
 
-    def _by_slot(self) -> dict[tuple[int, int], PreparedPrompt]:
+    def by_slot(self) -> dict[tuple[int, int], PreparedPrompt]:
+        """By (tokens, how many of so many tokens come before)."""
         seen: Counter[int] = Counter()
         table = {}
         for prompt in self.prompts:
@@ -223,7 +259,7 @@ class PromptRows(comfy.conds.CONDRegular):
     def _packed(self, prompt: PreparedPrompt | None, like: PreparedPrompt) -> Tensor:
         if prompt is None:
             return like.packed.new_zeros(len(self.cond), *like.packed.shape[1:])
-        return self._rows(prompt.packed)
+        return prompt.rows(self.cond)
 
     def _mask(self, prompt: PreparedPrompt | None, like: PreparedPrompt) -> Tensor:
         levels = None if prompt is None else prompt.mask_levels(self.area)
@@ -231,7 +267,16 @@ class PromptRows(comfy.conds.CONDRegular):
             whole = like.mask_levels(self.area)
             assert whole is not None
             return whole.new_ones(len(self.cond), *whole.shape[1:])
-        return self._rows(levels)
+        return _beside(levels, self.cond).expand(len(self.cond), -1, -1)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        return x.expand(len(self.cond), -1, -1) if len(x) == 1 else x[self.cond]
+
+def _beside(rows: Tensor, latents: Tensor) -> Tensor:
+    """The rows of these latents; the only one, where there is one for all."""
+    return rows if len(rows) == 1 else rows[latents]
+
+
+def slots(blocks: Sequence[PromptRows]) -> list[list[PreparedPrompt | None]]:
+    """Of each slot of a call that holds these blocks the prompt that every block has there."""
+    tables = [block.by_slot() for block in blocks]
+    used = dict.fromkeys(slot for table in tables for slot in table)
+    return [[table.get(slot) for table in tables] for slot in used]

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate, pad
 
 from ..fingerprint import fingerprint
 from ..pictures import checked
-from ..prompt import ImageFeatures, ImagePrompt, describe_encoder
+from ..prompt import DAMAGED_ENCODER, FEATURES, ImageFeatures, ImagePrompt, describe_encoder
 
 CROPS = ("center", "pad", "none")
 
@@ -24,7 +24,8 @@ def encode(
 
     `crop`: "center" resizes the short side and cuts the long one, as in training; "pad" adds
     margins of the encoder's mean colour; "none" squeezes the picture into the square.
-    Raises ValueError for no pictures, other shapes, or values that are not finite.
+    Raises ValueError for no pictures, other shapes, or values that are not finite, of the
+    pictures or out of the encoder.
     """
     check_kind(clip_vision)
     positive = _features(clip_vision, image, crop, "image")
@@ -33,7 +34,9 @@ def encode(
     else:
         negative = _features(clip_vision, negative_image, crop, "negative_image")
     described = describe_encoder(positive, clip_vision.image_size)
-    return ImagePrompt(positive, negative, described, fingerprint(clip_vision.model))
+    made = ImagePrompt(positive, negative, described, _fingerprint(clip_vision))
+    _check_finite(made)
+    return made
 
 
 def check_kind(clip_vision: ClipVisionModel) -> None:
@@ -96,6 +99,34 @@ def _features(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str)
     if isinstance(clip_vision.model.visual_projection, torch.nn.Identity):
         embeds = embeds[:, :0]  # the host passes on the pooled state: no embedding, of any width
     return ImageFeatures(embeds.float().cpu(), out["penultimate_hidden_states"].float().cpu())
+
+
+def _check_finite(prompt: ImagePrompt) -> None:
+    for side in (prompt.positive, prompt.negative):
+        for kind in FEATURES:
+            if not getattr(side, kind).isfinite().all():
+                raise ValueError(
+                    f"The {kind.replace('_', ' ')} contain NaN or infinite values, out of "
+                    f"{prompt.encoder}: {DAMAGED_ENCODER}"
+                )
+
+
+def _fingerprint(clip_vision: ClipVisionModel) -> str:
+    """Of the weights and of what else decides what they make of a picture."""
+    return fingerprint(
+        clip_vision.model,
+        activation=_activation(clip_vision),
+        image_size=clip_vision.image_size,
+        mean=[round(x, 6) for x in clip_vision.image_mean],
+        std=[round(x, 6) for x in clip_vision.image_std],
+    )
+
+
+def _activation(clip_vision: ClipVisionModel) -> str:
+    """The host's are functions, named in the configuration; open_clip's are modules."""
+    names = {type(module).__name__ for module in clip_vision.model.modules()}
+    used = ", ".join(sorted(name for name in names if "GELU" in name))
+    return str(clip_vision.config.get("hidden_act", used))
 
 
 def _zero_image(clip_vision: ClipVisionModel, embed_dim: int) -> ImageFeatures:

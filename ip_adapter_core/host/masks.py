@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
 LEVELS = 4  # SD1.5's resolutions; SDXL has three of them
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """What the image branch is multiplied with: `masks (M, H, W)`, which the latents of a batch
+    take in turn, times `weights (N,)`, one a latent; the last one holds for all that follow."""
+
+    masks: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedMasks:
+    """`Masks` over a run's latents of `latent` (height, width): `numbers` of each latent's mask and
+    its `weights`, both `(B,)`, or `(1,)` for all alike."""
+
+    masks: Tensor
+    numbers: Tensor
+    weights: Tensor
+    latent: tuple[int, int]
+
+    def levels(self, area: Sequence[int] | None) -> Tensor:
+        """`(B, Σ tokens, 1)`, or 1 for B: see `mask_levels`."""
+        levels = mask_levels(self.masks, self.latent, area)
+        return levels[self.numbers] * self.weights[:, None, None]
 
 
 def level_sizes(height: int, width: int) -> list[tuple[int, int]]:

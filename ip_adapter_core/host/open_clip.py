@@ -19,17 +19,8 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from torch import Tensor, nn
 
-from ..image_tower import (
-    MEAN,
-    STD,
-    VISUAL,
-    ImageEncoderError,
-    Tower,
-    build,
-    check_whole,
-    fitting,
-    read,
-)
+from ..image_tower import MEAN, STD, VISUAL, build, fitting, read
+from ..tower_config import ImageEncoderError, Tower, check_whole
 
 logger = logging.getLogger("comfyui_ip_adapter")
 _HOST_LAYERS = 48  # that the host's conversion of names goes through

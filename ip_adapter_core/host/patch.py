@@ -7,7 +7,7 @@ the image branch over the attention slots for one UNet call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeAlias
 
 import comfy.ldm.modules.attention as host_attention
@@ -28,16 +28,23 @@ RECORD = f"{KEY}.record"  # the same, and an attachment of the model
 
 Model: TypeAlias = comfy.model_patcher.ModelPatcher
 Conditioning: TypeAlias = list[list[Any]]
+Conds: TypeAlias = dict[str, list[dict[str, Any]]]
+Pair: TypeAlias = tuple[CompiledPrompt, CompiledPrompt]
 
 
 class AttentionRecord(Protocol):
     """Who wants to see what the image prompts do at every layer (see record.py)."""
 
-    def begin(self, run: Run) -> None: ...
-    def end(self) -> None: ...
-    def watched(
-        self, attention: DecoupledAttention, layer: Layer, options: dict[str, Any]
-    ) -> Callable[..., Tensor]: ...
+    def watching(self, sample: Callable[..., Any], run: Run, conds: Conds) -> Callable[..., Any]:
+        """The same sampling run, watched."""
+
+    def evaluates(self, conds: list[Any]) -> None:
+        """These conditionings, with their prompts in force, are about to be evaluated."""
+
+    def look(
+        self, options: dict[str, Any], latent: tuple[int, int]
+    ) -> Callable[[DecoupledAttention, Layer], Callable[..., Tensor]] | None:
+        """What watches the layers of one UNet call on latents of this size; None: nothing."""
 
 
 def apply_to_model(model: Model, positive: CompiledPrompt, negative: CompiledPrompt) -> Model:
@@ -98,8 +105,7 @@ def prepare_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
     before = guider.conds
     guider.conds = {
         name: [
-            _prepared(entry, [neg if "negative" in name else pos for pos, neg in pairs], run)
-            for entry in conditioning
+            _prepared(entry, pairs, run, positive="negative" not in name) for entry in conditioning
         ]
         for name, conditioning in before.items()
     }
@@ -107,24 +113,23 @@ def prepare_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
     shared[LAYERS] = run.layers
     shared[UNNAMED] = run.rows([negative for _, negative in pairs]) if pairs else None
     record: AttentionRecord | None = model.get_attachment(RECORD)
+    sample = executor
     if record is not None:
         shared[RECORD] = record
-        record.begin(run)
+        sample = record.watching(executor, run, guider.conds)
     try:
-        return executor(noise, *args, **kwargs)
+        return sample(noise, *args, **kwargs)
     finally:  # who runs the guider again finds it as it was, and no K'/V' stay on the device
         guider.conds = before
-        if record is not None:
-            record.end()
 
 
 def _prepared(
-    entry: dict[str, Any], on_model: Sequence[CompiledPrompt], run: Run
+    entry: dict[str, Any], pairs: tuple[Pair, ...], run: Run, positive: bool
 ) -> dict[str, Any]:
     model_conds = entry["model_conds"]
     attached = model_conds[KEY].cond if KEY in model_conds else ()
-    prompts = (*on_model, *attached)
-    return _with_rows(entry, run.rows(prompts) if prompts else None)
+    prompts = (*(pos if positive else neg for pos, neg in pairs), *attached)
+    return _with_rows(entry, run.rows(prompts, positive) if prompts else None)
 
 
 def _with_rows(entry: dict[str, Any], rows: PromptRows | None) -> dict[str, Any]:
@@ -165,6 +170,9 @@ def keep_in_force(
     else:
         kept = iter([_with_rows(e, None) for e in entries])
     conds = [conditioning and [next(kept) for _ in conditioning] for conditioning in conds]
+    record: AttentionRecord | None = model_options["transformer_options"].get(RECORD)
+    if record is not None:
+        record.evaluates(conds)
     return executor(model, conds, x, timestep, model_options, *args, **kwargs)
 
 
@@ -203,12 +211,13 @@ def lay_over_attention(
         keys_values = [unpack(packed, dims) for packed in rows[::2]]
         masks = [None if m is None else split_levels(m, *latent) for m in rows[1::2]]
         record: AttentionRecord | None = options.get(RECORD)
+        watch = None if record is None else record.look(options, latent)
         ours = {}
         for i, layer in enumerate(layers):
             prompts = [(*kv[i], mask) for kv, mask in zip(keys_values, masks, strict=True)]
             before = slots.get(layer.key) or slots.get(layer.key[:2])
             made = DecoupledAttention(prompts, latent, before)
-            ours[layer.key] = made if record is None else record.watched(made, layer, options)
+            ours[layer.key] = made if watch is None else watch(made, layer)
         attn2 = {**slots, **ours}
         options = {**options, "patches_replace": {**replaced, "attn2": attn2}}
     return executor(x, timesteps, context, y, control, options, *args, **kwargs)

@@ -1,68 +1,118 @@
-"""Where image prompts act: their share in each cross-attention layer while a picture is sampled.
+"""Watching image prompts at work while a picture is sampled: what a record writes down.
 
-A layer's output is text + Σ image. At a place of the picture the share of prompt p is
-‖image_p‖ / (‖text‖ + Σ ‖image‖), norms over the channels: 0 where it adds nothing, whatever λ and
-mask are. Only the positive rows are looked at.
+Only conditionings are looked at to which the guider gives a positive name, and each only the first
+time that a prediction of the noise evaluates it: what guidance runs once more (PAG, SAG, skipped
+layers) is none of the picture's own.
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from ..attention import add
-from ..presets import Block, block_name
-from .conditioning import Run
+from ..presets import Block
+from ..shares import RecordedRun, Share, of_samples
+from .conditioning import KEY, CompiledPrompt, PreparedPrompt, PromptRows, Run, slots
 from .layers import Layer
-from .patch import RECORD, DecoupledAttention, Model, with_wrappers
+from .patch import RECORD, Conds, DecoupledAttention, Model, with_wrappers
 
-_MOST = 64  # blocks of a side
-POSITIVE = 0  # the host's number for it in cond_or_uncond
+_KEPT = 8  # runs: lists of latents, and results that the host has cached, are of different ones
+
+Attention: TypeAlias = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Share:
-    """Of one block at one evaluation: `maps (B, prompts, height, width)`, the mean of the block's
-    layers, for the latents `frames`, at the sigma `(1,)`."""
+class _Call:
+    """One UNet call: at `sigma (1,)`, of `texts` conditionings, of which `looked` count. `frames`:
+    which latents the rows of each are, after `skip` that the host discards; `numbers`: see
+    `Share`."""
 
     sigma: Tensor
-    block: Block
+    texts: int
+    looked: tuple[int, ...]
     frames: tuple[int, ...]
-    maps: Tensor
-    layers: int = 1
+    skip: int
+    numbers: tuple[tuple[int, ...], ...]
 
 
 @dataclass(eq=False)
-class Record:
-    """What the last run that it watched left: filled while sampling, empty before."""
+class _Seen:
+    """The sum of `layers` of one block in one call, `maps` as in `Share`."""
 
-    shares: list[Share] = field(default_factory=list)
-    latent: tuple[int, int] = (0, 0)
-    model_sampling: Any = None
+    call: _Call
+    block: Block
+    maps: Tensor
+    layers: int = 1
 
-    def begin(self, run: Run) -> None:
-        """A run starts; the one before is forgotten. Keeps nothing of it that is on the device."""
-        self.shares, self.latent, self.model_sampling = [], run.latent, run.model_sampling
+    def share(self) -> Share:
+        sigma, maps = float(self.call.sigma), self.maps.cpu() / self.layers
+        return Share(sigma, self.block, self.call.frames, self.call.numbers, maps)
 
-    def end(self) -> None:
-        """The maps leave the device."""
-        self.shares = [
-            Share(s.sigma.cpu(), s.block, s.frames, s.maps.float().cpu() / s.layers)
-            for s in self.shares
-        ]
 
-    def watched(
-        self, attention: DecoupledAttention, layer: Layer, options: dict[str, Any]
-    ) -> Callable[..., Tensor]:
+@dataclass(eq=False)
+class _Watch:
+    """A run that goes on. `rows`: the prompts of each (place in the call of the guider, uuid of the
+    conditioning); `known`: what this prediction of the noise has evaluated already."""
+
+    run: Run
+    numbers: dict[CompiledPrompt, int]
+    rows: dict[tuple[int, Any], PromptRows | None] = field(default_factory=dict)
+    known: set[Any] = field(default_factory=set)
+    seen: list[_Seen] = field(default_factory=list)
+
+    def recorded(self, samples: Tensor) -> RecordedRun:
+        """The run is over: all leaves the device."""
+        return RecordedRun(
+            samples=samples.cpu(),
+            prompts=len(self.numbers),
+            sigma_at=self.run.model_sampling.percent_to_sigma,
+            shares=[seen.share() for seen in self.seen],
+        )
+
+    def call(self, options: dict[str, Any], latent: tuple[int, int]) -> _Call | None:
+        """What to look at in this UNet call; None for nothing, or where it shows a part alone."""
+        places = list(zip(options["cond_or_uncond"], options["uuids"], strict=True))
+        rows = [row for row in map(self.rows.get, places) if row is not None]
+        if latent != self.run.latent or len(rows) < len(places):
+            return None
+        window = options.get("context_window")
+        of_window = None if window is None else tuple(window.index_list)
+        looked = tuple(
+            i
+            for i, (row, (_, uuid)) in enumerate(zip(rows, places, strict=True))
+            if row.positive and row.prompts and self._first((uuid, of_window))
+        )
+        if not looked:
+            return None
+        in_slots = slots(rows)
+        return _Call(
+            sigma=options["sigmas"][:1].clone(),
+            texts=len(rows),
+            looked=looked,
+            frames=tuple(range(self.run.batch)) if of_window is None else of_window,
+            skip=int(getattr(window, "causal_anchor_index", None) is not None),
+            numbers=tuple(tuple(self._number(slot[i]) for slot in in_slots) for i in looked),
+        )
+
+    def _first(self, evaluated: Any) -> bool:
+        if evaluated in self.known:
+            return False
+        self.known.add(evaluated)
+        return True
+
+    def _number(self, prompt: PreparedPrompt | None) -> int:
+        return 0 if prompt is None else self.numbers[prompt.source]
+
+    def watched(self, call: _Call, attention: DecoupledAttention, layer: Layer) -> Attention:
         """The same attention, bit for bit, with its images' shares written down."""
-        chunks = options["cond_or_uncond"]
 
         def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
             text = out = attention.text(q, k, v, options)
@@ -70,114 +120,87 @@ class Record:
             for image, mask in attention.images(q, options):
                 out = add(out, image, mask)
                 norms.append((image if mask is None else image * mask).float().norm(dim=-1))
-            self._add(text.float().norm(dim=-1), torch.stack(norms, 1), layer, chunks, options)
+            shares = _shares(text.float().norm(dim=-1), torch.stack(norms, 1))
+            height, width = options["activations_shape"][-2:]
+            self._add(call, layer, shares.unflatten(-1, (height, width)))
             return out
 
         return attend
 
-    def _add(
-        self, text: Tensor, images: Tensor, layer: Layer, chunks: list[int], options: dict[str, Any]
-    ) -> None:
-        """Norms `text (rows, L)`, `images (rows, prompts, L)` of one layer."""
-        height, width = options["activations_shape"][-2:]
-        share = images / (text[:, None] + images.sum(1, keepdim=True)).clamp(min=1e-12)
-        parts = share.unflatten(-1, (height, width)).chunk(len(chunks))
-        positive = [part for part, kind in zip(parts, chunks, strict=True) if kind == POSITIVE]
-        if not positive or not self._whole(options):
-            return
-        maps, block = torch.stack(positive).mean(0), layer.key[:2]
-        last = self.shares[-1] if self.shares else None
-        if last is not None and layer.key[2] > 0 and last.block == block:
-            # Another transformer of the block that was just written down.
-            self.shares[-1] = Share(
-                last.sigma, block, last.frames, last.maps + maps, last.layers + 1
-            )
-            return
-        frames = _frames(options.get("context_window"), len(maps))
-        self.shares.append(Share(options["sigmas"][:1].clone(), block, frames, maps))
-
-    def _whole(self, options: dict[str, Any]) -> bool:
-        """Whether the rows show all of the picture; those of an area show a part."""
-        shape = options.get("original_shape")
-        return shape is None or tuple(shape[-2:]) == self.latent
-
-    def heat(
-        self, blocks: Collection[Block] | None, start: float, end: float, prompt: int
-    ) -> Tensor:
-        """The mean share over these blocks (None: all) and the steps between the two fractions of
-        the schedule: `(latents, height, width)` at the latent's size.
-
-        `prompt`: its number from 1, in the order of application; 0 for all together. Raises
-        ValueError if nothing was recorded, or nothing of what is asked for.
-        """
-        if not self.shares:
-            raise ValueError(
-                "Nothing has been recorded: no image prompt was in force in a run of this record. "
-                "Connect the model output of 'Record Image Attention' to the sampler that makes "
-                "the picture, after 'Apply IP-Adapter', with a weight other than 0. (Prompts "
-                "that are limited to an area cannot be recorded.)"
-            )
-        sampling = self.model_sampling
-        first, last = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)
-        own = [s for s in self.shares if last <= float(s.sigma[0]) <= first]
-        if not own:
-            raise ValueError(
-                f"No step with an image prompt lies between {start:g} and {end:g} of the schedule. "
-                "Widen start_at … end_at."
-            )
-        known = list(dict.fromkeys(share.block for share in own))
-        chosen = known if blocks is None else [block for block in known if block in blocks]
-        if not chosen:
-            raise ValueError(
-                "None of the blocks asked for was recorded; expected some of "
-                f"{', '.join(map(block_name, known))}."
-            )
-        prompts = max(share.maps.shape[1] for share in own)
-        if prompt > prompts:
-            raise ValueError(
-                f"image_prompt is {prompt}, but {prompts} were in force: give a number up to "
-                f"{prompts}, or 0 for all together."
-            )
-        return self._mean([share for share in own if share.block in chosen], prompt)
-
-    def _mean(self, shares: Sequence[Share], prompt: int) -> Tensor:
-        height, width = self.latent
-        total: dict[int, Tensor] = defaultdict(lambda: torch.zeros(height, width))
-        count: dict[int, int] = defaultdict(int)
-        for share in shares:
-            own = share.maps if prompt == 0 else share.maps[:, prompt - 1 : prompt]
-            maps = interpolate(own.sum(1, keepdim=True), (height, width), mode="bilinear")[:, 0]
-            for frame, one in zip(share.frames, maps, strict=True):
-                total[frame] = total[frame] + one
-                count[frame] += 1
-        return torch.stack([total[frame] / count[frame] for frame in sorted(total)])
+    def _add(self, call: _Call, layer: Layer, maps: Tensor) -> None:
+        """`maps (rows, slots, height, width)` of one layer."""
+        texts = maps.chunk(call.texts)
+        own = torch.stack([texts[i][call.skip :] for i in call.looked])
+        last = self.seen[-1] if self.seen else None
+        if last is not None and last.call is call and last.block == layer.key[:2]:
+            last.maps, last.layers = last.maps + own, last.layers + 1
+        else:
+            self.seen.append(_Seen(call, layer.key[:2], own))
 
 
-def _frames(window: Any, count: int) -> tuple[int, ...]:
-    """Which latents the rows are: all, or those of the host's context window."""
-    if window is None:
-        return tuple(range(count))
-    anchor = getattr(window, "causal_anchor_index", None)
-    return (*(() if anchor is None else (anchor,)), *window.index_list)
+def _shares(text: Tensor, images: Tensor) -> Tensor:
+    """Of norms `text (rows, L)`, `images (rows, slots, L)`: `(rows, slots, L)`."""
+    return images / (text[:, None] + images.sum(1, keepdim=True)).clamp(min=1e-12)
 
 
-def blocks_of(text: str) -> Collection[Block] | None:
-    """ "all", or blocks and sides, "input 8, output": None, or the blocks meant. Raises ValueError
-    for what is neither."""
-    entries = [entry.strip().lower() for entry in re.split("[,;\n]", text) if entry.strip()]
-    if not entries or "all" in entries:
-        return None
-    found: set[Block] = set()
-    for entry in entries:
-        match = re.fullmatch(r"(input|middle|output)(?:\s+(\d+))?", entry)
-        if match is None:
-            raise ValueError(
-                f"blocks has {entry!r}; expected all, input, middle, output, or single blocks such "
-                "as 'input 8, output 1'."
-            )
-        numbers = range(_MOST) if match[2] is None else [int(match[2])]
-        found |= {(match[1], number) for number in numbers}
-    return found
+@dataclass(eq=False)
+class Record:
+    """What the last runs that it watched left, empty before the first one."""
+
+    runs: deque[RecordedRun] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    _watch: _Watch | None = None
+
+    def of(self, samples: Tensor) -> RecordedRun:
+        """The run that made these latents `(N, C, height, width)`; raises ValueError if none of
+        those that are held did."""
+        return of_samples(self.runs, samples)
+
+    def watching(self, sample: Callable[..., Any], run: Run, conds: Conds) -> Callable[..., Any]:
+        """The same sampling run, watched. torch.compile is off meanwhile: traced code would not
+        write anything down, and the host drops the guards that tell a watched run from others."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._watch = _Watch(run, _numbered(conds))
+            try:
+                with torch.compiler.set_stance("force_eager"):
+                    samples = sample(*args, **kwargs)
+                self.runs.append(self._watch.recorded(samples))
+                return samples
+            finally:
+                self._watch = None
+
+        return watched
+
+    def predicts(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """PREDICT_NOISE: the guider begins anew with its conditionings."""
+        if self._watch is not None:
+            self._watch.known.clear()
+        return executor(*args, **kwargs)
+
+    def evaluates(self, conds: list[Any]) -> None:
+        """`conds`: of one call of the guider, with the prompts that are in force."""
+        if self._watch is not None:
+            self._watch.rows = {
+                (i, entry["uuid"]): entry["model_conds"].get(KEY)
+                for i, conditioning in enumerate(conds)
+                for entry in conditioning or ()
+            }
+
+    def look(
+        self, options: dict[str, Any], latent: tuple[int, int]
+    ) -> Callable[[DecoupledAttention, Layer], Attention] | None:
+        """What watches the layers of one UNet call; None where there is nothing to see."""
+        watch = self._watch
+        call = None if watch is None else watch.call(options, latent)
+        return None if watch is None or call is None else partial(watch.watched, call)
+
+
+def _numbered(conds: Conds) -> dict[CompiledPrompt, int]:
+    """The prompts of the positive side, from 1: the model's, then the conditionings' own."""
+    rows = (entry["model_conds"].get(KEY) for entries in conds.values() for entry in entries)
+    positive = [row for row in rows if row is not None and row.positive]
+    sources = dict.fromkeys(prompt.source for row in positive for prompt in row.prompts)
+    return {source: number for number, source in enumerate(sources, 1)}
 
 
 def recording(model: Model) -> tuple[Model, Record]:
@@ -185,4 +208,6 @@ def recording(model: Model) -> tuple[Model, Record]:
     record = Record()
     patched = with_wrappers(model)
     patched.set_attachments(RECORD, record)
+    patched.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, RECORD)
+    patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, RECORD, record.predicts)
     return patched, record

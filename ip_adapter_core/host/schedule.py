@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
+from comfy_api.input import CurveInput
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-Curve: TypeAlias = Callable[[float], float]
-"""A fraction of the schedule, 0 … 1, to a multiplier of λ."""
+_ASKED = 385  # places of the schedule whose sigma the model is asked for, each a wait for a GPU
+_PLACES = 2**16  # places at which a curve is known, besides the run's own sigmas
 
-_GRID = 4000  # places of the schedule at which a curve is known, besides the run's own sigmas
+Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Schedule:
-    """The window `start … end`, fractions of the schedule, and a curve of λ over all of it."""
+    """The window `start … end`, fractions of the schedule, and a curve over all of it, from such
+    a fraction to a multiplier of λ. Equal ones share what a run prepares."""
 
     start: float = 0.0
     end: float = 1.0
-    curve: Curve | None = None
+    curve: CurveInput | None = None
 
     def prepare(
         self, model_sampling: Any, sigmas: Tensor | None, device: torch.device, dtype: torch.dtype
@@ -81,22 +82,27 @@ class Moment:
         return self._factors[schedule]
 
 
-def _table(curve: Curve, model_sampling: Any, steps: list[float]) -> tuple[Tensor, Tensor]:
-    """The curve over sigmas: at the run's `steps`, and on a grid for samplers that evaluate between
+def _table(curve: CurveInput, model_sampling: Any, steps: list[float]) -> tuple[Tensor, Tensor]:
+    """The curve over sigmas: at the run's `steps`, and densely for samplers that evaluate between
     them. Beyond the last place it goes on as there."""
-    fractions = np.linspace(0, 1, _GRID)
+    fractions, rising = _schedule(model_sampling)
+    dense = np.exp(-np.interp(np.linspace(0, 1, _PLACES), fractions, rising))
+    places = np.unique(np.concatenate([dense, steps]).astype(np.float32))
+    factors = curve.interp_array(np.interp(_minus_log(places), rising, fractions))
+    factors = np.append(factors, factors[-1]).astype(np.float32)
+    return torch.from_numpy(places), torch.from_numpy(factors)
+
+
+def _schedule(model_sampling: Any) -> tuple[Floats, Floats]:
+    """Fractions of the schedule and -log σ at each, which is nearly linear between them. They lie
+    closer towards the ends, where it bends (Chebyshev nodes)."""
+    fractions = (1 - np.cos(np.linspace(0, np.pi, _ASKED))) / 2
     # The host only turns fractions into sigmas, and gives the two ends special values.
     ends = float(model_sampling.sigma_max), float(model_sampling.sigma_min)
-    inner = [float(model_sampling.percent_to_sigma(x)) for x in fractions[1:-1]]
-    grid = [ends[0], *inner, ends[1]]
-    falling = np.log(np.maximum(grid, 1e-12))
+    inner = [float(model_sampling.percent_to_sigma(x)) for x in fractions[1:-1].tolist()]
+    return fractions, _minus_log([ends[0], *inner, ends[1]])
 
-    def at(sigma: float) -> float:
-        where = np.interp(-math.log(max(sigma, 1e-12)), -falling, fractions)
-        return float(curve(float(where)))
 
-    known = dict(zip(grid, map(curve, fractions.tolist()), strict=True))
-    known |= {sigma: at(sigma) for sigma in steps}
-    places = sorted(known)
-    factors = [known[sigma] for sigma in places]
-    return torch.tensor(places), torch.tensor([*factors, factors[-1]])
+def _minus_log(sigmas: ArrayLike) -> Floats:
+    logs: Floats = -np.log(np.maximum(np.asarray(sigmas, np.float64), 1e-12))
+    return logs

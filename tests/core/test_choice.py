@@ -7,27 +7,33 @@ import itertools
 import pytest
 from comfyui_ip_adapter.ip_adapter_core import published
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec
-from comfyui_ip_adapter.ip_adapter_core.catalogue import AdapterFile, EncoderFile
+from comfyui_ip_adapter.ip_adapter_core.catalogue import AdapterFile, EncoderFile, Unusable
 from comfyui_ip_adapter.ip_adapter_core.choice import PRESETS, choose, words
 from comfyui_ip_adapter.ip_adapter_core.encoder_header import EncoderSizes
 
 VIT_H, VIT_G, VIT_BIGG = (1024, 1280, 32, 257), (1024, 1408, 40, 257), (1280, 1664, 48, 257)
+VIT_L, VIT_L_336 = (768, 1024, 24, 257), (768, 1024, 24, 577)
 
 
-def adapter(name, feature_dim=1024, trained_with=None):
-    sizes = {"feature_dim": feature_dim, "cross_attention_dim": 768, "tokens": 4}
+def adapter(name, feature_dim=1024, trained_with=None, tokens=4):
+    sizes = {"feature_dim": feature_dim, "cross_attention_dim": 768, "tokens": tokens}
     spec = AdapterSpec("linear", tuple(sizes.items()), (320,) * 16)
     return AdapterFile(f"{name}.safetensors", f"/{name}", spec, trained_with)
 
 
-def encoder(name, sizes=VIT_H, layout="transformers", alone=True):
-    return EncoderFile(f"{name}.safetensors", f"/{name}", EncoderSizes(layout, *sizes, 5120, alone))
+def encoder(name, sizes=VIT_H, layout="transformers", alone=True, quick_gelu=False):
+    found = EncoderSizes(layout, *sizes, 5120, alone, quick_gelu)
+    return EncoderFile(f"{name}.safetensors", f"/{name}", found)
 
 
-def best(adapters, encoders, preset="standard"):
+def damaged(name):
+    return Unusable(name, f"/{name}", f"'{name}' is empty (0 bytes). Download it again.")
+
+
+def best(adapters, encoders, preset="standard", unusable=()):
     """The same whatever the order of the files."""
     orders = itertools.product(itertools.permutations(adapters), itertools.permutations(encoders))
-    choices = {choose(a, e, PRESETS[preset]) for a, e in orders}
+    choices = {choose(a, e, PRESETS[preset], unusable) for a, e in orders}
     pairs = {(choice.adapter, choice.encoder) for choice in choices}
     assert len(pairs) == 1
     return choices.pop()
@@ -40,6 +46,7 @@ def best(adapters, encoders, preset="standard"):
         (encoder("b"), encoder("a", layout="open_clip"), "ComfyUI reads it"),
         (encoder("b"), encoder("a", alone=False), "no text tower"),
         (encoder("b", layout="open_clip"), encoder("a", VIT_G, "open_clip"), "trained with"),
+        (encoder("b"), encoder(published.VIT_H.name[:-12], quick_gelu=True), "trained with"),
         (encoder("a"), encoder("b"), "comes first"),
     ],
 )
@@ -50,13 +57,15 @@ def test_encoders(better, worse, why):
 
 
 def test_the_encoder_in_the_metadata_and_where_no_name_is_like_it():
-    trained = adapter("x", trained_with="laion2b_s32b_b79k")
-    by_name = encoder("z-Laion2B-S32B-B79K.x", VIT_G)
-    assert best([trained], [encoder("a"), by_name]).encoder is by_name
+    trained = adapter("x", trained_with="dfn5b")
+    by_name = encoder("z-ViT-H-DFN5B.x", VIT_G)
+    choice = best([trained], [encoder("a"), by_name])
+    assert choice.encoder is by_name and not choice.doubts
     choice = best([trained], [encoder("b"), encoder("a", VIT_G)])
     assert choice.encoder.name == "b.safetensors"
     assert "published encoder's sizes" in choice.encoder_why
-    assert any("laion2b_s32b_b79k" in doubt for doubt in choice.doubts)
+    (doubt,) = choice.doubts
+    assert "was trained with is dfn5b" in doubt
 
 
 def test_widths_alike_are_no_encoder_of_its_own():
@@ -102,7 +111,74 @@ def test_the_same_adapter_in_two_formats():
 def test_equal_names_in_two_folders_are_in_doubt():
     choice = best([adapter("run1/ip-adapter"), adapter("run2/ip-adapter")], [encoder("a")])
     assert choice.adapter.name == "run1/ip-adapter.safetensors"
-    assert "'run2/ip-adapter.safetensors' has the same shapes" in choice.doubts[0]
+    (doubt,) = choice.doubts
+    assert "'run2/ip-adapter.safetensors' fits as well" in doubt and "only names" in doubt
+
+
+@pytest.mark.parametrize(
+    "adapters, encoders, rival",
+    [
+        (  # no published encoder's width tells which
+            [adapter("x", 768)],
+            [encoder("a", VIT_L_336), encoder("b", VIT_L)],
+            "b.safetensors",
+        ),
+        ([adapter("a", tokens=8), adapter("b")], [encoder("e")], "b.safetensors"),
+        (  # what the name of the first says is believed, though it may be as wrong as any
+            [adapter("ip-adapter_sd15_light"), adapter("x", 1280)],
+            [encoder("h"), encoder("g", VIT_BIGG)],
+            "ip-adapter_sd15_light.safetensors",
+        ),
+        ([adapter("x")], [encoder("a"), encoder("b", layout="open_clip")], "b.safetensors"),
+    ],
+)
+def test_what_a_name_or_format_decided_is_in_doubt(adapters, encoders, rival):
+    (doubt,) = best(adapters, encoders).doubts
+    assert f"'{rival}' fits as well" in doubt
+
+
+def test_what_contents_decided_is_in_no_doubt():
+    choice = best([adapter("x")], [encoder("b"), encoder("a", VIT_G), encoder("c", VIT_G)])
+    assert choice.encoder.name == "b.safetensors" and not choice.doubts
+
+
+LIGHT, BIGG = adapter("ip-adapter_sd15_light"), adapter("ip-adapter_sd15_vit-G", 1280)
+
+
+def test_the_preset_by_name_without_its_encoder_is_told():
+    choice = best([LIGHT, BIGG], [encoder("g", VIT_BIGG)], "light")
+    assert choice.adapter is BIGG
+    assert "no name" not in choice.adapter_why
+    kind, missing = choice.doubts
+    assert "may be the other kind" in kind
+    assert f"'{LIGHT.name}'" in missing and "image embeds 1024 wide (CLIP ViT-H/14)" in missing
+
+
+def test_the_preset_by_name_which_another_outdoes_is_told():
+    """ViT-g's embedding is as wide as that of ViT-H, which the light adapter was trained with."""
+    choice = best([LIGHT, BIGG], [encoder("a", VIT_G), encoder("g", VIT_BIGG)], "light")
+    assert choice.adapter is BIGG
+    assert "own image encoder is here" in choice.adapter_why
+    assert f"'{LIGHT.name}'" in choice.doubts[1] and "own image encoder" in choice.doubts[1]
+
+
+@pytest.mark.parametrize(
+    "preset, name, told",
+    [
+        ("light", "ip-adapter_sd15_light.bin", True),
+        ("light", "my-light.safetensors", True),
+        ("light", "other.bin", False),
+        ("standard", "ip-adapter_sd15.bin", True),
+        ("standard", "ip-adapter_sdxl_vit-h.bin", False),  # of another family
+        ("standard", "other.bin", False),
+    ],
+)
+def test_the_preset_by_name_that_cannot_be_used_is_told(preset, name, told):
+    choice = best([adapter("x")], [encoder("h")], preset, [damaged(name)])
+    assert any(f"'{name}' is empty" in doubt for doubt in choice.doubts) is told
+    assert ("no name here says" in choice.adapter_why) is (preset == "light" and not told)
+    in_its_place = adapter(PRESETS[preset].public_name(choice.adapter.spec))
+    assert not best([in_its_place], [encoder("h")], preset, [damaged(name)]).doubts
 
 
 def test_none_where_no_encoder_fits():
@@ -126,8 +202,22 @@ def test_published_names_are_as_hinted(preset):
         assert weights.url.endswith(f"/{weights.name}") and weights.directory == "ipadapter"
 
 
+@pytest.mark.parametrize("name", ["ip-adapter_sd15.bin", "new/ip-adapter_sd15.safetensors"])
+def test_the_published_name_in_any_format_and_folder(name):
+    given = adapter("a")
+    named = AdapterFile(name, f"/{name}", given.spec)
+    choice = best([given, named], [encoder("h")])
+    assert choice.adapter is named and "published one" in choice.adapter_why
+
+
+@pytest.mark.parametrize("name", ["plusface_sd15", "PLUSFACE", "fullface", "ipadapterPlusFace"])
+def test_words_that_are_written_as_one(name):
+    assert "face" in words(f"{name}.safetensors")
+
+
 def test_words():
     assert words("Faces/IPAdapterPlusFace_sd15-v1.1.bin") == {
         *("faces", "ip", "adapter", "plus", "face", "sd", "v")
     }
     assert "light" not in words("sdxl_lightning.safetensors")
+    assert not {"face", "id"} & words("faceid-surface.bin")

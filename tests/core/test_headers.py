@@ -134,6 +134,14 @@ def test_the_configuration_of_a_tower_of_open_clip(where, tmp_path):
     assert sizes(encoder(path)) == CARDS["ViT-L"]
 
 
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_the_activation_that_the_configuration_asks_for(quick_gelu, tmp_path):
+    text = json.dumps({**sparse.config("ViT-H-14"), "quick_gelu": quick_gelu})
+    path = tmp_path / "any.safetensors"
+    sparse.write(path, sparse.tower("ViT-H-14"), {"open_clip_config": text})
+    assert encoder(path).sizes.quick_gelu is quick_gelu
+
+
 @pytest.mark.parametrize("name, embed", [("RN50", 1024), ("convnext_base_w", 640)])
 def test_towers_that_are_no_transformers(name, embed, tmp_path, monkeypatch):
     metadata = {"open_clip_config": json.dumps(sparse.config(name))}
@@ -278,13 +286,21 @@ def test_whatever_lies_there_is_named_and_skipped(case, ending, tmp_path):
         assert f"odd{ending}" in found.reason
 
 
-def test_a_quantised_adapter_is_none(tmp_path):
-    path = sparse.write(tmp_path / "a.safetensors", sparse.ADAPTERS["sd15"])
+@pytest.mark.parametrize(
+    "look, layout",
+    [
+        (adapter, sparse.ADAPTERS["sd15"]),
+        (encoder, sparse.vision("ViT-L")),
+        (encoder, sparse.tower("ViT-H-14")),
+    ],
+)
+def test_a_quantised_file_is_none(look, layout, tmp_path):
+    path = sparse.write(tmp_path / "a.safetensors", layout)
     with open(path, "r+b") as opened:
         header = opened.read(header_bytes(path))
         opened.seek(0)
         opened.write(header.replace(b'"F16"', b'"I16"'))
-    assert "I16" in adapter(path).reason
+    assert "I16" in look(path).reason and "unquantised" in look(path).reason
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from comfyui_ip_adapter.ip_adapter_core.presets import (
     LAYOUTS,
     PRESETS,
     edited,
+    forward,
     layer_names,
     listed,
     preset_weights,
@@ -71,10 +72,10 @@ def test_style_and_composition_of_sd15():
     "name, formula",
     [
         ("uniform", lambda i, n: 1.0),
-        ("ease in", lambda i, n: 0.05 + 0.95 * (1 - i / n)),
-        ("ease out", lambda i, n: 0.05 + 0.95 * (i / n)),
-        ("ease in-out", lambda i, n: 0.05 + 0.95 * (1 - abs(i - n / 2) / (n / 2))),
-        ("reverse in-out", lambda i, n: 0.05 + 0.95 * (abs(i - n / 2) / (n / 2))),
+        ("ease in", lambda i, n: 1 - 0.95 * i / (n - 1)),
+        ("ease out", lambda i, n: 0.05 + 0.95 * i / (n - 1)),
+        ("ease in-out", lambda i, n: 0.05 + 1.9 * min(i, n - 1 - i) / (n - 1)),
+        ("reverse in-out", lambda i, n: 1 - 1.9 * min(i, n - 1 - i) / (n - 1)),
     ],
 )
 def test_ramps_follow_the_depth_of_the_blocks(name, formula, layers, blocks):
@@ -83,6 +84,31 @@ def test_ramps_follow_the_depth_of_the_blocks(name, formula, layers, blocks):
     assert len(order) == blocks
     expected = [formula(order.index(layer[:2]), blocks) for layer in layers]
     assert preset_weights(name, layers) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("layers", [SD15, SDXL], ids=len)
+@pytest.mark.parametrize(
+    "name, first, last",
+    [
+        ("ease in", 1, 0.05),
+        ("ease out", 0.05, 1),
+        ("ease in-out", 0.05, 0.05),
+        ("reverse in-out", 1, 1),
+    ],
+)
+def test_ramps_reach_their_ends_and_are_symmetric(name, first, last, layers):
+    table = dict(zip(layers, preset_weights(name, layers), strict=True))
+    along = list({layer[:2]: table[layer] for layer in forward(layers)}.values())
+    assert (along[0], along[-1]) == pytest.approx((first, last))
+    if first == last:
+        assert along == pytest.approx(along[::-1])
+        assert along[len(along) // 2] == pytest.approx(1.05 - first, abs=0.07)
+    else:
+        assert along == sorted(along, reverse=first > last)
+
+
+def test_one_block_alone_is_where_a_ramp_begins():
+    assert preset_weights("ease in", [("output", 1, 0), ("output", 1, 1)]) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +133,7 @@ def test_every_preset_is_for_both_families(name):
 
 
 def test_a_preset_of_blocks_is_refused_for_a_model_of_others():
-    with pytest.raises(ValueError, match=r"(?s)'style'.*SD1\.5 and SDXL and.*output 0, output 1"):
+    with pytest.raises(ValueError, match=r"(?s)'style'.*SD1\.5 and SDXL, but.*output 0, output 1"):
         preset_weights("style", OTHER)
     with pytest.raises(ValueError, match=r"'styled'.*expected one of uniform, style"):
         preset_weights("styled", SD15)
@@ -128,6 +154,8 @@ def test_names_tell_transformers_apart_where_there_are_several():
         ("input 7: 0.5", {("input", 7, i): 0.5 for i in range(10)}),
         ("Output 1.9 = -2e-1 # less", {("output", 1, 9): -0.2}),
         ("middle: .25", {("middle", 0, i): 0.25 for i in range(10)}),
+        ("input7: 0.5", {("input", 7, i): 0.5 for i in range(10)}),
+        ("output1.9＝－５，middle.0：5", {("output", 1, 9): -5, ("middle", 0, 0): 5}),
         ("middle.3: 0, input 4: 2; input 4.1: 3", None),
         ("# nothing\n\n output: 0\noutput 5: 1", None),
     ],
@@ -152,6 +180,9 @@ def test_typed_weights(text, changed):
         ("input 1.1: 1", "'input 1.1: 1' names no"),
         ("all 3: 1", "'all 3: 1' names no"),
         ("output.1: 1", "'output.1: 1' names no"),
+        ("all.1: 1", "'all.1: 1' names no"),
+        ("middle: 0\nall: 1e999", "'all: 1e999' is out of range; expected -5 … 5"),
+        ("input 4: -1e6", "'input 4: -1e6' is out of range"),
     ],
 )
 def test_typed_weights_that_mean_nothing(text, message):
@@ -161,6 +192,6 @@ def test_typed_weights_that_mean_nothing(text, message):
 
 @pytest.mark.parametrize("layers", [SD15, SDXL, OTHER], ids=len)
 def test_the_list_can_be_typed_again(layers):
-    weights = [round(0.1 * i - 1, 3) for i in range(len(layers))]
+    weights = [round(0.08 * i - 1, 3) for i in range(len(layers))]
     assert edited([9.0] * len(layers), layers, listed(weights, layers)) == weights
     assert listed([1.0] * len(layers), layers).count("\n") + 1 == len({x[:2] for x in layers})

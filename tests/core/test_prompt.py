@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -40,11 +41,11 @@ def adapter(request):
     return IPAdapter(spec).requires_grad_(False)
 
 
-def prompt(images, negatives=1, patches=7):
+def prompt(images, negatives=1, patches=7, embed=12, hidden=20):
     generator = torch.Generator().manual_seed(images + 10 * negatives)
 
     def side(n):
-        shapes = (n, 12), (n, patches, 20)
+        shapes = (n, embed), (n, patches, hidden)
         return ImageFeatures(*(torch.randn(shape, generator=generator) for shape in shapes))
 
     return ImagePrompt(side(images), side(negatives), "a test encoder")
@@ -168,6 +169,70 @@ def test_an_encoder_that_does_not_fit_is_named(projection, width, named):
     found = 12 if projection == "linear" else 20
     for words in ("'my adapter.bin'", f"{width} wide", named, "a test encoder", f"{found} wide"):
         assert words in str(error.value)
+
+
+def test_the_encoder_in_the_adapters_metadata_is_named():
+    spec = AdapterSpec("linear", tuple({**KINDS["linear"], "feature_dim": 1024}.items()), DIMS)
+    with pytest.raises(ValueError, match="as my_tower gives, but"):
+        check_encoder(spec, prompt(1), "adapter", trained_with="my_tower")
+
+
+@pytest.mark.parametrize(
+    "projection, sizes, said",
+    [
+        ("linear", {"embed": 0}, "reads the encoder's image embedding.*'visual_projection.weight'"),
+        (
+            "resampler",
+            {"patches": 0, "hidden": 0},
+            "reads the encoder's hidden states.*no vision transformer",
+        ),
+    ],
+)
+def test_an_encoder_that_does_not_give_what_is_read(projection, sizes, said):
+    spec = AdapterSpec(projection, tuple(KINDS[projection].items()), DIMS)
+    with pytest.raises(ValueError, match=f"^'my adapter.bin' {said}") as error:
+        check_encoder(spec, prompt(1, **sizes), "my adapter.bin")
+    assert "a test encoder" in str(error.value) and "that this adapter was" in str(error.value)
+
+
+# Of published encoders, and of some whose embeddings or hidden states are as wide.
+VIT_H = {"embed": 1024, "hidden": 1280, "patches": 257}
+VIT_BIGG = {"embed": 1280, "hidden": 1664, "patches": 257}
+VIT_H_378 = {**VIT_H, "patches": 730}
+VIT_G = {**VIT_H, "hidden": 1408}
+RN50 = {"embed": 1024, "hidden": 0, "patches": 0}
+
+
+@pytest.mark.parametrize(
+    "projection, width, made_with, expected",
+    [
+        ("linear", 1024, VIT_H, None),
+        ("linear", 1280, VIT_BIGG, None),
+        ("mlp", 1280, VIT_H, None),
+        ("mlp", 1280, {**VIT_H, "embed": 0}, None),
+        ("linear", 768, {**VIT_H, "embed": 768}, None),  # no published adapter reads that
+        ("linear", 1024, VIT_G, "CLIP ViT-H/14"),
+        ("linear", 1024, RN50, "CLIP ViT-H/14"),
+        ("linear", 1024, VIT_H_378, "CLIP ViT-H/14"),
+        ("linear", 1280, {**VIT_BIGG, "hidden": 1792}, "CLIP ViT-bigG/14"),
+        ("mlp", 1280, VIT_H_378, "CLIP ViT-H/14"),
+        ("mlp", 1280, {**VIT_H, "embed": 640}, "CLIP ViT-H/14"),
+    ],
+)
+def test_another_encoder_of_the_same_width_is_told_once(
+    projection, width, made_with, expected, caplog, request
+):
+    sizes = {**KINDS[projection], "feature_dim": width}
+    spec = AdapterSpec(projection, tuple(sizes.items()), DIMS)
+    name = request.node.name
+    with caplog.at_level(logging.WARNING, "comfyui_ip_adapter"):
+        check_encoder(spec, prompt(1, **made_with), name, trained_with="my_tower")
+        assert not caplog.messages
+        for _ in range(2):
+            check_encoder(spec, prompt(1, **made_with), name)
+    assert len(caplog.messages) == (0 if expected is None else 1)
+    for said in caplog.messages:
+        assert all(words in said for words in (name, f"as {expected} gives", "a test encoder"))
 
 
 def test_an_encoder_that_fits_passes(adapter):

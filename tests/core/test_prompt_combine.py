@@ -167,9 +167,20 @@ def test_an_encoder_without_embeddings():
         assert made.positive.image_embeds.shape == (2 if method == "concat" else 1, 0)
 
 
-def test_the_encoder_is_passed_on():
-    made = combine(given(prompt(fingerprint=""), prompt(fingerprint="abc")), "average", [1, 1])
-    assert (made.encoder, made.fingerprint) == ("a test encoder", "abc")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "known, expected", [(("abc", "abc"), "abc"), (("", "abc"), ""), (("abc", ""), "")]
+)
+def test_the_encoder_is_passed_on(method, known, expected):
+    prompts = [prompt(seed=i, fingerprint=f) for i, f in enumerate(known)]
+    made = combine(given(*prompts), method, [1, 1])
+    assert (made.encoder, made.fingerprint) == ("a test encoder", expected)
+
+
+def test_two_known_encoders_beside_an_unknown_one():
+    prompts = [prompt(seed=i, fingerprint=f) for i, f in enumerate(("", "abc", "def"))]
+    with pytest.raises(ValueError, match=r"prompt1 .*abc, prompt2 .*def\."):
+        combine(given(*prompts), "concat", [1, 1, 1])
 
 
 def test_prompts_are_left_as_they_were():
@@ -214,7 +225,8 @@ def test_other_numbers_of_images(method, side):
         two, three = (
             ImagePrompt(features(1, 0), p.positive, p.encoder, p.fingerprint) for p in (two, three)
         )
-    with pytest.raises(ValueError, match=f"found {side}.*2 in prompt0, 3 in prompt1.*concat"):
+    said = f"^{method} goes image by image, but found {side}.*2 in prompt0, 3 in prompt1.*concat"
+    with pytest.raises(ValueError, match=said):
         combine(given(two, three), method, [1.0, 1.0])
 
 

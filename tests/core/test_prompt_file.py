@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,16 +21,17 @@ from safetensors.torch import load_file, save_file
 TEXT = 'a test encoder "of" ümläuts'
 
 
-def features(images, embed=12):
+def features(images, embed=12, states=(5, 20)):
     """Numbers that decimals would not keep, and those at the ends of float32."""
-    states = torch.randn(images, 5, 20, generator=torch.Generator().manual_seed(images))
-    states[0, 0, :4] = torch.tensor([1e-45, -0.0, 3.4028235e38, 1 / 3])
+    states = torch.randn(images, *states, generator=torch.Generator().manual_seed(images))
+    if states.numel():
+        states[0, 0, :4] = torch.tensor([1e-45, -0.0, 3.4028235e38, 1 / 3])
     embeds = torch.randn(images, embed, generator=torch.Generator().manual_seed(images + 1))
     return ImageFeatures(embeds, states)
 
 
-def prompt(images=2, negatives=1, embed=12):
-    return ImagePrompt(features(images, embed), features(negatives, embed), TEXT, "0123abcd")
+def prompt(images=2, negatives=1, **sizes):
+    return ImagePrompt(features(images, **sizes), features(negatives, **sizes), TEXT, "0123abcd")
 
 
 def bits(prompt):
@@ -43,21 +45,24 @@ def path(tmp_path):
     return tmp_path / "prompt.safetensors"
 
 
-@pytest.mark.parametrize("images, negatives, embed", [(1, 1, 12), (3, 2, 12), (1, 1, 0)])
-def test_it_comes_back_to_the_bit(path, images, negatives, embed):
-    given = prompt(images, negatives, embed)
+@pytest.mark.parametrize(
+    "images, negatives, sizes",
+    [(1, 1, {}), (3, 2, {}), (1, 1, {"embed": 0}), (2, 1, {"states": (0, 0)})],
+)
+def test_it_comes_back_to_the_bit(path, images, negatives, sizes):
+    given = prompt(images, negatives, **sizes)
     save(given, path)
     found = load(path)
     assert (found.encoder, found.fingerprint) == (given.encoder, given.fingerprint)
     for one, other in zip(bits(found), bits(given), strict=True):
-        assert torch.equal(one, other)
+        assert one.shape == other.shape and torch.equal(one, other)
 
 
 def test_what_the_file_says(path):
     save(prompt(), path, {"workflow": "{}"})
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert metadata["image_prompt_format"] == "1"
+    assert metadata["image_prompt_format"] == "2"
     assert (metadata["encoder"], metadata["encoder_fingerprint"]) == (TEXT, "0123abcd")
     assert metadata["workflow"] == "{}"
     assert sorted(load_file(path)) == sorted(KEYS)
@@ -85,17 +90,49 @@ def test_a_prompt_outlives_its_file(path):
 
 
 def test_it_is_never_half_written(path, monkeypatch):
-    save(prompt(1), path)
-    whole = path.read_bytes()
-
     def interrupted(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(PromptFileError, match=r"prompt\.safetensors.*No space left"):
         save(prompt(3), path)
+    assert os.listdir(path.parent) == []
+
+
+def test_no_file_is_overwritten(path):
+    save(prompt(1), path)
+    whole = path.read_bytes()
+    with pytest.raises(FileExistsError):
+        save(prompt(3), path)
     assert path.read_bytes() == whole
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_of_many_at_once_one_gets_the_name(path):
+    """Each its own file beside it meanwhile, so that no one writes into another's."""
+    prompts = [prompt(1 + i) for i in range(8)]
+
+    def saved(given):
+        try:
+            save(given, path)
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        first = list(pool.map(saved, prompts))
+    assert sum(first) == 1
+    found, expected = bits(load(path)), bits(prompts[first.index(True)])
+    assert all(map(torch.equal, found, expected))
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_fingerprints_of_the_first_format_are_not_compared(path):
+    save(prompt(), path)
+    rewritten(image_prompt_format="1")(path)
+    found = load(path)
+    assert (found.encoder, found.fingerprint) == (TEXT, "")
+    assert all(map(torch.equal, bits(found), bits(prompt())))
 
 
 def test_a_folder_that_is_not_there(tmp_path):
@@ -152,7 +189,7 @@ BAD = {
         "no image prompt.*1 tensors: proj.weight",
     ),
     "without its encoder": (rewritten(encoder=None), "no image prompt.*'encoder'"),
-    "of a later format": (rewritten(image_prompt_format="2"), "format '2'; expected '1'.*update"),
+    "of a later format": (rewritten(image_prompt_format="3"), "format '3'; expected '2'.*update"),
     "without a tensor": (rewritten(lambda t: t.pop(STATES)), "holds the tensors.*expected.*Save"),
     "with another tensor": (rewritten(lambda t: t.update(a=torch.ones(1))), "holds the tensors a,"),
     "of half precision": (entry(EMBEDS, lambda x: x.half()), "stored as torch.float16.*float32"),
@@ -193,7 +230,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
 def test_features_that_are_not_finite_are_not_saved(path):
     given = prompt()
     given.positive.image_embeds[0, 0] = float("nan")
-    with pytest.raises(PromptFileError, match=r"NaN.*Encode the image again"):
+    with pytest.raises(PromptFileError, match=r"NaN.*Encode the image again.*weights are damaged"):
         save(given, path)
     assert not path.exists()
 

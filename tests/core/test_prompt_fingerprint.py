@@ -1,4 +1,4 @@
-"""One fingerprint for the same weights, another for others."""
+"""One fingerprint for the same encoder, another for others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,13 @@ def encoder(seed=0, width=64):
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.float16, torch.bfloat16, torch.float64),
+        *(torch.float8_e4m3fn, torch.float8_e5m2),
+    ],
+)
 def test_the_dtype_does_not_count(dtype):
     expected = fingerprint(encoder())
     assert len(expected) == 64
@@ -50,6 +56,17 @@ def test_it_is_the_same_in_another_process():
     found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path.home())
     torch.manual_seed(3)
     assert found.stdout.strip() == fingerprint(nn.Linear(40, 30))
+
+
+def test_settings_count_in_any_order():
+    settings = {"activation": "gelu", "image_size": 224, "mean": [0.4, 0.5, 0.6]}
+    others = [
+        *({}, settings, settings | {"activation": "quick_gelu"}),
+        *(settings | {"image_size": 336}, settings | {"mean": [0.5, 0.5, 0.5]}),
+    ]
+    assert len({fingerprint(encoder(), **given) for given in others}) == len(others)
+    turned = dict(reversed(settings.items()))
+    assert fingerprint(encoder(), **turned) == fingerprint(encoder(), **settings)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comfyui_ip_adapter.ip_adapter_core.noise import KINDS, noise
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import gaussian_blur
 
 
@@ -132,6 +133,47 @@ def test_blur_is_torchvisions(size, sigma):
     truth = gaussian_blur(given.movedim(-1, 1), [8 * int(sigma) + 1] * 2, [sigma] * 2)
     inner = (slice(None), *[slice(20, -20)] * 2)
     torch.testing.assert_close(found[inner], truth.movedim(1, -1)[inner], atol=2e-4, rtol=0)
+
+
+def blurred(given, sigma):
+    """Edges and all, by a matrix for each axis."""
+    made = given.double()
+    for dim in (1, 2):
+        places = torch.arange(given.shape[dim], dtype=torch.float64)
+        weights = torch.exp(-((places[:, None] - places) ** 2) / (2 * sigma**2))
+        weights /= weights.sum(1, keepdim=True)
+        made = torch.tensordot(made, weights, dims=([dim], [1])).movedim(-1, dim)
+    return made.float()
+
+
+@pytest.mark.parametrize(
+    "shape, blur, error",
+    [
+        ((224, 300), 7.5, 1e-4),
+        ((40, 900), 32.0, 1e-4),
+        ((70, 1500), 32.0, 5e-3),  # 10 pixels: made of a smaller picture, as are the next
+        ((600, 448), 16.0, 5e-3),
+        ((900, 700), 32.0, 5e-3),
+        ((90, 60), 1e4, 5e-3),
+        ((90, 60), 1e308, 5e-3),
+        ((90, 60), 1e-320, 0.0),
+    ],
+)
+def test_blur_is_a_gaussian_up_to_the_edges(shape, blur, error):
+    given = (picture(*shape) > 0.5).float()
+    given[:, : shape[0] // 2, shape[1] // 3 :] *= 0.2
+    truth = blurred(given, min(blur, 1e9) * min(shape) / 224) if blur > 1e-9 else given
+    found = noise(given, "dissolve", 0.0, blur, 0)
+    torch.testing.assert_close(found, truth, atol=error, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(64, 30000), (30000, 64), (1000, 1500), (1, 4000)])
+def test_blur_costs_no_more_where_pictures_are_large(shape):
+    given = picture(*shape)
+    with FlopCounterMode(display=False) as counter:
+        found = noise(given, "dissolve", 0.0, 32.0, 0)
+    assert found.isfinite().all()
+    assert counter.get_total_flops() < 1000 * shape[0] * shape[1]
 
 
 def test_blur_keeps_edges_and_the_first_axes_apart():

@@ -51,5 +51,15 @@ def test_masks_of_other_sizes_and_numbers():
 def test_what_does_not_go_together():
     with pytest.raises(ValueError, match="'both'; expected one of normalize, add"):
         share_out(masks(), "both")
+    with pytest.raises(ValueError, match="There is no mask"):
+        share_out([], "add", rest=True)
     with pytest.raises(ValueError, match="2 masks and another 3"):
         share_out([torch.ones(2, 4, 4), torch.ones(3, 4, 4)], "add")
+
+
+def test_negative_values_make_no_room_for_others():
+    given = [torch.tensor([[[-1.0, 0.5]]]), torch.tensor([[[0.8, 1.0]]])]
+    first, second, rest = share_out(given, "normalize", rest=True)
+    assert first.tolist() == [[[-1.0, pytest.approx(0.5 / 1.5)]]]
+    assert second.tolist() == [[[pytest.approx(0.8), pytest.approx(1 / 1.5)]]]
+    assert rest.tolist() == [[[pytest.approx(0.2), 0.0]]]

@@ -70,6 +70,33 @@ def prompts_folder(folder, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
+def save(nodes, prompts_folder) -> type:
+    """IPA_SavePrompt."""
+    return nodes["IPA_SavePrompt"]
+
+
+@pytest.fixture
+def load(nodes, prompts_folder) -> type:
+    """IPA_LoadPrompt."""
+    return nodes["IPA_LoadPrompt"]
+
+
+@pytest.fixture
+def file(small, prompts_folder):
+    """Writes a random prompt at a path below the test's folder."""
+    from comfyui_ip_adapter.ip_adapter_core import prompt_file
+
+    def file(relative: str, seed: int = 20) -> Path:
+        path = prompts_folder.parents[1] / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        prompt_file.save(small.images(2, seed=seed), path)
+        return path
+
+    return file
+
+
+@pytest.fixture
 def saved(small):
     """Save a random adapter at a path, and return its module."""
     from comfyui_ip_adapter.ip_adapter_core import checkpoint

@@ -2,55 +2,111 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+from comfyui_ip_adapter.ip_adapter_core.shares import RecordedRun, Share
+
+ASKED = {"blocks": "all", "start_at": 0.0, "end_at": 1.0, "prompt_number": 0, "opacity": 0.6}
 
 
 @pytest.fixture
 def attention_map(nodes, monkeypatch, tmp_path):
+    """The node, on a record of one run: at every (sigma, block) of `seen` one map for each prompt,
+    `(latents, prompts, height, width)`. Sigma is 10 at the start of the schedule, 0 at its end."""
     import folder_paths
+    from comfyui_ip_adapter.ip_adapter_core.host.record import Record
 
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
 
-    def attention_map(maps, picture, opacity=0.6):
-        record = SimpleNamespace(heat=lambda *asked: maps)
-        given = (record, picture, "all", 0.0, 1.0, 0, opacity)
-        return nodes["IPA_AttentionMap"].execute(*given)
+    def attention_map(seen, picture, samples=None, **asked):
+        maps = next(iter(seen.values()))
+        count, prompts, *size = maps.shape
+        made = torch.rand(count, 4, *size)
+        numbers = (tuple(range(1, prompts + 1)),)
+        shares = [
+            Share(sigma, block, tuple(range(count)), numbers, maps[None])
+            for (sigma, block), maps in seen.items()
+        ]
+        record = Record()
+        record.runs.append(RecordedRun(made, prompts, lambda at: 10 * (1 - at), shares))
+        latent = {"samples": made if samples is None else samples}
+        given = {"record": record, "samples": latent, "image": picture, **ASKED, **asked}
+        return nodes["IPA_AttentionMap"].execute(**given)
 
     return attention_map
+
+
+def once(maps):
+    """Of one prompt in one block at one step."""
+    return {(5.0, ("middle", 0)): maps[:, None]}
 
 
 def test_it_lies_over_the_picture(attention_map):
     """The left half of the latent is where the image acted: brighter colours there, more of them
     with more opacity, and the map itself at the picture's size."""
-    maps = torch.zeros(1, 8, 8)
-    maps[:, :, :4] = 0.4
+    maps = torch.zeros(1, 8, 12)
+    maps[:, :, :6] = 0.4
     picture = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(0))
-    overlay, heat = attention_map(maps, picture).args
+    overlay, heat = attention_map(once(maps), picture).args
     assert overlay.shape == (1, 64, 96, 3) and heat.shape == (1, 64, 96)
     assert torch.allclose(heat[:, :, :30], torch.tensor(0.4), atol=0.02)
     assert float(heat[:, :, 60:].max()) < 0.02
     assert float(overlay[:, :, :36].mean()) > float(overlay[:, :, 60:].mean()) + 0.3
-    assert torch.equal(attention_map(maps, picture, 0.0).args[0], picture)
-    alone = attention_map(maps, picture, 1.0).args[0]
+    assert torch.equal(attention_map(once(maps), picture, opacity=0.0).args[0], picture)
+    alone = attention_map(once(maps), picture, opacity=1.0).args[0]
     assert float(alone[:, :, :30].std(dim=(0, 1, 2)).max()) < 0.02
 
 
+@pytest.mark.parametrize(
+    "asked, value",
+    [
+        ({}, 0.55),
+        ({"prompt_number": 1}, 0.25),
+        ({"prompt_number": 2}, 0.3),
+        ({"start_at": 0.2}, 0.7),
+        ({"end_at": 0.2}, 0.4),
+        ({"blocks": "input 1", "prompt_number": 1}, 0.1),
+    ],
+)
+def test_each_setting_chooses(attention_map, asked, value):
+    """Prompts 0.1 and 0.3 in an early step's block, 0.4 and 0.3 in a late one's."""
+    early, late = (
+        torch.tensor(x)[None, :, None, None].expand(1, 2, 4, 4) for x in ([0.1, 0.3], [0.4, 0.3])
+    )
+    seen = {(9.0, ("input", 1)): early, (5.0, ("middle", 0)): late}
+    heat = attention_map(seen, torch.rand(1, 32, 32, 3), **asked).args[1]
+    assert torch.allclose(heat, torch.tensor(value))
+
+
 def test_a_preview_is_shown(attention_map):
-    shown = attention_map(torch.rand(2, 8, 8), torch.rand(2, 16, 16, 4)).ui.as_dict()
+    shown = attention_map(once(torch.rand(2, 8, 8)), torch.rand(2, 16, 16, 4)).ui.as_dict()
     assert len(shown["images"]) == 2
 
 
-def test_pictures_of_another_run(attention_map):
-    with pytest.raises(ValueError, match="image holds 3 pictures, but 2 latents"):
-        attention_map(torch.rand(2, 8, 8), torch.rand(3, 16, 16, 3))
+@pytest.mark.parametrize(
+    "picture, samples, asked, message",
+    [
+        ((3, 16, 16, 3), None, {}, "image holds 3 pictures, but samples 2 latents"),
+        ((2, 16, 24, 3), None, {}, "image is 24×16 pixels"),
+        ((2, 16, 16, 3), torch.zeros(2, 4, 8, 8), {}, "samples are of none of the 1 sampling runs"),
+        ((2, 16, 16, 3), None, {"start_at": 0.8, "end_at": 0.2}, "swap them"),
+        ((2, 16, 16, 3), None, {"prompt_number": 2}, "prompt_number is 2, but 1 were applied"),
+        (
+            (2, 16, 16, 3),
+            None,
+            {"blocks": "middle, output 1"},
+            "'output 1', which was not recorded",
+        ),
+    ],
+)
+def test_what_does_not_fit(attention_map, picture, samples, asked, message):
+    with pytest.raises(ValueError, match=message):
+        attention_map(once(torch.rand(2, 8, 8)), torch.rand(picture), samples, **asked)
 
 
 def test_the_record_node_gives_a_model_and_what_watches_it(nodes, small):
     patched = small.apply(small.model(), small.adapter(), small.images())
     recorded, record = nodes["IPA_RecordAttention"].execute(patched).args
-    small.run(small.guider(recorded, small.text(1), small.text(2)))
-    assert record.heat(None, 0.0, 1.0, 0).shape == (2, 8, 8)
+    latents = small.run(small.guider(recorded, small.text(1), small.text(2)))
+    assert record.of(latents).heat([("all", None)], 0.0, 1.0, 0).shape == (2, 8, 8)
     assert recorded is not patched

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 
 import pytest
 import torch
@@ -66,29 +67,37 @@ def test_base_adapters_of_two_encoders(find, put, family, kinds):
 
 
 @pytest.mark.parametrize(
-    "kind, twins",
+    "family, kind, twins",
     [
-        ("sd15", {"standard": "ip-adapter_sd15", "light": "ip-adapter_sd15_light"}),
-        ("sd15", {"standard": "lightning", "light": "a/ipLight-v1.1"}),
+        ("SD1.5", "sd15", {"standard": "ip-adapter_sd15", "light": "ip-adapter_sd15_light"}),
+        ("SD1.5", "sd15", {"standard": "lightning", "light": "a/ipLight-v1.1"}),
         (
-            "sd15_plus",
+            *("SD1.5", "sd15_plus"),
             {"fine-grained": "ip-adapter-plus_sd15", "face": "ip-adapter-plus-face_sd15"},
         ),
-        ("sd15_plus", {"fine-grained": "surface", "face": "IPAdapterPlusFace"}),
+        ("SD1.5", "sd15_plus", {"fine-grained": "surface", "face": "plusface_sd15"}),
+        (
+            *("SDXL", "sdxl_plus"),
+            {
+                "fine-grained": "ip-adapter-plus_sdxl_vit-h",
+                "face": "ip-adapter-plus-face_sdxl_vit-h",
+            },
+        ),
+        ("SDXL", "sdxl_plus", {"fine-grained": "surface", "face": "a/IPAdapterPlusFace"}),
     ],
 )
-def test_twins_go_by_name_with_a_warning(find, put, caplog, kind, twins):
+def test_twins_go_by_name_with_a_warning(find, put, caplog, family, kind, twins):
     put(
         {f"{name}.safetensors": kind for name in twins.values()}, {"h.safetensors": sparse.vision()}
     )
     for preset, name in twins.items():
         caplog.clear()
-        assert find("SD1.5", preset)[0] == f"{name}.safetensors"
+        assert find(family, preset)[0] == f"{name}.safetensors"
         (warning,) = warnings(caplog)
-        assert "same shapes" in warning and all(
+        assert "only names" in warning and all(
             f"{n}.safetensors" in warning for n in twins.values()
         )
-        assert "its name" in find.said
+        assert "its name" in find.said and "In doubt: " in find.said
 
 
 @pytest.mark.parametrize(
@@ -105,6 +114,25 @@ def test_no_name_rules_a_file_out(find, put, caplog, preset, name, kind, why):
     (warning,) = warnings(caplog)
     assert "may be the other kind" in warning
     assert why in find.said
+
+
+@pytest.mark.parametrize("cause", ["no encoder", "cut short", "git-lfs"])
+def test_a_better_name_that_was_passed_over_is_told(find, put, folder, caplog, cause):
+    """In the node's text too, not in the log alone."""
+    put(
+        {"ip-adapter_sd15_light.safetensors": "sd15", "vit-G.safetensors": "sd15_vit-G"},
+        {"g.safetensors": sparse.vision("ViT-bigG")},
+    )
+    light = folder / "ip-adapter_sd15_light.safetensors"
+    said = {"no encoder": "CLIP ViT-H/14", "cut short": "bytes long", "git-lfs": "git-lfs pointer"}
+    if cause == "cut short":
+        os.truncate(light, light.stat().st_size - 1)
+    elif cause == "git-lfs":
+        light.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert find("SD1.5", "light")[0] == "vit-G.safetensors"
+    assert "no name here" not in find.said
+    for text in (warnings(caplog)[-1], find.said.splitlines()[-1]):
+        assert f"'{light.name}', whose name is as expected" in text and said[cause] in text
 
 
 def test_no_twin_no_warning(find, put, caplog):
@@ -140,7 +168,7 @@ def test_the_whole_encoder_that_published_adapters_know(find, put, caplog):
     )
     assert find("SD1.5", "fine-grained")[1] == "c.safetensors"
     assert find("SD1.5", "standard")[1] in ("a.safetensors", "b.safetensors")
-    assert "another one" in warnings(caplog)[-1]
+    assert any("another one" in warning for warning in warnings(caplog))
     put({}, {"z.safetensors": sparse.clip()})
     assert find("SD1.5", "standard")[1] == "z.safetensors"
 
@@ -152,6 +180,60 @@ def test_the_encoder_that_training_noted(find, put, folder):
         about = {"ip_adapter": json.dumps({"image_encoder": noted})}
         sparse.write(folder / "a.safetensors", sparse.ADAPTERS["sd15"], about)
         assert find("SD1.5", "standard")[1] == f"{name}.safetensors"
+
+
+@pytest.mark.parametrize("noted", ["laion2b_s39b_b160k", "image_encoder"])
+def test_the_encoder_that_training_noted_under_its_public_name(find, put, folder, caplog, noted):
+    bigg = "CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors"
+    put({}, {bigg: sparse.vision("ViT-bigG"), "h.safetensors": sparse.vision()})
+    about = {"ip_adapter": json.dumps({"image_encoder": noted})}
+    sparse.write(folder / "a.safetensors", sparse.ADAPTERS["sdxl"], about)
+    assert find("SDXL", "standard")[1] == bigg
+    assert not warnings(caplog)
+
+
+def test_a_tower_with_quick_gelu_is_not_the_published_one(find, put, encoders, caplog):
+    put({"a.safetensors": "sd15"})
+    config = {"open_clip_config": json.dumps({**sparse.config("ViT-H-14"), "quick_gelu": True})}
+    sparse.write(encoders / "a.safetensors", sparse.tower("ViT-H-14"), config)
+    assert find("SD1.5", "standard")[1] == "a.safetensors"
+    assert "activation" in warnings(caplog)[0]
+    put({}, {"b.safetensors": sparse.tower("ViT-H-14")})
+    caplog.clear()
+    assert find("SD1.5", "standard")[1] == "b.safetensors"
+    assert not warnings(caplog)
+
+
+def test_fifty_files_in_a_fifth_of_a_second(put, folder, real, nodes):
+    """Of the node: the listing of the folders and a file of torch included."""
+    from comfyui_ip_adapter.ip_adapter_core import catalogue, checkpoint
+    from comfyui_ip_adapter.ip_adapter_core.host import auto
+    from comfyui_ip_adapter.nodes import folders
+
+    kinds = list(sparse.ADAPTERS)
+    towers = [sparse.vision(), sparse.vision("ViT-bigG"), sparse.clip(), sparse.tower()]
+    put(
+        {f"a{i}.safetensors": kinds[i % len(kinds)] for i in range(34)},
+        {f"e{i}.safetensors": towers[i % len(towers)] for i in range(15)},
+    )
+    tree: dict = {}
+    for key, shape in sparse.ADAPTERS["sd15"].items():
+        section, name = key.split(".", 1)
+        tree.setdefault(section, {})[name] = torch.rand(shape).half()
+    torch.save(tree, folder / "a.bin")
+
+    def seconds():
+        start = time.process_time()  # not of the wall: other processes do not count
+        nodes["IPA_AutoLoad"].fingerprint_inputs(preset="standard")
+        auto.find(real["SD1.5"], "standard", folders.adapters(), folders.encoders())
+        return time.process_time() - start
+
+    measured = []
+    for _ in range(3):
+        catalogue._looked_at.cache_clear()
+        checkpoint._layout.cache_clear()
+        measured.append(seconds())
+    assert min(measured) < 0.2
 
 
 def test_encoders_that_the_host_cannot_load_are_left_out(find, put):

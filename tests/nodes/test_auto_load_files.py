@@ -23,10 +23,10 @@ def auto(nodes):
 def tower(small, encoders):
     """Save a small open_clip model with its configuration inside, and return it."""
 
-    def tower(name, width=64, **sizes):
-        model = small_frozen.open_clip_model(width=width, embed=small.EMBED, **sizes)
+    def tower(name, width=64, embed=small.EMBED):
+        model = small_frozen.open_clip_model(width=width, embed=embed)
         model.load_state_dict({k: x.half().float() for k, x in model.state_dict().items()})
-        config = small_frozen.open_clip_config(width=width, embed=small.EMBED, **sizes)
+        config = small_frozen.open_clip_config(width=width, embed=embed)
         state = {key: x.contiguous() for key, x in model.state_dict().items()}
         metadata = {"open_clip_config": json.dumps({"model_cfg": config})}
         save_file(state, encoders / name, metadata)
@@ -71,7 +71,8 @@ def test_from_files_to_a_sampled_picture(small, auto, nodes, folder, tower, save
         adapter, clip_vision, chosen = auto.execute(model, preset).args
         assert adapter.name == name and clip_vision.model_type == "clip_vision_model"
         lines = chosen.splitlines()
-        assert len(lines) == 2 and name in lines[0] and "e.safetensors" in lines[1]
+        assert name in lines[0] and "e.safetensors" in lines[1]
+        assert len(lines) == (3 if preset == "standard" else 2)  # of the other it reads too
         by_hand = (
             nodes["IPA_LoadAdapter"].execute(name).args[0],
             nodes["IPA_LoadImageEncoder"].execute("e.safetensors").args[0],
@@ -104,6 +105,15 @@ def test_the_tower_alone_with_its_configuration_beside(small, auto, folder, enco
     config = small_frozen.open_clip_config(embed=small.EMBED)
     (encoders / "e.json").write_text(json.dumps(config))
     assert auto.execute(small.model(), "standard").args[1].image_size == SIDE
+
+
+def test_what_is_in_doubt_is_in_the_text(small, auto, folder, tower, saved):
+    saved(folder / "x.safetensors", seed=1)
+    saved(folder / "y.safetensors", seed=2)
+    tower("e.safetensors")
+    chosen = auto.execute(small.model(), "standard").args[2].splitlines()
+    assert len(chosen) == 3
+    assert chosen[2].startswith("In doubt: 'y.safetensors' fits as well as 'x.safetensors'")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -184,8 +194,44 @@ def test_the_fingerprint_follows_the_folders(auto, folder, encoders, tower, save
     assert changed()
     (folder / "dead.safetensors").symlink_to(folder / "gone")
     fingerprint()  # raises nothing
+    saved(folder / "y.safetensors")
+    assert changed()
     (folder / "x.safetensors").unlink()
     assert changed()
+
+
+def test_the_fingerprint_knows_what_cannot_be_chosen(small, auto, folder, encoders, tower, saved):
+    """A download that grows does not have gigabytes read again in every queue."""
+    from comfyui_ip_adapter.ip_adapter_core import checkpoint
+
+    def fingerprint(preset="standard"):
+        return auto.fingerprint_inputs(model=None, preset=preset)
+
+    saved(folder / "x.safetensors")
+    tower("e.safetensors")
+    before = fingerprint()
+    assert len(before) == 2
+    for place, whole in ((folder, "x.safetensors"), (encoders, "e.safetensors")):
+        data = (place / whole).read_bytes()
+        for size in (0, 100, len(data) - 1):
+            (place / "growing.safetensors").write_bytes(data[:size])
+            assert fingerprint() == before
+    checkpoint.save(resampler(small), folder / "plus.safetensors", {})
+    tower("wide.safetensors", embed=small.EMBED + 8)
+    assert fingerprint() == before  # another kind, and an encoder that no adapter here reads
+    assert fingerprint("fine-grained") != before
+    whole = (folder / "x.safetensors").read_bytes()
+    (folder / "growing.safetensors").write_bytes(whole)
+    assert fingerprint() != before
+
+
+def test_the_fingerprint_of_a_preset_over_a_link(auto, folder, tower, saved):
+    """The host gives None for it; whatever it raised would have the node run each time."""
+    saved(folder / "x.safetensors")
+    tower("e.safetensors")
+    linked = auto.fingerprint_inputs(model=None, preset=None)
+    assert linked == auto.fingerprint_inputs(model=None, preset="standard") and len(linked) == 2
+    assert auto.fingerprint_inputs(model=None, preset=None) == linked
 
 
 def test_the_extra_folders_of_the_host(small, auto, folder, tmp_path, tower, saved):

@@ -86,6 +86,48 @@ def test_many_files_are_not_all_listed(find, put, folder):
         find("SD1.5", "standard")
 
 
+def test_a_damaged_file_of_the_wanted_name_is_listed_first(find, put, folder, encoders):
+    """Among more files than are listed."""
+    put(
+        {f"{i}.safetensors": "sdxl" for i in range(40)},
+        {f"{i}.safetensors": sparse.vision("ViT-L") for i in range(40)},
+    )
+    for place, name in ((folder, "ip-adapter_sd15.bin"), (folder, "0.bin")):
+        (place / name).touch()
+    with pytest.raises(FileNotFoundError) as error:
+        find("SD1.5", "standard")
+    listed = str(error.value).partition("Found there instead:\n")[2].splitlines()
+    assert listed[0].startswith("- 'ip-adapter_sd15.bin' is empty")
+    assert listed[1].startswith("- '0.bin' is empty")
+    put({"a.safetensors": "sd15"})
+    (encoders / "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors").touch()
+    with pytest.raises(FileNotFoundError) as error:
+        find("SD1.5", "standard")
+    listed = str(error.value).partition("Found there instead:\n")[2].splitlines()
+    assert listed[0].startswith("- 'CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors' is empty")
+
+
+BARE = {k: x for k, x in sparse.vision().items() if k != "visual_projection.weight"}
+LARGE = {**sparse.tower(), "positional_embedding": (730, 1280)}  # 378 pixels
+
+
+@pytest.mark.parametrize(
+    "preset, layout, asked",
+    [
+        ("standard", sparse.vision(), False),
+        ("standard", BARE, True),
+        ("fine-grained", BARE, False),
+        ("standard", LARGE, True),
+        ("fine-grained", LARGE, True),
+    ],
+)
+def test_an_encoder_that_would_not_do_is_asked_for_too(find, put, preset, layout, asked):
+    put({}, {"e.safetensors": layout})
+    with pytest.raises(FileNotFoundError) as error:
+        find("SD1.5", preset)
+    assert ("It also needs an image encoder" in str(error.value)) is asked
+
+
 def test_no_folder_of_encoders_at_all(find, put, monkeypatch):
     import folder_paths
 

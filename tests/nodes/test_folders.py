@@ -92,6 +92,11 @@ def test_the_fingerprint_follows_the_file(load, folder, saved):
     assert load.fingerprint_inputs(adapter_name="b.safetensors") != first
 
 
+def test_the_fingerprint_of_a_name_over_a_link(load, folder):
+    """The host gives None for it; whatever it raised would have the node run each time."""
+    assert load.fingerprint_inputs(adapter_name=None) is None
+
+
 def test_a_damaged_file_is_named(load, folder):
     (folder / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     with pytest.raises(ValueError, match=r"cut\.safetensors"):

@@ -47,14 +47,49 @@ def test_each_picture_stands_where_its_values_say(values, draw):
     assert all(seen[w, 0][0] < seen[w, 0.4][0] for w in (0.25, 0.5, 1))
 
 
-@pytest.mark.parametrize("count, starts", [(3, [0.0, 0.0, 0.4, 0.4]), (4, [0.0, 0.4])])
-def test_pictures_that_fill_no_grid(draw, count, starts):
+@pytest.mark.parametrize(
+    "count, weights, starts",
+    [
+        (3, [0.5, 1.0, 0.5, 1.0], [0.0, 0.0, 0.4, 0.4]),
+        (4, [0.5, 1.0, 0.5, 1.0], [0.0, 0.4]),
+        (4, [0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 0.4, 0.4]),  # as many pairs, two of them twice
+        (2, [0.5, 1.0], [0.0, 0.4]),
+    ],
+)
+def test_pictures_that_fill_no_grid(draw, count, weights, starts):
     with pytest.raises(ValueError, match=f"{count} pictures do not fill a grid of 2 weights"):
-        draw([torch.zeros(1, 8, 8, 3)] * count, [0.5, 1.0, 0.5, 1.0], starts)
+        draw([torch.zeros(1, 8, 8, 3)] * count, weights, starts)
+
+
+def test_pictures_of_different_sizes(draw):
+    pictures = [torch.zeros(1, 8, 8, 3), torch.zeros(1, 8, 16, 3)]
+    with pytest.raises(ValueError, match="of 8×8 and 16×8 pixels; expected all of one size"):
+        draw(pictures, [0.5, 1.0], [0.0, 0.0])
+
+
+@pytest.mark.parametrize("weight, start", [(1 / 3, 1 / 3), (-2 / 3, 1e-3), (1.0, 0.0)])
+def test_words_have_room(draw, weight, start):
+    """No ink at the left edge, and some of it between there and the picture."""
+    sheet = draw([torch.zeros(1, 64, 64, 3)], [weight], [start])[0]
+    ink = sheet.amin(-1) > 0.5
+    assert not ink[:, :3].any()
+    first = int(ink.any(0).nonzero()[0])
+    assert first < 40
 
 
 @pytest.mark.parametrize(
-    "given, message", [(("1", "2"), "starts has 2"), (("a", "0"), "'a'"), (("", "0"), "empty")]
+    "given, message",
+    [
+        (("1", "2"), "starts has 2; expected 0 … 1"),
+        (("1", "0.2, -0.1"), "starts has -0.1"),
+        (("a", "0"), "weights has 'a'"),
+        (("", "0"), "weights is empty"),
+        (("1", ""), "starts is empty"),
+        (("0.5, 1, 0.5", "0"), "weights has 0.5 more than once"),
+        (("1", "0; 0.2; 0.2"), "starts has 0.2 more than once"),
+        (("0,25; 0,5", "0"), "weights has 25; expected -5 … 5.*point"),
+        (("-5.5", "0"), "weights has -5.5"),
+    ],
 )
 def test_values_that_cannot_be(values, given, message):
     with pytest.raises(ValueError, match=message):

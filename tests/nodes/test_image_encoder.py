@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from tools import small_frozen
@@ -42,6 +43,28 @@ def test_the_fingerprint_follows_the_file_and_its_configuration(load, encoders, 
     status = (encoders / which).stat()
     os.utime(encoders / which, ns=(status.st_atime_ns, status.st_mtime_ns + 1000))
     assert load.fingerprint_inputs(encoder_name=NAME) != first
+
+
+def test_the_fingerprint_of_a_name_over_a_link(load, encoders):
+    """The host gives None for it; whatever it raised would have the node run each time."""
+    assert load.fingerprint_inputs(encoder_name=None) is None
+
+
+def test_a_file_of_torch_before_1_6(load, encoders):
+    """Which the search of IPA_AutoLoad leaves to this node."""
+    write(encoders / NAME)
+    state = small_frozen.open_clip_model().state_dict()
+    torch.save(state, encoders / "small.pt", _use_new_zipfile_serialization=False)
+    (old,), (new,) = load.execute("small.pt").args, load.execute(NAME).args
+    for key, weight in new.model.state_dict().items():
+        assert torch.equal(old.model.state_dict()[key], weight)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "{}"])
+def test_a_folders_configuration_of_something_else(load, encoders, text):
+    write(encoders / NAME)
+    (encoders / "open_clip_config.json").write_text(text)
+    assert load.execute(NAME).args[0].image_size == small_frozen.SIDE
 
 
 def test_a_missing_file_names_the_folders_searched(load, encoders):

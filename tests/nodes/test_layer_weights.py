@@ -68,6 +68,7 @@ def test_a_preview_is_shown(layer_weights):
         (("style", "input 3: 1"), "(?s)'input 3: 1' names no.*input 1, input 2"),
         (("stile", ""), "no preset 'stile'"),
         (("style", "everything"), "'everything' cannot be read"),
+        (("uniform", "all: 1e999"), "'all: 1e999' is out of range"),
     ],
 )
 def test_what_the_model_does_not_have(layer_weights, given, message):
@@ -92,3 +93,7 @@ def test_weights_per_latent_times_a_curve(nodes):
     found = node.execute("0: 0, 4: 1", 0, falling).args[0]
     assert found == pytest.approx([0, 0.25 * 0.75, 0.25, 0.75 * 0.25, 0])
     assert node.execute("2", 1, falling).args[0] == [2.0]
+    with pytest.raises(ValueError, match=r"^curve is 'up'; expected the output of a Curve Editor"):
+        node.execute("2", 1, "up")
+    with pytest.raises(ValueError, match=r"^curve has the points"):
+        node.execute("2", 1, [[0, float("inf")]])

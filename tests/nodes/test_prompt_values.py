@@ -1,4 +1,4 @@
-"""IPA_CombinePrompts, IPA_NegativeNoise and the encoder's fingerprint, as nodes."""
+"""IPA_CombinePrompts, IPA_NegativeNoise and what IPA_EncodeImage makes of encoders, as nodes."""
 
 from __future__ import annotations
 
@@ -92,6 +92,37 @@ def test_the_fingerprint_is_the_weights_in_any_dtype(encode, clip_vision, anothe
         {key: x.to(dtype) for key, x in clip_vision.get_sd().items()}, assign=True
     )
     assert encode(another, pictures(1)).fingerprint == expected
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"hidden_act": "quick_gelu"},
+        {"image_mean": [0.5, 0.5, 0.5]},
+        {"image_std": [0.5, 0.5, 0.5]},
+    ],
+)
+def test_other_settings_of_the_same_weights_are_another_encoder(encode, clip_vision, changed):
+    from comfy.clip_vision import ClipVisionModel
+
+    made = ClipVisionModel({**clip_vision.config, **changed})
+    made.model.load_state_dict(clip_vision.get_sd())
+    one, other = (encode(encoder, pictures(1)) for encoder in (clip_vision, made))
+    assert one.encoder == other.encoder
+    assert one.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "damaged",
+    ["visual_projection.weight", "vision_model.embeddings.position_embedding.weight"],
+)
+def test_a_damaged_encoder_is_named(encode, another, value, damaged):
+    known = encode(another, pictures(1)).encoder
+    another.model.get_parameter(damaged).data.view(-1)[7] = value
+    with pytest.raises(ValueError, match=r"NaN or infinite.*weights are damaged") as error:
+        encode(another, pictures(1))
+    assert known in str(error.value)
 
 
 def test_noise_stands_against_the_image(nodes, encode, clip_vision, small):

@@ -109,11 +109,12 @@ NODES = {
         "model/conditioning",
         {
             "record": ("ATTENTION_RECORD", {}),
+            "samples": ("LATENT", {}),
             "image": ("IMAGE", {}),
             "blocks": ("STRING", {"default": "all"}),
             "start_at": KNOBS["start_at"],
             "end_at": KNOBS["end_at"],
-            "image_prompt": ("INT", {"default": 0, "min": 0, "max": 64}),
+            "prompt_number": ("INT", {"default": 0, "min": 0, "max": 64}),
             "opacity": ("FLOAT", {"default": 0.6, "min": 0.0, "max": 1.0, "step": 0.05}),
         },
         {},
@@ -175,7 +176,7 @@ NODES = {
         {"image": "IMAGE"},
     ),
     "IPA_NegativeNoise": (
-        "Noise for the Negative Side",
+        "Negative Image Noise",
         "model/conditioning",
         {
             "image": ("IMAGE", {}),
@@ -273,10 +274,23 @@ def test_inputs(info, node_id, kind):
 def test_outputs(info, node_id):
     node = info(node_id)
     assert dict(zip(node["output_name"], node["output"], strict=True)) == NODES[node_id][4]
+    for name, tooltip in zip(node["output_name"], node["output_tooltips"], strict=True):
+        assert len(tooltip or "") > 10, f"{name} has no tooltip"
 
 
-def test_the_list_of_prompts_grows_from_one(info):
-    template = info("IPA_CombinePrompts")["input"]["required"]["prompts"][1]["template"]
-    assert (template["prefix"], template["min"]) == ("prompt", 1)
-    ((name, (type_, _)),) = template["input"]["required"].items()
-    assert (name, type_) == ("prompt", "IMAGE_PROMPT")
+@pytest.mark.parametrize(
+    "node_id, list_, entry, entry_type",
+    [
+        ("IPA_CombinePrompts", "prompts", "prompt", "IMAGE_PROMPT"),
+        ("IPA_ApplyRegions", "image_prompts", "image_prompt", "IMAGE_PROMPT"),
+        ("IPA_ApplyRegions", "masks", "mask", "MASK"),
+    ],
+)
+def test_a_list_grows_from_one_and_its_entries_say_what_they_are(
+    info, node_id, list_, entry, entry_type
+):
+    template = info(node_id)["input"]["required"][list_][1]["template"]
+    assert (template["prefix"], template["min"]) == (entry, 1)
+    ((name, (type_, options)),) = template["input"]["required"].items()
+    assert (name, type_) == (entry, entry_type)
+    assert len(options.get("tooltip") or "") > 10

@@ -212,6 +212,18 @@ def test_it_encodes_image_prompts_and_leaves_the_device_when_asked(pack, load, t
     assert torch.equal(again.positive.image_embeds, prompt.positive.image_embeds)
 
 
+@pytest.mark.parametrize("vision", [{}, ODD["layer scale"]], ids=["the host's", "open_clip's"])
+def test_the_activation_tells_encoders_of_equal_weights_apart(pack, load, tmp_path, vision):
+    from comfyui_ip_adapter.ip_adapter_core.host.encode import encode
+
+    made = model(config(vision=vision))
+    prints = set()
+    for quick_gelu in (False, True):
+        path = saved(tmp_path / f"{quick_gelu}.safetensors", made, config(quick_gelu, vision))
+        prints.add(encode(load(path), pictures(1), None, "center").fingerprint)
+    assert len(prints) == 2
+
+
 def damaged(path, made, sizes, how):
     if how == "no configuration":
         save_file({k: x.contiguous() for k, x in made.state_dict().items()}, path)

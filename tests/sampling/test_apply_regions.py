@@ -13,16 +13,18 @@ def masks(count: int) -> list[torch.Tensor]:
 
 
 def apply(model, adapter, prompts, given, overlap="normalize", **settings):
-    """IPA_ApplyRegions, inputs as the host hands growing lists over."""
+    """IPA_ApplyRegions, inputs as the host hands growing lists over: given as lists, or as dicts
+    by the numbers of their sockets."""
     from comfyui_ip_adapter.nodes.regions import ApplyIPAdapterRegions
 
     knobs = {"weight": 1.0, "start_at": 0.0, "end_at": 1.0, "combine": "concat", **settings}
+    prompts, given = (x if isinstance(x, dict) else dict(enumerate(x)) for x in (prompts, given))
     return ApplyIPAdapterRegions.execute(
         model=model,
         adapter=adapter,
         # A request may hold them in any order.
-        image_prompts={f"image_prompt{i}": p for i, p in reversed([*enumerate(prompts)])},
-        masks={f"mask{i}": mask for i, mask in enumerate(given)},
+        image_prompts={f"image_prompt{i}": p for i, p in reversed(prompts.items())},
+        masks={f"mask{i}": mask for i, mask in given.items()},
         overlap=overlap,
         **knobs,
     ).args[0]
@@ -63,6 +65,61 @@ def test_it_is_several_apply_nodes_in_a_row(small):
         row = small.apply(row, adapter, prompt, mask=mask)
     one = apply(model, adapter, prompts, given, "add")
     assert torch.equal(*(small.run(small.guider(m, *texts)) for m in (one, row)))
+
+
+def test_the_adapter_is_loaded_once_for_all_regions(small, monkeypatch):
+    import comfy.model_management as memory
+
+    adapter, loads = small.adapter("tiny"), []
+    load = memory.load_models_gpu
+    monkeypatch.setattr(memory, "load_models_gpu", lambda m, *a: (loads.append(m), load(m, *a)))
+    apply(small.model("tiny"), adapter, [small.images()] * 3, masks(2))
+    assert loads == [[adapter.patcher]]
+
+
+def test_regions_share_one_curve(small):
+    """Given as points, too, which make a new curve each time."""
+    from comfyui_ip_adapter.ip_adapter_core.host.patch import KEY
+
+    model = apply(
+        small.model("tiny"),
+        small.adapter("tiny"),
+        [small.images()] * 3,
+        masks(2),
+        weight_curve=[[0, 1], [1, 0]],
+    )
+    assert len({side.schedule for pair in model.get_attachment(KEY) for side in pair}) == 1
+
+
+def test_a_pair_of_sockets_that_nothing_comes_in_at(small):
+    given, prompts = masks(2), [small.images(seed=i) for i in range(2)]
+    results = []
+    for numbers in ((0, 2), (0, 1)):
+        model = apply(
+            *(small.model("tiny"), small.adapter("tiny")),
+            dict(zip(numbers, prompts, strict=True)),
+            dict(zip(numbers, given, strict=True)),
+        )
+        results.append(small.run(small.guider(model, small.text(1), small.text(2))))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    "prompts, given, message",
+    [
+        ((0, 1, 2), (0, 2), "3 image prompts do not go with 2 masks: nothing comes in at mask1"),
+        ((0, 2), (0, 1), "nothing comes in at image_prompt1"),
+        ((0, 1, 2), (1,), "nothing comes in at mask0"),
+        ((0,), (), "1 image prompts do not go with 0 masks: nothing comes in at masks"),
+    ],
+    ids=str,
+)
+def test_a_gap_among_the_sockets(small, prompts, given, message):
+    """As where the node behind a socket is muted."""
+    prompts = dict.fromkeys(prompts, small.images())
+    given = dict(zip(given, masks(3), strict=False))
+    with pytest.raises(ValueError, match=message):
+        apply(small.model("tiny"), small.adapter("tiny"), prompts, given)
 
 
 def test_lambda_0_gives_the_model_back(small):

@@ -6,9 +6,11 @@ import gc
 
 import pytest
 import torch
+from comfyui_ip_adapter.ip_adapter_core.shares import blocks_of
 from torch.nn.functional import interpolate, linear
 
 AT = (0.2, 0.5, 0.8)
+ALL = [("all", None)]
 
 
 @pytest.fixture
@@ -16,6 +18,17 @@ def record(host):
     from comfyui_ip_adapter.ip_adapter_core.host import record
 
     return record
+
+
+@pytest.fixture
+def heat(small, record):
+    """Samples with a guider of the recorded model, and gives the map of that run."""
+
+    def heat(guider, kept, blocks=ALL, start=0, end=1, prompt=0, **options):
+        latents = small.run(guider, **{"at": AT, **options})
+        return kept.of(latents).heat(blocks, start, end, prompt)
+
+    return heat
 
 
 @pytest.fixture
@@ -97,9 +110,9 @@ def expected(small, seen, family, adapter, prompts, weights, masks, at, blocks, 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize(
     "blocks, start, end, which",
-    [("all", 0.0, 1.0, 0), ("input, output 1", 0.0, 1.0, 2), ("middle", 0.4, 0.9, 1)],
+    [("all", 0.0, 1.0, 0), ("input, output 5", 0.0, 1.0, 2), ("middle", 0.4, 0.9, 1)],
 )
-def test_the_share_of_the_images(small, record, queries, family, blocks, start, end, which):
+def test_the_share_of_the_images(small, record, heat, queries, family, blocks, start, end, which):
     """Two prompts, one with a mask: the queries of a run with them, everything else by hand."""
     model, adapter = small.model(family), small.adapter(family)
     prompts = [small.images(seed=1), small.images(seed=2)]
@@ -108,10 +121,10 @@ def test_the_share_of_the_images(small, record, queries, family, blocks, start, 
     patched = small.apply(watched, adapter, prompts[0], weight=0.7)
     patched = small.apply(patched, adapter, prompts[1], weight=1.3, mask=mask)
     recorded, kept = record.recording(patched)
-    small.run(small.guider(recorded, small.text(1), small.text(2)), at=AT)
-    found = kept.heat(record.blocks_of(blocks), start, end, which)
+    guider = small.guider(recorded, small.text(1), small.text(2))
+    found = heat(guider, kept, blocks_of(blocks), start, end, which)
     names = {"all": None, "middle": {("middle", 0)}}
-    others = {("input", n) for n in range(12)} | {("output", 1)}
+    others = {("input", n) for n in range(12)} | {("output", 5)}
     sampling = model.model.model_sampling
     at = {sampling.percent_to_sigma(x) for x in AT if start <= x <= end}
     wanted = expected(
@@ -122,26 +135,54 @@ def test_the_share_of_the_images(small, record, queries, family, blocks, start, 
     assert torch.allclose(found.double(), wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_the_latents_stay_the_same_to_the_bit(small, record):
-    model, texts = small.model(), (small.text(1), small.text(2))
-    patched = small.apply(model, small.adapter(), small.images(), mask=torch.rand(1, 9, 9))
+PIECES = [[0.1 * i, [0.2, 1.0, 0.0, 0.7, 0.4][i % 5]] for i in range(11)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"mask": torch.rand(1, 9, 9)}, {"end_at": 0.5}, {"weight_curve": PIECES}],
+    ids=["mask", "window", "curve"],
+)
+def test_the_run_stays_the_same(small, record, settings):
+    """Its latents to the bit, and its UNet calls."""
+    model, calls = small.counted(small.model())
+    patched = small.apply(model, small.adapter(), small.images(), **settings)
     recorded, kept = record.recording(patched)
-    assert torch.equal(*(small.run(small.guider(m, *texts)) for m in (recorded, patched)))
-    assert kept.shares
+    texts, latents = (small.text(1), small.text(2)), []
+    for m in (recorded, patched):
+        latents.append(small.run(small.guider(m, *texts), at=AT))
+    assert torch.equal(*latents) and kept.of(latents[0]).shares
+    assert calls == [4] * (2 * len(AT))
 
 
-def test_outside_its_mask_a_prompt_has_no_share(small, record):
+def test_in_half_precision(small, record, heat):
+    """The same latents to the bit, and about the same map."""
+    maps, texts = [], (small.text(1), small.text(2))
+    for dtype in (torch.float32, torch.bfloat16):
+        patched = small.apply(small.model(dtype=dtype), small.adapter(), small.images())
+        recorded, kept = record.recording(patched)
+        guider = small.guider(recorded, *texts)
+        maps.append(heat(guider, kept, at=(0.5,)))
+        bare = small.run(small.guider(patched, *texts), at=(0.5,))
+        assert torch.equal(kept.runs[-1].samples, bare)
+    assert maps[1].dtype == torch.float32
+    assert float((maps[1] - maps[0]).abs().mean()) < 0.1 * float(maps[0].mean())
+
+
+def test_outside_its_mask_a_prompt_has_no_share(small, record, heat):
     mask = torch.zeros(1, 64, 64)
     mask[:, :, :24] = 1
     patched = small.apply(small.model(), small.adapter(), small.images(), mask=mask)
     recorded, kept = record.recording(patched)
-    small.run(small.guider(recorded, small.text(1), small.text(2)), at=AT, size=16)
-    found = kept.heat({("output", n) for n in (9, 10, 11)}, 0, 1, 0)
+    guider = small.guider(recorded, small.text(1), small.text(2))
+    found = heat(guider, kept, [("output", n) for n in (9, 10, 11)], size=16)
     assert float(found[:, :, 8:].abs().max()) < 1e-6 < float(found[:, :, :5].min())
 
 
-def test_frames_of_context_windows_find_their_places(small, record):
-    """Each frame's weight is its number, so its share must rise from frame to frame."""
+@pytest.mark.parametrize("anchor", [False, True])
+def test_frames_of_context_windows_find_their_places(small, record, heat, anchor):
+    """Each frame's weight is its number, so its share must rise from frame to frame. The anchor
+    that the host puts before a window, and discards, does not count."""
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
     weights = [0.1 * frame for frame in range(7)]
@@ -157,25 +198,46 @@ def test_frames_of_context_windows_find_their_places(small, record):
         fuse_method="pyramid",
         dim=0,
         freenoise=False,
-        causal_window_fix=False,
+        causal_window_fix=anchor,
     ).args
     same = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(7, -1, -1, -1)
     guider = small.guider(windowed, small.text(1), small.text(2))
-    small.run(guider, at=(0.4,), noise=same.clone())
-    shares = kept.heat(None, 0, 1, 0).mean((1, 2))
+    shares = heat(guider, kept, at=(0.4,), noise=same.clone()).mean((1, 2))
     assert len(shares) == 7 and float(shares[0]) == 0
     assert (shares.diff() > 0).all()
+    seen = kept.runs[-1].shares
+    assert {(len(share.frames), share.maps.shape[1]) for share in seen} == {(4, 4)}
 
 
-def test_it_holds_the_last_run_alone(small, record):
-    patched = small.apply(small.model(), small.adapter(), small.images())
+def test_each_runs_latents_find_its_map(small, record):
+    """Of the last eight runs, whatever ran after them."""
+    patched = small.apply(small.model("tiny"), small.adapter("tiny"), small.images())
+    recorded, kept = record.recording(patched)
+    guider, latents, maps = small.guider(recorded, small.text(1), small.text(2)), [], []
+    for seed in range(9):
+        latents.append(small.run(guider, at=(0.5,), seed=seed))
+        maps.append(kept.runs[-1].heat(ALL, 0, 1, 0))
+    for made, own in zip(latents[1:], maps[1:], strict=True):
+        assert torch.equal(kept.of(made).heat(ALL, 0, 1, 0), own)
+    assert not any(torch.allclose(own, maps[-1], rtol=1e-3) for own in maps[:-1])
+    with pytest.raises(ValueError, match="of none of the 8 sampling runs"):
+        kept.of(latents[0])
+
+
+def test_an_interrupted_run_leaves_nothing(small, record, heat):
+    patched = small.apply(small.model("tiny"), small.adapter("tiny"), small.images())
     recorded, kept = record.recording(patched)
     guider = small.guider(recorded, small.text(1), small.text(2))
-    small.run(guider, at=AT)
-    first = kept.heat(None, 0, 1, 0)
-    small.run(guider, at=AT, batch=1, seed=2)
-    assert kept.heat(None, 0, 1, 0).shape == (1, 8, 8) and first.shape == (2, 8, 8)
-    assert len(kept.shares) == len(AT) * len({key[:2] for key, _ in small.SD15_LAYERS})
+
+    def stop(*args):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        small.run(guider, at=AT, callback=stop)
+    assert not kept.runs
+    assert heat(guider, kept).shape == (2, 8, 8)
+    blocks = {key[:2] for key, _ in small.TINY_LAYERS}
+    assert len(kept.runs[-1].shares) == len(AT) * len(blocks)
 
 
 def test_no_keys_and_values_stay_behind(small, record):
@@ -187,35 +249,22 @@ def test_no_keys_and_values_stay_behind(small, record):
     small.run(small.guider(recorded, small.text(1), small.text(2)), at=AT)
     gc.collect()
     alive = [thing for thing in gc.get_objects() if isinstance(thing, PreparedPrompt)]
-    assert alive == [] and kept.shares
+    assert alive == [] and kept.runs[-1].shares
 
 
-def test_what_was_not_recorded(small, record):
+def test_what_was_not_recorded(small, record, heat):
     model, texts = small.model(), (small.text(1), small.text(2))
     recorded, kept = record.recording(model)
     with pytest.raises(ValueError, match="Nothing has been recorded"):
-        kept.heat(None, 0, 1, 0)
-    small.run(small.guider(recorded, *texts), at=AT)  # without a prompt
-    with pytest.raises(ValueError, match="Nothing has been recorded"):
-        kept.heat(None, 0, 1, 0)
+        kept.of(torch.rand(2, 4, 8, 8))
+    with pytest.raises(ValueError, match="No image prompt was in force"):
+        heat(small.guider(recorded, *texts), kept)  # without a prompt
     recorded, kept = record.recording(small.apply(model, small.adapter(), small.images()))
-    small.run(small.guider(recorded, *texts), at=AT)
+    latents = small.run(small.guider(recorded, *texts), at=AT)
     for asked, message in (
-        ((None, 0.3, 0.4, 0), r"No step .* between 0.3 and 0.4"),
-        (({("output", 0)}, 0, 1, 0), r"expected some of input 1, .*middle"),
-        ((None, 0, 1, 2), "image_prompt is 2, but 1 were in force"),
+        ((ALL, 0.3, 0.4, 0), r"No step .* between 0.3 and 0.4"),
+        (([("output", 0)], 0, 1, 0), r"'output 0', .* some of input 1, .*middle"),
+        ((ALL, 0, 1, 2), "prompt_number is 2, but 1 were applied"),
     ):
         with pytest.raises(ValueError, match=message):
-            kept.heat(*asked)
-
-
-@pytest.mark.parametrize("text", ["up 1", "input 1.2", "8", "middle, everything"])
-def test_blocks_that_mean_nothing(record, text):
-    with pytest.raises(ValueError, match="expected all, input, middle, output"):
-        record.blocks_of(text)
-
-
-def test_blocks(record):
-    assert record.blocks_of("all") is None and record.blocks_of(" ") is None
-    assert record.blocks_of("Input 8; output 1") == {("input", 8), ("output", 1)}
-    assert ("output", 11) in record.blocks_of("output")
+            kept.of(latents).heat(*asked)

@@ -68,6 +68,78 @@ def test_samplers(small, truth, sampler):
     )
 
 
+@pytest.mark.parametrize("sampler", ["dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde"])
+def test_samplers_that_evaluate_between_the_runs_sigmas(small, truth, sampler):
+    points = [[0, 0], [0.5, 1], [1, 0.2]]
+    model, adapter, images = small.model(), small.adapter(), small.images()
+    texts, at = (small.text(1), small.text(2)), (0.1, 0.4, 0.8)
+    sides = truth.sides(adapter, images, curve=lambda x: line(points, x))
+    expected = truth.apply(model, small.SD15_LAYERS, *zip(texts, sides, strict=True))
+    patched = small.apply(model, adapter, images, weight_curve=curve(points))
+    results = []
+    for each in (patched, expected, model):
+        watched, calls = small.counted(each)
+        results.append(small.run(small.guider(watched, *texts), at=at, sampler=sampler))
+        assert len(calls) > len(at)
+    truth.check(*results, tolerance=3e-4)
+
+
+@pytest.fixture
+def asked(small, monkeypatch):
+    """The fractions of the schedule whose sigma the host was asked for."""
+    from comfy.model_sampling import ModelSamplingDiscrete
+
+    fractions = []
+    percent_to_sigma = ModelSamplingDiscrete.percent_to_sigma
+
+    def counted(self, percent):
+        fractions.append(percent)
+        return percent_to_sigma(self, percent)
+
+    monkeypatch.setattr(ModelSamplingDiscrete, "percent_to_sigma", counted)
+    return fractions
+
+
+def test_a_curve_asks_the_host_little_and_once_for_all_prompts_that_share_it(small, asked):
+    falling = curve([[0, 1], [1, 0]])
+    falling.interp = None  # one place after the other would be thousands of calls
+    counts = []
+    patched = small.model("tiny")
+    for seed in (1, 2):
+        given = small.adapter("tiny"), small.images(seed=seed)
+        patched = small.apply(patched, *given, weight_curve=falling)
+        asked.clear()
+        small.run(small.guider(patched, small.text(1), small.text(2)), at=(0.3,))
+        counts.append(len(asked))
+    assert counts[0] == counts[1] < 500
+
+
+def test_a_curve_keeps_keys_and_values_once(small):
+    """K' and V' beside zeros in each other's place, and no third pack of both."""
+    from comfy.patcher_extension import WrappersMP
+    from comfyui_ip_adapter.ip_adapter_core.host import patch
+
+    held = []
+
+    def look(executor, model, conds, *args, **kwargs):
+        held.extend(entry["model_conds"][patch.KEY].prompts for c in conds for entry in c)
+        return executor(model, conds, *args, **kwargs)
+
+    patched = small.apply(
+        small.model("tiny"), small.adapter("tiny"), small.images(), weight_curve=[[0, 1], [1, 0]]
+    )
+    # Registered later than the pack's own wrapper, it runs within that.
+    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "look", look)
+    small.run(small.guider(patched, small.text(1), small.text(2)), at=(0.3,))
+    size = small.TOKENS * 2 * sum(width for _, width in small.TINY_LAYERS)
+    packs = [
+        sum(x.numel() for x in vars(prompt).values() if torch.is_tensor(x) and x.numel() >= size)
+        for prompts in held
+        for prompt in prompts
+    ]
+    assert packs == [2 * size, 2 * size]
+
+
 def test_a_curve_within_a_window(small, truth):
     points = [[0, 0], [1, 1]]
     window = {"start_at": 0.3, "end_at": 0.7}
@@ -124,7 +196,7 @@ def test_conditionings_with_curves_of_their_own(small, truth):
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("masks", [0, 1, 3])
-def test_weights_per_latent(small, truth, family, masks):
+def test_weights_per_latent_of_which_the_last_holds(small, truth, family, masks):
     settings = {"latent_weights": [0.0, 0.5, -1.5], "weight": 0.8}
     if masks:
         generator = torch.Generator().manual_seed(masks)
@@ -140,10 +212,6 @@ def test_weights_per_latent(small, truth, family, masks):
         ({"weight_curve": [[0, float("nan")]]}, "expected one or more finite"),
         ({"latent_weights": []}, "one finite number a latent"),
         ({"latent_weights": [1.0, float("inf")]}, "one finite number a latent"),
-        (
-            {"latent_weights": [1.0, 2.0], "mask": torch.ones(3, 4, 4)},
-            "2 latent_weights do not go with 3 masks",
-        ),
     ],
     ids=str,
 )
@@ -152,7 +220,29 @@ def test_values_that_cannot_be(small, settings, message):
         small.apply(small.model(), small.adapter(), small.images(), **settings)
 
 
-def test_weights_that_cannot_be_dealt_out(small):
+def test_more_weights_than_latents(small):
     model = small.apply(small.model(), small.adapter(), small.images(), latent_weights=[1.0] * 3)
-    with pytest.raises(ValueError, match=r"3 masks or latent weights .* batch of 4"):
-        small.run(small.guider(model, small.text(1), small.text(2)), batch=4)
+    with pytest.raises(ValueError, match=r"3 latent_weights for a batch of 2 latents"):
+        small.run(small.guider(model, small.text(1), small.text(2)), batch=2)
+
+
+def test_a_mask_is_not_multiplied_out_for_weights_of_latents(small):
+    """One mask of the picture's size for all, however many weights there are."""
+    from comfyui_ip_adapter.ip_adapter_core.host.compile import Settings
+
+    given = small.knobs(mask=torch.rand(64, 64), latent_weights=[0.1 * i for i in range(50)])
+    made = Settings(adapter=small.adapter(), image_prompt=small.images(), **given).masks
+    assert made.masks.shape == (1, 64, 64) and made.weights.shape == (50,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_keys_and_values_that_the_models_dtype_cannot_hold(small, dtype):
+    model = small.model("tiny", dtype=torch.float16, cast=dtype)
+    given = small.adapter("tiny"), small.images()
+    patched = small.apply(model, *given, weight=5.0, layer_weights=[1e6] * 2)
+    guider = small.guider(patched, small.text(1), small.text(2))
+    if dtype == torch.float32:
+        assert small.run(guider, at=(0.5,)).isfinite().all()
+    else:
+        with pytest.raises(ValueError, match=r"not finite in .*float16.*Lower weight"):
+            small.run(guider, at=(0.5,))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def masks(count: int) -> torch.Tensor:
@@ -103,6 +104,25 @@ def test_an_animation_in_context_windows(small, truth):
             for m in (patched, expected, model)
         )
     )
+
+
+def test_a_curve_multiplies_the_rows_of_a_window_alone(small):
+    width, rows = 2 * sum(width for _, width in small.TINY_LAYERS), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "addcmul" in str(func) and out.shape[-1] == width:
+                rows.append(len(out))
+            return out
+
+    given = small.adapter("tiny"), small.images(7)
+    falling = {"weight_curve": [[0, 1], [1, 0]], "combine": "per_latent"}
+    patched = small.apply(small.model("tiny"), *given, **falling)
+    guider = small.guider(windowed(patched, "standard_static", False), small.text(1), small.text(2))
+    with Watch():
+        small.run(guider, batch=7)
+    assert max(rows) == 4
 
 
 def test_context_windows_with_prompts_in_the_conditioning(small, truth):

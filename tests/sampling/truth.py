@@ -7,6 +7,7 @@ by what that row *is*: its text says which conditioning, its place in the chunk 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,8 @@ class Image:
     """One image prompt on one conditioning, with the settings of the Apply nodes.
 
     `features (N, embed)`: one row a latent with `per_latent`, all on every latent without.
-    `steps`: a factor of λ at each fraction of the schedule where a step lies.
+    `steps`: a factor of λ at each fraction of the schedule where a step lies. `curve`: the same for
+    every fraction. `latent_weights`: a factor a latent, the last one for those that follow.
     """
 
     adapter: object
@@ -35,6 +37,7 @@ class Image:
     per_latent: bool = False
     steps: dict[float, float] | None = None
     latent_weights: list[float] | None = None
+    curve: Callable[[float], float] | None = None
 
     def tokens(self, latent: int) -> torch.Tensor:
         features = self.features
@@ -143,8 +146,10 @@ def _branch(image: Image, number: int, query, latent: int, place, options) -> to
     weight = image.weight * (image.layer_weights[number] if image.layer_weights else 1.0)
     if image.steps is not None:
         weight *= image.steps[_step(image.steps, options)]
+    if image.curve is not None:
+        weight *= image.curve(_fraction(options))
     if image.latent_weights is not None:
-        weight *= image.latent_weights[latent % len(image.latent_weights)]
+        weight *= image.latent_weights[min(latent, len(image.latent_weights) - 1)]
     out = weight * torch.cat(heads, -1)
     if image.mask is not None:
         out = out * _mask(image.mask, latent, place, options)
@@ -155,6 +160,16 @@ def _step(steps, options) -> float:
     """The fraction whose sigma is the step's."""
     sampling, sigma = options["model_sampling"], float(options["sigmas"][0])
     return min(steps, key=lambda at: abs(sampling.percent_to_sigma(at) - sigma))
+
+
+def _fraction(options) -> float:
+    """Where in the schedule the sigma lies, by halving."""
+    sampling, sigma = options["model_sampling"], float(options["sigmas"][0])
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sampling.percent_to_sigma(middle) > sigma else (low, middle)
+    return (low + high) / 2
 
 
 def _mask(mask, latent: int, place, options) -> torch.Tensor:

@@ -41,6 +41,8 @@ def test_it_loads_once_and_again_when_a_file_comes(server, auto, models, later):
     changed = auto(preset="standard").set("IPA_Apply", weight=0.3)
     assert "IPA_AutoLoad" in server.run(changed).cached
     shutil.copyfile(later.with_name("ip-adapter-plus_sd15.safetensors"), later)
+    assert "IPA_AutoLoad" in server.run(changed).cached  # of no use for this preset
+    shutil.copyfile(later.with_name("ip-adapter_sd15.safetensors"), later)
     assert "IPA_AutoLoad" in server.run(changed).executed
 
 

@@ -70,9 +70,18 @@ def reading() -> Callable[[str], Workflow]:
 
 @pytest.fixture(scope="session")
 def client(server: Client) -> Client:
-    """The server, with every stand-in that a workflow names."""
+    """The server, with every stand-in and every saved prompt that a workflow names."""
     miniature.ensure("workflows")
+    server.run(_needed(read("save_prompt").api, "IPA_SavePrompt"))
     return server
+
+
+def _needed(api: dict[str, Any], class_: str) -> dict[str, Any]:
+    """The node of that class, and all that it needs."""
+    found = [id_ for id_, node in api.items() if node["class_type"] == class_]
+    for id_ in found:
+        found += [value[0] for value in api[id_]["inputs"].values() if isinstance(value, list)]
+    return {id_: api[id_] for id_ in found}
 
 
 @pytest.fixture(scope="session")

@@ -75,8 +75,8 @@ CONNECT = """async ({blueprint, widgets}) => {
     return {api: (await app.graphToPrompt()).output, shown}
 }"""
 BLUEPRINTS = {  # what the one node shows
-    "Image Prompt": {"preset": "standard", "weight": 0.6, "start_at": 0, "end_at": 1},
-    "Style Transfer": {"layers": "style", "weight": 1},
+    "Image Prompt": {"adapter_preset": "standard", "weight": 0.6, "start_at": 0, "end_at": 1},
+    "Style Transfer": {"adapter_preset": "standard", "style_preset": "style", "weight": 1},
 }
 
 

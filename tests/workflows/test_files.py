@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
+from ip_adapter_core import published
 from tools.workflows.public import PUBLIC
 from tools.workflows.tasks import TASKS
 
@@ -58,6 +59,13 @@ def test_each_model_file_comes_with_its_download(workflow):
     ]
     assert set(offered) == wanted
     assert len(offered) == len(wanted)
+
+
+def test_files_are_those_that_auto_tells_people_to_get(workflow):
+    recommended = {own.name for family in published.ADAPTERS.values() for own in family.values()}
+    inputs = [node["inputs"] for node in workflow.api.values()]
+    assert {i["adapter_name"] for i in inputs if "adapter_name" in i} <= recommended
+    assert {i["clip_name"] for i in inputs if "clip_name" in i} <= {published.VIT_H.name}
 
 
 def test_downloads_stand_at_the_node_that_names_the_file(workflow):

@@ -13,8 +13,8 @@ from tools.build_texts import PREFIX
 from tools.build_workflows import WORKFLOWS
 
 PAGES = sorted(path.stem for path in PROSE.glob("*.md"))
-IN_NO_WORKFLOW = {"IPA_LoadImageEncoder", "IPA_LoadPrompt"}
-"""Their pages show the picture of a workflow that they can be put into."""
+IN_NO_WORKFLOW = {"IPA_LoadImageEncoder"}
+"""Its page shows the picture of a workflow that it can be put into."""
 
 
 def read(name: str) -> str:
@@ -49,6 +49,11 @@ def test_a_page_names_every_input_and_output_and_says_what_it_is(name, object_in
     inputs = [key for kind in ("required", "optional") for key in node["input"].get(kind, {})]
     assert list(table(page, "Inputs")) == inputs
     assert list(table(page, "Outputs")) == node["output_name"]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_says_what_to_do_when_it_fails(name):
+    assert re.search(r"^## When it fails\n\n\S", read(name), re.M)
 
 
 def test_a_page_tells_ranges_choices_and_defaults():

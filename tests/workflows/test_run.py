@@ -124,6 +124,11 @@ def test_a_grid_holds_the_pictures_of_its_values(reading, client, pictures, run)
     assert any(np.abs(windows[y, x] - cell).max() <= 2 for y, x in corners)  # rounded twice
 
 
+def test_a_saved_prompt_draws_what_its_picture_does(reading, run):
+    (loaded,), (encoded,) = run(reading("load_prompt")), run(reading("save_prompt"))
+    np.testing.assert_array_equal(loaded, encoded)
+
+
 def test_a_saved_prompt_lies_in_the_output_folder(reading, client):
     result = client.run(smaller(reading("save_prompt").api, STEPS, SIDE))
     (saved,) = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from tools.workflow_pictures import LIMIT, jpeg
+from tools.workflow_pictures import LIMIT, in_order, jpeg
 from tools.workflows.sketch import SIDE, draw, pictures_of, stages_of
 
 
@@ -35,6 +35,19 @@ def test_inputs_and_results_are_in_it(workflow):
     assert sheet.size == (SIDE, SIDE)
     shown = set(map(tuple, np.asarray(sheet).reshape(-1, 3)))
     assert {*colours[: len(files)], (250, 250, 20)} <= shown
+
+
+def test_a_saved_prompt_is_told_without_a_picture(reading):
+    (stage,) = stages_of(reading("load_prompt").api)
+    assert stage.label == "IP-Adapter\nweight 1\nfrom a file" and stage.files == ()
+    assert not any("file" in stage.label for stage in stages_of(reading("save_prompt").api))
+
+
+def test_a_prompt_is_saved_before_it_is_loaded():
+    assert in_order(["load_prompt"]) == ["save_prompt", "load_prompt"]
+    asked = ["save_prompt", "regions", "load_prompt"]
+    assert in_order(asked) == asked
+    assert in_order(["load_prompt", "save_prompt"]) == ["save_prompt", "load_prompt"]
 
 
 def test_noise_fits_into_the_limit():

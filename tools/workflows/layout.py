@@ -40,6 +40,7 @@ STEP_OF = {
     "IPA_PrepareImage": "Image prompt",
     "IPA_NegativeNoise": "Image prompt",
     "IPA_SavePrompt": "Image prompt",
+    "IPA_LoadPrompt": "Image prompt",
     "IPA_GridValues": "Image prompt",
     "IPA_RecordAttention": "Image prompt",
     "CurveEditor": "Image prompt",

@@ -30,8 +30,8 @@ NOTES = {
         "The picture says what it should look like, the text what is different.",
         """
 **Weight 0.6.** At weight 1 the picture decides nearly everything and the words are lost. Half to \
-two thirds leaves them room; the reference implementation uses 0.6 for this and recommends 0.5 to \
-start from. Lower it if the text is ignored, raise it if the picture is.
+two thirds leaves them room; the authors' own code (tencent-ailab/IP-Adapter) uses 0.6 for this \
+and recommends 0.5 to start from. Lower it if the text is ignored, raise it if the picture is.
 """,
         _SETTINGS,
         _PICTURES,
@@ -93,8 +93,8 @@ Sampling starts from one picture and follows another: layout from the first, con
 from the reference.
 """,
         """
-*denoise* 0.6, as in the reference implementation, says how much of the first picture is painted \
-over.
+*denoise* 0.6, as in the authors' own code (tencent-ailab/IP-Adapter), says how much of the first \
+picture is painted over.
 """,
         _IMAGE_ONLY,
         _SETTINGS,
@@ -106,8 +106,8 @@ over.
 The white part of the mask is painted anew after the reference picture; the rest keeps its pixels.
 """,
         """
-*denoise* 0.7, as in the reference implementation; 1 forgets what was there. Picture and mask go \
-through the same crop, so give them the same shape.
+*denoise* 0.7, as in the authors' own code (tencent-ailab/IP-Adapter); 1 forgets what was there. \
+Picture and mask go through the same crop, so give them the same shape.
 """,
         _IMAGE_ONLY,
         _SETTINGS,
@@ -150,8 +150,9 @@ prediction needs one empty picture, not two.
     "sdxl": _note(
         "SDXL",
         """
-The same graph as *Text and image* with SDXL, its adapter, and the larger encoder (ViT-bigG) that \
-this adapter was trained with. Adapters with `vit-h` in their name take the ViT-H encoder instead.
+The same graph as *Text and image* with SDXL and an adapter for it that reads the same image \
+encoder, ViT-H. `ip-adapter_sdxl` was trained with the larger ViT-bigG: with it, load that \
+encoder.
 """,
         """
 **Weight 0.6** leaves the words some room, as with SD1.5. SDXL wants about a million pixels: \
@@ -163,23 +164,23 @@ this adapter was trained with. Adapters with `vit-h` in their name take the ViT-
     "style_transfer": _note(
         "Style transfer",
         """
-The picture gives colours and manner, the text says what is to be seen. *Layer Weights* lets the \
+The picture gives colours and style, the text says what is to be seen. *Layer Weights* lets the \
 image act only on the cross-attention layers that carry style; its picture shows which.
 """,
         """
 Other presets: `composition` for what is where, `style without composition` to turn away from it, \
-`strong style` for all but the composition. Below them single blocks can be changed, \
+`strong style` for all but the composition. In *changes*, single blocks can be set: \
 `input 8: 0.5`.
 """,
         _SETTINGS,
         _PICTURES,
     ),
     "weight_curve": _note(
-        "Weight over the steps",
+        "Weight over the schedule",
         """
-The curve multiplies the weight, from the first step on the left to the last on the right. Early \
-steps decide what is where, late ones the detail: here the picture leads at first and the text has \
-the last word.
+The curve multiplies the weight, from the schedule's start on the left to its end on the right. \
+Early steps decide what is where, late ones the detail: here the picture leads at first and the \
+text has the last word.
 """,
         """
 Drag the curve's points. Whatever it looks like, no step costs more: there is no further call of \
@@ -193,7 +194,8 @@ the UNet.
         """
 Four latents, four weights in one run: `0: 0, 3: 1` are keyframes, linear between latent 0 and 3. \
 For an animation, give a frame's number and weight; with *per_latent* and a batch of pictures \
-every frame has a picture of its own too. Context windows work.
+every frame has a picture of its own too. *Context Windows (Manual)* over a batch of frames works \
+with both.
 """,
         _SETTINGS,
         _PICTURES,
@@ -217,7 +219,7 @@ The fine-grained adapter (`plus`) keeps more of each picture than the base one; 
         """
 *Record Image Attention* watches the sampling, *Image Attention Map* lays over the result what it \
 saw: the share of the image prompt in the output of the cross-attention layers. With the mask, \
-only one half is warm.
+only the masked part is warm.
 """,
         """
 Look at single blocks (`output 5`) or at a part of the steps. The picture itself stays the same to \
@@ -236,15 +238,16 @@ pictures. A late start leaves the layout to the text and takes colour and detail
         _PICTURES,
     ),
     "auto_load": _note(
-        "Text and image, the files found by themselves",
+        "Text and image, the files found automatically",
         """
 *Load IP-Adapter (Auto)* looks at the model and into the files in `models/ipadapter` and \
-`models/clip_vision`, whatever their names, and takes the adapter of the chosen strength with its \
-image encoder. Change the checkpoint to SDXL, and it takes others.
+`models/clip_vision`, and takes the adapter of the chosen kind with its image encoder. Only \
+`light` and `standard`, and `face` and `fine-grained`, look alike inside: the words *light* and \
+*face* in the name tell them apart. Change the checkpoint to SDXL, and it takes others.
 """,
         """
-Its output *chosen* says what it took and why; where something is missing, the error says what, \
-where it looked and where to download it.
+Its output *chosen* says what it took, why, and what is in doubt; where something is missing, the \
+error says what, where it looked and where to download it.
 """,
         _SETTINGS,
         _PICTURES,
@@ -272,7 +275,7 @@ takes the square around a place that you choose.
         _PICTURES,
     ),
     "negative_noise": _note(
-        "Away from noise",
+        "A noisy negative image",
         """
 Guidance steers away from an empty image. Here it is a noisy version of the reference instead: \
 what both have in common counts less, what the noise destroyed, detail and clarity, counts more.
@@ -286,11 +289,41 @@ what both have in common counts less, what the noise destroyed, detail and clari
     "save_prompt": _note(
         "Save an image prompt",
         """
-*Save Image Prompt* writes what the encoder saw into the output folder, a few kilobytes to a \
-megabyte. *Load Image Prompt* takes it from there: without the picture, without the encoder, and \
-to the bit the same.
+*Save Image Prompt* writes what the encoder saw into the output folder: about 2.6 MB with ViT-H, \
+1.3 MB more for each further image. *Load Image Prompt* takes it from there: without the picture, \
+without the encoder, and to the bit the same. The workflow *load_prompt* does.
 """,
         _IMAGE_ONLY,
+        _SETTINGS,
+        _PICTURES,
+    ),
+    "load_prompt": _note(
+        "Load a saved image prompt",
+        """
+**Run the workflow *save_prompt* first**, then press R: *Load Image Prompt* names the file that \
+its first run writes. No picture and no image encoder is loaded here.
+""",
+        """
+The adapter must be one for the image encoder that the prompt was made with, here ViT-H.
+""",
+        _IMAGE_ONLY,
+        _SETTINGS,
+    ),
+    "face": _note(
+        "A face",
+        """
+The adapter `plus-face` is `plus`, trained with cropped faces as references. Let the text say what \
+is around the face.
+""",
+        """
+Let the face fill the square that the encoder sees: *Prepare Image for Prompt* shows it, and with \
+`point` takes the square around `x` and `y`. The square is as large as the short side: of a whole \
+figure, cut out the head first.
+""",
+        """
+**Weight 0.6** leaves the words some room; raise it for more likeness. `ip-adapter-full-face_sd15` \
+stands for a closer face. For SDXL take `ip-adapter-plus-face_sdxl_vit-h`.
+""",
         _SETTINGS,
         _PICTURES,
     ),

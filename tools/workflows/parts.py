@@ -12,7 +12,7 @@ from tools.workflows.public import BASE, SD15, VIT_H, Weights
 SEED = 42
 QUALITY = "best quality, high quality"
 DEFECTS = "monochrome, lowres, bad anatomy, worst quality, low quality"
-"""The texts of the reference implementation."""
+"""The texts of the authors' own code."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,19 @@ def sample(
     latent: Output,
     denoise: float = 1.0,
 ) -> Output:
+    """The picture that the paper's sampling makes."""
+    return decode(graph, models, latents(graph, model, texts, latent, denoise))
+
+
+def latents(
+    graph: Graph,
+    model: Output,
+    texts: tuple[Output, Output],
+    latent: Output,
+    denoise: float = 1.0,
+) -> Output:
     """The paper's sampling: DDIM, 50 steps, guidance 7.5."""
-    latent = graph.add(
+    node = graph.add(
         "KSampler",
         model=model,
         seed=SEED,
@@ -131,8 +142,13 @@ def sample(
         negative=texts[1],
         latent_image=latent,
         denoise=denoise,
-    )["LATENT"]
-    return graph.add("VAEDecode", samples=latent, vae=models.checkpoint["VAE"])["IMAGE"]
+    )
+    return node["LATENT"]
+
+
+def decode(graph: Graph, models: Models, samples: Output) -> Output:
+    """The picture of latents."""
+    return graph.add("VAEDecode", samples=samples, vae=models.checkpoint["VAE"])["IMAGE"]
 
 
 def save(graph: Graph, image: Output) -> Graph:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ip_adapter_core.published import BASE, BASE_SDXL, PLUS, VIT_BIGG, VIT_H, Weights
+from ip_adapter_core.published import BASE, BASE_SDXL_VIT_H, PLUS, PLUS_FACE, VIT_H, Weights
 
 _HUB = "https://huggingface.co"
 
@@ -34,5 +34,5 @@ CANNY = Weights(
 
 PUBLIC = {
     weights.name: weights
-    for weights in (SD15, DREAMSHAPER, SDXL, VIT_H, VIT_BIGG, BASE, PLUS, BASE_SDXL, CANNY)
+    for weights in (SD15, DREAMSHAPER, SDXL, VIT_H, BASE, PLUS, PLUS_FACE, BASE_SDXL_VIT_H, CANNY)
 }

@@ -43,12 +43,17 @@ def pictures_of(api: Api) -> dict[str, str]:
 def stages_of(api: Api) -> list[Stage]:
     """What each picture passes through on its way to the sampler, in the graph's order."""
     files: dict[str, list[str]] = {}
-    for id_, file in pictures_of(api).items():
+    for id_, file in (pictures_of(api) | dict.fromkeys(_saved_prompts(api))).items():
         for label in _first_labels(api, id_):
-            files.setdefault(label, []).append(file)
+            files.setdefault(label, []).extend([file] if file else [])
     return [
         Stage(label.partition("#")[0], tuple(dict.fromkeys(own))) for label, own in files.items()
     ]
+
+
+def _saved_prompts(api: Api) -> Iterator[str]:
+    """The nodes that load a prompt, without pictures."""
+    return (id_ for id_, node in api.items() if node["class_type"] == "IPA_LoadPrompt")
 
 
 def _first_labels(api: Api, id_: str) -> Iterator[str]:
@@ -69,11 +74,10 @@ def _label(api: Api, id_: str, node: Mapping[str, Any]) -> str | None:
         case "IPA_Apply" | "IPA_ApplyConditioning":
             weight = inputs["weight"]
             shown = "weights" if isinstance(weight, list) else f"weight {weight:g}"
-            several = any(
-                node["class_type"] == "BatchImagesNode" for node in _upstream(api, inputs)
-            )
-            combine = f"\n{inputs['combine']}" if several else ""
-            return f"IP-Adapter\n{shown}{combine}#{id_}"
+            before = {node["class_type"] for node in _upstream(api, inputs)}
+            more = f"\n{inputs['combine']}" if "BatchImagesNode" in before else ""
+            more += "\nfrom a file" if "IPA_LoadPrompt" in before else ""
+            return f"IP-Adapter\n{shown}{more}#{id_}"
         case "IPA_ApplyRegions":
             return f"IP-Adapter\nregions#{id_}"
         case "ControlNetApplyAdvanced":
@@ -158,6 +162,8 @@ def draw(
 
 def _squares(column: tuple[int, int], count: int, align: float) -> list[Box]:
     """Squares one below the other, at the column's left (`align` 0) or right (1) edge."""
+    if not count:
+        return []
     side = min(column[1] - column[0], (BOTTOM - TOP - GAP * (count - 1)) // count)
     left = column[0] + round(align * (column[1] - column[0] - side))
     return [(left, top, left + side, top + side) for top in _tops(count, side)]

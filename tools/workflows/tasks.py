@@ -21,7 +21,7 @@ from tools.workflows.parts import (
     task,
     texts,
 )
-from tools.workflows.public import BASE_SDXL, CANNY, DREAMSHAPER, SD15, SDXL, VIT_BIGG, Weights
+from tools.workflows.public import BASE_SDXL_VIT_H, CANNY, DREAMSHAPER, SD15, SDXL, Weights
 from tools.workflows.several import (
     per_prompt,
     several_images_average,
@@ -33,6 +33,8 @@ from tools.workflows.toolbox import (
     attention_map,
     auto_load,
     combined_prompts,
+    face,
+    load_prompt,
     negative_noise,
     regions,
     save_prompt,
@@ -130,7 +132,7 @@ def controlnet() -> Graph:
 
 def sdxl() -> Graph:
     graph = task("sdxl")
-    models = load(graph, SDXL, VIT_BIGG, BASE_SDXL)
+    models = load(graph, SDXL, adapter=BASE_SDXL_VIT_H)
     reference = picture(graph, "reference.png", "Reference picture")
     words = texts(graph, models, f"{QUALITY}, wearing a hat on the beach", DEFECTS)
     model = apply(graph, models, encode(graph, models, reference), weight=0.6)
@@ -161,6 +163,8 @@ TASKS = (
     whole_picture,
     negative_noise,
     save_prompt,
+    load_prompt,
+    face,
 )
 
 

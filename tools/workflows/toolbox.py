@@ -9,8 +9,10 @@ from tools.workflows.parts import (
     SEED,
     Models,
     apply,
+    decode,
     empty,
     encode,
+    latents,
     load,
     picture,
     sample,
@@ -18,7 +20,7 @@ from tools.workflows.parts import (
     task,
     texts,
 )
-from tools.workflows.public import PLUS, SD15
+from tools.workflows.public import BASE, PLUS, PLUS_FACE, SD15
 
 HAT = f"{QUALITY}, wearing a hat on the beach"
 
@@ -43,7 +45,7 @@ def weight_curve() -> Graph:
     words = texts(graph, models, HAT, DEFECTS)
     curve = graph.add(
         "CurveEditor",
-        "Weight over the steps",
+        "Weight over the schedule",
         "Image prompt",
         curve={"points": [[0, 1], [0.5, 0.8], [1, 0]], "interpolation": "monotone_cubic"},
     )
@@ -82,15 +84,16 @@ def attention_map() -> Graph:
     words = texts(graph, models, HAT, DEFECTS)
     model = apply(graph, models, encode(graph, models, reference), weight=0.8, mask=mask)
     watched = graph.add("IPA_RecordAttention", model=model)
-    image = sample(graph, models, watched["model"], words, empty(graph))
+    samples = latents(graph, watched["model"], words, empty(graph))
     heat = graph.add(
         "IPA_AttentionMap",
         record=watched["record"],
-        image=image,
+        samples=samples,
+        image=decode(graph, models, samples),
         blocks="all",
         start_at=0.0,
         end_at=1.0,
-        image_prompt=0,
+        prompt_number=0,
         opacity=0.6,
     )
     return save(graph, heat["overlay"])
@@ -212,4 +215,36 @@ def save_prompt() -> Graph:
     prompt = encode(graph, models, reference)
     graph.add("IPA_SavePrompt", image_prompt=prompt, filename_prefix="image_prompts/prompt")
     model = apply(graph, models, prompt)
+    return save(graph, sample(graph, models, model, words, empty(graph)))
+
+
+def load_prompt() -> Graph:
+    """With the file that the first run of `save_prompt` writes."""
+    graph = task("load_prompt")
+    checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=SD15.name)
+    adapter = graph.add("IPA_LoadAdapter", adapter_name=BASE.name)
+    models = Models(checkpoint, adapter, adapter)
+    words = texts(graph, models, "", "")
+    saved = graph.add(
+        "IPA_LoadPrompt", prompt_name="image_prompts/prompt_00001_.safetensors [output]"
+    )
+    model = apply(graph, models, saved["image_prompt"])
+    return save(graph, sample(graph, models, model, words, empty(graph)))
+
+
+def face() -> Graph:
+    graph = task("face")
+    models = load(graph, adapter=PLUS_FACE)
+    reference = picture(graph, "reference.png", "Reference picture: a face")
+    words = texts(graph, models, HAT, DEFECTS)
+    square = graph.add(
+        "IPA_PrepareImage",
+        image=reference,
+        clip_vision=models.vision["CLIP_VISION"],
+        crop="point",
+        x=0.5,
+        y=0.5,
+        grid=1,
+    )
+    model = apply(graph, models, encode(graph, models, square["image"]), weight=0.6)
     return save(graph, sample(graph, models, model, words, empty(graph)))
