@@ -115,9 +115,10 @@ def test_the_positive_side_of_every_guidance(small, recorded, guidances, memory,
     model = small.apply(small.model(), small.adapter(), small.images())
     first, second, negative = (small.text(seed) for seed in (1, 2, 3))
     followed = [*first, *second] if name.startswith("dual") else first
-    plain = recorded(model, guidances.cfg, followed, second, negative)
+    size = 16 if name == "self_attention" else 8  # the host blurs by an attention of several places
+    plain = recorded(model, guidances.cfg, followed, second, negative, size=size)
     made = perp_neg_node if name == "perp_neg_node" else getattr(guidances, name)
-    found = recorded(model, made, first, second, negative)
+    found = recorded(model, made, first, second, negative, size=size)
     assert same(found.heat(ALL, 0, 1, 1), plain.heat(ALL, 0, 1, 1))
 
 
