@@ -101,9 +101,10 @@ def pictures() -> Callable[[Result], list[np.ndarray]]:
     return decode
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page(client: Client) -> Iterator[Any]:
-    """The editor, on a page cut off from everything but the server."""
+    """The editor, on a page cut off from everything but the server. While it is there, its thread
+    has a running event loop, and no `Client` can run a prompt."""
     url = f"http://{client.address}"
     browser = os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, BROWSERS)), "")
     if not browser:
