@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
     "schedule": "cosine",
     "warmup_steps": 20,
     "debiased_estimation": True,
-    "drop_text": 0.25,
+    "drop_text": 0.35,
     "log_with": "none",
     "workers": 0,
     "save_every": 1000,

@@ -35,20 +35,21 @@ from tools.world import (
     image_encoder,
     judge,
 )
+from tools.world.scenes import mark
 
 logger = logging.getLogger("comfyui_ip_adapter.tools")
 
 STEPS: dict[str, Any] = {
     "autoencoder": (2500, 2500),
-    "image encoder": 400,
-    "judge": 250,
+    "image encoder": 500,
+    "judge": 500,
     "latents": 16_000,
-    "base": (1500, 1500, 1500),
+    "base": (1600, 1600, 1600),
     "pictures": 3000,
-    "ip-adapter": ((1000, 2e-3),),
-    "ip-adapter-plus": ((1000, 2e-3),),
-    "control": 300,
-    "second base": 150,
+    "ip-adapter": ((2000, 2e-3),),
+    "ip-adapter-plus": ((3000, 2e-3),),
+    "control": 500,
+    "second base": 500,
 }
 _RECIPE = "recipe.json"
 _TEXTS = "texts.safetensors"
@@ -72,7 +73,7 @@ class Build:
     def begin(self) -> None:
         """Make the folder, which is of one seed and one recipe."""
         self.work.mkdir(parents=True, exist_ok=True)
-        path, ours = self.work / _RECIPE, json.dumps({"seed": self.seed, "steps": STEPS}, indent=1)
+        path, ours = self.work / _RECIPE, json.dumps(self.recipe(), indent=1)
         if not any(self.work.iterdir()):
             path.write_text(ours, encoding="utf-8")
         theirs = path.read_text(encoding="utf-8") if path.exists() else "no recipe at all"
@@ -82,6 +83,16 @@ class Build:
                 f"{ours}. Give another folder with --work, or delete this one."
             )
 
+    def recipe(self) -> dict[str, Any]:
+        """What decides what the parts become, as JSON has it."""
+        recipe = {
+            "seed": self.seed,
+            "steps": STEPS,
+            "adapters": adapters.SETTINGS | adapters.RESAMPLER,
+            "scenes": mark(),
+        }
+        return dict(json.loads(json.dumps(recipe)))
+
     def part(self, name: str, target: str, make: Callable[[Path], object]) -> None:
         """Make a part unless its file or folder is there, and note how long it took."""
         if (self.work / target).exists():
@@ -90,12 +101,15 @@ class Build:
         logger.info("%s …", name)
         begun = time.monotonic()
         unfinished = self.work / f"unfinished-{target}"
-        make(unfinished)
+        try:
+            make(unfinished)
+        finally:  # an interrupted attempt took its time too
+            self.note(name, time.monotonic() - begun)
         os.replace(unfinished, self.work / target)
-        self.note(name, time.monotonic() - begun)
 
     def note(self, name: str, seconds: float) -> None:
-        times = self.times() | {name: round(seconds)}
+        times = self.times()
+        times[name] = times.get(name, 0) + round(seconds)
         (self.work / "seconds.json").write_text(json.dumps(times, indent=1), encoding="utf-8")
 
     def times(self) -> dict[str, int]:
@@ -244,8 +258,7 @@ class Build:
                 shutil.copyfile(self.work / name, out / name)
         sizes = {name: (out / name).stat().st_size for name in made}
         manifest = {
-            "seed": self.seed,
-            "steps": STEPS,
+            **self.recipe(),
             "seconds": self.times(),
             "files": {
                 name: {"bytes": sizes[name], "sha256": files.checksum(out / name)} for name in made

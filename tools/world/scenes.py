@@ -8,6 +8,7 @@ names all.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -44,6 +45,7 @@ KINDS = {
 CELL = 8
 """Sixty-fourths of the picture's width that a band, stripe or check is wide."""
 DARK = 0.42  # of a texture's darker part, times the colour
+SAME_SHAPE = 0.85  # of an adapter's references: how often they are the picture itself
 _DRAWS = 16  # numbers a scene, four of Philox's counts
 
 
@@ -103,18 +105,20 @@ def scenes(seed: int, count: int, start: int = 0) -> Scenes:
     bits.advance(start * _DRAWS // 4)
     u = torch.from_numpy(np.random.Generator(bits).random((count, _DRAWS))).float()
     kinds = {name: (u[:, i] * n).long() for i, (name, n) in enumerate(KINDS.items())}
+    size = 0.62 + 0.30 * u[:, 6]
+    reach = 0.98 - 0.78 * size  # of the centre: the shape stays within the picture
     return Scenes(
         **kinds,
-        x=(u[:, 4] - 0.5) * 0.36,
-        y=(u[:, 5] - 0.5) * 0.36,
-        size=0.72 + 0.20 * u[:, 6],
+        x=(2 * u[:, 4] - 1) * reach,
+        y=(2 * u[:, 5] - 1) * reach,
+        size=size,
         angle=(u[:, 7] - 0.5) * 0.5,
         light=0.9 + 0.2 * u[:, 8],
         tint=0.94 + 0.12 * u[:, 9:12],
     )
 
 
-def references(targets: Scenes, seed: int, start: int = 0, same_shape: float = 0.75) -> Scenes:
+def references(targets: Scenes, seed: int, start: int = 0, same_shape: float = SAME_SHAPE) -> Scenes:
     """A reference for each target: the picture itself, as in the paper, but in all but `same_shape`
     of them with a shape drawn anew. So an adapter learns that the text has the last word on the
     shape, that the image has it where there is no text, and all else from the image."""
@@ -217,3 +221,10 @@ def render(rows: Scenes, side: int = 64) -> Tensor:
     colour = _table(COLOURS)[rows.colour] * rows.tint * rows.light[:, None]
     front = colour[:, :, None, None] * dark * (1.06 - 0.16 * fade)
     return (behind * (1 - cover) + front * cover).clamp(0, 1)
+
+
+def mark() -> str:
+    """Tells this rule from another by what it draws: a checksum of some pictures and references."""
+    some = scenes(0, 16)
+    both = torch.cat([render(some), render(references(some, 1))])
+    return hashlib.sha256((both * 255).round().byte().numpy().tobytes()).hexdigest()[:16]
