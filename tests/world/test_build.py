@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tools.world import base, build, control, files, setup, workflows
-from tools.world.scenes import render, scenes
+from tools.world.scenes import mark, render, scenes
 from training.models import load_base
 
 STEPS = {
@@ -60,6 +60,7 @@ def test_everything_is_made_and_shipped_and_fits(made):
     manifest = json.loads((out / files.MANIFEST).read_text("utf-8"))
     assert manifest["seed"] == 1
     assert manifest["steps"] == json.loads(json.dumps(STEPS))
+    assert manifest["scenes"] == mark() and manifest["adapters"]["drop_text"] > 0
     assert set(manifest["files"]) == {path.name for path in out.iterdir()} - {files.MANIFEST}
     assert {files.CONTROL, files.RESTYLED, files.CONCATENATED} <= set(manifest["files"])
     for name, what in manifest["files"].items():
@@ -88,14 +89,15 @@ def laid(made, monkeypatch, tmp_path):
     return setup.ensure()
 
 
-def test_the_second_base_is_the_first_but_for_its_end(laid):
+def test_the_second_base_is_the_first_with_its_matrices_changed(laid):
     first, second = (
         load_base(str(laid / "models" / "checkpoints" / name)).unet.state_dict()
         for name in (workflows.CHECKPOINT, workflows.SECOND)
     )
     changed = {key for key in first if not torch.equal(first[key], second[key])}
-    assert changed
-    assert all(key.startswith(control.RESTYLED) for key in changed), changed
+    inside = {key for key, x in first.items() if key.startswith(control.RESTYLED) and x.ndim > 1}
+    assert changed <= inside
+    assert len(changed) > len(inside) / 2  # zeros stay zeros in two steps
 
 
 def test_comfyui_adds_what_training_added(made, laid, pack):

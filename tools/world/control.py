@@ -15,6 +15,7 @@ import torch
 from kornia.filters import canny
 from torch import Tensor, nn
 
+from tools.world import low_rank
 from tools.world.autoencoder import Autoencoder
 from tools.world.base import contexts, denoising_loss
 from tools.world.scenes import SHAPES, Scenes, outlines, render, scenes
@@ -23,10 +24,8 @@ from tools.world.training import Progress, decaying
 HINTS = (3, 16, 16, 32, 32, 96, 96, 256)  # channels of the network that reads the edges
 STRIDED = (2, 4, 6)  # which of its convolutions halve the picture
 LOW, HIGH = 0.4, 0.8  # thresholds of the edges, those of the workflow
-RESTYLED = (  # what the second base learns anew: the end of the last block
-    *("up_blocks.0.resnets.1.conv2", "up_blocks.0.resnets.1.norm2"),
-    *("up_blocks.0.attentions.1.proj_out", "conv_norm_out", "conv_out"),
-)
+RANK = 16  # of the second base's change
+RESTYLED = ("down_blocks.", "up_blocks.", "conv_in", "conv_out")  # what it changes
 
 
 def edges(pictures: Tensor) -> Tensor:
@@ -115,17 +114,17 @@ def train_control(autoencoder: Autoencoder, unet: Any, seed: int, steps: int) ->
 
 
 def restyle(autoencoder: Autoencoder, unet: Any, seed: int, steps: int) -> dict[str, Tensor]:
-    """Fine-tune the end of `unet` on outlined pictures, in place. Returns what changed, in
-    diffusers' names."""
-    names = [name for name, _ in unet.named_parameters() if name.startswith(RESTYLED)]
-    parameters = [unet.get_parameter(name).requires_grad_(True) for name in names]
+    """Fine-tune `unet` in place on outlined pictures, by a change of low rank. Returns its factors,
+    in diffusers' names."""
+    torch.manual_seed(seed)
+    changes = low_rank.add(unet, RANK, RESTYLED)
+    parameters = [part for change in changes.values() for part in change.parameters()]
 
     def predict(pictures: Tensor, noisy: Tensor, times: Tensor, context: Tensor) -> Tensor:
         return unet(noisy, times, context).sample
 
-    _fit("second base", parameters, predict, autoencoder, outlined, seed, steps, 5e-4, 0.1)
-    unet.requires_grad_(False)
-    return {name: unet.get_parameter(name).detach() for name in names}
+    _fit("second base", parameters, predict, autoencoder, outlined, seed, steps, 1e-3, 0.1)
+    return low_rank.factors(changes)
 
 
 def _fit(

@@ -118,7 +118,9 @@ def scenes(seed: int, count: int, start: int = 0) -> Scenes:
     )
 
 
-def references(targets: Scenes, seed: int, start: int = 0, same_shape: float = SAME_SHAPE) -> Scenes:
+def references(
+    targets: Scenes, seed: int, start: int = 0, same_shape: float = SAME_SHAPE
+) -> Scenes:
     """A reference for each target: the picture itself, as in the paper, but in all but `same_shape`
     of them with a shape drawn anew. So an adapter learns that the text has the last word on the
     shape, that the image has it where there is no text, and all else from the image."""

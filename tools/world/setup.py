@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tools import pictures
 from tools.host import ROOT
-from tools.world import files, text, workflows
+from tools.world import files, low_rank, text, workflows
 from tools.world.control import Control
 from tools.world.scenes import Scenes, render, scenes
 
@@ -55,11 +55,11 @@ def ensure() -> Path:
 
 
 def _models() -> dict[str, Callable[[Path], object]]:
-    def checkpoint(*parts: str) -> Callable[[Path], object]:
+    def checkpoint(change: str | None = None) -> Callable[[Path], object]:
         def write(target: Path) -> None:
-            unet: dict[str, torch.Tensor] = {}
-            for part in parts:
-                unet |= files.dequantised(load_file(files.FOLDER / part))
+            unet = files.dequantised(load_file(files.FOLDER / files.UNET))
+            if change:
+                unet = low_rank.merged(unet, files.dequantised(load_file(files.FOLDER / change)))
             vae = files.autoencoder(files.FOLDER / files.AUTOENCODER)
             save_file(files.checkpoint(unet, vae), target, metadata={"format": "pt"})
 
@@ -81,12 +81,12 @@ def _models() -> dict[str, Callable[[Path], object]]:
     further = {
         files.RESTYLED: (
             f"checkpoints/{workflows.SECOND}",
-            checkpoint(files.UNET, files.RESTYLED),
+            checkpoint(files.RESTYLED),
         ),
         files.CONTROL: (f"controlnet/{workflows.CONTROL}", control),
     }
     return {
-        f"checkpoints/{workflows.CHECKPOINT}": checkpoint(files.UNET),
+        f"checkpoints/{workflows.CHECKPOINT}": checkpoint(),
         **dict(further[name] for name in further if name in shipped),
         f"clip_vision/{workflows.ENCODER}": copy(files.ENCODER),
         f"ipadapter/{workflows.ADAPTERS['base']}": adapter(files.ADAPTER),
