@@ -52,8 +52,8 @@ def test_what_is_kept_merges_into_what_was_trained(net):
     torch.testing.assert_close(other(given), net(given))
     for key, x in merged.items():
         assert torch.equal(x, plain[key]) != (key in changes), key
-    ranks = torch.linalg.matrix_rank((merged["blocks.0.weight"] - plain["blocks.0.weight"])[:, 0])
-    assert ranks.max() <= 2
+    change = (merged["blocks.0.weight"] - plain["blocks.0.weight"]).flatten(1)
+    assert torch.linalg.matrix_rank(change, rtol=1e-4) == 2
 
 
 def test_halves_and_strangers_are_refused(net):
@@ -62,5 +62,5 @@ def test_halves_and_strangers_are_refused(net):
     with pytest.raises(KeyError, match="nothing"):
         low_rank.merged(state, {"nothing.up": up, "nothing.down": down})
     for half in ({"blocks.2.weight.up": up}, {"blocks.2.weight.down": down}):
-        with pytest.raises(KeyError, match="blocks.2.weight"):
+        with pytest.raises(KeyError, match=r"blocks\.2\.weight"):
             low_rank.merged(state, half)

@@ -10,8 +10,10 @@ import torch
 from tools.world.scenes import (
     COLOURS,
     KINDS,
+    SAME_SHAPE,
     SHAPES,
     TEXTURES,
+    mark,
     outlines,
     references,
     render,
@@ -58,7 +60,7 @@ def test_references_are_the_pictures_but_for_some_of_the_shapes():
     for kept in {*vars(targets)} - {"shape"}:
         assert torch.equal(getattr(others, kept), getattr(targets, kept))
     alike = float((others.shape == targets.shape).float().mean())
-    assert abs(alike - (0.75 + 0.25 / 6)) < 0.05
+    assert abs(alike - (SAME_SHAPE + (1 - SAME_SHAPE) / 6)) < 0.03
     assert same(references(targets[500:600], 99, 500), others[500:600])
 
 
@@ -79,3 +81,10 @@ def test_a_shape_covers_what_its_formula_says():
         chosen = (rows.shape == shape) & (rows.size < 0.85)  # not cut by the picture's edge
         expected = area * rows.size[chosen] ** 2 / 4
         assert float((covered[chosen] - expected).abs().max()) < 0.01
+
+
+def test_the_mark_is_of_the_rule(monkeypatch):
+    before = mark()
+    assert before == mark() and len(before) == 16
+    monkeypatch.setattr("tools.world.scenes.DARK", 0.5)
+    assert mark() != before
