@@ -15,6 +15,7 @@ from tools.world.measures import (
     chance,
     displacement,
     distance,
+    interval,
     overlap,
     share,
     whiteness_of_outlines,
@@ -49,12 +50,34 @@ def test_chance_knows_what_is_preferred():
     assert share(found, found) > seen.high  # pictures that follow are beyond it
 
 
+def test_chance_of_several_pictures_of_each_reference():
+    """They are shuffled together: four copies of a picture are no more certain than one."""
+    generator = torch.Generator().manual_seed(1)
+    found, wanted = (torch.randint(4, (64,), generator=generator) for _ in range(2))
+    once, copies = chance(found, wanted), chance(found[:, None].expand(-1, 4), wanted)
+    assert copies == once == chance(found[:, None], wanted)
+    four = torch.randint(4, (64, 4), generator=generator)
+    many = chance(four, wanted)
+    assert many.high - many.low < 0.7 * (once.high - once.low)
+    assert many.low < share(four, wanted[:, None]) < many.high
+
+
+def test_the_interval_is_wilsons():
+    """Of 45 in 50: the formula, by hand."""
+    found, wanted = torch.ones(50), torch.tensor([1.0] * 45 + [0.0] * 5)
+    z, n, p = 1.959964, 50, 0.9
+    middle, half = p + z * z / 2 / n, z * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5
+    expected = [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+    assert interval(found, wanted) == pytest.approx(expected, abs=1e-6)
+
+
 def test_displacement_is_in_pixels():
     """x and y are in halves of the picture, 32 pixels."""
-    moved = replace(ROWS, x=ROWS.x + 0.2, y=ROWS.y - 0.15)
-    shifted = centres(render(moved)) - centres(render(ROWS))
+    rows = replace(ROWS, x=ROWS.x / 4, y=ROWS.y / 4, size=ROWS.size * 0.8)  # wholly seen
+    moved = replace(rows, x=rows.x + 0.2, y=rows.y - 0.15)
+    shifted = centres(render(moved)) - centres(render(rows))
     torch.testing.assert_close(shifted.mean(0), torch.tensor([6.4, -4.8]), atol=0.4, rtol=0)
-    assert displacement(render(moved), render(ROWS)) == pytest.approx(8, abs=0.4)
+    assert displacement(render(moved), render(rows)) == pytest.approx(8, abs=0.4)
     assert displacement(render(ROWS), render(ROWS)) == 0
     empty = render(replace(ROWS, x=ROWS.x + 5)[:1])  # out of the picture
     assert bool(centres(empty).isnan().all())
@@ -149,5 +172,6 @@ def test_figures_of_structure(task, judged):
     )
     assert min(found["shape_of_edges"], found["colour"], found["background"]) > 0.95
     assert found["overlap"] > 0.9 > 0.7 > found["overlap_without"]
-    assert found["image_to_image"]["overlap"] == found["image_to_image"]["overlap_of_start"]
-    assert found["image_to_image"]["colour"] < 0.5
+    start = found["image_to_image"]
+    assert start["overlap"] == start["overlap_of_start"] > start["overlap_without"] + 0.2
+    assert start["colour"] == start["colour_without"] < 0.5

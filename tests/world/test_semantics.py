@@ -74,7 +74,7 @@ def test_the_figures_say_one_where_everything_follows(task, judged):
         "fine-grained",
         "described",
     ]
-    found = measured(dict.fromkeys(names, task.pictures), task, judged)
+    found = measured(dict.fromkeys(names, task.pictures[:, None]), task, judged)
     assert min(found[f"{kind}_follows"] for kind in ("colour", "texture", "background")) > 0.95
     assert found["shape_kept"] < 0.1
     assert found["image_similarity"]["1"] == pytest.approx(1, abs=1e-4)

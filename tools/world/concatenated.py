@@ -6,11 +6,11 @@ settings. There are no W'k, W'v: the frozen cross-attention reads 77 + 4 tokens 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import get_cosine_schedule_with_warmup
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,7 +19,8 @@ from tools.world import files, image_encoder, setup, workflows
 from tools.world.adapters import REFERENCE_STREAM, SETTINGS
 from tools.world.autoencoder import Autoencoder
 from tools.world.base import NONE, contexts, denoising_loss, noise_by
-from tools.world.scenes import caption, references, render, scenes
+from tools.world.drawing import Task, as_tensor
+from tools.world.scenes import references, render, scenes
 from tools.world.steps import ddim, starting_noise
 from tools.world.training import Progress
 from training.models import load_base
@@ -81,9 +82,13 @@ def train(
 
 
 @torch.inference_mode()
-def draw(pictures: Tensor, told: Sequence[int], seeds: Sequence[int]) -> Tensor:
+def draw(task: Task) -> Tensor:
     """Pictures `(N, 3, 64, 64)` of the shipped projection, one a reference, with the noise, steps
     and guidance that ComfyUI draws the decoupled ones with."""
+    shown = [setup.picture(task.rows[number : number + 1]) for number in range(len(task.rows))]
+    side = image_encoder.SIDE
+    small = [picture.resize((side, side), Image.Resampling.BICUBIC) for picture in shown]
+    pictures = torch.stack([as_tensor(picture) for picture in small])
     base = load_base(str(setup.base_directory() / "models" / "checkpoints" / workflows.CHECKPOINT))
     state = files.dequantised(load_file(files.FOLDER / files.CONCATENATED))
     encoder = image_encoder.tower(files.FOLDER / files.ENCODER)
@@ -92,8 +97,8 @@ def draw(pictures: Tensor, told: Sequence[int], seeds: Sequence[int]) -> Tensor:
     projection.load_state_dict({key: x.float() for key, x in state.items()})
     scheduler = ddim(base.scheduler)
     side = workflows.SIDE // 8
-    noise = [starting_noise(scheduler, seed, workflows.STEPS, side) for seed in seeds]
-    text = encode_text(base, [caption(shape) for shape in told]).states
+    noise = [starting_noise(scheduler, seed, workflows.STEPS, side) for seed in task.seeds]
+    text = encode_text(base, task.texts).states
     none = encode_text(base, [""]).states
     made = []
     for start in range(0, len(pictures), _DRAWN_AT_ONCE):

@@ -25,6 +25,7 @@ from tools.world.workflows import SIDE, Api, given, on_miniature
 logger = logging.getLogger("comfyui_ip_adapter.tools")
 WORKFLOWS = ROOT / "workflows" / "api"
 FIRST = 1000  # of the shown stream: the workflows' own references lie before
+APART = 1 << 16  # scenes and noises from one set's first to the next one's
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ class Task:
 
     @staticmethod
     def of(count: int, seed: int) -> Task:
-        rows = scenes(setup.SHOWN, count, FIRST + seed * count)
+        """Set number `seed`; no two share a reference or a noise."""
+        rows = scenes(setup.SHOWN, count, FIRST + seed * APART)
         shift = 1 + torch.arange(count) % (len(SHAPES) - 1)
         told = (rows.shape + shift) % len(SHAPES)
-        return Task(rows, render(rows, SIDE), told, [seed * count + i for i in range(count)])
+        return Task(rows, render(rows, SIDE), told, [seed * APART + i for i in range(count)])
 
     @property
     def texts(self) -> list[str]:

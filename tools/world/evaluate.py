@@ -5,8 +5,9 @@ python -m tools.world.evaluate [--references 64] [--seed 0] [--seeds 3] [--no-fi
 Sends the shipped workflows to a real ComfyUI with this pack, for references that training never
 saw, each with a text that names another shape than the reference shows, and lets an independent
 judge (`judge.py`) say what of reference and text came through; then what more references, edges and
-another base do (`findings.py`), over three seeds. Writes output/miniature.json and the figures
-output/miniature-*.png.
+another base do (`findings.py`), with three sets of references and noises. Writes
+output/miniature.json and the figures output/miniature-*.png, says what of it is as it has to be
+(`must.py`), and fails where something is not.
 """
 
 from __future__ import annotations
@@ -14,112 +15,127 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tools import host
 from tools.client import Client
 from tools.host import ROOT
 from tools.server import Server
-from tools.world import concatenated, files, findings, setup
+from tools.world import concatenated, files, findings, must, setup
 from tools.world.drawing import Drawer, Task
 from tools.world.judge import Judge
-from tools.world.measures import Chance, Similarity, chance, judge, share
+from tools.world.measures import Similarity, chance, interval, judge, share
 from tools.world.scenes import KINDS, render, scenes
-from tools.world.workflows import GUIDANCE, SIDE, STEPS
+from tools.world.workflows import GUIDANCE, SIDE, STEPS, Api, given
 
 OUTPUT = ROOT / "output"
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+LOOKS = ("colour", "background", "texture")
+AT_ZERO = 4  # pictures of each reference at λ = 0, where chance has to be told from a leak
 TRUSTED = 512  # scenes on which the judge is judged
 
 
 def measured(drawn: dict[str, Tensor], task: Task, judged: Judge) -> dict[str, Any]:
-    """All figures from the pictures of each setting."""
+    """All figures from the pictures of each setting, `(N, k, 3, h, w)`, k of each reference."""
     alike = Similarity()
     rows = task.rows
+    seen = {name: _seen(judged, pictures) for name, pictures in drawn.items()}
 
     def wanted(kind: str) -> Tensor:
         return task.told if kind == "shape" else getattr(rows, kind)
 
     def follows(name: str, kind: str) -> float:
-        return share(judged(drawn[name])[kind], wanted(kind))
-
-    def by_chance(name: str, kind: str) -> Chance:
-        return chance(judged(drawn[name])[kind], wanted(kind))
+        return share(seen[name][kind], wanted(kind)[:, None])
 
     def similarity(name: str) -> float:
-        return float(alike(drawn[name], task.pictures).mean())
+        pictures = drawn[name].transpose(0, 1)
+        return float(torch.stack([alike(some, task.pictures) for some in pictures]).mean())
 
-    full = f"text {WEIGHTS[-1]:g}"
+    def setting(name: str) -> dict[str, float]:
+        figures = {kind: follows(name, kind) for kind in KINDS}
+        return {**figures, "image_similarity": similarity(name)}
+
+    full, none = f"text {WEIGHTS[-1]:g}", f"text {WEIGHTS[0]:g}"
     unlike = alike(task.pictures, task.pictures.roll(1, 0)).mean()
+    likeness = [similarity(f"text {weight:g}") for weight in WEIGHTS]
     found: dict[str, Any] = {
-        "colour_follows": follows(full, "colour"),
-        "background_follows": follows(full, "background"),
-        "texture_follows": follows(full, "texture"),
+        **{f"{kind}_follows": follows(full, kind) for kind in LOOKS},
         "shape_kept": follows(full, "shape"),
-        "colour_at_zero": follows("text 0", "colour"),
-        "background_at_zero": follows("text 0", "background"),
-        "texture_at_zero": follows("text 0", "texture"),
-        "shape_at_zero": follows("text 0", "shape"),
-        "chance": {kind: vars(by_chance("text 0", kind)) for kind in KINDS},
+        **{f"{kind}_at_zero": follows(none, kind) for kind in KINDS},
+        "chance": {kind: vars(chance(seen[none][kind], wanted(kind))) for kind in KINDS},
+        "intervals": {
+            kind: interval(seen[full][kind], wanted(kind)[:, None].expand_as(seen[full][kind]))
+            for kind in KINDS
+        },
         "by_weight": {
             f"{weight:g}": {kind: follows(f"text {weight:g}", kind) for kind in KINDS}
             for weight in WEIGHTS
         },
-        "image_similarity": {f"{w:g}": similarity(f"text {w:g}") for w in WEIGHTS},
+        "image_similarity": {f"{w:g}": x for w, x in zip(WEIGHTS, likeness, strict=True)},
         "image_similarity_of_strangers": float(unlike),
         "image_only": {
-            **{kind: follows("image only", kind) for kind in KINDS if kind != "shape"},
-            "shape_of_reference": share(judged(drawn["image only"])["shape"], rows.shape),
+            **{kind: follows("image only", kind) for kind in LOOKS},
+            "shape_of_reference": share(seen["image only"]["shape"], rows.shape[:, None]),
             "image_similarity": similarity("image only"),
         },
-        "fine_grained": {
-            **{kind: follows("fine-grained", kind) for kind in KINDS},
-            "image_similarity": similarity("fine-grained"),
-        },
+        "fine_grained": setting("fine-grained"),
         "described": {
-            kind: share(judged(drawn["described"])[kind], getattr(rows, kind)) for kind in KINDS
+            kind: share(seen["described"][kind], getattr(rows, kind)[:, None]) for kind in KINDS
         },
-        "fine_grained_over_base": similarity("fine-grained") - similarity(full),
+        "fine_grained_over_base": similarity("fine-grained") - likeness[-1],
     }
     if "concatenated" in drawn:
-        found["concatenated"] = {
-            **{kind: follows("concatenated", kind) for kind in KINDS},
-            "image_similarity": similarity("concatenated"),
-        }
-        found["decoupled_over_concatenated"] = similarity(full) - similarity("concatenated")
+        found["concatenated"] = setting("concatenated")
+        found["decoupled_over_concatenated"] = likeness[-1] - similarity("concatenated")
     return found
+
+
+def _seen(judged: Judge, pictures: Tensor) -> dict[str, Tensor]:
+    found = judged(pictures.flatten(0, 1))
+    return {kind: values.unflatten(0, pictures.shape[:2]) for kind, values in found.items()}
+
+
+def noises(count: int) -> Callable[[Api], Api]:
+    """A workflow that draws `count` pictures at once."""
+    return lambda api: given(api, EmptyLatentImage={"batch_size": count})
 
 
 def run(client: Client, count: int, seed: int) -> tuple[dict[str, Any], dict[str, Tensor], Task]:
     """The figures, the pictures and the task."""
     task = Task.of(count, seed)
     draw = Drawer(client, task, setup.base_directory() / "input")
-    drawn = {f"text {w:g}": draw("text_and_image", w) for w in WEIGHTS}
+    drawn = {
+        f"text {w:g}": draw("text_and_image", w, change=None if w else noises(AT_ZERO))
+        for w in WEIGHTS
+    }
     drawn["image only"] = draw("image_only")
     drawn["fine-grained"] = draw("text_and_image", adapter="fine-grained")
     drawn["described"] = draw("text_and_image", 0.0, texts=task.rows.descriptions)
-    drawn = {name: batches[:, 0] for name, batches in drawn.items()}
     if files.CONCATENATED in files.manifest()["files"]:
-        drawn["concatenated"] = concatenated.draw(task.pictures, task.told.tolist(), task.seeds)
+        drawn["concatenated"] = concatenated.draw(task)[:, None]
     judged = judge()
     known = scenes(setup.SHOWN, TRUSTED, 1 << 20)
     found = measured(drawn, task, judged)
     found |= {
         "references": count,
         "seed": seed,
+        "pictures_at_zero": count * AT_ZERO,
         "sampling": {"sampler": "ddim", "steps": STEPS, "guidance": GUIDANCE, "side": SIDE},
         "judge_accuracy": judged.accuracy(render(known, SIDE), known),
     }
     return found, drawn, task
 
 
-def over_seeds(client: Client, count: int, seeds: int) -> dict[str, Any]:
+def over_sets(client: Client, count: int, seeds: range) -> dict[str, Any]:
     """The findings with `count` references and noises of each seed."""
     judged, alike = judge(), Similarity()
     inputs = setup.base_directory() / "input"
-    drawers = [Drawer(client, Task.of(count, seed), inputs) for seed in range(seeds)]
+    drawers = [Drawer(client, Task.of(count, seed), inputs) for seed in seeds]
     return {"references": count, "seeds": [findings.of(draw, judged, alike) for draw in drawers]}
 
 
@@ -136,7 +152,8 @@ def main() -> None:
     with Server(base, host.require()) as client:
         found, drawn, task = run(client, asked.references, asked.seed)
         if asked.seeds:
-            found["findings"] = over_seeds(client, asked.findings, asked.seeds)
+            others = range(asked.seed + 1, asked.seed + 1 + asked.seeds)
+            found["findings"] = over_sets(client, asked.findings, others)
     OUTPUT.mkdir(exist_ok=True)
     target = OUTPUT / "miniature.json"
     target.write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -145,8 +162,10 @@ def main() -> None:
 
         for path in figures.draw(found, drawn, task, OUTPUT):
             print(path)
-    print(json.dumps(found, indent=1))
-    print(target)
+    asked_for = [*must.demands(found)]
+    print(*asked_for, target, sep="\n")
+    if not all(demand.met for demand in asked_for):
+        sys.exit("Not everything is as it has to be: the lines with MISS say what.")
 
 
 if __name__ == "__main__":

@@ -66,5 +66,5 @@ def _sheet(drawn: Mapping[str, Tensor], task: Task) -> Image.Image:
         shots = tuple(Shot(float(name.split()[1]), text) for name in columns)
         reference = as_image(task.pictures[number])
         rows.append(Row(f'"{text}"', "", reference, shots))
-        pictures.append([as_image(drawn[name][number]) for name in columns])
+        pictures.append([as_image(drawn[name][number, 0]) for name in columns])
     return contact_sheet(rows, pictures)

@@ -28,6 +28,7 @@ from tools.world.scenes import outlines, render, scenes
 from tools.world.workflows import SECOND, Api, given
 
 STRUCTURES = 1 << 22  # of the shown stream: what gives structures their edges
+LOOKS = ("colour", "background")
 Figures = dict[str, Any]
 
 
@@ -89,28 +90,30 @@ def several_references(draw: Drawer, judged: Judge, alike: Similarity) -> Figure
 
 
 def structure(draw: Drawer, judged: Judge, without: Tensor) -> Figures:
-    """Edges say where and what shape, the reference says the colours, and there is no text.
-    `without`: pictures of the same without the edges."""
+    """Edges say where and what shape, the reference says the colours, and there is no text; or a
+    picture to begin from does. `without`: pictures of the references alone."""
     task = draw.task
     rows = scenes(setup.SHOWN, len(task.rows), STRUCTURES + task.seeds[0])
     names = draw.lay("structure", rows)
     covered = outlines(rows, task.pictures.shape[-1])
     with_edges = draw("controlnet", others=names)[:, 0]
-    from_picture = draw("image_to_image", others=names)[:, 0]
     seen = judged(with_edges)
     shown = render(rows, task.pictures.shape[-1])
+    from_picture, unprompted = (
+        draw("image_to_image", weight, others=names)[:, 0] for weight in (1.0, 0.0)
+    )
+    started, plain = judged(from_picture), judged(unprompted)
     return {
         "shape_of_edges": share(seen["shape"], rows.shape),
         "overlap": overlap(with_edges, covered),
         "overlap_without": overlap(without, covered),
-        **{kind: share(seen[kind], getattr(task.rows, kind)) for kind in ("colour", "background")},
+        **{kind: share(seen[kind], getattr(task.rows, kind)) for kind in LOOKS},
         "image_to_image": {
             "overlap": overlap(from_picture, covered),
             "overlap_of_start": overlap(shown, covered),
-            **{
-                kind: share(judged(from_picture)[kind], getattr(task.rows, kind))
-                for kind in ("colour", "background")
-            },
+            "overlap_without": overlap(without, covered),
+            **{kind: share(started[kind], getattr(task.rows, kind)) for kind in LOOKS},
+            **{f"{kind}_without": share(plain[kind], getattr(task.rows, kind)) for kind in LOOKS},
         },
     }
 
@@ -145,7 +148,7 @@ def variants(draw: Drawer, alike: Similarity, base: Tensor, alone: Tensor) -> Fi
         "strangers": likeness({name: pictures.roll(1, 0) for name, pictures in asked.items()}),
     }
     if files.CONCATENATED in files.manifest()["files"]:
-        made = concatenated.draw(task.pictures, task.told.tolist(), task.seeds)
+        made = concatenated.draw(task)
         found["concatenated"] = likeness({"text_and_image": made})
     return found
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load_file
+from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, max_pool2d
 
@@ -81,14 +82,25 @@ class Chance:
 
 
 def chance(found: Tensor, wanted: Tensor, draws: int = 4000) -> Chance:
-    """Of what was found in pictures and what was wanted, `(N,)` each: the mean share over
-    shufflings of the references, and where 99 in 100 of them lie. Unlike one over the number of
-    kinds it knows that a base prefers some kinds and that references show some more often."""
+    """Of what was found in pictures, `(N,)` or `(N, k)` for k of each reference, and what was
+    wanted, `(N,)`: the mean share over shufflings of the references, and where 99 in 100 of them
+    lie. Unlike one over the number of kinds it knows that a base prefers some kinds and that
+    references show some more often."""
     generator = torch.Generator().manual_seed(0)
     orders = torch.rand(draws, len(wanted), generator=generator).argsort(1)
-    shares = (wanted[orders] == found).float().mean(1)
+    shuffled = wanted[orders]
+    agree = shuffled[..., None] == found if found.ndim > 1 else shuffled == found
+    shares = agree.flatten(1).float().mean(1)
     low, high = shares.quantile(torch.tensor([0.005, 0.995])).tolist()
     return Chance(float(shares.mean()), low, high)
+
+
+def interval(found: Tensor, wanted: Tensor) -> tuple[float, float]:
+    """Where, with 95 % confidence, the share lies of which these pictures are a sample (Wilson)."""
+    equal = found == wanted
+    tested = binomtest(int(equal.sum()), equal.numel())
+    between = tested.proportion_ci(0.95, method="wilson")
+    return float(between.low), float(between.high)
 
 
 def distance(pictures: Tensor, others: Tensor) -> float:

@@ -1,0 +1,85 @@
+"""The card's measured section: what the evaluation says, between the marks, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from tests.world.test_must import GOOD
+from tools.world import card, files
+
+KINDS = ("colour", "background", "texture", "shape")
+EVALUATION = {
+    **copy.deepcopy(GOOD),
+    "references": 64,
+    "pictures_at_zero": 256,
+    "shape_at_zero": 0.97,
+    "sampling": {"steps": 20, "guidance": 4.0},
+    "intervals": {kind: [0.81, 0.98] for kind in KINDS},
+    "by_weight": {w: dict.fromkeys(KINDS, x) for w, x in (("0", 0.1), ("1", 0.913))},
+    "image_similarity_of_strangers": 0.031,
+    "fine_grained": dict.fromkeys(KINDS, 0.877),
+    "described": dict.fromkeys(KINDS, 0.993),
+}
+EVALUATION["chance"]["shape"] = {"mean": 0.18, "low": 0.1, "high": 0.3}
+EVALUATION["image_only"]["image_similarity"] = 0.666
+EVALUATION["findings"]["references"] = 24
+
+
+@pytest.fixture
+def text():
+    return card.measured(EVALUATION)
+
+
+def test_the_figures_are_in_it(text):
+    for figure in ("0.91 (0.81 … 0.98)", "0.88", "0.13 (0.07 … 0.19)", "0.05 at 0", "0.03", "0.67"):
+        assert figure in text, figure
+    assert "Of 64 references" in text and "4 pictures each" in text
+    assert "| … fine-grained | 15.0 |" in text and "| … concatenated | 30.0 |" in text
+    assert "are met." in text and "Missed" not in text
+
+
+def test_every_line_of_a_table_has_as_many_cells(text):
+    for block in text.split("\n\n"):
+        widths = {line.count("|") for line in block.splitlines() if line.startswith("|")}
+        assert len(widths) <= 1, block
+
+
+def test_what_is_missed_is_said():
+    missed = card.measured({**EVALUATION, "colour_follows": 0.5})
+    assert "Missed:\n\n- colour follows the reference at λ = 1: 0.500 (≥ 0.9)" in missed
+
+
+def test_without_further_models_there_are_fewer_lines(text):
+    few = copy.deepcopy(EVALUATION)
+    for one in few["findings"]["seeds"]:
+        del one["structure"], one["another_base"], one["toolbox"], one["variants"]["concatenated"]
+    assert card.measured(few).count("\n|") < text.count("\n|") - 12
+    del few["findings"]
+    assert "set 1" not in card.measured(few)
+
+
+def test_only_what_lies_between_the_marks_changes(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n\n{card.BEGIN}\nstale\n{card.END}\n\nafter\n", encoding="utf-8")
+    card.write(EVALUATION, page)
+    once = page.read_text("utf-8")
+    assert once.startswith(f"before\n\n{card.BEGIN}\n\nOf 64") and "stale" not in once
+    assert once.endswith(f"\n\n{card.END}\n\nafter\n")
+    card.write(EVALUATION, page)
+    assert page.read_text("utf-8") == once
+
+
+@pytest.mark.parametrize("content", ["no marks", f"{card.END}\n{card.BEGIN}", card.BEGIN])
+def test_a_card_without_its_marks_is_left_alone(tmp_path, content):
+    page = tmp_path / "README.md"
+    page.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match="needs one line"):
+        card.write(EVALUATION, page)
+    assert page.read_text("utf-8") == content
+
+
+def test_the_shipped_card_has_the_marks():
+    page = (files.FOLDER / "README.md").read_text("utf-8")
+    assert page.count(card.BEGIN) == page.count(card.END) == 1

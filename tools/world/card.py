@@ -1,0 +1,182 @@
+"""Write an evaluation's figures into the miniature's card, between its two marks.
+
+python -m tools.world.card [output/miniature.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tools.host import ROOT
+from tools.world import files, must
+
+BEGIN, END = "<!-- measured -->", "<!-- end -->"
+KINDS = {
+    "colour": "colour of the reference",
+    "background": "background of the reference",
+    "texture": "texture of the reference",
+    "shape": "shape of the text",
+}
+Figures = Mapping[str, Any]
+
+
+def at(found: Figures, path: str) -> Any:
+    """What lies at "a.b.c"."""
+    for key in path.split("."):
+        found = found[key]
+    return found
+
+
+def measured(found: Figures) -> str:
+    """The card's section, in Markdown."""
+    asked = [*must.demands(found)]
+    missed = [demand for demand in asked if not demand.met]
+    parts = [_follows(found), _likeness(found)]
+    if "findings" in found:
+        parts.append(_findings(found["findings"]))
+    met = (
+        f"Of the {len(asked)} demands in `tools/world/must.py`, {len(asked) - len(missed)} are met."
+    )
+    lines = [f"- {str(demand).removeprefix('MISS ')}" for demand in missed]
+    parts.append(met + (" Missed:\n\n" + "\n".join(lines) if missed else ""))
+    return "\n\n".join(parts)
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [[*head], *([*row] for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _follows(found: Figures) -> str:
+    beside = [name for name in ("fine_grained", "concatenated") if name in found]
+    head = ["", "λ = 0", "λ = 1 (95 %)"]
+    head += [f"λ = 1, {name.replace('_', '-')}" for name in beside]
+    rows = []
+    for kind, name in KINDS.items():
+        full = found["by_weight"]["1"][kind]
+        low, high = found["intervals"][kind]
+        chance = found["chance"][kind]
+        rows.append(
+            [
+                name,
+                f"{found[f'{kind}_at_zero']:.2f}",
+                f"{full:.2f} ({low:.2f} … {high:.2f})",
+                *(f"{found[other][kind]:.2f}" for other in beside),
+                f"{chance['mean']:.2f} ({chance['low']:.2f} … {chance['high']:.2f})",
+            ]
+        )
+    return (
+        f"Of {found['references']} references that training never saw, each under a text that "
+        "names another shape than it shows, drawn by ComfyUI through "
+        f"`workflows/api/text_and_image.json` ({found['sampling']['steps']} steps of DDIM, "
+        f"guidance {found['sampling']['guidance']:g}; at λ = 0 "
+        f"{found['pictures_at_zero'] // found['references']} pictures each), pictures show\n\n"
+        + _table([*head, "by chance (99 %)"], rows)
+        + "\n\nBy chance: how often the pictures at λ = 0 agree with shuffled references. "
+        "The judge is right in "
+        f"{min(found['judge_accuracy'].values()):.1%} of drawn pictures or more, for each kind."
+    )
+
+
+def _likeness(found: Figures) -> str:
+    rising = ", ".join(f"{x:.2f} at {w}" for w, x in found["image_similarity"].items())
+    alone, told = found["image_only"], found["described"]
+    return (
+        "Likeness to the reference (cosine of image embeddings of the adapters' own encoder) with "
+        f"λ: {rising}; two references have {found['image_similarity_of_strangers']:.2f}. "
+        f"With no text the image alone gives colour {alone['colour']:.2f}, background "
+        f"{alone['background']:.2f}, texture {alone['texture']:.2f}, the reference's own shape "
+        f"{alone['shape_of_reference']:.2f} and a likeness of {alone['image_similarity']:.2f}. The "
+        f"base alone, told all in words, gets colour {told['colour']:.2f}, background "
+        f"{told['background']:.2f}, texture {told['texture']:.2f}, shape {told['shape']:.2f}."
+    )
+
+
+FINDINGS = (  # name, where it lies
+    ("distance from what is asked, base adapter", "variants.base.text_and_image.distance"),
+    ("… fine-grained", "variants.fine_grained.text_and_image.distance"),
+    ("… concatenated", "variants.concatenated.text_and_image.distance"),
+    ("… a stranger's", "variants.strangers.text_and_image.distance"),
+    ("displacement, base adapter", "variants.base.text_and_image.displacement"),
+    ("… fine-grained", "variants.fine_grained.text_and_image.displacement"),
+    ("… concatenated", "variants.concatenated.text_and_image.displacement"),
+    ("… a stranger's", "variants.strangers.text_and_image.displacement"),
+    ("distance with no text, base adapter", "variants.base.image_only.distance"),
+    ("… fine-grained", "variants.fine_grained.image_only.distance"),
+    ("displacement with no text, base adapter", "variants.base.image_only.displacement"),
+    ("… fine-grained", "variants.fine_grained.image_only.displacement"),
+    ("likeness, base adapter", "variants.base.text_and_image.image_similarity"),
+    ("… fine-grained", "variants.fine_grained.text_and_image.image_similarity"),
+    ("… concatenated", "variants.concatenated.text_and_image.image_similarity"),
+    ("two references, concat: colour of either", "several_references.concat.colour_of_either"),
+    ("… background of either", "several_references.concat.background_of_either"),
+    ("average: colour of either", "several_references.average.colour_of_either"),
+    ("… likeness to a stranger", "several_references.average.image_similarity_of_strangers"),
+    ("one per latent: colour of its own", "several_references.per_latent.colour_of_own"),
+    ("… colour of the other", "several_references.per_latent.colour_of_other"),
+    ("edges and image: overlap of the shapes", "structure.overlap"),
+    ("… without the edges", "structure.overlap_without"),
+    ("… colour of the image", "structure.colour"),
+    ("… background of the image", "structure.background"),
+    ("image to image: overlap with the start", "structure.image_to_image.overlap"),
+    ("… colour of the image", "structure.image_to_image.colour"),
+    ("… without the prompt", "structure.image_to_image.colour_without"),
+    ("second base: colour", "another_base.colour"),
+    ("… background", "another_base.background"),
+    ("… shape of the text", "another_base.shape_kept"),
+    ("… whiteness of its outlines", "another_base.whiteness_of_outlines"),
+    ("… on the first base", "another_base.whiteness_on_the_first_base"),
+    ("two regions: colour of the one inside", "toolbox.regions.colour_of_inner"),
+    ("… of the one outside", "toolbox.regions.colour_of_outer"),
+    ("… background of the one outside", "toolbox.regions.background_of_outer"),
+    ("style preset: texture", "toolbox.style.style.texture"),
+    ("… uniform weights", "toolbox.style.uniform.texture"),
+    ("style preset: displacement", "toolbox.style.style.displacement"),
+    ("… uniform weights", "toolbox.style.uniform.displacement"),
+    ("attention map: inside the mask", "toolbox.attention_map.inside"),
+    ("… outside", "toolbox.attention_map.outside"),
+)
+
+
+def _findings(findings: Figures) -> str:
+    sets = findings["seeds"]
+    rows = []
+    for name, path in FINDINGS:
+        try:
+            values = [at(one, path) for one in sets]
+        except KeyError:
+            continue  # a model that is not shipped
+        digits = 1 if path.endswith(("distance", "displacement")) else 2
+        rows.append([name, *(f"{value:.{digits}f}" for value in values)])
+    return (
+        f"Further, with {findings['references']} references and noises of {len(sets)} other sets "
+        "(distance in 8-bit levels and displacement of the shape's centre in pixels, both from "
+        "the picture that is asked for, the reference with the text's shape):\n\n"
+        + _table(["", *(f"set {number + 1}" for number in range(len(sets)))], rows)
+    )
+
+
+def write(found: Figures, card: Path) -> None:
+    """Put the section into the file `card`. Raises ValueError where it lacks the marks."""
+    text = card.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{card} needs one line {BEGIN!r} and after it one line {END!r}.")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    card.write_text(f"{before}{BEGIN}\n\n{measured(found)}\n\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    default = ROOT / "output" / "miniature.json"
+    parser.add_argument("evaluation", nargs="?", type=Path, default=default)
+    found = json.loads(parser.parse_args().evaluation.read_text(encoding="utf-8"))
+    write(found, files.FOLDER / "README.md")
+
+
+if __name__ == "__main__":
+    main()
