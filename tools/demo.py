@@ -1,7 +1,7 @@
 """``nox -s demo``: references down, λ across, and several texts over one reference, in one contact
 sheet: output/demo.png.
 
-python -m tools.demo [--models DIR] [--no-host] [--size 512] [--steps 50] [--seed 7]
+python -m tools.demo [--models DIR] [--no-host] [--size 512] [--steps 50] [--seed 7] [--out FILE]
 
 Starts a real ComfyUI with this pack and posts workflows/api/text_and_image.json for each picture,
 on the miniature: models as small as a toy's that were trained for this, in ``miniature/``.
@@ -18,6 +18,7 @@ import json
 import logging
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ from tools.world.scenes import SHAPES, caption
 WORKFLOW = host.ROOT / "workflows" / "api" / "text_and_image.json"
 OUTPUT = host.ROOT / "output" / "demo.png"
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-TEXTS = ("circle", "triangle", "ring", "cross")  # over one reference, and then none
-TOLD = ("star", "ring", "square")  # over each reference, another shape than it shows
+TEXTS = ("circle", "triangle", "ring", "square")  # over one reference, and then none
+TOLD = ("star", "ring", "circle")  # over each reference, another shape than it shows
 MINIATURE = "Miniature models of this repository, trained on a CPU on pictures like the references."
 PATIENCE = 6 * 3600.0  # seconds for a picture: real models on a CPU take minutes a step
 LOADERS = {  # folder and input that names a file in it
@@ -189,21 +190,28 @@ def without_host(ask: Ask) -> list[list[Image.Image]]:
     return demo_diffusers.pictures(ask, show)
 
 
-def _folder(name: str) -> Path:
+def _path(name: str) -> Path:
     return Path(name).expanduser().resolve()
 
 
 def main() -> None:
     """Draw the sheet, and print its path as the last line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", type=_folder, help="folder of published models to use")
+    parser.add_argument("--models", type=_path, help="folder of published models to use")
     parser.add_argument("--no-host", action="store_true", help="use diffusers, not ComfyUI")
     parser.add_argument("--size", type=int, help="side in pixels (64; published models: 512)")
     parser.add_argument("--steps", type=int, help="sampling steps (20; published models: 50)")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--out", type=_path, help="where the sheet is written")
     given = parser.parse_args()
     if given.models and given.no_host:
         parser.error("--models needs ComfyUI; leave --no-host out")
+    if given.steps is not None and (given.steps < 1 or 1000 % given.steps):
+        parser.error(
+            f"--steps {given.steps} does not divide the schedule's 1000: ComfyUI's ddim_uniform "
+            "would draw another number of steps than asked for; take 10, 20, 25, 40, 50 …"
+        )
+    begun, out = time.monotonic(), given.out or OUTPUT
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     if given.models and (lacking := missing(workflow, given.models)):
         parser.error(f"{given.models} lacks {', '.join(lacking)}; the README says where it is")
@@ -225,9 +233,10 @@ def main() -> None:
     notes = [] if given.models else [MINIATURE]
     if not comfyui:
         notes.append("Drawn by diffusers from the same files, in place of ComfyUI.")
-    OUTPUT.parent.mkdir(exist_ok=True)
-    contact_sheet(ask.rows, made, notes).save(OUTPUT)
-    print(OUTPUT)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(ask.rows, made, notes).save(out)
+    print(f"{sum(map(len, made))} pictures in {time.monotonic() - begun:.0f} s, start included")
+    print(out)
 
 
 if __name__ == "__main__":

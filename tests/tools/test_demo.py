@@ -14,6 +14,7 @@ from tools import demo
 from tools.ask import Ask, Row, Shot
 from tools.sheet import contact_sheet
 from tools.world import setup
+from tools.world.scenes import scenes
 
 
 @pytest.fixture
@@ -87,3 +88,31 @@ def test_comfyui_and_diffusers_draw_the_same_pictures(host_path):
         assert apart.mean() < 2, apart.mean()
     first, second = (np.asarray(picture, float) for picture in hosts[0])
     assert np.abs(first - second).mean() > 5  # λ = 0 and λ = 1
+
+
+def test_no_text_names_the_shape_of_its_reference():
+    ask = demo.on_miniature(seed=0, size=None, steps=None)
+    for row in ask.rows:
+        shown = scenes(setup.SHOWN, 1, setup.REFERENCES[row.file]).captions[0]
+        assert shown not in {shot.text for shot in row.shots}
+
+
+def test_steps_that_comfyui_would_count_otherwise_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo", "--steps", "30"])
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert "--steps 30 does not divide" in capsys.readouterr().err
+
+
+def test_the_sheet_goes_where_it_is_asked_to(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a folder" / "sheet.png"
+    picture = Image.new("RGB", (64, 64))
+    ask = demo.on_miniature(seed=0, size=None, steps=None)
+    monkeypatch.setattr(
+        demo, "without_host", lambda _: [[picture] * len(r.shots) for r in ask.rows]
+    )
+    monkeypatch.setattr(sys, "argv", ["demo", "--no-host", "--out", str(out)])
+    demo.main()
+    assert Image.open(out).width > 1000
+    *_, told, last = capsys.readouterr().out.splitlines()
+    assert last == str(out) and told.startswith("20 pictures in ")

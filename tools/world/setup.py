@@ -21,7 +21,7 @@ from tools.world.scenes import Scenes, render, scenes
 
 FOLDER_VARIABLE = "IP_ADAPTER_WORLD"
 SHOWN = 1 << 40  # the stream of what is shown and measured; training never sees it
-REFERENCES = {"reference.png": 3, "reference_2.png": 8, "reference_3.png": 12}
+REFERENCES = {"reference.png": 9, "reference_2.png": 31, "reference_3.png": 44}
 """Scenes of that stream, by the names that the workflows load."""
 SIDE = 256  # pixels of a reference as it lies in input/
 _DRAWN = ("mask.png",)
@@ -39,7 +39,7 @@ def ensure() -> Path:
     base = base_directory()
     base.mkdir(parents=True, exist_ok=True)
     stamp = base / "made.json"
-    wanted = {"shipped": files.manifest()["files"], "text": text.SEED, "version": 3}
+    wanted = {"shipped": files.manifest()["files"], "text": text.SEED, "version": 4}
     with FileLock(base / "making.lock"):
         if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == wanted:
             return base
