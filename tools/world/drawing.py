@@ -60,10 +60,14 @@ class Drawer:
 
     def lay(self, stem: str, rows: Scenes) -> list[str]:
         """Write the scenes as input pictures; returns their names."""
+        return self.put(stem, [setup.picture(rows[at : at + 1]) for at in range(len(rows))])
+
+    def put(self, stem: str, pictures: Sequence[Image.Image]) -> list[str]:
+        """Write a picture for each reference; returns their names."""
         self.inputs.mkdir(parents=True, exist_ok=True)
         names = [f"{stem}_{number}.png" for number in self.task.seeds]
-        for number, name in enumerate(names):
-            setup.picture(rows[number : number + 1]).save(self.inputs / name)
+        for name, picture in zip(names, pictures, strict=True):
+            picture.save(self.inputs / name)
         return names
 
     def __call__(
@@ -74,12 +78,13 @@ class Drawer:
         *,
         texts: Sequence[str] | None = None,
         others: Sequence[str] | None = None,
+        masks: Sequence[str] | None = None,
         change: Callable[[Api], Api] | None = None,
     ) -> Tensor:
         """Pictures `(N, batch, 3, 64, 64)`, a batch a reference, from a workflow in workflows/api/.
 
         `texts`: the task's by default. `others`: the picture of the workflow's second LoadImage,
-        for each reference. `change`: of the workflow, last of all.
+        for each reference; `masks`: that of its LoadImageMask. `change`: of the workflow, last.
         """
         api = json.loads((WORKFLOWS / f"{workflow}.json").read_text(encoding="utf-8"))
         made, begun = [], time.monotonic()
@@ -93,6 +98,8 @@ class Drawer:
             loaders = [node for node in prompt.values() if node["class_type"] == "LoadImage"]
             for loader, name in zip(loaders, itertools.cycle(names)):
                 loader["inputs"]["image"] = name
+            if masks:
+                prompt = given(prompt, LoadImageMask={"image": masks[number]})
             prompt = change(prompt) if change else prompt
             (saved,) = (i for i, node in prompt.items() if node["class_type"] == "SaveImage")
             images = self.client.run(prompt).images[saved]  # previews are no results

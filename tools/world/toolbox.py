@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tools import pictures
+from tools.world import setup
 from tools.world.drawing import Drawer, as_tensor
 from tools.world.judge import Judge
 from tools.world.measures import Similarity, displacement, overlap, share
@@ -16,6 +18,7 @@ from tools.world.pairs import partners
 from tools.world.scenes import outlines
 from tools.world.workflows import SIDE, Api, given
 
+AROUND = 1.25  # how much larger than a reference's shape its region is
 Figures = dict[str, Any]
 
 
@@ -26,12 +29,14 @@ def mask() -> Tensor:
 
 
 def regions(draw: Drawer, judged: Judge) -> Figures:
-    """One reference within the disc, where the shape is, and another around it: how often the
-    shape has the colour of the one, and the background is that of the other."""
-    second = partners(draw.task.rows)
+    """One reference where its shape is, and another around it: how often the shape has the colour
+    of the one, and the background is that of the other."""
+    inner, second = draw.task.rows, partners(draw.task.rows)
+    grown = outlines(replace(inner, size=inner.size * AROUND), setup.SIDE)
+    masks = draw.put("region", [setup.as_image(mask.expand(3, -1, -1)) for mask in grown])
     names = [draw.names[number] for number in second.tolist()]
-    seen = judged(draw("regions", others=names)[:, 0])
-    inner, outer = draw.task.rows, draw.task.rows[second]
+    seen = judged(draw("regions", others=names, masks=masks)[:, 0])
+    outer = inner[second]
     return {
         "colour_of_inner": share(seen["colour"], inner.colour),
         "colour_of_outer": share(seen["colour"], outer.colour),
