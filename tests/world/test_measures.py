@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tools.world import control, findings, pairs
-from tools.world.drawing import Task
+from tools.world import control, findings, pairs, toolbox
+from tools.world.drawing import Task, as_tensor
 from tools.world.measures import (
     Similarity,
     centres,
@@ -101,6 +101,13 @@ def test_partners_share_neither_colour_nor_background(task):
         assert (values != values[second]).all()
 
 
+LAYERS = {
+    "1": {"class_type": "IPA_LayerWeights", "inputs": {}},
+    "2": {"class_type": "IPA_AttentionMap", "inputs": {}},
+    "3": {"class_type": "SaveImage", "inputs": {}},
+}
+
+
 class Told:
     """Stands in for a Drawer: gives pictures that are known, by workflow."""
 
@@ -111,7 +118,13 @@ class Told:
     def lay(self, stem, rows):
         return [f"{stem}.png"] * len(rows)
 
-    def __call__(self, workflow, weight=1.0, adapter="base", **_):
+    def put(self, stem, pictures):
+        self.written = pictures
+        return [f"{stem}.png"] * len(pictures)
+
+    def __call__(self, workflow, weight=1.0, adapter="base", change=None, **_):
+        if change and (preset := change(LAYERS)["1"]["inputs"].get("preset")):
+            return self.pictures[workflow, preset]
         named = (workflow, adapter)
         return self.pictures[named if named in self.pictures else workflow]
 
@@ -175,3 +188,51 @@ def test_figures_of_structure(task, judged):
     start = found["image_to_image"]
     assert start["overlap"] == start["overlap_of_start"] > start["overlap_without"] + 0.2
     assert start["colour"] == start["colour_without"] < 0.5
+
+
+def test_figures_of_regions(task, judged):
+    """A shape before another's background, and the other way round."""
+    second = pairs.partners(task.rows)
+    outer = task.rows[second]
+    right = render(replace(task.rows, background=outer.background))
+    draw = Told(task, {"regions": right[:, None]})
+    found = toolbox.regions(draw, judged)
+    assert found["colour_of_inner"] == found["background_of_outer"] == 1
+    assert found["colour_of_outer"] == found["background_of_inner"] == 0
+    masks = torch.stack([as_tensor(picture.resize((64, 64)))[0] > 0.5 for picture in draw.written])
+    shapes = outlines(task.rows, 64) > 0.5
+    assert (masks | ~shapes).float().mean() > 0.99  # around the shape of the one inside
+    assert 1.2 < masks.sum() / shapes.sum() < 1.9
+
+    wrong = Told(task, {"regions": task.pictures[second][:, None]})
+    found = toolbox.regions(wrong, judged)
+    assert found["colour_of_inner"] == 0 and found["colour_of_outer"] == 1
+
+
+def test_figures_of_style(task, judged):
+    """The preset's pictures have the look elsewhere, the others a stranger's."""
+    asked = replace(task.rows, shape=task.told)
+    pictures = {
+        ("style_transfer", "uniform"): render(asked),
+        ("style_transfer", "style"): render(replace(asked, x=-asked.x, y=-asked.y)),
+        ("style_transfer", "composition"): task.pictures.roll(1, 0),
+    }
+    draw = Told(task, {name: made[:, None] for name, made in pictures.items()})
+    found = toolbox.style(draw, judged, Similarity())
+    assert found["uniform"]["displacement"] < 2 < 8 < found["style"]["displacement"]
+    for name in ("uniform", "style"):
+        figures = found[name]
+        assert min(figures[kind] for kind in ("colour", "texture", "background")) > 0.9
+        assert figures["shape_kept"] > 0.9
+    assert found["composition"]["colour"] < 0.5
+
+
+def test_figures_of_the_map(task):
+    disc = toolbox.mask().float()
+    maps = (0.1 + 0.8 * disc).expand(24, 1, 3, 64, 64)
+    found = toolbox.heat(Told(task, {"attention_map": maps}))
+    assert found == {
+        "inside": pytest.approx(0.9),
+        "outside": pytest.approx(0.1),
+        "overlap": 1,
+    }

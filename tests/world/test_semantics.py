@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tools.world import toolbox
 from tools.world.drawing import Drawer, Task
 from tools.world.evaluate import measured
 from tools.world.measures import Similarity, chance
@@ -64,6 +65,25 @@ def test_likeness_to_the_reference_rises(at, task):
 def test_the_text_keeps_the_shape(at, judged, task):
     kept = float((judged(at(1.0))["shape"] == task.told).float().mean())
     assert kept >= 0.8
+
+
+def test_without_a_text_the_image_alone_is_followed(draw, judged, task):
+    made = draw("image_only")[:, 0]
+    alone = shares(judged, made, task)
+    assert min(alone[kind] for kind in ("colour", "texture", "background")) >= 0.75, alone
+    by_chance = chance(judged(made)["shape"], task.rows.shape)
+    assert alone["shape"] > by_chance.high, (alone, by_chance)
+
+
+def test_regions_take_each_its_own_reference(draw, judged):
+    found = toolbox.regions(draw, judged)
+    assert found["colour_of_inner"] >= 0.75 > 0.25 >= found["colour_of_outer"], found
+    assert found["background_of_outer"] >= 0.75 > 0.25 >= found["background_of_inner"], found
+
+
+def test_the_map_lies_where_the_mask_let_the_image_act(draw):
+    found = toolbox.heat(draw)
+    assert found["inside"] > 3 * found["outside"], found
 
 
 def test_the_figures_say_one_where_everything_follows(task, judged):

@@ -132,3 +132,9 @@ def test_an_adapters_idle_layer_is_left_out_and_put_back(world):
     assert added == {"ip_adapter.1.to_k_ip.weight", "ip_adapter.1.to_v_ip.weight"}
     assert not any(laid[key].any() for key in added)
     assert all(torch.equal(laid[key], shipped[key]) for key in shipped)
+
+
+def test_a_folder_without_a_build_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "FOLDER", tmp_path)
+    with pytest.raises(FileNotFoundError, match="IP_ADAPTER_MINIATURE"):
+        files.manifest()

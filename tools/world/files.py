@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ from tools.world.autoencoder import Autoencoder
 from tools.world.base import original
 
 State = dict[str, Tensor]
-FOLDER = Path(__file__).resolve().parents[2] / "miniature"
+FOLDER_VARIABLE = "IP_ADAPTER_MINIATURE"
+SHIPPED = Path(__file__).resolve().parents[2] / "miniature"
+FOLDER = Path(os.environ.get(FOLDER_VARIABLE) or SHIPPED).expanduser().absolute()
+"""Where they lie; the variable names another build's."""
 UNET, AUTOENCODER, ENCODER = "unet.safetensors", "autoencoder.safetensors", "encoder.safetensors"
 ADAPTER, ADAPTER_PLUS = "ip-adapter.safetensors", "ip-adapter-plus.safetensors"
 JUDGE, CONTROL, RESTYLED = "judge.safetensors", "control.safetensors", "outlined.safetensors"
@@ -140,5 +144,11 @@ def checksum(path: Path) -> str:
 
 
 def manifest() -> dict[str, Any]:
-    """What is shipped: file names, checksums, seeds, steps, times."""
+    """What is shipped: file names, checksums, seeds, steps, times. Raises FileNotFoundError where
+    `FOLDER` holds no build."""
+    if not (FOLDER / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"'{FOLDER}' has no {MANIFEST}, so it holds no miniature. {FOLDER_VARIABLE} in the "
+            "environment names the folder of a build; leave it out for the one that is shipped."
+        )
     return dict(json.loads((FOLDER / MANIFEST).read_text(encoding="utf-8")))
