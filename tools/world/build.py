@@ -40,14 +40,14 @@ from tools.world.scenes import mark
 logger = logging.getLogger("comfyui_ip_adapter.tools")
 
 STEPS: dict[str, Any] = {
-    "autoencoder": (2500, 2500),
+    "autoencoder": (2500, 2500, 6000),
     "image encoder": 500,
-    "judge": 500,
+    "judge": 1500,
     "latents": 16_000,
-    "base": (1600, 1600, 1600),
+    "base": (1800, 1800, 1800),
     "pictures": 3000,
-    "ip-adapter": ((2000, 2e-3),),
-    "ip-adapter-plus": ((3000, 2e-3),),
+    "ip-adapter": ((1600, 2e-3),),
+    "ip-adapter-plus": ((2400, 2e-3),),
     "control": 500,
     "second base": 500,
 }

@@ -12,7 +12,8 @@ import itertools
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
+from torch.nn.functional import cross_entropy
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from tools.world.scenes import (
     BACKGROUNDS,
@@ -31,6 +32,7 @@ SIDE = 64
 EDGE = 4  # pixels of the margin that shows the background alone
 SHADES = (1.0, 0.89, 0.78)  # of the background under a shadow
 OBJECT = 0.16  # distance from the background, of RGB of 0 … 1, beyond which a pixel is the shape
+SHARPEST, BLUNTEST, BLUR = 0.5, 3.0, 15  # pixels: σ of what blurs the classifier's pictures, width
 CONTRAST = 0.2  # of a texture's light and dark parts over their mean, below which it is plain
 
 
@@ -98,8 +100,8 @@ class ShapeClassifier(nn.Sequential):
 
 
 def train(seed: int, steps: int, batch: int = 64) -> ShapeClassifier:
-    """A new one, from the stream `seed`; half of its pictures are blurred and noisy, as those that
-    a decoder draws may be."""
+    """A new one, from the stream `seed`; half of its pictures are blurred, more or less, and all
+    are noisy, as those that a decoder draws may be."""
     torch.manual_seed(seed)
     model = ShapeClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
@@ -109,8 +111,9 @@ def train(seed: int, steps: int, batch: int = 64) -> ShapeClassifier:
         rows = scenes(seed, batch, step * batch)
         pictures = render(rows, SIDE)
         half = batch // 2
-        small = interpolate(avg_pool2d(pictures[:half], 2), scale_factor=2, mode="bilinear")
-        pictures = torch.cat([small, pictures[half:]]) + 0.04 * torch.randn_like(pictures)
+        sigma = float(SHARPEST + (BLUNTEST - SHARPEST) * torch.rand(()))
+        blurred = gaussian_blur(pictures[:half], BLUR, sigma)
+        pictures = torch.cat([blurred, pictures[half:]]) + 0.04 * torch.randn_like(pictures)
         loss = cross_entropy(model(pictures), rows.shape)
         optimizer.zero_grad()
         loss.backward()
