@@ -46,8 +46,8 @@ STEPS: dict[str, Any] = {
     "latents": 16_000,
     "base": (1800, 1800, 1800),
     "pictures": 3000,
-    "ip-adapter": ((1600, 2e-3),),
-    "ip-adapter-plus": ((2400, 2e-3),),
+    "ip-adapter": ((2000, 2e-3),),
+    "ip-adapter-plus": ((2000, 2e-3),),
     "control": 500,
     "second base": 500,
 }
