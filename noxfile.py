@@ -129,7 +129,7 @@ def evaluate(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"])
 def miniature(session: nox.Session) -> None:
-    """Train every model of miniature/ anew; -- --seed 1 makes others."""
+    """Train every model of the miniature anew, into output/; -- --seed 2 makes others."""
     run(session, "tools.world", *session.posargs)
 
 

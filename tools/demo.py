@@ -75,6 +75,12 @@ def texts(workflow: Workflow) -> tuple[str, str]:
     return str(positive["text"]), str(negative["text"])
 
 
+def drawn_steps(asked: int) -> int:
+    """How many steps ComfyUI's ddim_uniform draws when asked for so many: it takes every
+    (1000 // asked)-th time of the schedule, from the second on."""
+    return len(range(1, 1000, max(1, 1000 // asked))) if asked > 0 else 0
+
+
 def missing(workflow: Workflow, models: Path) -> list[str]:
     """Files that the workflow loads and that ``models`` lacks, relative to it."""
     named = [
@@ -206,10 +212,10 @@ def main() -> None:
     given = parser.parse_args()
     if given.models and given.no_host:
         parser.error("--models needs ComfyUI; leave --no-host out")
-    if given.steps is not None and (given.steps < 1 or 1000 % given.steps):
+    if given.steps is not None and drawn_steps(given.steps) != given.steps:
         parser.error(
-            f"--steps {given.steps} does not divide the schedule's 1000: ComfyUI's ddim_uniform "
-            "would draw another number of steps than asked for; take 10, 20, 25, 40, 50 …"
+            f"--steps {given.steps}: ComfyUI's ddim_uniform would draw "
+            f"{drawn_steps(given.steps)}; take a divisor of 1000, as 10, 20, 25, 40 or 50"
         )
     begun, out = time.monotonic(), given.out or OUTPUT
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))

@@ -101,7 +101,7 @@ def test_steps_that_comfyui_would_count_otherwise_are_refused(monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["demo", "--steps", "30"])
     with pytest.raises(SystemExit):
         demo.main()
-    assert "--steps 30 does not divide" in capsys.readouterr().err
+    assert "ddim_uniform would draw 31" in capsys.readouterr().err
 
 
 def test_the_sheet_goes_where_it_is_asked_to(tmp_path, monkeypatch, capsys):
@@ -116,3 +116,14 @@ def test_the_sheet_goes_where_it_is_asked_to(tmp_path, monkeypatch, capsys):
     assert Image.open(out).width > 1000
     *_, told, last = capsys.readouterr().out.splitlines()
     assert last == str(out) and told.startswith("20 pictures in ")
+
+
+def test_steps_are_counted_as_comfyui_counts_them(pack):
+    from comfy.model_sampling import EPS, ModelSamplingDiscrete
+    from comfy.samplers import ddim_scheduler
+
+    class Sampling(ModelSamplingDiscrete, EPS):
+        pass
+
+    for asked in (1, 3, 7, 20, 30, 50, 333, 600, 1000):
+        assert demo.drawn_steps(asked) == len(ddim_scheduler(Sampling(), asked)) - 1, asked

@@ -95,7 +95,7 @@ def test_the_second_base_is_the_first_with_its_matrices_changed(laid):
         for name in (workflows.CHECKPOINT, workflows.SECOND)
     )
     changed = {key for key in first if not torch.equal(first[key], second[key])}
-    inside = {key for key, x in first.items() if key.startswith(control.RESTYLED) and x.ndim > 1}
+    inside = {key for key, x in first.items() if key.startswith(control.CHANGED) and x.ndim > 1}
     assert changed <= inside
     assert len(changed) > len(inside) / 2  # zeros stay zeros in two steps
 

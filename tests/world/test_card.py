@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import sys
 
 import pytest
 
@@ -25,6 +27,9 @@ EVALUATION = {
 EVALUATION["chance"]["shape"] = {"mean": 0.18, "low": 0.1, "high": 0.3}
 EVALUATION["image_only"]["image_similarity"] = 0.666
 EVALUATION["findings"]["references"] = 24
+for one in EVALUATION["findings"]["sets"]:
+    one["variants"]["strangers"] = one["variants"]["concatenated"]
+    one["several_references"]["average"]["colour_of_either"] = 0.6
 
 
 @pytest.fixture
@@ -53,11 +58,51 @@ def test_what_is_missed_is_said():
 
 def test_without_further_models_there_are_fewer_lines(text):
     few = copy.deepcopy(EVALUATION)
-    for one in few["findings"]["seeds"]:
-        del one["structure"], one["another_base"], one["toolbox"], one["variants"]["concatenated"]
+    for one in few["findings"]["sets"]:
+        del one["structure"], one["another_base"], one["variants"]["concatenated"]
     assert card.measured(few).count("\n|") < text.count("\n|") - 12
+    assert "structure: not measured" in card.measured(few)
     del few["findings"]
-    assert "set 1" not in card.measured(few)
+    assert "| set 1 |" not in card.measured(few)
+
+
+def test_a_figure_that_is_missing_is_no_model_that_is_missing():
+    few = copy.deepcopy(EVALUATION)
+    del few["findings"]["sets"][0]["structure"]["overlap"]
+    with pytest.raises(KeyError):
+        card.measured(few)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The command, on a card and an evaluation."""
+    monkeypatch.setattr(files, "FOLDER", tmp_path)
+    monkeypatch.setattr(files, "checksums", lambda: {"unet": "abc"})
+    (tmp_path / "README.md").write_text(f"{card.BEGIN}{card.END}", encoding="utf-8")
+
+    def run(evaluation):
+        path = tmp_path / "evaluation.json"
+        if evaluation is not None:
+            path.write_text(json.dumps(evaluation), encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["card", str(path)])
+        card.main()
+        return (tmp_path / "README.md").read_text("utf-8")
+
+    return run
+
+
+def test_the_command_writes_the_card(run):
+    assert "Of 64 references" in run({**EVALUATION, "build": {"unet": "abc"}})
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "told"),
+    [(None, "is not there"), ({**EVALUATION, "build": {"unet": "xyz"}}, "measured other files")],
+)
+def test_another_builds_figures_and_none_are_refused(run, capsys, evaluation, told):
+    with pytest.raises(SystemExit):
+        run(evaluation)
+    assert told in capsys.readouterr().err
 
 
 def test_only_what_lies_between_the_marks_changes(tmp_path):

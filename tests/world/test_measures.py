@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from tools.world import control, findings, pairs, toolbox
 from tools.world.drawing import Task, as_tensor
@@ -17,10 +18,12 @@ from tools.world.measures import (
     distance,
     interval,
     overlap,
+    seen,
     share,
     whiteness_of_outlines,
 )
 from tools.world.scenes import outlines, render, scenes
+from tools.world.workflows import SECOND
 
 ROWS = scenes(1 << 41, 64)
 
@@ -85,6 +88,12 @@ def test_displacement_is_in_pixels():
     assert displacement(torch.cat([shown, empty]), torch.cat([shown, empty])) == 0
 
 
+def test_pictures_without_a_shape_are_counted():
+    empty = render(replace(ROWS[:16], x=ROWS.x[:16] + 5))
+    assert seen(render(ROWS)) == 1 and seen(empty) == 0
+    assert seen(torch.cat([render(ROWS[:16]), empty])) == 0.5
+
+
 def test_distance_is_in_8_bit_levels():
     assert distance(torch.full((2, 3, 4, 4), 0.25), torch.full((2, 3, 4, 4), 0.5)) == 63.75
 
@@ -96,15 +105,22 @@ def task():
 
 def test_partners_share_neither_colour_nor_background(task):
     second = pairs.partners(task.rows)
+    groups = [[number, other] for number, other in enumerate(second.tolist())]
+    third = pairs.unlike(task.rows, groups)
     for kind in ("colour", "background"):
         values = getattr(task.rows, kind)
         assert (values != values[second]).all()
+        assert (values != values[third]).all() and (values[second] != values[third]).all()
+    assert len(set(third.tolist())) > 8
+    with pytest.raises(ValueError, match="None of 1 scenes"):
+        pairs.partners(task.rows[:1])
 
 
 LAYERS = {
     "1": {"class_type": "IPA_LayerWeights", "inputs": {}},
     "2": {"class_type": "IPA_AttentionMap", "inputs": {}},
     "3": {"class_type": "SaveImage", "inputs": {}},
+    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {}},
 }
 
 
@@ -122,11 +138,13 @@ class Told:
         self.written = pictures
         return [f"{stem}.png"] * len(pictures)
 
-    def __call__(self, workflow, weight=1.0, adapter="base", change=None, **_):
-        if change and (preset := change(LAYERS)["1"]["inputs"].get("preset")):
-            return self.pictures[workflow, preset]
-        named = (workflow, adapter)
-        return self.pictures[named if named in self.pictures else workflow]
+    def __call__(self, workflow, weight=1.0, adapter=None, change=None, **_):
+        """Of the workflow with that layer preset, checkpoint, adapter or weight, if one is known."""
+        named = [(workflow, adapter), (workflow, weight), workflow]
+        if change:
+            inputs = [node["inputs"] for node in change(LAYERS).values()]
+            named[:0] = [(workflow, value) for given in inputs for value in given.values()]
+        return next(self.pictures[name] for name in named if name in self.pictures)
 
 
 def test_figures_of_the_variants(task, monkeypatch):
@@ -177,7 +195,14 @@ def test_figures_of_several_references(task, judged):
 def test_figures_of_structure(task, judged):
     rows = scenes(findings.setup.SHOWN, 24, findings.STRUCTURES + task.seeds[0])
     followed = render(replace(rows, colour=task.rows.colour, background=task.rows.background))
-    pictures = {"controlnet": followed, "image_to_image": render(rows)}
+    pictures = {
+        "controlnet": followed,
+        ("image_to_image", 1.0): replace(rows, colour=task.rows.colour),
+        ("image_to_image", 0.0): rows,
+    }
+    pictures = {
+        k: made if isinstance(made, Tensor) else render(made) for k, made in pictures.items()
+    }
     found = findings.structure(
         Told(task, {name: made[:, None] for name, made in pictures.items()}),
         judged,
@@ -186,8 +211,20 @@ def test_figures_of_structure(task, judged):
     assert min(found["shape_of_edges"], found["colour"], found["background"]) > 0.95
     assert found["overlap"] > 0.9 > 0.7 > found["overlap_without"]
     start = found["image_to_image"]
-    assert start["overlap"] == start["overlap_of_start"] > start["overlap_without"] + 0.2
-    assert start["colour"] == start["colour_without"] < 0.5
+    assert start["overlap"] > 0.9 > start["overlap_without"] + 0.2
+    assert start["overlap_of_start"] > 0.9
+    assert start["colour"] > 0.95 > 0.5 > start["colour_without"]
+
+
+def test_figures_of_another_base(task, judged):
+    """Outlined on the second base, as it does with every reference, and plain on the first."""
+    first, second = (
+        draw(replace(task.rows, shape=task.told)) for draw in (render, control.outlined)
+    )
+    pictures = {("text_and_image", SECOND): second[:, None], "text_and_image": first[:, None]}
+    found = findings.another_base(Told(task, pictures), judged, first)
+    assert min(found["colour"], found["background"], found["shape_kept"]) > 0.8
+    assert found["whiteness_of_outlines"] > found["whiteness_on_the_first_base"] + 0.2
 
 
 def test_figures_of_regions(task, judged):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tools.world import base, files, image_encoder, setup, workflows
+from tools.world import base, build, files, image_encoder, setup, workflows
 from tools.world.drawing import WORKFLOWS
 from tools.world.scenes import render, scenes
 from training.image_encoder import KINDS, ImageEncoder
@@ -136,5 +136,12 @@ def test_an_adapters_idle_layer_is_left_out_and_put_back(world):
 
 def test_a_folder_without_a_build_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(files, "FOLDER", tmp_path)
-    with pytest.raises(FileNotFoundError, match="IP_ADAPTER_MINIATURE"):
+    with pytest.raises(FileNotFoundError, match="IP_ADAPTER_BUILD"):
         files.manifest()
+
+
+def test_the_manifest_is_of_the_recipe_and_of_the_set():
+    shipped = files.manifest()
+    asked = build.Build(shipped["seed"], files.FOLDER).recipe()
+    assert {key: shipped[key] for key in asked} == asked
+    assert shipped["seconds"].keys() >= {"autoencoder", "base 1", files.ADAPTER, files.CONTROL}

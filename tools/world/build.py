@@ -1,9 +1,9 @@
 """Build the miniature anew: train every model, part by part, and write what is shipped.
 
-    python -m tools.world [--seed 0] [--work .cache/world-build] [--out miniature]
+    python -m tools.world [--seed 0] [--work .cache/build-SEED] [--out output/miniature-SEED]
 
-Goes on where it stopped: a part whose file lies in the work folder is not made again. On two CPU
-cores it takes some hours; miniature/manifest.json has the time of every part.
+Goes on where it stopped: a part whose file lies in the work folder is not made again.
+miniature/manifest.json has the time that every part took on two CPU cores.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,10 @@ _SHIPPED = (
 )
 
 
+class RecipeError(ValueError):
+    """A work folder holds parts of another build."""
+
+
 @dataclass(frozen=True)
 class Build:
     """One build in the folder `work`, from the streams of `seed` on."""
@@ -71,20 +76,21 @@ class Build:
     work: Path
 
     def begin(self) -> None:
-        """Make the folder, which is of one seed and one recipe."""
+        """Make the folder, which is of one seed and one recipe. Raises RecipeError if it holds
+        parts of another."""
         self.work.mkdir(parents=True, exist_ok=True)
         path, ours = self.work / _RECIPE, json.dumps(self.recipe(), indent=1)
         if not any(self.work.iterdir()):
             path.write_text(ours, encoding="utf-8")
         theirs = path.read_text(encoding="utf-8") if path.exists() else "no recipe at all"
         if theirs != ours:
-            raise ValueError(
+            raise RecipeError(
                 f"'{self.work}' holds parts of another build: {_RECIPE} has {theirs}; expected "
                 f"{ours}. Give another folder with --work, or delete this one."
             )
 
     def recipe(self) -> dict[str, Any]:
-        """What decides what the parts become, as JSON has it."""
+        """What was asked for, as JSON has it: seed, steps, the adapters' settings, and the set."""
         recipe = {
             "seed": self.seed,
             "steps": STEPS,
@@ -117,8 +123,8 @@ class Build:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
     def all(self) -> None:
-        """Every part, each from those before. Raises ValueError if `work` holds parts of another
-        seed or recipe."""
+        """Every part, each from those before. Raises RecipeError if `work` holds parts of another
+        build."""
         self.begin()
         at, seed = self.work, self.seed
 
@@ -275,12 +281,18 @@ def _floats(path: Path) -> dict[str, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of all weights, pictures and noise")
-    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "world-build")
-    parser.add_argument("--out", type=Path, default=files.FOLDER)
+    parser.add_argument("--work", type=Path, help="folder of the parts")
+    parser.add_argument("--out", type=Path, help="folder of what is shipped")
     asked = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    build = Build(asked.seed, asked.work.resolve())
-    build.all()
-    size = build.ship(asked.out)
+    work = asked.work or ROOT / ".cache" / f"build-{asked.seed}"
+    out = asked.out or ROOT / "output" / f"miniature-{asked.seed}"
+    build = Build(asked.seed, work.resolve())
+    try:
+        build.all()
+    except RecipeError as error:
+        sys.exit(str(error))
+    size = build.ship(out)
     seconds = sum(build.times().values())
-    print(f"{asked.out}: {size / 1e6:.1f} MB, trained in {seconds / 60:.0f} minutes")
+    print(f"{out}: {size / 1e6:.1f} MB, trained in {seconds / 60:.0f} minutes")
+    print(f"{files.FOLDER_VARIABLE}={out} nox -s evaluate    # measures it")

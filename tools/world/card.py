@@ -75,7 +75,8 @@ def _follows(found: Figures) -> str:
         "names another shape than it shows, drawn by ComfyUI through "
         f"`workflows/api/text_and_image.json` ({found['sampling']['steps']} steps of DDIM, "
         f"guidance {found['sampling']['guidance']:g}; at λ = 0 "
-        f"{found['pictures_at_zero'] // found['references']} pictures each), pictures show\n\n"
+        f"{found['pictures_at_zero'] // found['references']} pictures each; the concatenated tokens "
+        "by diffusers with the same noises, steps and guidance), pictures show\n\n"
         + _table([*head, "by chance (99 %)"], rows)
         + "\n\nBy chance: how often the pictures at λ = 0 agree with shuffled references. "
         "The judge is right in "
@@ -143,21 +144,31 @@ FINDINGS = (  # name, where it lies
 )
 
 
+OPTIONAL = ("variants.concatenated", "structure", "another_base")
+
+
+def _has(found: Figures, path: str) -> bool:
+    first, _, rest = path.partition(".")
+    return first in found and (not rest or _has(found[first], rest))
+
+
 def _findings(findings: Figures) -> str:
-    sets = findings["seeds"]
+    sets = findings["sets"]
     rows = []
     for name, path in FINDINGS:
-        try:
-            values = [at(one, path) for one in sets]
-        except KeyError:
-            continue  # a model that is not shipped
+        group, _, rest = path.partition(".")
+        part = f"{group}.{rest.partition('.')[0]}" if group == "variants" else group
+        if part in OPTIONAL and not all(_has(one, part) for one in sets):
+            continue  # its model is not shipped
+        values = [at(one, path) for one in sets]
         digits = 1 if path.endswith(("distance", "displacement")) else 2
         rows.append([name, *(f"{value:.{digits}f}" for value in values)])
     return (
         f"Further, with {findings['references']} references and noises of {len(sets)} other sets "
-        "(distance in 8-bit levels and displacement of the shape's centre in pixels, both from "
-        "the picture that is asked for, the reference with the text's shape):\n\n"
-        + _table(["", *(f"set {number + 1}" for number in range(len(sets)))], rows)
+        "(distance in 8-bit levels and displacement of the shape's centre in pixels: from the "
+        "picture that is asked for, the reference with the text's shape; with no text, and for the "
+        "style preset, from the reference itself):\n\n"
+        + _table(["", *(f"set {one['seed']}" for one in sets)], rows)
     )
 
 
@@ -174,7 +185,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     default = ROOT / "output" / "miniature.json"
     parser.add_argument("evaluation", nargs="?", type=Path, default=default)
-    found = json.loads(parser.parse_args().evaluation.read_text(encoding="utf-8"))
+    path = parser.parse_args().evaluation
+    if not path.is_file():
+        parser.error(f"{path} is not there: nox -s evaluate writes one")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["build"] != files.checksums():
+        parser.error(f"{path} measured other files than those in {files.FOLDER}")
     write(found, files.FOLDER / "README.md")
 
 

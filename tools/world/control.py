@@ -25,7 +25,7 @@ HINTS = (3, 16, 16, 32, 32, 96, 96, 256)  # channels of the network that reads t
 STRIDED = (2, 4, 6)  # which of its convolutions halve the picture
 LOW, HIGH = 0.4, 0.8  # thresholds of the edges, those of the workflow
 RANK = 16  # of the second base's change
-RESTYLED = ("down_blocks.", "up_blocks.", "conv_in", "conv_out")  # what it changes
+CHANGED = ("down_blocks.", "up_blocks.", "conv_in", "conv_out")  # the parts that it is in
 
 
 def edges(pictures: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def restyle(autoencoder: Autoencoder, unet: Any, seed: int, steps: int) -> dict[
     """Fine-tune `unet` in place on outlined pictures, by a change of low rank. Returns its factors,
     in diffusers' names."""
     torch.manual_seed(seed)
-    changes = low_rank.add(unet, RANK, RESTYLED)
+    changes = low_rank.add(unet, RANK, CHANGED)
     parameters = [part for change in changes.values() for part in change.parameters()]
 
     def predict(pictures: Tensor, noisy: Tensor, times: Tensor, context: Tensor) -> Tensor:

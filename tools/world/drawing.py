@@ -74,7 +74,7 @@ class Drawer:
         self,
         workflow: str,
         weight: float = 1.0,
-        adapter: str = "base",
+        adapter: str | None = None,
         *,
         texts: Sequence[str] | None = None,
         others: Sequence[str] | None = None,
@@ -83,8 +83,9 @@ class Drawer:
     ) -> Tensor:
         """Pictures `(N, batch, 3, 64, 64)`, a batch a reference, from a workflow in workflows/api/.
 
-        `texts`: the task's by default. `others`: the picture of the workflow's second LoadImage,
-        for each reference; `masks`: that of its LoadImageMask. `change`: of the workflow, last.
+        `adapter`: as `on_miniature` takes it. `texts`: the task's by default. `others`: the picture
+        of the workflow's second LoadImage, for each reference; `masks`: that of its LoadImageMask.
+        `change`: of the workflow, last.
         """
         api = json.loads((WORKFLOWS / f"{workflow}.json").read_text(encoding="utf-8"))
         made, begun = [], time.monotonic()
@@ -107,7 +108,7 @@ class Drawer:
                 torch.stack([as_tensor(Image.open(io.BytesIO(picture))) for picture in images])
             )
         seconds = time.monotonic() - begun
-        logger.info("%s, λ = %g, %s: %.0f s", workflow, weight, adapter, seconds)
+        logger.info("%s, λ = %g, %s: %.0f s", workflow, weight, adapter or "its own", seconds)
         return torch.stack(made)
 
 

@@ -1,12 +1,12 @@
 """``nox -s evaluate``: what the image prompt does on the miniature, measured through ComfyUI.
 
-python -m tools.world.evaluate [--references 64] [--seed 0] [--seeds 3] [--no-figures]
+python -m tools.world.evaluate [--references 64] [--seed 0] [--seeds 3] [--no-figures] [--out FILE]
 
 Sends the shipped workflows to a real ComfyUI with this pack, for references that training never
 saw, each with a text that names another shape than the reference shows, and lets an independent
 judge (`judge.py`) say what of reference and text came through; then what more references, edges and
 another base do (`findings.py`), with three sets of references and noises. Writes
-output/miniature.json and the figures output/miniature-*.png, says what of it is as it has to be
+output/miniature.json and beside it the figures miniature-*.png, says what of it is as it has to be
 (`must.py`), and fails where something is not.
 """
 
@@ -17,6 +17,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ OUTPUT = ROOT / "output"
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LOOKS = ("colour", "background", "texture")
 AT_ZERO = 4  # pictures of each reference at λ = 0, where chance has to be told from a leak
+LEAST = 8  # references, among which pairs that differ in all are found
 TRUSTED = 512  # scenes on which the judge is judged
 
 
@@ -110,10 +112,10 @@ def run(client: Client, count: int, seed: int) -> tuple[dict[str, Any], dict[str
     task = Task.of(count, seed)
     draw = Drawer(client, task, setup.base_directory() / "input")
     drawn = {
-        f"text {w:g}": draw("text_and_image", w, change=None if w else noises(AT_ZERO))
+        f"text {w:g}": draw("text_and_image", w, "base", change=None if w else noises(AT_ZERO))
         for w in WEIGHTS
     }
-    drawn["image only"] = draw("image_only")
+    drawn["image only"] = draw("image_only", adapter="base")
     drawn["fine-grained"] = draw("text_and_image", adapter="fine-grained")
     drawn["described"] = draw("text_and_image", 0.0, texts=task.rows.descriptions)
     if files.CONCATENATED in files.manifest()["files"]:
@@ -131,41 +133,52 @@ def run(client: Client, count: int, seed: int) -> tuple[dict[str, Any], dict[str
     return found, drawn, task
 
 
-def over_sets(client: Client, count: int, seeds: range) -> dict[str, Any]:
-    """The findings with `count` references and noises of each seed."""
-    judged, alike = judge(), Similarity()
-    inputs = setup.base_directory() / "input"
-    drawers = [Drawer(client, Task.of(count, seed), inputs) for seed in seeds]
-    return {"references": count, "seeds": [findings.of(draw, judged, alike) for draw in drawers]}
+def findings_of(client: Client, count: int, seed: int) -> dict[str, Any]:
+    """The findings with `count` references and noises of that set."""
+    draw = Drawer(client, Task.of(count, seed), setup.base_directory() / "input")
+    return findings.of(draw, judge(), Similarity())
+
+
+def write(found: dict[str, Any], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--references", type=int, default=64)
+    parser.add_argument("--references", type=_some, default=64)
     parser.add_argument("--seed", type=int, default=0, help="of references and noise")
-    parser.add_argument("--findings", type=int, default=24, help="references of each finding")
-    parser.add_argument("--seeds", type=int, default=3, help="of the findings; 0 for none")
+    parser.add_argument("--findings", type=_some, default=24, help="references of each finding")
+    parser.add_argument("--seeds", type=int, default=3, help="sets of the findings; 0 for none")
     parser.add_argument("--no-figures", action="store_true")
+    parser.add_argument("--out", type=Path, default=OUTPUT / "miniature.json")
     asked = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     base = setup.ensure()
     with Server(base, host.require()) as client:
         found, drawn, task = run(client, asked.references, asked.seed)
-        if asked.seeds:
-            others = range(asked.seed + 1, asked.seed + 1 + asked.seeds)
-            found["findings"] = over_sets(client, asked.findings, others)
-    OUTPUT.mkdir(exist_ok=True)
-    target = OUTPUT / "miniature.json"
-    target.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        found |= {"build": files.checksums()}
+        write(found, asked.out)
+        for number in range(asked.seeds):
+            known = found.setdefault("findings", {"references": asked.findings, "sets": []})
+            known["sets"].append(findings_of(client, asked.findings, asked.seed + 1 + number))
+            write(found, asked.out)
     if not asked.no_figures:
         from tools.world import figures
 
-        for path in figures.draw(found, drawn, task, OUTPUT):
+        for path in figures.draw(found, drawn, task, asked.out.parent):
             print(path)
     asked_for = [*must.demands(found)]
-    print(*asked_for, target, sep="\n")
+    print(*asked_for, asked.out, sep="\n")
     if not all(demand.met for demand in asked_for):
         sys.exit("Not everything is as it has to be: the lines with MISS say what.")
+
+
+def _some(text: str) -> int:
+    number = int(text)
+    if number < LEAST:
+        raise argparse.ArgumentTypeError(f"{number} references tell too little: {LEAST} or more")
+    return number
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The miniature's files: what is shipped in `miniature/`, and what ComfyUI reads.
 
-The UNet is shipped in 8 bits, the rest in float16, so that everything together takes less than
-32 MB. A checkpoint as ComfyUI loads it is put together at set-up, with the seeded text encoder.
+The UNet is shipped in 8 bits, as are control, second base and what is for comparison only; the
+rest is in float16. So everything together takes less than 32 MB. A checkpoint as ComfyUI loads it
+is put together at set-up, with the seeded text encoder.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tools.world.autoencoder import Autoencoder
 from tools.world.base import original
 
 State = dict[str, Tensor]
-FOLDER_VARIABLE = "IP_ADAPTER_MINIATURE"
+FOLDER_VARIABLE = "IP_ADAPTER_BUILD"
 SHIPPED = Path(__file__).resolve().parents[2] / "miniature"
 FOLDER = Path(os.environ.get(FOLDER_VARIABLE) or SHIPPED).expanduser().absolute()
 """Where they lie; the variable names another build's."""
@@ -141,6 +142,11 @@ def _adapter(source: Path) -> tuple[State, dict[str, str]]:
 
 def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def checksums() -> dict[str, str]:
+    """Of every file of the build, by its name."""
+    return {name: what["sha256"] for name, what in manifest()["files"].items()}
 
 
 def manifest() -> dict[str, Any]:

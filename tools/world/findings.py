@@ -13,17 +13,18 @@ from typing import Any
 from torch import Tensor
 
 from tools.world import concatenated, files, setup, toolbox
-from tools.world.drawing import Drawer
+from tools.world.drawing import APART, Drawer
 from tools.world.judge import Judge
 from tools.world.measures import (
     Similarity,
     displacement,
     distance,
     overlap,
+    seen,
     share,
     whiteness_of_outlines,
 )
-from tools.world.pairs import partners
+from tools.world.pairs import partners, unlike
 from tools.world.scenes import outlines, render, scenes
 from tools.world.workflows import SECOND, Api, given
 
@@ -48,21 +49,18 @@ def several_references(draw: Drawer, judged: Judge, alike: Similarity) -> Figure
     task = draw.task
     second = partners(task.rows)
     pictures = task.pictures, task.pictures[second]
-    strangers = [
-        other
-        for number, first in enumerate(second.tolist())
-        for other in [next(i for i in range(len(second)) if i not in (number, first))]
-    ]
+    pairs = [[number, other] for number, other in enumerate(second.tolist())]
+    strangers = unlike(task.rows, pairs)
     names = [draw.names[number] for number in second.tolist()]
     found: Figures = {}
     for combine in ("concat", "average"):
         made = draw(f"several_images_{combine}", others=names, change=of_two)[:, 0]
-        seen = judged(made)
+        shown = judged(made)
         found[combine] = {
             f"{kind}_of_either": float(
                 (
-                    (seen[kind] == getattr(task.rows, kind))
-                    | (seen[kind] == getattr(task.rows, kind)[second])
+                    (shown[kind] == getattr(task.rows, kind))
+                    | (shown[kind] == getattr(task.rows, kind)[second])
                 )
                 .float()
                 .mean()
@@ -97,17 +95,17 @@ def structure(draw: Drawer, judged: Judge, without: Tensor) -> Figures:
     names = draw.lay("structure", rows)
     covered = outlines(rows, task.pictures.shape[-1])
     with_edges = draw("controlnet", others=names)[:, 0]
-    seen = judged(with_edges)
+    found = judged(with_edges)
     shown = render(rows, task.pictures.shape[-1])
     from_picture, unprompted = (
         draw("image_to_image", weight, others=names)[:, 0] for weight in (1.0, 0.0)
     )
     started, plain = judged(from_picture), judged(unprompted)
     return {
-        "shape_of_edges": share(seen["shape"], rows.shape),
+        "shape_of_edges": share(found["shape"], rows.shape),
         "overlap": overlap(with_edges, covered),
         "overlap_without": overlap(without, covered),
-        **{kind: share(seen[kind], getattr(task.rows, kind)) for kind in LOOKS},
+        **{kind: share(found[kind], getattr(task.rows, kind)) for kind in LOOKS},
         "image_to_image": {
             "overlap": overlap(from_picture, covered),
             "overlap_of_start": overlap(shown, covered),
@@ -136,6 +134,7 @@ def variants(draw: Drawer, alike: Similarity, base: Tensor, alone: Tensor) -> Fi
                 "image_similarity": float(alike(pictures, task.pictures).mean()),
                 "distance": distance(pictures, asked[name]),
                 "displacement": displacement(pictures, asked[name]),
+                "seen": seen(pictures),
             }
             for name, pictures in made.items()
         }
@@ -160,13 +159,10 @@ def another_base(draw: Drawer, judged: Judge, first: Tensor) -> Figures:
         return given(api, CheckpointLoaderSimple={"ckpt_name": SECOND})
 
     made = draw("text_and_image", change=on_second)[:, 0]
-    plain = draw("text_and_image", 0.0, change=on_second)[:, 0]
-    seen = judged(made)
-    rows = draw.task.rows
+    shown, rows = judged(made), draw.task.rows
     return {
-        **{kind: share(seen[kind], getattr(rows, kind)) for kind in ("colour", "background")},
-        "shape_kept": share(seen["shape"], draw.task.told),
-        "colour_at_zero": share(judged(plain)["colour"], rows.colour),
+        **{kind: share(shown[kind], getattr(rows, kind)) for kind in LOOKS},
+        "shape_kept": share(shown["shape"], draw.task.told),
         "whiteness_of_outlines": whiteness_of_outlines(made),
         "whiteness_on_the_first_base": whiteness_of_outlines(first),
     }
@@ -175,8 +171,9 @@ def another_base(draw: Drawer, judged: Judge, first: Tensor) -> Figures:
 def of(draw: Drawer, judged: Judge, alike: Similarity) -> Figures:
     """Every finding for which the miniature has the models."""
     shipped = files.manifest()["files"]
-    base, alone = draw("text_and_image")[:, 0], draw("image_only")[:, 0]
+    base, alone = (draw(name, adapter="base")[:, 0] for name in ("text_and_image", "image_only"))
     found = {
+        "seed": draw.task.seeds[0] // APART,
         "variants": variants(draw, alike, base, alone),
         "several_references": several_references(draw, judged, alike),
         "toolbox": toolbox.of(draw, judged, alike),

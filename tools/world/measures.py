@@ -39,7 +39,7 @@ def judge() -> Judge:
 
 def share(found: Tensor, wanted: Tensor) -> float:
     """How often they are equal."""
-    return float((found == wanted).float().mean())
+    return float((found == wanted).double().mean())
 
 
 def overlap(pictures: Tensor, covered: Tensor) -> float:
@@ -59,8 +59,14 @@ def centres(pictures: Tensor) -> Tensor:
 
 
 def displacement(pictures: Tensor, others: Tensor) -> float:
-    """How far the shape's centre is from the other's on average, in pixels, where both are seen."""
+    """How far the shape's centre is from the other's on average, in pixels, where both are seen;
+    `seen` says in how many."""
     return float((centres(pictures) - centres(others)).norm(dim=1).nanmean())
+
+
+def seen(pictures: Tensor) -> float:
+    """In how many of the pictures there is a shape that covers a fiftieth or more."""
+    return float((objects(pictures).double().mean((1, 2)) > 0.02).double().mean())
 
 
 def whiteness_of_outlines(pictures: Tensor, width: int = 3) -> float:

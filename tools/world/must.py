@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,34 +12,39 @@ FOLLOWS = {"colour": 0.9, "background": 0.9, "texture": 0.8}  # of the reference
 SHAPE_KEPT = 0.85  # of the text, at λ = 1
 SHAPE_ALONE = 0.5  # of the reference, where there is no text
 TRUSTED = 0.98  # of the judge's verdicts on drawn pictures that are right
-ONE_OF_TWO = 0.8  # of pictures show one of two references, or each latent its own
+ONE_OF_TWO = 0.8  # of pictures show one of two references, or each latent or region its own
 UNCHANGED = 0.8  # of colours, backgrounds and shapes on a base that the adapter never saw
-RESTYLED = 0.1  # by how much whiter that base's outlines are
+WHITER = 0.1  # by how much that base's outlines are whiter
+OVERLAP = 0.1  # by how much edges, or a picture to begin from, move shapes to where they are asked
+BRINGS = 0.1  # by how much more often an image prompt brings its colour to another picture
+DRAWN = 0.9  # of pictures have a shape at all
 Figures = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Demand:
-    """One figure, and between what it has to lie."""
+    """One figure, and between what it has to lie: `low` and `high` are allowed, `above` is not.
+    NaN, for what was not measured, meets nothing."""
 
     name: str
     value: float
-    low: float = float("-inf")
-    high: float = float("inf")
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
 
     @property
     def met(self) -> bool:
-        return self.low <= self.value <= self.high
+        return self.low <= self.value <= self.high and self.value > self.above
 
     def __str__(self) -> str:
-        bounds = [f"≥ {self.low:.3g}"] * (self.low > float("-inf"))
-        bounds += [f"≤ {self.high:.3g}"] * (self.high < float("inf"))
-        verdict = "ok  " if self.met else "MISS"
-        return f"{verdict} {self.name}: {self.value:.3f} ({', '.join(bounds)})"
+        bounds = {"≥": self.low, "≤": self.high, ">": self.above}
+        asked = ", ".join(f"{sign} {x:.3g}" for sign, x in bounds.items() if math.isfinite(x))
+        found = "not measured" if math.isnan(self.value) else f"{self.value:.3f}"
+        return f"{'ok  ' if self.met else 'MISS'} {self.name}: {found} ({asked})"
 
 
 def demands(found: Figures) -> Iterator[Demand]:
-    """Of an evaluation as miniature.json has it; of its findings, if it has some, in each set."""
+    """Of an evaluation as miniature.json has it, and of its findings in each set."""
     for kind, low in FOLLOWS.items():
         yield Demand(f"{kind} follows the reference at λ = 1", found[f"{kind}_follows"], low)
     yield Demand("the text's shape is kept at λ = 1", found["shape_kept"], SHAPE_KEPT)
@@ -46,58 +52,83 @@ def demands(found: Figures) -> Iterator[Demand]:
         chance = found["chance"][kind]
         name = f"{kind} is at chance at λ = 0"
         yield Demand(name, found[f"{kind}_at_zero"], chance["low"], chance["high"])
-    likeness = [*found["image_similarity"].items()]
-    for (before, lower), (weight, higher) in itertools.pairwise(likeness):
-        yield Demand(f"likeness rises from λ = {before} to {weight}", higher - lower, 0)
+    for (before, lower), (weight, higher) in itertools.pairwise(found["image_similarity"].items()):
+        yield Demand(f"likeness rises from λ = {before} to {weight}", higher - lower, above=0)
     alone = found["image_only"]
     for kind, low in FOLLOWS.items():
         yield Demand(f"{kind} follows the image alone", alone[kind], low)
     yield Demand("shape follows the image alone", alone["shape_of_reference"], SHAPE_ALONE)
     for kind, right in found["judge_accuracy"].items():
         yield Demand(f"the judge knows {kind}", right, TRUSTED)
-    for number, one in enumerate(found.get("findings", {}).get("seeds", ())):
+    sets = found.get("findings", {}).get("sets", ())
+    if not sets:
+        yield _missing("findings")
+    for one in sets:
         for demand in _of_findings(one):
-            yield Demand(f"set {number}: {demand.name}", demand.value, demand.low, demand.high)
+            name = f"set {one['seed']}: {demand.name}"
+            yield Demand(name, demand.value, demand.low, demand.high, demand.above)
+
+
+def _missing(what: str) -> Demand:
+    return Demand(what, math.nan, above=0)
 
 
 def _of_findings(one: Figures) -> Iterator[Demand]:
     for setting in ("text_and_image", "image_only"):
         fine, base = (one["variants"][kind][setting] for kind in ("fine_grained", "base"))
-        closer = base["distance"] - fine["distance"]
-        yield Demand(f"fine-grained is closer to what is asked, {setting}, in levels", closer, 0)
+        name = f"fine-grained is closer to what is asked than base, {setting}"
+        yield Demand(f"{name}, in levels", base["distance"] - fine["distance"], above=0)
         nearer = base["displacement"] - fine["displacement"]
-        yield Demand(f"and puts it nearer to where it is asked, {setting}, in pixels", nearer, 0)
-    if "concatenated" in one["variants"]:
-        base, other = (one["variants"][kind]["text_and_image"] for kind in ("base", "concatenated"))
-        more = base["image_similarity"] - other["image_similarity"]
-        yield Demand("decoupled attention is more like the reference than concatenation", more, 0)
-    two = one["several_references"]
+        yield Demand(f"{name}, in pixels of displacement", nearer, above=0)
+        for kind, figures in (("fine-grained", fine), ("base", base)):
+            yield Demand(f"{kind} draws a shape, {setting}", figures["seen"], DRAWN)
+    yield from _of_concatenation(one["variants"])
+    yield from _of_several(one["several_references"])
+    yield from _of_structure(one["structure"]) if "structure" in one else [_missing("structure")]
+    if second := one.get("another_base"):
+        for kind in ("colour", "background", "shape_kept"):
+            yield Demand(f"another base: {kind}", second[kind], UNCHANGED)
+        whiter = second["whiteness_of_outlines"] - second["whiteness_on_the_first_base"]
+        yield Demand("another base: its outlines are whiter", whiter, WHITER)
+    else:
+        yield _missing("another base")
+    yield from _of_toolbox(one["toolbox"])
+
+
+def _of_concatenation(variants: Figures) -> Iterator[Demand]:
+    name = "decoupled attention over concatenation"
+    if "concatenated" not in variants:
+        yield _missing(name)
+        return
+    ours, theirs = (variants[kind]["text_and_image"] for kind in ("base", "concatenated"))
+    more = ours["image_similarity"] - theirs["image_similarity"]
+    yield Demand(f"{name}: likeness to the reference", more, above=0)
+    closer = theirs["distance"] - ours["distance"]
+    yield Demand(f"{name}: closer to what is asked, in levels", closer, above=0)
+
+
+def _of_several(two: Figures) -> Iterator[Demand]:
     for kind in ("colour", "background"):
         yield Demand(f"concat: {kind} of either", two["concat"][f"{kind}_of_either"], ONE_OF_TWO)
         own, other = (two["per_latent"][f"{kind}_of_{whose}"] for whose in ("own", "other"))
         yield Demand(f"one per latent: {kind} of its own", own, ONE_OF_TWO)
         yield Demand(f"one per latent: {kind} of the other", other, high=1 - ONE_OF_TWO)
-    blend = two["average"]["image_similarity"]
-    strangers = two["average"]["image_similarity_of_strangers"]
-    yield Demand("average: like each of the two more than a stranger", min(blend) - strangers, 0)
-    if "structure" in one:
-        shown = one["structure"]
-        yield Demand("edges: shapes lie on them", shown["overlap"] - shown["overlap_without"], 0.1)
-        for kind in ("colour", "background"):
-            yield Demand(f"edges and image: {kind} of the image", shown[kind], UNCHANGED)
-        start = shown["image_to_image"]
-        gain = start["overlap"] - start["overlap_without"]
-        yield Demand("image to image: shapes stay where they were", gain, 0.1)
-        more = start["colour"] - start["colour_without"]
-        yield Demand("image to image: the prompt brings its colour", more, 0.1)
-    if "another_base" in one:
-        second = one["another_base"]
-        for kind in ("colour", "background", "shape_kept"):
-            yield Demand(f"another base: {kind}", second[kind], UNCHANGED)
-        whiter = second["whiteness_of_outlines"] - second["whiteness_on_the_first_base"]
-        yield Demand("another base: its outlines are white", whiter, RESTYLED)
-    if "toolbox" in one:
-        yield from _of_toolbox(one["toolbox"])
+    for combine in ("concat", "average"):
+        figures = two[combine]
+        more = min(figures["image_similarity"]) - figures["image_similarity_of_strangers"]
+        yield Demand(f"{combine}: like each of the two more than a stranger", more, above=0)
+
+
+def _of_structure(shown: Figures) -> Iterator[Demand]:
+    moved = shown["overlap"] - shown["overlap_without"]
+    yield Demand("edges and image: shapes lie on the edges", moved, OVERLAP)
+    for kind in ("colour", "background"):
+        yield Demand(f"edges and image: {kind} of the image", shown[kind], UNCHANGED)
+    start = shown["image_to_image"]
+    moved = start["overlap"] - start["overlap_without"]
+    yield Demand("image to image: shapes stay where they were", moved, OVERLAP)
+    more = start["colour"] - start["colour_without"]
+    yield Demand("image to image: the prompt brings its colour", more, BRINGS)
 
 
 def _of_toolbox(one: Figures) -> Iterator[Demand]:
@@ -106,9 +137,16 @@ def _of_toolbox(one: Figures) -> Iterator[Demand]:
         yield Demand(f"regions: {kind} of its own", regions[f"{kind}_of_{own}"], ONE_OF_TWO)
         strange = regions[f"{kind}_of_{other}"]
         yield Demand(f"regions: {kind} of the other", strange, high=1 - ONE_OF_TWO)
-    style, uniform = one["style"]["style"], one["style"]["uniform"]
-    away = style["displacement"] - uniform["displacement"]
-    yield Demand("style leaves the layout more than uniform weights, in pixels", away, 0)
-    yield Demand("style keeps the texture", style["texture"], FOLLOWS["texture"])
+    style, uniform, composition = (
+        one["style"][preset] for preset in ("style", "uniform", "composition")
+    )
+    for name, other in (("uniform weights", uniform), ("composition", composition)):
+        away = style["displacement"] - other["displacement"]
+        yield Demand(f"style leaves the layout more than {name}, in pixels", away, above=0)
+    yield Demand("style brings the texture", style["texture"], FOLLOWS["texture"])
+    more = style["texture"] - composition["texture"]
+    yield Demand("style brings the texture more than composition", more, above=0)
     heat = one["attention_map"]
-    yield Demand("the map is warmer inside the mask, times", heat["inside"] / heat["outside"], 2)
+    yield Demand(
+        "the map is twice as warm inside the mask", heat["inside"] - 2 * heat["outside"], above=0
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,9 +29,15 @@ _DRAWN = ("mask.png",)
 
 
 def base_directory() -> Path:
-    """ComfyUI's base directory of the miniature; IP_ADAPTER_WORLD moves it."""
+    """ComfyUI's base directory of the miniature; IP_ADAPTER_WORLD moves it. Another build than the
+    shipped one has another."""
     chosen = os.environ.get(FOLDER_VARIABLE)
-    return Path(chosen).expanduser().absolute() if chosen else ROOT / ".cache" / "world"
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    if files.FOLDER == files.SHIPPED:
+        return ROOT / ".cache" / "world"
+    build = hashlib.sha256(str(files.FOLDER).encode()).hexdigest()[:8]
+    return ROOT / ".cache" / f"world-{build}"
 
 
 def ensure() -> Path:
@@ -43,6 +50,7 @@ def ensure() -> Path:
     with FileLock(base / "making.lock"):
         if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == wanted:
             return base
+        stamp.unlink(missing_ok=True)  # what follows may be interrupted
         for place, write in _models().items():
             _write(base / "models" / place, write)
         (base / "models" / "controlnet").mkdir(parents=True, exist_ok=True)

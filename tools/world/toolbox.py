@@ -46,8 +46,8 @@ def regions(draw: Drawer, judged: Judge) -> Figures:
 
 
 def style(draw: Drawer, judged: Judge, alike: Similarity) -> Figures:
-    """With uniform weights and with the style preset: what of the look comes through, and what of
-    the place and size, which a shape of the text takes from the reference too."""
+    """With uniform weights and with each preset: what of the look comes through, and what of place
+    and size, which with the fine-grained adapter a shape of the text takes from the reference."""
     task = draw.task
     found: Figures = {}
     for preset in ("uniform", "style", "composition"):
@@ -69,8 +69,8 @@ def style(draw: Drawer, judged: Judge, alike: Similarity) -> Figures:
 
 
 def heat(draw: Drawer) -> Figures:
-    """The attention map of an image prompt that acts within the disc alone: its mean inside and
-    outside, and the overlap of the disc with what is warmer than half of the warmest."""
+    """The attention map of an image prompt that is let act within the disc alone: its mean inside
+    and outside, and the overlap of the disc with what is warmer than half of the warmest."""
 
     def map_alone(api: Api) -> Api:
         made = copy.deepcopy(api)
