@@ -139,7 +139,7 @@ class Told:
         return [f"{stem}.png"] * len(pictures)
 
     def __call__(self, workflow, weight=1.0, adapter=None, change=None, **_):
-        """Of the workflow with that layer preset, checkpoint, adapter or weight, if one is known."""
+        """Of the workflow with that preset, checkpoint, adapter or weight, if one is known."""
         named = [(workflow, adapter), (workflow, weight), workflow]
         if change:
             inputs = [node["inputs"] for node in change(LAYERS).values()]
@@ -201,7 +201,7 @@ def test_figures_of_structure(task, judged):
         ("image_to_image", 0.0): rows,
     }
     pictures = {
-        k: made if isinstance(made, Tensor) else render(made) for k, made in pictures.items()
+        name: made if isinstance(made, Tensor) else render(made) for name, made in pictures.items()
     }
     found = findings.structure(
         Told(task, {name: made[:, None] for name, made in pictures.items()}),

@@ -75,8 +75,8 @@ def _follows(found: Figures) -> str:
         "names another shape than it shows, drawn by ComfyUI through "
         f"`workflows/api/text_and_image.json` ({found['sampling']['steps']} steps of DDIM, "
         f"guidance {found['sampling']['guidance']:g}; at λ = 0 "
-        f"{found['pictures_at_zero'] // found['references']} pictures each; the concatenated tokens "
-        "by diffusers with the same noises, steps and guidance), pictures show\n\n"
+        f"{found['pictures_at_zero'] // found['references']} pictures each; the concatenated "
+        "tokens by diffusers with the same noises, steps and guidance), pictures show\n\n"
         + _table([*head, "by chance (99 %)"], rows)
         + "\n\nBy chance: how often the pictures at λ = 0 agree with shuffled references. "
         "The judge is right in "
