@@ -47,10 +47,10 @@ STEPS: dict[str, Any] = {
     "latents": 16_000,
     "base": (1800, 1800, 1800),
     "pictures": 3000,
-    "ip-adapter": ((2000, 2e-3),),
-    "ip-adapter-plus": ((2000, 2e-3),),
-    "control": 500,
-    "second base": 500,
+    "ip-adapter": ((1500, 2e-3),),
+    "ip-adapter-plus": ((1500, 2e-3),),
+    "control": 300,
+    "second base": 400,
 }
 _RECIPE = "recipe.json"
 _TEXTS = "texts.safetensors"
