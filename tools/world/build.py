@@ -47,8 +47,8 @@ STEPS: dict[str, Any] = {
     "latents": 16_000,
     "base": (1800, 1800, 1800),
     "pictures": 3000,
-    "ip-adapter": ((1500, 2e-3),),
-    "ip-adapter-plus": ((1500, 2e-3),),
+    "ip-adapter": ((1600, 2e-3),),
+    "ip-adapter-plus": ((1600, 2e-3),),
     "control": 300,
     "second base": 400,
 }

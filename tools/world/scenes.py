@@ -106,13 +106,11 @@ def scenes(seed: int, count: int, start: int = 0) -> Scenes:
     bits.advance(start * _DRAWS // 4)
     u = torch.from_numpy(np.random.Generator(bits).random((count, _DRAWS))).float()
     kinds = {name: (u[:, i] * n).long() for i, (name, n) in enumerate(KINDS.items())}
-    size = 0.62 + 0.30 * u[:, 6]
-    reach = 0.98 - 0.78 * size  # of the centre: hardly more than a tip is cut off
     return Scenes(
         **kinds,
-        x=(2 * u[:, 4] - 1) * reach,
-        y=(2 * u[:, 5] - 1) * reach,
-        size=size,
+        x=(u[:, 4] - 0.5) * 0.36,
+        y=(u[:, 5] - 0.5) * 0.36,
+        size=0.72 + 0.20 * u[:, 6],
         angle=(u[:, 7] - 0.5) * 0.5,
         light=0.9 + 0.2 * u[:, 8],
         tint=0.94 + 0.12 * u[:, 9:12],
