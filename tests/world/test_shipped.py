@@ -148,4 +148,4 @@ def test_the_manifest_is_of_the_set_and_of_the_recipe_but_for_what_its_note_name
     for part in asked["steps"].keys() - older:
         assert shipped["steps"][part] == asked["steps"][part], part
     assert "stages" in shipped["note"]
-    assert shipped["seconds"].keys() >= {"autoencoder", "base", files.ADAPTER, files.CONTROL}
+    assert shipped["seconds"].keys() >= {"autoencoder", "base", files.ADAPTER, "control"}
