@@ -82,11 +82,10 @@ def test_an_error_does_not_stop_the_clock_in_the_middle(clock, work):
 def test_what_is_made_and_sampled_meanwhile_is_timed(small, clock, work, monkeypatch):
     """The host's attention takes 1 s, ours 1000 s, putting two conditionings together 10⁶ s."""
     host = importlib.import_module(f"{PACK}.ip_adapter_core.host")
-    patch, conditioning = host.patch, host.conditioning
-    rows = conditioning.PromptRows
+    patch, rows = host.patch, host.conditioning.PromptRows
     monkeypatch.setattr(patch, "optimized_attention", work.before(patch.optimized_attention, 1))
     monkeypatch.setattr(patch, "image_attention", work.before(patch.image_attention, 10**3))
-    monkeypatch.setattr(conditioning, "slots", work.before(conditioning.slots, 10**6))
+    monkeypatch.setattr(rows, "by_slot", work.before(rows.by_slot, 10**6))
     changed = vars(patch) | vars(rows)
 
     def model() -> Any:
