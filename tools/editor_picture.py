@@ -26,6 +26,7 @@ LOAD = """async (workflow) => {
     await app.queuePrompt(0)
 }"""
 DONE = """() => app.graph._nodes.some((node) => node.type === 'SaveImage' && node.imgs?.length)"""
+NO_MINIMAP = """() => app.extensionManager.setting.set('Comfy.Minimap.Visible', false)"""
 FIT = """() => {
     app.graph._nodes.filter((node) => node.type === 'MarkdownNote').forEach(
         (node) => app.graph.remove(node))
@@ -83,6 +84,7 @@ def draw(workflow: dict[str, Any], node: str, folder: Path) -> list[Path]:
         page.wait_for_function(READY, timeout=180_000)
         page.wait_for_timeout(3000)
         page.keyboard.press("Escape")
+        page.evaluate(NO_MINIMAP)
         graph(page, workflow, targets[0])
         help_panel(page, node, targets[1])
         page.keyboard.press("Escape")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tools.world import toolbox
 from tools.world.drawing import Drawer, Task
@@ -84,6 +85,20 @@ def test_regions_take_each_its_own_reference(draw, judged):
 def test_the_map_lies_where_the_mask_let_the_image_act(draw):
     found = toolbox.heat(draw)
     assert found["inside"] > 3 * found["outside"], found
+
+
+def test_every_picture_of_a_reference_counts(task, judged):
+    """One of four pictures at λ = 0 follows, the others show what follows nothing."""
+    names = [*(f"text {w:g}" for w in (0, 0.25, 0.5, 0.75, 1))]
+    names += ["image only", "fine-grained", "described"]
+    drawn = dict.fromkeys(names, task.pictures[:, None])
+    nothing = torch.zeros_like(task.pictures)
+    alone = measured({**drawn, "text 0": nothing[:, None]}, task, judged)
+    one = torch.stack([task.pictures, nothing, nothing, nothing], 1)
+    found = measured({**drawn, "text 0": one}, task, judged)
+    for kind in ("colour", "background"):
+        expected = (1 + 3 * alone[f"{kind}_at_zero"]) / 4
+        assert found[f"{kind}_at_zero"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_figures_say_one_where_everything_follows(task, judged):

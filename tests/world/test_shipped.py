@@ -149,3 +149,24 @@ def test_the_manifest_is_of_the_set_and_of_the_recipe_but_for_what_its_note_name
         assert shipped["steps"][part] == asked["steps"][part], part
     assert "stages" in shipped["note"]
     assert shipped["seconds"].keys() >= {"autoencoder", "base", files.ADAPTER, "control"}
+
+
+def test_an_interrupted_set_up_is_not_taken_for_done(monkeypatch, tmp_path):
+    monkeypatch.setenv(setup.FOLDER_VARIABLE, str(tmp_path))
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    stamp = tmp_path / "made.json"
+    stamp.write_text(json.dumps({"shipped": {}}))
+    monkeypatch.setattr(setup, "_models", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        setup.ensure()
+    assert not stamp.exists()
+
+
+def test_another_build_has_a_base_directory_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.delenv(setup.FOLDER_VARIABLE, raising=False)
+    ours = setup.base_directory()
+    monkeypatch.setattr(files, "FOLDER", tmp_path)
+    assert setup.base_directory() not in (ours, tmp_path)
