@@ -142,9 +142,7 @@ FINDINGS = (  # name, where it lies
     ("attention map: inside the mask", "toolbox.attention_map.inside"),
     ("… outside", "toolbox.attention_map.outside"),
 )
-
-
-OPTIONAL = ("variants.concatenated", "structure", "another_base")
+OPTIONAL = ("variants.concatenated", "structure", "another_base")  # need further models
 
 
 def _has(found: Figures, path: str) -> bool:
@@ -156,9 +154,8 @@ def _findings(findings: Figures) -> str:
     sets = findings["sets"]
     rows = []
     for name, path in FINDINGS:
-        group, _, rest = path.partition(".")
-        part = f"{group}.{rest.partition('.')[0]}" if group == "variants" else group
-        if part in OPTIONAL and not all(_has(one, part) for one in sets):
+        parts = [part for part in OPTIONAL if path.startswith(f"{part}.")]
+        if not all(_has(one, part) for one in sets for part in parts):
             continue  # its model is not shipped
         values = [at(one, path) for one in sets]
         digits = 1 if path.endswith(("distance", "displacement")) else 2

@@ -47,7 +47,7 @@ def regions(draw: Drawer, judged: Judge) -> Figures:
 
 def style(draw: Drawer, judged: Judge, alike: Similarity) -> Figures:
     """With uniform weights and with each preset: what of the look comes through, and what of place
-    and size, which with the fine-grained adapter a shape of the text takes from the reference."""
+    and size, which with a fine-grained adapter a shape of the text can take from the reference."""
     task = draw.task
     found: Figures = {}
     for preset in ("uniform", "style", "composition"):
