@@ -63,13 +63,16 @@ class Server:
         arguments: tuple[str, ...] = (),
         start_timeout: float = 180.0,
         prompt_timeout: float = 600.0,
+        threads: int | None = None,
     ) -> None:
-        """``arguments``: further flags for ComfyUI; timeouts in seconds."""
+        """``arguments``: further flags for ComfyUI; timeouts in seconds; ``threads``: of the
+        processor that it computes with, torch's choice by default."""
         self.base_directory = base_directory
         self.host = host
         self.arguments = arguments
         self.start_timeout = start_timeout
         self.prompt_timeout = prompt_timeout
+        self.threads = threads
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Client:
@@ -113,6 +116,8 @@ class Server:
         self.log = run / "log.txt"
         # Not the environment's: PYTHONPATH may hold the repository, whose nodes/ would shadow.
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        if self.threads is not None:
+            environment["OMP_NUM_THREADS"] = str(self.threads)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self._command(port, run),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ LIMIT = 32_000_000
 def made(tmp_path_factory):
     """The build's folder, and what was shipped of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "STEPS", STEPS)
+        patch.setattr(build.os, "cpu_count", lambda: 1)  # one part after the other
         few = torch.randn(
             len(base.all_texts()), 77, 768, generator=torch.Generator().manual_seed(0)
         )
@@ -44,14 +46,14 @@ def made(tmp_path_factory):
 
         patch.setattr(base, "train", train)
         work, out = (tmp_path_factory.mktemp(name) for name in ("work", "out"))
-        whole = build.Build(1, work)
+        whole = build.Build(1, work, STEPS)
         whole.all()
         whole.ship(out)
         before = {path: path.stat().st_mtime_ns for path in work.iterdir()}
         whole.all()  # everything is there already
         assert {path: path.stat().st_mtime_ns for path in work.iterdir()} == before
         with pytest.raises(ValueError, match="--work"):  # not of seed 1's parts
-            build.Build(2, work).all()
+            build.Build(2, work, STEPS).all()
         return work, out, begun
 
 
@@ -68,6 +70,54 @@ def test_everything_is_made_and_shipped_and_fits(made):
     assert sum(path.stat().st_size for path in out.iterdir()) <= LIMIT
     assert set(manifest["seconds"]) >= {"base 1", "base 2", "control", "ip-adapter.safetensors"}
     assert not list(work.glob("unfinished-*"))
+
+
+LAST = (files.ADAPTER, files.CONTROL, files.CONCATENATED)
+
+
+@pytest.fixture
+def unfinished(made, tmp_path):
+    """A build whose last parts are not made yet."""
+    work = tmp_path / "work"
+    shutil.copytree(made[0], work)
+    for name in LAST:
+        (work / name).unlink()
+    shutil.rmtree(work / "run-ip-adapter-0")
+    shutil.rmtree(work / "run-ip-adapter-1")
+    return build.Build(1, work, STEPS)
+
+
+def test_side_by_side_the_last_parts_are_the_same(made, unfinished, monkeypatch):
+    monkeypatch.setattr(build.os, "cpu_count", lambda: 2)
+    before = unfinished.times()
+    unfinished.all()
+    for name in LAST:
+        ours, theirs = (
+            files.dequantised(load_file(folder / name)) for folder in (unfinished.work, made[0])
+        )
+        assert ours.keys() == theirs.keys()
+        for key, one in ours.items():
+            torch.testing.assert_close(one.float(), theirs[key].float(), atol=2e-2, rtol=2e-2)
+    times = unfinished.times()
+    assert times[build.TOGETHER] > 0 and set(times) == {*before, build.TOGETHER}
+    alone = {part.name for part in unfinished.last_parts()}
+    assert unfinished.seconds() == sum(times[name] for name in times.keys() - alone)
+
+
+def test_a_part_that_fails_is_named_and_the_others_are_kept(made, unfinished, monkeypatch):
+    monkeypatch.setattr(build.os, "cpu_count", lambda: 2)
+    (unfinished.work / files.ENCODER).unlink()
+    shutil.copyfile(made[0] / files.ADAPTER, unfinished.work / files.ADAPTER)
+    monkeypatch.setattr(build.Build, "frozen_parts", lambda self: ())
+    with pytest.raises(build.PartError, match=r"concatenated.*the same command"):
+        unfinished.all()
+    assert (unfinished.work / files.CONTROL).exists()
+
+
+def test_steps_are_changed_by_name():
+    assert build._changed('{"control": 7}') == {**build.STEPS, "control": 7}
+    with pytest.raises(argparse.ArgumentTypeError, match="among autoencoder"):
+        build._changed('{"controls": 7}')
 
 
 def test_a_part_of_the_base_goes_on_from_the_one_before(made):

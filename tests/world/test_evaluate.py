@@ -17,7 +17,7 @@ def run(monkeypatch, tmp_path):
     """The command with `figures` in place of what a server draws; returns what it wrote."""
     monkeypatch.setattr(evaluate.setup, "ensure", lambda: tmp_path)
     monkeypatch.setattr(evaluate.host, "require", lambda: tmp_path)
-    monkeypatch.setattr(evaluate, "Server", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(evaluate, "Server", lambda *_, **__: contextlib.nullcontext())
     out = tmp_path / "a folder" / "figures.json"
 
     def run(figures):

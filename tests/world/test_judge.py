@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
-from tools.world.scenes import KINDS, render, scenes
+from tools.world.scenes import KINDS, outlined, render, scenes
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,11 @@ def blurred(pictures):
 def test_it_is_right(judged, rows, as_drawn):
     found = judged.accuracy(as_drawn(render(rows)), rows)
     assert found.keys() == KINDS.keys()
+    assert min(found.values()) > 0.95, found
+
+
+def test_white_outlines_do_not_mislead_it(judged, rows):
+    found = judged.accuracy(outlined(rows), rows)
     assert min(found.values()) > 0.95, found
 
 

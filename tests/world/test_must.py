@@ -15,6 +15,7 @@ def variant(distance, displacement, similarity):
     return {"text_and_image": figures, "image_only": dict(figures)}
 
 
+LOOK = {"colour": 0.9}
 GOOD = {
     "colour_follows": 0.95,
     "background_follows": 0.99,
@@ -84,9 +85,9 @@ GOOD = {
                         "background_of_outer": 0.9,
                     },
                     "style": {
-                        "uniform": {"displacement": 3.0, "texture": 0.95},
-                        "style": {"displacement": 6.0, "texture": 0.9},
-                        "composition": {"displacement": 4.0, "texture": 0.4},
+                        "uniform": {**LOOK, "texture": 0.95, "shape": 0.5, "background": 1.0},
+                        "style": {**LOOK, "texture": 0.9, "shape": 0.2, "background": 0.4},
+                        "composition": {**LOOK, "texture": 0.3, "shape": 0.2, "background": 0.7},
                     },
                     "attention_map": {"inside": 0.4, "outside": 0.01},
                 },
@@ -164,7 +165,6 @@ IN_SETS = {
     "structure.overlap_without": (0.75, "edges and image: shapes lie on the edges"),
     "structure.colour": (0.5, "edges and image: colour of the image"),
     "structure.background": (0.5, "edges and image: background of the image"),
-    "structure.image_to_image.overlap": (0.35, "image to image: shapes stay where they were"),
     "structure.image_to_image.colour": (0.15, "image to image: the prompt brings its colour"),
     "another_base.colour": (0.5, "another base: colour"),
     "another_base.background": (0.5, "another base: background"),
@@ -174,13 +174,13 @@ IN_SETS = {
     "toolbox.regions.colour_of_outer": (0.5, "regions: colour of the other"),
     "toolbox.regions.background_of_outer": (0.5, "regions: background of its own"),
     "toolbox.regions.background_of_inner": (0.4, "regions: background of the other"),
-    "toolbox.style.uniform.displacement": (
-        6,
-        "style leaves the layout more than uniform weights, in pixels",
+    "toolbox.style.style.shape": (
+        0.45,
+        "style leaves the reference's shape more than uniform weights",
     ),
-    "toolbox.style.composition.displacement": (
-        6,
-        "style leaves the layout more than composition, in pixels",
+    "toolbox.style.style.background": (
+        0.95,
+        "style leaves the reference's background more than uniform weights",
     ),
     "toolbox.style.style.texture": (0.5, "style brings the texture"),
     "toolbox.style.composition.texture": (0.9, "style brings the texture more than composition"),

@@ -21,7 +21,7 @@ def task():
 
 @pytest.fixture(scope="module")
 def draw(client, world, task):
-    return Drawer(client, task, world / "input")
+    return Drawer([client], task, world / "input")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_without_a_text_the_image_alone_is_followed(draw, judged, task):
 
 def test_regions_take_each_its_own_reference(draw, judged):
     found = toolbox.regions(draw, judged)
-    assert found["colour_of_inner"] >= 0.4 > 0.2 >= found["colour_of_outer"], found
+    assert found["colour_of_inner"] >= 0.7 > 0.2 >= found["colour_of_outer"], found
     assert found["background_of_outer"] >= 0.75 > 0.25 >= found["background_of_inner"], found
 
 

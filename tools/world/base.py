@@ -169,7 +169,9 @@ def train(
     nearly none. It ends with the running average of its weights."""
     made, kinds = pool
     generator = torch.Generator().manual_seed(seed + part.start)
-    optimizer = torch.optim.AdamW(unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     average, progress = Average(unet, 0.995), Progress(f"base from {part.start} on", len(part))
     for number, step in enumerate(part):
         decaying(optimizer, PEAK * min(1.0, (number + 1) / WARMUP), step, steps, warmup=1)

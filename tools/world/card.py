@@ -135,10 +135,16 @@ FINDINGS = (  # name, where it lies
     ("two regions: colour of the one inside", "toolbox.regions.colour_of_inner"),
     ("… of the one outside", "toolbox.regions.colour_of_outer"),
     ("… background of the one outside", "toolbox.regions.background_of_outer"),
-    ("style preset: texture", "toolbox.style.style.texture"),
-    ("… uniform weights", "toolbox.style.uniform.texture"),
-    ("style preset: displacement", "toolbox.style.style.displacement"),
-    ("… uniform weights", "toolbox.style.uniform.displacement"),
+    ("style preset: colour", "toolbox.style.style.colour"),
+    ("… texture", "toolbox.style.style.texture"),
+    ("… shape", "toolbox.style.style.shape"),
+    ("… background", "toolbox.style.style.background"),
+    ("uniform weights: colour", "toolbox.style.uniform.colour"),
+    ("… texture", "toolbox.style.uniform.texture"),
+    ("… shape", "toolbox.style.uniform.shape"),
+    ("… background", "toolbox.style.uniform.background"),
+    ("composition preset: texture", "toolbox.style.composition.texture"),
+    ("… background", "toolbox.style.composition.background"),
     ("attention map: inside the mask", "toolbox.attention_map.inside"),
     ("… outside", "toolbox.attention_map.outside"),
 )
@@ -163,8 +169,9 @@ def _findings(findings: Figures) -> str:
     return (
         f"Further, with {findings['references']} references and noises of {len(sets)} other sets "
         "(distance in 8-bit levels and displacement of the shape's centre in pixels: from the "
-        "picture that is asked for, the reference with the text's shape; with no text, and for the "
-        "style preset, from the reference itself):\n\n"
+        "picture that is asked for, the reference with the text's shape; with no text, from the "
+        "reference itself. Presets of layer weights are shown with no text and the fine-grained "
+        "adapter, regions with no text):\n\n"
         + _table(["", *(f"set {one['seed']}" for one in sets)], rows)
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tools.world import low_rank
 from tools.world.autoencoder import Autoencoder
 from tools.world.base import contexts, denoising_loss
-from tools.world.scenes import SHAPES, Scenes, outlines, render, scenes
+from tools.world.scenes import SHAPES, Scenes, outlined, render, scenes
 from tools.world.training import Progress, decaying
 
 HINTS = (3, 16, 16, 32, 32, 96, 96, 256)  # channels of the network that reads the edges
@@ -42,14 +42,13 @@ class Control(nn.Module):
         for number, (into, out) in enumerate(zip(HINTS, (*HINTS[1:], width), strict=True)):
             layers += [nn.Conv2d(into, out, 3, 2 if number in STRIDED else 1, 1), nn.SiLU()]
         self.input_hint_block = nn.Sequential(*layers[:-1])
+        for layer in layers:  # so that what there is of edges comes through all eight
+            if isinstance(layer, nn.Conv2d):
+                nn.init.orthogonal_(layer.weight, gain=2)  # SiLU halves
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         self.zero_convs = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 1)) for _ in range(2))
-        for zero in self.zero_convs.modules():
-            if isinstance(zero, nn.Conv2d):  # not quite zeros: those of the hint, behind, are
-                nn.init.normal_(zero.weight, std=0.01)
-                nn.init.zeros_(zero.bias)  # type: ignore[arg-type]
-        last: Any = self.input_hint_block[-1]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in self.zero_convs.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, unet: Any, latents: Tensor, times: Tensor, hints: Tensor) -> list[Tensor]:
         """`latents (N, 4, h, w)`, `hints (N, 3, 8 h, 8 w)` to two `(N, width, h, w)`."""
@@ -78,16 +77,6 @@ class Control(nn.Module):
         found["middle_block_out.0.weight"] = torch.zeros(width, width, 1, 1)
         found["middle_block_out.0.bias"] = torch.zeros(width)
         return found
-
-
-def outlined(rows: Scenes, side: int = 64) -> Tensor:
-    """The second base's style: every shape has a broad white outline."""
-    inner, outer = (
-        outlines(Scenes(**{**vars(rows), "size": rows.size * grown}), side)[:, None]
-        for grown in (0.86, 1.08)
-    )
-    line = (outer - inner).clamp(0, 1)
-    return render(rows, side) * (1 - line) + line
 
 
 FromPictures = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -8,8 +8,10 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -53,21 +55,17 @@ class Task:
 class Drawer:
     """Draws a task's references through one workflow after the other."""
 
-    def __init__(self, client: Client, task: Task, inputs: Path) -> None:
-        """`inputs`: the server's folder of input pictures."""
-        self.client, self.task, self.inputs = client, task, inputs
+    def __init__(self, clients: Sequence[Client], task: Task, inputs: Path) -> None:
+        """`clients`: of servers that share the work. `inputs`: their folder of input pictures."""
+        self.clients, self.task, self.inputs = clients, task, inputs
         self.names = self.lay("evaluated", task.rows)
 
     def lay(self, stem: str, rows: Scenes) -> list[str]:
         """Write the scenes as input pictures; returns their names."""
-        return self.put(stem, [setup.picture(rows[at : at + 1]) for at in range(len(rows))])
-
-    def put(self, stem: str, pictures: Sequence[Image.Image]) -> list[str]:
-        """Write a picture for each reference; returns their names."""
         self.inputs.mkdir(parents=True, exist_ok=True)
         names = [f"{stem}_{number}.png" for number in self.task.seeds]
-        for name, picture in zip(names, pictures, strict=True):
-            picture.save(self.inputs / name)
+        for at, name in enumerate(names):
+            setup.picture(rows[at : at + 1]).save(self.inputs / name)
         return names
 
     def __call__(
@@ -78,38 +76,43 @@ class Drawer:
         *,
         texts: Sequence[str] | None = None,
         others: Sequence[str] | None = None,
-        masks: Sequence[str] | None = None,
         change: Callable[[Api], Api] | None = None,
     ) -> Tensor:
         """Pictures `(N, batch, 3, 64, 64)`, a batch a reference, from a workflow in workflows/api/.
 
         `adapter`: as `on_miniature` takes it. `texts`: the task's by default. `others`: the picture
-        of the workflow's second LoadImage, for each reference; `masks`: that of its LoadImageMask.
-        `change`: of the workflow, last.
+        of the workflow's second LoadImage, for each reference. `change`: of the workflow, last.
         """
         api = json.loads((WORKFLOWS / f"{workflow}.json").read_text(encoding="utf-8"))
-        made, begun = [], time.monotonic()
-        for number, seed in enumerate(self.task.seeds):
+        free: SimpleQueue[Client] = SimpleQueue()
+        for client in self.clients:
+            free.put(client)
+
+        def drawn(number: int) -> Tensor:
             prompt = given(
                 on_miniature(api, (texts or self.task.texts)[number], adapter),
                 IPA_Apply={"weight": weight},
-                KSampler={"seed": seed},
+                KSampler={"seed": self.task.seeds[number]},
             )
             names = [self.names[number], *([others[number]] if others else [])]
             loaders = [node for node in prompt.values() if node["class_type"] == "LoadImage"]
             for loader, name in zip(loaders, itertools.cycle(names)):
                 loader["inputs"]["image"] = name
-            if masks:
-                prompt = given(prompt, LoadImageMask={"image": masks[number]})
             prompt = change(prompt) if change else prompt
             (saved,) = (i for i, node in prompt.items() if node["class_type"] == "SaveImage")
-            images = self.client.run(prompt).images[saved]  # previews are no results
-            made.append(
-                torch.stack([as_tensor(Image.open(io.BytesIO(picture))) for picture in images])
-            )
+            client = free.get()
+            try:
+                images = client.run(prompt).images[saved]  # previews are no results
+            finally:
+                free.put(client)
+            return torch.stack([as_tensor(Image.open(io.BytesIO(picture))) for picture in images])
+
+        begun = time.monotonic()
+        with ThreadPoolExecutor(len(self.clients)) as pool:
+            made = torch.stack([*pool.map(drawn, range(len(self.task.seeds)))])
         seconds = time.monotonic() - begun
         logger.info("%s, λ = %g, %s: %.0f s", workflow, weight, adapter or "its own", seconds)
-        return torch.stack(made)
+        return made
 
 
 def as_tensor(picture: Image.Image) -> Tensor:

@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +109,12 @@ def noises(count: int) -> Callable[[Api], Api]:
     return lambda api: given(api, EmptyLatentImage={"batch_size": count})
 
 
-def run(client: Client, count: int, seed: int) -> tuple[dict[str, Any], dict[str, Tensor], Task]:
+def run(
+    clients: Sequence[Client], count: int, seed: int
+) -> tuple[dict[str, Any], dict[str, Tensor], Task]:
     """The figures, the pictures and the task."""
     task = Task.of(count, seed)
-    draw = Drawer(client, task, setup.base_directory() / "input")
+    draw = Drawer(clients, task, setup.base_directory() / "input")
     drawn = {
         f"text {w:g}": draw("text_and_image", w, "base", change=None if w else noises(AT_ZERO))
         for w in WEIGHTS
@@ -133,9 +137,9 @@ def run(client: Client, count: int, seed: int) -> tuple[dict[str, Any], dict[str
     return found, drawn, task
 
 
-def findings_of(client: Client, count: int, seed: int) -> dict[str, Any]:
+def findings_of(clients: Sequence[Client], count: int, seed: int) -> dict[str, Any]:
     """The findings with `count` references and noises of that set."""
-    draw = Drawer(client, Task.of(count, seed), setup.base_directory() / "input")
+    draw = Drawer(clients, Task.of(count, seed), setup.base_directory() / "input")
     return findings.of(draw, judge(), Similarity())
 
 
@@ -150,18 +154,31 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of references and noise")
     parser.add_argument("--findings", type=_some, default=24, help="references of each finding")
     parser.add_argument("--seeds", type=int, default=3, help="sets of the findings; 0 for none")
+    processors = os.cpu_count() or 1
+    parser.add_argument(
+        "--servers",
+        type=int,
+        choices=range(1, 65),
+        metavar="N",
+        default=min(processors, 8),
+        help="that draw",
+    )
     parser.add_argument("--no-figures", action="store_true")
     parser.add_argument("--out", type=Path, default=OUTPUT / "miniature.json")
     asked = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     base = setup.ensure()
-    with Server(base, host.require()) as client:
-        found, drawn, task = run(client, asked.references, asked.seed)
+    comfyui = host.require()
+    with ExitStack() as stack:
+        # Pictures are so small that two processors draw two of them sooner than one after the other
+        servers = [Server(base, comfyui, threads=1) for _ in range(asked.servers)]
+        clients = [stack.enter_context(server) for server in servers]
+        found, drawn, task = run(clients, asked.references, asked.seed)
         found |= {"build": files.checksums()}
         write(found, asked.out)
         for number in range(asked.seeds):
             known = found.setdefault("findings", {"references": asked.findings, "sets": []})
-            known["sets"].append(findings_of(client, asked.findings, asked.seed + 1 + number))
+            known["sets"].append(findings_of(clients, asked.findings, asked.seed + 1 + number))
             write(found, asked.out)
     if not asked.no_figures:
         from tools.world import figures

@@ -22,6 +22,7 @@ from tools.world.scenes import (
     SHAPES,
     TEXTURES,
     Scenes,
+    outlined,
     pattern,
     render,
     scenes,
@@ -32,7 +33,9 @@ SIDE = 64
 EDGE = 4  # pixels of the margin that shows the background alone
 SHADES = (1.0, 0.89, 0.78)  # of the background under a shadow
 OBJECT = 0.16  # distance from the background, of RGB of 0 … 1, beyond which a pixel is the shape
+OUTLINED = 4  # one in so many of the classifier's pictures is in the second base's style
 SHARPEST, BLUNTEST, BLUR = 0.5, 3.0, 15  # pixels: σ of what blurs the classifier's pictures, width
+GREY = 0.1  # of the highest less the lowest channel, up to which a pixel is of an outline
 CONTRAST = 0.2  # of a texture's light and dark parts over their mean, below which it is plain
 
 
@@ -52,14 +55,14 @@ def objects(pictures: Tensor) -> Tensor:
 
 
 def colours(pictures: Tensor) -> Tensor:
-    """The colour nearest in direction to the brighter half of the shape's pixels, `(N,)`."""
+    """The colour nearest in direction to the more colourful half of the shape's pixels, `(N,)`."""
     table = torch.tensor(list(COLOURS.values()))
     table = table / table.norm(dim=1, keepdim=True)
     found = []
     for picture, mask in zip(pictures, objects(pictures), strict=True):
         pixels = picture[:, mask].T if mask.any() else picture.flatten(1).T
-        bright = pixels.amax(1)
-        mean = pixels[bright >= bright.median()].mean(0)
+        chroma = pixels.amax(1) - pixels.amin(1)
+        mean = pixels[chroma >= chroma.median()].mean(0)
         found.append((table @ (mean / mean.norm())).argmax())
     return torch.stack(found)
 
@@ -67,7 +70,7 @@ def colours(pictures: Tensor) -> Tensor:
 def textures(pictures: Tensor) -> Tensor:
     """The pattern whose light and dark parts differ most in the shape's brightness, `(N,)`."""
     bright = pictures.amax(1)
-    inside = objects(pictures).float()
+    inside = (objects(pictures) & (bright - pictures.amin(1) > GREY)).float()
     inside = 1 - torch.nn.functional.max_pool2d(1 - inside[:, None], 3, 1, 1)[:, 0]  # no edges
     contrasts = [torch.full((len(pictures),), CONTRAST)]
     for texture in range(1, len(TEXTURES)):
@@ -101,7 +104,7 @@ class ShapeClassifier(nn.Sequential):
 
 def train(seed: int, steps: int, batch: int = 64) -> ShapeClassifier:
     """A new one, from the stream `seed`; half of its pictures are blurred, more or less, and all
-    are noisy, as those that a decoder draws may be."""
+    are noisy, as those that a decoder draws may be; some have the second base's outlines."""
     torch.manual_seed(seed)
     model = ShapeClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
@@ -109,8 +112,8 @@ def train(seed: int, steps: int, batch: int = 64) -> ShapeClassifier:
     for step in range(steps):
         decaying(optimizer, 2e-3, step, steps, warmup=20)
         rows = scenes(seed, batch, step * batch)
-        pictures = render(rows, SIDE)
-        half = batch // 2
+        some, half = batch // OUTLINED, batch // 2
+        pictures = torch.cat([render(rows[:-some], SIDE), outlined(rows[-some:], SIDE)])
         sigma = float(SHARPEST + (BLUNTEST - SHARPEST) * torch.rand(()))
         blurred = gaussian_blur(pictures[:half], BLUR, sigma)
         pictures = torch.cat([blurred, pictures[half:]]) + 0.04 * torch.randn_like(pictures)

@@ -15,8 +15,9 @@ TRUSTED = 0.98  # of the judge's verdicts on drawn pictures that are right
 ONE_OF_TWO = 0.8  # of pictures show one of two references, or each latent or region its own
 UNCHANGED = 0.8  # of colours, backgrounds and shapes on a base that the adapter never saw
 WHITER = 0.1  # by how much that base's outlines are whiter
-OVERLAP = 0.1  # by how much edges, or a picture to begin from, move shapes to where they are asked
+OVERLAP = 0.1  # by how much edges move shapes to where they are asked
 BRINGS = 0.1  # by how much more often an image prompt brings its colour to another picture
+LEAVES = 0.1  # by how much less often the style preset brings what is layout
 DRAWN = 0.9  # of pictures have a shape at all
 Figures = Mapping[str, Any]
 
@@ -125,8 +126,6 @@ def _of_structure(shown: Figures) -> Iterator[Demand]:
     for kind in ("colour", "background"):
         yield Demand(f"edges and image: {kind} of the image", shown[kind], UNCHANGED)
     start = shown["image_to_image"]
-    moved = start["overlap"] - start["overlap_without"]
-    yield Demand("image to image: shapes stay where they were", moved, OVERLAP)
     more = start["colour"] - start["colour_without"]
     yield Demand("image to image: the prompt brings its colour", more, BRINGS)
 
@@ -140,9 +139,9 @@ def _of_toolbox(one: Figures) -> Iterator[Demand]:
     style, uniform, composition = (
         one["style"][preset] for preset in ("style", "uniform", "composition")
     )
-    for name, other in (("uniform weights", uniform), ("composition", composition)):
-        away = style["displacement"] - other["displacement"]
-        yield Demand(f"style leaves the layout more than {name}, in pixels", away, above=0)
+    for kind in ("shape", "background"):
+        less = uniform[kind] - style[kind]
+        yield Demand(f"style leaves the reference's {kind} more than uniform weights", less, LEAVES)
     yield Demand("style brings the texture", style["texture"], FOLLOWS["texture"])
     more = style["texture"] - composition["texture"]
     yield Demand("style brings the texture more than composition", more, above=0)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tools import pictures
-from tools.world import setup
 from tools.world.drawing import Drawer, as_tensor
 from tools.world.judge import Judge
 from tools.world.measures import Similarity, displacement, overlap, share
 from tools.world.pairs import partners
-from tools.world.scenes import outlines
+from tools.world.scenes import KINDS, outlines
 from tools.world.workflows import SIDE, Api, given
 
-AROUND = 1.25  # how much larger than a reference's shape its region is
 Figures = dict[str, Any]
 
 
@@ -29,13 +26,11 @@ def mask() -> Tensor:
 
 
 def regions(draw: Drawer, judged: Judge) -> Figures:
-    """One reference where its shape is, and another around it: how often the shape has the colour
-    of the one, and the background is that of the other."""
+    """One reference within the disc, where shapes are, and another everywhere else, with no text:
+    how often the shape has the colour of the one, and the background is that of the other."""
     inner, second = draw.task.rows, partners(draw.task.rows)
-    grown = outlines(replace(inner, size=inner.size * AROUND), setup.SIDE)
-    masks = draw.put("region", [setup.as_image(mask.expand(3, -1, -1)) for mask in grown])
     names = [draw.names[number] for number in second.tolist()]
-    seen = judged(draw("regions", others=names, masks=masks)[:, 0])
+    seen = judged(draw("regions", others=names)[:, 0])
     outer = inner[second]
     return {
         "colour_of_inner": share(seen["colour"], inner.colour),
@@ -46,8 +41,9 @@ def regions(draw: Drawer, judged: Judge) -> Figures:
 
 
 def style(draw: Drawer, judged: Judge, alike: Similarity) -> Figures:
-    """With uniform weights and with each preset: what of the look comes through, and what of place
-    and size, which with a fine-grained adapter a shape of the text can take from the reference."""
+    """With uniform weights and with each preset, a fine-grained adapter and no text, so that all
+    that is shown is either the reference's or by chance: what of its look comes through (colour,
+    texture), and what of its layout (the shape, its place, the background behind it)."""
     task = draw.task
     found: Figures = {}
     for preset in ("uniform", "style", "composition"):
@@ -55,12 +51,11 @@ def style(draw: Drawer, judged: Judge, alike: Similarity) -> Figures:
         def chosen(api: Api, name: str = preset) -> Api:
             return given(api, IPA_LayerWeights={"preset": name})
 
-        made = draw("style_transfer", 1.0, "fine-grained", change=chosen)[:, 0]
+        texts = [""] * len(task.rows)
+        made = draw("style_transfer", 1.0, "fine-grained", texts=texts, change=chosen)[:, 0]
         seen = judged(made)
         found[preset] = {
-            **{k: share(seen[k], getattr(task.rows, k)) for k in ("colour", "texture")},
-            "background": share(seen["background"], task.rows.background),
-            "shape_kept": share(seen["shape"], task.told),
+            **{kind: share(seen[kind], getattr(task.rows, kind)) for kind in KINDS},
             "displacement": displacement(made, task.pictures),
             "overlap": overlap(made, outlines(task.rows, SIDE)),
             "image_similarity": float(alike(made, task.pictures).mean()),
