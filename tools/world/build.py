@@ -52,9 +52,9 @@ STEPS: dict[str, Any] = {
     "base": (1800, 1800, 1800),
     "pictures": 6000,
     "ip-adapter": ((2000, 2e-3),),
-    "ip-adapter-plus": ((4500, 2e-3),),
-    "control": 1200,
-    "second base": 900,
+    "ip-adapter-plus": ((4000, 2e-3),),
+    "control": 1000,
+    "second base": 700,
 }
 TOGETHER = "side by side"  # the time that the last parts took together
 _RECIPE = "recipe.json"
