@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from . import origin, published
+from . import encoder_names, origin, published
 from .adapter import AdapterSpec
 from .catalogue import AdapterFile, EncoderFile, File, Unusable
 from .families import family
@@ -38,10 +38,14 @@ class Preset:
         """Whether the name is as hinted."""
         return not self.word or (self.word in words(file.name)) is self.marked
 
-    def public_name(self, spec: AdapterSpec) -> str | None:
-        """Name, without ending, of its published adapter for the family that `spec` is made for."""
+    def published(self, spec: AdapterSpec) -> published.Weights | None:
+        """Its published adapter for the family that `spec` is made for."""
         name = family(spec.cross_attention_dim, len(spec.layer_dims)) or ""
-        weights = published.ADAPTERS.get(name, {}).get(self.name)
+        return published.ADAPTERS.get(name, {}).get(self.name)
+
+    def public_name(self, spec: AdapterSpec) -> str | None:
+        """That one's name, without ending."""
+        weights = self.published(spec)
         return None if weights is None else PurePath(weights.name).stem
 
 
@@ -175,9 +179,11 @@ def _named(files: Iterable[Unusable], chosen: AdapterFile, preset: Preset) -> It
 def _kind(chosen: AdapterFile, preset: Preset) -> Iterable[str]:
     if not preset.suits(chosen):
         says = f"does not say '{preset.word}'" if preset.marked else f"says '{preset.word}'"
+        weights = preset.published(chosen.spec)
         yield (
             f"the name of '{chosen.name}' {says}, and the contents of a '{preset.name}' adapter "
             f"look the same as those of its twin: it may be the other kind"
+            + (f" (the published '{preset.name}' adapter is {weights.url})" if weights else "")
         )
 
 
@@ -220,7 +226,7 @@ def _rivals(chosen: Best[AdapterFile] | Best[EncoderFile]) -> Iterable[str]:
 
 def _another(adapter: AdapterFile, encoder: EncoderFile) -> Iterable[str]:
     if not own(adapter, encoder):
-        noted = adapter.trained_with if origin.trained_with(adapter) else None
+        noted = adapter.trained_with if encoder_names.words(adapter.trained_with) else None
         yield (
             f"'{encoder.name}' gives features of the right width, but the encoder that "
             f"'{adapter.name}' was trained with is "

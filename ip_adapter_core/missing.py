@@ -12,7 +12,7 @@ from .catalogue import AdapterFile, EncoderFile, File, Folder, Unusable
 from .checkpoint import SIGNATURES
 from .choice import Preset
 from .families import describe, family
-from .origin import is_of, read_by
+from .origin import expected, is_of, read_by
 
 _KINDS = {"linear": "base", "resampler": "fine-grained", "mlp": "full"}
 _SHOWN = 5  # of the files found instead
@@ -84,9 +84,9 @@ class Search:
             f"({self.model}) is here, '{first.name}', but no image encoder for it was found. "
             f"Sought: a CLIP image encoder that gives {'; or '.join(needs.values())}."
         )
-        public = published.encoder(first.spec.features, first.spec.feature_dim)
+        public = expected(first)
         yield from _found(self.encoder_folder, self.encoders, public)
-        if first.trained_with is None and public is not None:
+        if public is not None:
             yield _download(public, self.encoder_folder)
         else:
             named = f" ('{first.trained_with}')" if first.trained_with else ""

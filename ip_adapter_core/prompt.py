@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import published
+from . import encoder_names, published
 from .adapter import AdapterSpec, IPAdapter
 
 logger = logging.getLogger("comfyui_ip_adapter")
@@ -19,13 +19,16 @@ COMBINE = ("concat", "average", "per_latent")
 
 FEATURES = ("image_embeds", "penultimate_hidden_states")  # the fields of ImageFeatures
 
+VIT_L = "CLIP ViT-L/14"  # has quick GELU
 # Encoders by the widths of those two, for descriptions and error messages: those of the published
 # adapters, and the one that is often taken for theirs.
 _NAMES: dict[tuple[int, ...], str] = {
-    (768, 1024): "CLIP ViT-L/14",
+    (768, 1024): VIT_L,
     **{sizes[:2]: weights.label for sizes, weights in published.ENCODERS.items()},
 }
 _PATCH = 14  # pixels; that of all three
+QUICK_GELU = "quick GELU"
+"""In the description of an encoder that has the published ones' sizes and not their activation."""
 DAMAGED_ENCODER = (
     "the image encoder's weights are damaged, or half precision overflowed. Download it again, or "
     "start ComfyUI with --fp32-text-enc."
@@ -96,12 +99,14 @@ def encoder_name(features: str, width: int) -> str | None:
     return next((name for widths, name in _NAMES.items() if widths[place] == width), None)
 
 
-def describe_encoder(features: ImageFeatures, image_size: int) -> str:
+def describe_encoder(features: ImageFeatures, image_size: int, quick_gelu: bool = False) -> str:
     """The encoder of these features in words; `image_size` in pixels. One that has the shapes of
-    a published encoder is called by its name."""
+    a published encoder is called by its name, unless it has `quick_gelu` where that has none."""
     widths = tuple(getattr(features, kind).shape[-1] for kind in FEATURES)
     patches = features.penultimate_hidden_states.shape[1]
     name = _NAMES.get(widths) if patches == (image_size // _PATCH) ** 2 + 1 else None
+    if quick_gelu and name is not None and name != VIT_L:
+        name = f"the sizes of {name}, but {QUICK_GELU}"
     size = f"{image_size} px" if name is None else f"{name}, {image_size} px"
     return (
         f"an image encoder of {widths[1]}-wide hidden states and {widths[0]}-wide embeddings "
@@ -114,14 +119,15 @@ def check_encoder(
 ) -> None:
     """Raise ValueError if the prompt's features are not of the width that the adapter reads.
 
-    `trained_with`: the encoder's name in the adapter's metadata. Where there is none, features of
-    the right width are compared with the published encoders of that width; what differs from them
-    in its other sizes goes to the log, for an adapter of one's own may read it.
+    `trained_with`: the encoder's name in the adapter's metadata. Where it is a published one, or
+    nothing tells, features of the right width are compared with the published encoder of that
+    width; what differs from it in other sizes or in its activation goes to the log, for an adapter
+    of one's own may read it.
     """
     found = getattr(prompt.positive, spec.features).shape[-1]
     if found == spec.feature_dim:
-        if trained_with is None:
-            _check_published(spec, prompt, adapter_name)
+        if expected := encoder_names.expected(trained_with, spec):
+            _check_published(expected, spec, prompt, adapter_name)
         return
     if found == 0:
         read, reason = _LACKING[spec.features]
@@ -138,18 +144,19 @@ def check_encoder(
     )
 
 
-def _check_published(spec: AdapterSpec, prompt: ImagePrompt, adapter_name: str) -> None:
+def _check_published(
+    expected: published.Weights, spec: AdapterSpec, prompt: ImagePrompt, adapter_name: str
+) -> None:
     """Warn of a prompt that has the width of a published encoder and is of another one."""
-    place = FEATURES.index(spec.features)
-    expected = {k: v.label for k, v in published.ENCODERS.items() if k[place] == spec.feature_dim}
+    sizes = [sizes for sizes, known in published.ENCODERS.items() if known is expected]
     embed = prompt.positive.image_embeds.shape[1]
     patches, hidden = prompt.positive.penultimate_hidden_states.shape[1:]
     # The projection may have been left out of the encoder's file.
-    same = (k[1:] == (hidden, patches) and embed in (0, k[0]) for k in expected)
-    if expected and not any(same):
+    same = (k[1:] == (hidden, patches) and embed in (0, k[0]) for k in sizes)
+    if QUICK_GELU in prompt.encoder or not any(same):
         _warn_once(
             f"'{adapter_name}' reads {spec.features.replace('_', ' ')} {spec.feature_dim} wide, "
-            f"as {' or '.join(expected.values())} gives. The image prompt's are as wide, but of "
+            f"as {expected.label} gives. The image prompt's are as wide, but of "
             f"another encoder: {prompt.encoder}. Unless the adapter was trained with that one, the "
             "result follows the image badly: load the adapter's own image encoder, and encode the "
             "image again."

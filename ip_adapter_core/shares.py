@@ -28,6 +28,7 @@ Wanted: TypeAlias = tuple[str, int | None]
 """A side of the UNet and the number of a block there, None for all of them; ("all", None)."""
 
 _ANEW = "if it is, its result came from the cache: change the seed, so that it samples anew"
+KEPT = 32  # runs: lists of latents, and results that the host has cached, are of different ones
 _NO_AREA = "(A prompt that is limited to an area cannot be recorded.)"
 
 
@@ -85,8 +86,9 @@ class RecordedRun:
         """
         if not self.shares:
             raise ValueError(
-                "No image prompt was in force in this sampling run. Put 'Record Image Attention' "
-                f"after 'Apply IP-Adapter', with a weight other than 0. {_NO_AREA}"
+                "No image prompt was in force in this sampling run. Connect the sampler to a model "
+                "that went through both 'Apply IP-Adapter', with a weight other than 0, and "
+                f"'Record Image Attention'. {_NO_AREA}"
             )
         if prompt > self.prompts:
             raise ValueError(
@@ -160,8 +162,8 @@ def of_samples(runs: Sequence[RecordedRun], samples: Tensor) -> RecordedRun:
             return run
     raise ValueError(
         f"samples are of none of the {len(runs)} sampling runs that this record holds (the last "
-        "ones alone are kept). Connect the LATENT output of the sampler that uses the recorded "
-        f"model, unchanged; {_ANEW}."
+        f"{KEPT} are kept: of a longer list of latents, record some at a time). Connect the LATENT "
+        f"output of the sampler that uses the recorded model, unchanged; {_ANEW}."
     )
 
 

@@ -44,7 +44,9 @@ def names() -> list[str]:
 def prompt_path(name: object) -> str:
     """Full path of a prompt that `names` lists, or of another in the same folders.
 
-    Raises ValueError for a name that leads out of them, FileNotFoundError where no such file is.
+    Links inside models/image_prompts are followed, as the host follows those of all models; in the
+    other two they may not lead out. Raises ValueError for a name that leads out of the folders,
+    FileNotFoundError where no such file is.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"Found {name!r} for the image prompt's file; expected a name.")

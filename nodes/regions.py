@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..ip_adapter_core.host.compile import Settings, compile_prompts, curve_of
+from ..ip_adapter_core.host.compile import Settings, compile_prompts, curve_of, warn_of_black
 from ..ip_adapter_core.host.patch import apply_to_model
 from ..ip_adapter_core.regions import OVERLAPS, share_out
 from . import apply, types
@@ -79,8 +79,9 @@ class ApplyIPAdapterRegions(io.ComfyNode):
     ) -> io.NodeOutput:
         prompts, given = types.by_number(image_prompts), types.by_number(masks)
         _check_paired(prompts.keys(), given.keys())
-        for mask in given.values():
+        for number, mask in given.items():
             Settings.check_mask(mask)
+            warn_of_black(mask, f"mask{number}")
         shares = share_out([*given.values()], overlap, rest=len(prompts) > len(given))
         shared = {**settings, "weight_curve": curve_of(settings.get("weight_curve"))}
         regions = [

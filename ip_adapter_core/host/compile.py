@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .layers import check_fits
 from .masks import Masks
 from .schedule import Schedule
 
+logger = logging.getLogger("comfyui_ip_adapter")
 Sides: TypeAlias = tuple[CompiledPrompt, CompiledPrompt]
 """Positive and negative."""
 
@@ -93,6 +95,17 @@ class Settings:
         return Schedule(self.start_at, self.end_at, curve_of(self.weight_curve))
 
 
+def warn_of_black(mask: Tensor, name: str = "mask") -> None:
+    """Tell the log of a mask that lets nothing act: of a picture without transparency, Load Image
+    gives such a one."""
+    if not (mask > 0).any():
+        logger.warning(
+            "%s is black everywhere, so that its image acts nowhere. (Load Image gives such a mask "
+            "for a picture without transparency: draw one there, or use Load Image as Mask.)",
+            name,
+        )
+
+
 def curve_of(given: Any, name: str = "weight_curve") -> CurveInput | None:
     """The host's curve; also from its points, as an API request may hold them. `name`: of the
     input, for messages. Raises ValueError for what is no curve, or has values that are not
@@ -117,6 +130,8 @@ def compile_prompt(model: ModelPatcher, settings: Settings) -> Sides | None:
 
     Raises ValueError if model, adapter and image prompt do not belong together.
     """
+    if settings.mask is not None:
+        warn_of_black(settings.mask)
     made = compile_prompts(model, [settings])
     return made[0] if made else None
 

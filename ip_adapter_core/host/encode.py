@@ -33,7 +33,8 @@ def encode(
         negative = _zero_image(clip_vision, positive.image_embeds.shape[-1])
     else:
         negative = _features(clip_vision, negative_image, crop, "negative_image")
-    described = describe_encoder(positive, clip_vision.image_size)
+    quick = _activation(clip_vision).lower().replace("_", "") == "quickgelu"
+    described = describe_encoder(positive, clip_vision.image_size, quick)
     made = ImagePrompt(positive, negative, described, _fingerprint(clip_vision))
     _check_finite(made)
     return made

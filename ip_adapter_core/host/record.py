@@ -19,12 +19,10 @@ from torch import Tensor
 
 from ..attention import add
 from ..presets import Block
-from ..shares import RecordedRun, Share, of_samples
+from ..shares import KEPT, RecordedRun, Share, of_samples
 from .conditioning import KEY, CompiledPrompt, PreparedPrompt, PromptRows, Run, slots
 from .layers import Layer
 from .patch import RECORD, Conds, DecoupledAttention, Model, with_wrappers
-
-_KEPT = 8  # runs: lists of latents, and results that the host has cached, are of different ones
 
 Attention: TypeAlias = Callable[..., Tensor]
 
@@ -147,7 +145,7 @@ def _shares(text: Tensor, images: Tensor) -> Tensor:
 class Record:
     """What the last runs that it watched left, empty before the first one."""
 
-    runs: deque[RecordedRun] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    runs: deque[RecordedRun] = field(default_factory=lambda: deque(maxlen=KEPT))
     _watch: _Watch | None = None
 
     def of(self, samples: Tensor) -> RecordedRun:

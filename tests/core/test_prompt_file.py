@@ -265,3 +265,6 @@ def test_published_encoders_go_by_their_names(embed, hidden, size, name):
     )
     fewer = ImageFeatures(made.image_embeds, made.penultimate_hidden_states[:, 1:])
     assert "CLIP" not in describe_encoder(fewer, size)
+    quick = describe_encoder(made, size, quick_gelu=True)
+    assert (quick == said) is (name is None or "ViT-L" in name)
+    assert quick == said or "but quick GELU" in quick

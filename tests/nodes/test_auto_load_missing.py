@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -77,6 +79,23 @@ def test_a_missing_encoder_is_described_with_its_address(find, put, encoders):
     with pytest.raises(FileNotFoundError) as error:
         find("SDXL", "standard")
     assert f"{H94}/models/image_encoder/model.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "noted, address",
+    [
+        ("open_clip:ViT-H-14/laion2b_s32b_b79k", True),
+        ("image_encoder", True),  # tells nothing: by width
+        ("open_clip:ViT-H-14/dfn5b", False),
+    ],
+)
+def test_the_encoder_of_a_trained_adapter_is_described_too(find, folder, noted, address):
+    metadata = {"ip_adapter": json.dumps({"image_encoder": noted})}
+    sparse.write(folder / "mine.safetensors", sparse.ADAPTERS["sd15"], metadata)
+    with pytest.raises(FileNotFoundError) as error:
+        find("SD1.5", "standard")
+    assert (f"Download {H94}/models/image_encoder" in str(error.value)) is address
+    assert ("was trained with ('open_clip:ViT-H-14/dfn5b')" in str(error.value)) is not address
 
 
 def test_many_files_are_not_all_listed(find, put, folder):

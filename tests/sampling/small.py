@@ -50,6 +50,12 @@ SDXL = {
     "adm_in_channels": 2816,
     "num_classes": "sequential",
 }
+SDXL70 = {  # as deep as SDXL itself, for what has to be seen on all of its layers
+    **SDXL,
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_middle": 10,
+    "transformer_depth_output": [0] * 3 + [2] * 3 + [10] * 3,
+}
 TINY = {  # for what takes long for every layer
     **SD15,
     "num_res_blocks": [1],
@@ -72,8 +78,20 @@ SDXL_LAYERS = [
     *[(("output", n, 0), 64) for n in (3, 4, 5)],
     *[(("middle", 0, i), 128) for i in (0, 1)],
 ]
+SDXL70_LAYERS = [
+    *[(("input", n, i), 64) for n in (4, 5) for i in range(2)],
+    *[(("input", n, i), 128) for n in (7, 8) for i in range(10)],
+    *[(("output", n, i), 128) for n in (0, 1, 2) for i in range(10)],
+    *[(("output", n, i), 64) for n in (3, 4, 5) for i in range(2)],
+    *[(("middle", 0, i), 128) for i in range(10)],
+]
 TINY_LAYERS = [(("input", 1, 0), 32), (("output", 1, 0), 32)]
-LAYERS = {"sd15": SD15_LAYERS, "sdxl": SDXL_LAYERS, "tiny": TINY_LAYERS}
+LAYERS = {
+    "sd15": SD15_LAYERS,
+    "sdxl": SDXL_LAYERS,
+    "sdxl70": SDXL70_LAYERS,
+    "tiny": TINY_LAYERS,
+}
 
 
 def fill(module: torch.nn.Module, seed: int) -> None:
@@ -95,9 +113,9 @@ def model(family: str = "sd15", dtype: torch.dtype = torch.float32, cast=None, s
 
 @functools.cache
 def _model(family, dtype, cast, seed):
-    layout = {"sd15": SD15, "sdxl": SDXL, "tiny": TINY}[family]
+    layout = {"sd15": SD15, "sdxl": SDXL, "sdxl70": SDXL70, "tiny": TINY}[family]
     models = comfy.supported_models
-    config = (models.SDXL if family == "sdxl" else models.SD15)({})
+    config = (models.SDXL if family.startswith("sdxl") else models.SD15)({})
     config.unet_config = {**layout, "dtype": dtype}
     config.manual_cast_dtype = cast
     built = config.get_model({}, device=CPU)

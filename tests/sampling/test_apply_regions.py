@@ -37,7 +37,7 @@ def shares(given, overlap, rest):
     return [*found, (1 - total).clamp(min=0)] if rest else found
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl70"])
 @pytest.mark.parametrize("overlap", ["normalize", "add"])
 @pytest.mark.parametrize("rest", [False, True])
 def test_each_image_acts_in_its_own_region(small, truth, family, overlap, rest):
@@ -65,6 +65,18 @@ def test_it_is_several_apply_nodes_in_a_row(small):
         row = small.apply(row, adapter, prompt, mask=mask)
     one = apply(model, adapter, prompts, given, "add")
     assert torch.equal(*(small.run(small.guider(m, *texts)) for m in (one, row)))
+
+
+def test_a_mask_that_lets_nothing_act_is_told(small, caplog):
+    model, adapter, prompts = small.model("tiny"), small.adapter("tiny"), [small.images()] * 2
+    black, white = torch.zeros(1, 8, 8), torch.ones(1, 8, 8)
+    small.apply(model, adapter, prompts[0], mask=white)
+    apply(model, adapter, prompts, [white])  # the rest, of which nothing is left, is no mistake
+    small.apply(model, adapter, prompts[0], mask=black)
+    apply(model, adapter, prompts, [white, black])
+    told = [r.getMessage() for r in caplog.records if r.name == "comfyui_ip_adapter"]
+    assert [message.split()[0] for message in told] == ["mask", "mask1"]
+    assert all("black everywhere" in message for message in told)
 
 
 def test_the_adapter_is_loaded_once_for_all_regions(small, monkeypatch):

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core.shares import blocks_of
+from comfyui_ip_adapter.ip_adapter_core.shares import KEPT, blocks_of
 from torch.nn.functional import interpolate, linear
 
 AT = (0.2, 0.5, 0.8)
@@ -107,7 +107,7 @@ def expected(small, seen, family, adapter, prompts, weights, masks, at, blocks, 
     return total / count
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl70"])
 @pytest.mark.parametrize(
     "blocks, start, end, which",
     [("all", 0.0, 1.0, 0), ("input, output 5", 0.0, 1.0, 2), ("middle", 0.4, 0.9, 1)],
@@ -210,17 +210,17 @@ def test_frames_of_context_windows_find_their_places(small, record, heat, anchor
 
 
 def test_each_runs_latents_find_its_map(small, record):
-    """Of the last eight runs, whatever ran after them."""
+    """Of the last runs, whatever ran after them."""
     patched = small.apply(small.model("tiny"), small.adapter("tiny"), small.images())
     recorded, kept = record.recording(patched)
     guider, latents, maps = small.guider(recorded, small.text(1), small.text(2)), [], []
-    for seed in range(9):
+    for seed in range(KEPT + 1):
         latents.append(small.run(guider, at=(0.5,), seed=seed))
         maps.append(kept.runs[-1].heat(ALL, 0, 1, 0))
     for made, own in zip(latents[1:], maps[1:], strict=True):
         assert torch.equal(kept.of(made).heat(ALL, 0, 1, 0), own)
     assert not any(torch.allclose(own, maps[-1], rtol=1e-3) for own in maps[:-1])
-    with pytest.raises(ValueError, match="of none of the 8 sampling runs"):
+    with pytest.raises(ValueError, match=f"of none of the {KEPT} sampling runs"):
         kept.of(latents[0])
 
 

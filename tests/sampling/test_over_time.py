@@ -37,13 +37,16 @@ def compare(small, truth, family, given, wanted, batch=2, images=1, **options):
     )
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl70"])
 @pytest.mark.parametrize(
     "points", [[[0, 1], [1, 0]], [[0.3, 0.2], [0.5, 2.0], [0.9, -1.0]], PIECES], ids=len
 )
 def test_a_curve_multiplies_the_weight(small, truth, family, points):
     steps = {at: line(points, at) for at in AT}
-    settings = {"weight": 0.7, "layer_weights": [0.1 * i for i in range(len(small.LAYERS[family]))]}
+    settings = {
+        "weight": 0.7,
+        "layer_weights": [0.1 * (i % 17) for i in range(len(small.LAYERS[family]))],
+    }
     given = {**settings, "weight_curve": curve(points)}
     compare(small, truth, family, given, {**settings, "steps": steps}, size=8)
 
@@ -194,7 +197,7 @@ def test_conditionings_with_curves_of_their_own(small, truth):
     )
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl70"])
 @pytest.mark.parametrize("masks", [0, 1, 3])
 def test_weights_per_latent_of_which_the_last_holds(small, truth, family, masks):
     settings = {"latent_weights": [0.0, 0.5, -1.5], "weight": 0.8}
