@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if entry not in ("", str(ROOT), os.getcwd())]
 sys.path.append(str(ROOT))
 
+from tools import browser, miniature  # noqa: E402
 from tools import host as _host  # noqa: E402
-from tools import miniature  # noqa: E402
 from tools.server import Client, Server  # noqa: E402
 
 _host.load_pack()  # so that test modules can import it by its name; needs no ComfyUI
@@ -159,3 +160,13 @@ def accelerate_anew() -> Iterator[Callable[[], None]]:
     reset()
     yield reset
     reset()
+
+
+@pytest.fixture(scope="module")
+def page(client: Client) -> Iterator[Any]:
+    """The editor of the server that the test's folder has, see `tools.browser.editor`."""
+    if browser.chromium() is None:
+        pytest.skip("no browser: install chromium, or name one in CHROMIUM_PATH")
+    pytest.importorskip("playwright.sync_api", reason="`pip install playwright`")
+    with browser.editor(client, viewport={"width": 1600, "height": 900}) as page:
+        yield page

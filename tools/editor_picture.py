@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from tools import host
+from tools import browser, host
 from tools.server import Server
 from tools.world import setup
 from tools.world.workflows import in_editor
 
-READY = """() => window.app?.extensionManager && window.app.graph
-    && window.LiteGraph?.registered_node_types?.IPA_Apply"""
 LOAD = """async (workflow) => {
     await app.loadGraphData(workflow)
     await app.queuePrompt(0)
@@ -69,19 +65,11 @@ def templates(page: Any, target: Path) -> None:
 
 def draw(workflow: dict[str, Any], node: str, folder: Path) -> list[Path]:
     """All pictures. Returns their files."""
-    from playwright.sync_api import sync_playwright
-
     folder.mkdir(exist_ok=True)
     targets = [folder / f"{name}.png" for name in ("graph", "help", "templates")]
-    chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium")
-    with Server(setup.ensure(), host.require()) as client, sync_playwright() as play:
-        browser = play.chromium.launch(
-            executable_path=chromium,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        page = browser.new_page(viewport={"width": 1700, "height": 800}, device_scale_factor=1.5)
-        page.goto(f"http://{client.address}")
-        page.wait_for_function(READY, timeout=180_000)
+    options = {"viewport": {"width": 1700, "height": 800}, "device_scale_factor": 1.5}
+    server = Server(setup.ensure(), host.require())
+    with server as client, browser.editor(client, **options) as page:
         page.wait_for_timeout(3000)
         page.keyboard.press("Escape")
         page.evaluate(NO_MINIMAP)
@@ -89,7 +77,6 @@ def draw(workflow: dict[str, Any], node: str, folder: Path) -> list[Path]:
         help_panel(page, node, targets[1])
         page.keyboard.press("Escape")
         templates(page, targets[2])
-        browser.close()
     return targets
 
 

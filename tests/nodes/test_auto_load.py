@@ -112,7 +112,7 @@ def test_no_name_rules_a_file_out(find, put, caplog, preset, name, kind, why):
     put({f"{name}.safetensors": kind}, {"h.safetensors": sparse.vision()})
     assert find("SD1.5", preset)[0] == f"{name}.safetensors"
     (warning,) = warnings(caplog)
-    assert "may be the other kind" in warning
+    assert "may be the other kind" in warning and "https://huggingface.co" in warning
     assert why in find.said
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,6 @@ from tools import miniature
 from tools.server import Client, Result
 from tools.workflows.tasks import TASKS
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-# The spinner turns until the editor has loaded a graph of its own accord, which would replace ours.
-READY = """() => window.app?.extensionManager?.workflow?.activeWorkflow
-    && app.extensionManager.spinner === false
-    && window.LiteGraph?.registered_node_types?.IPA_Apply"""
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = [task.__name__ for task in TASKS]
 
@@ -99,26 +92,3 @@ def pictures() -> Callable[[Result], list[np.ndarray]]:
         return [np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float) for data in files]
 
     return decode
-
-
-@pytest.fixture(scope="module")
-def page(client: Client) -> Iterator[Any]:
-    """The editor, on a page cut off from everything but the server. While it is there, its thread
-    has a running event loop, and no `Client` can run a prompt."""
-    url = f"http://{client.address}"
-    browser = os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, BROWSERS)), "")
-    if not browser:
-        pytest.skip("no browser: install chromium, or name one in CHROMIUM_PATH")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="`pip install playwright`")
-    with sync_api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        chromium = playwright.chromium.launch(executable_path=browser, args=arguments)
-        page = chromium.new_page(viewport={"width": 1600, "height": 900})
-        page.route(
-            lambda asked: not asked.startswith((url, "data:", "blob:")),
-            lambda route: route.abort(),
-        )
-        page.goto(url)
-        page.wait_for_function(READY, timeout=120_000)
-        yield page
-        chromium.close()

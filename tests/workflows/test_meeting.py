@@ -37,6 +37,8 @@ CARDS = """() => [...document.querySelectorAll('[role=dialog] img')]
         return card?.innerText.match(/^[a-z]+(_[a-z]+)*$/m)?.[0]
     })"""
 """Names of the templates whose picture is there."""
+COMPLAINTS = """() => [...document.querySelectorAll(
+    '[role=dialog], .p-toast-message-error, .p-toast-message-warn')].map((x) => x.innerText)"""
 FOUND = """() => [...document.querySelectorAll('#results-list [role=option]')].map(
     (entry) => entry.innerText.split('\\n')[0])"""
 
@@ -100,6 +102,26 @@ def test_the_template_browser_shows_every_workflow_with_its_picture(bare):
         bare.mouse.wheel(0, 250 if turn % 40 < 20 else -250)
         bare.wait_for_timeout(400)
     assert seen == wanted
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.json")))
+def test_a_template_opens_from_the_browser(bare, name):
+    """All of its nodes are there, its models too, and nothing is complained of."""
+    bare.get_by_role("button", name="Templates").click()
+    dialog = bare.get_by_role("dialog")
+    dialog.get_by_text("ip_adapter").first.click()
+    dialog.get_by_placeholder(re.compile("Search")).fill(name)
+    dialog.get_by_text(name, exact=True).first.click()
+    nodes = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))["nodes"]
+    bare.wait_for_function(
+        "(count) => app.graph._nodes.length === count", arg=len(nodes), timeout=20_000
+    )
+    bare.wait_for_timeout(500)  # a warning would come after the graph
+    assert bare.evaluate(
+        "() => app.graph._nodes.every((node) => !node.has_errors && node.constructor?.nodeData"
+        " || node.type === 'MarkdownNote')"
+    )
+    assert bare.evaluate(COMPLAINTS) == []
 
 
 def test_a_wrong_adapter_is_told_with_its_remedy(bare, client):

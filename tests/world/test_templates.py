@@ -1,0 +1,59 @@
+"""Every workflow in the real editor, on the miniature: it opens, runs and shows its picture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tools.world.drawing import WORKFLOWS
+from tools.world.workflows import in_editor
+
+pytestmark = pytest.mark.browser
+# SDXL is not of the miniature's family. A saved prompt has to be there before it can be loaded.
+NAMES = sorted({path.stem for path in WORKFLOWS.glob("*.json")} - {"sdxl", "load_prompt"})
+
+OPEN = """async (workflow) => {
+    await app.loadGraphData(workflow)
+    return app.graph._nodes.map((node) => ({
+        type: node.type,
+        known: node.type in LiteGraph.registered_node_types || node.type === 'MarkdownNote',
+        failed: !!node.has_errors,
+    }))
+}"""
+RAN = """() => {
+    const saved = app.graph._nodes.filter((node) => node.type === 'SaveImage')
+    return saved.length && saved.every((node) => node.imgs?.length && node.imgs[0].naturalWidth)
+}"""
+FAILED = "() => !!document.querySelector('[role=dialog], .p-toast-message-error')"
+COMPLAINTS = """() => [...document.querySelectorAll(
+    '[role=dialog], .p-toast-message-error, .p-toast-message-warn')].map((x) => x.innerText)"""
+
+
+@pytest.fixture(scope="module")
+def warnings(page):
+    """What the editor writes into its console, of nodes, models and workflows."""
+    for _ in range(3):  # it begins with the template browser
+        page.keyboard.press("Escape")
+    page.wait_for_function("() => !document.querySelector('[role=dialog]')")
+    told = []
+    page.on(
+        "console",
+        lambda message: told.append(message.text) if message.type in ("error", "warning") else None,
+    )
+    return told
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_opens_runs_and_shows_its_picture(page, warnings, name):
+    warnings.clear()
+    workflow = json.loads((WORKFLOWS.parent / f"{name}.json").read_text("utf-8"))
+    nodes = page.evaluate(OPEN, in_editor(workflow, "a star"))
+    assert len(nodes) == len(workflow["nodes"])
+    assert all(node["known"] and not node["failed"] for node in nodes), nodes
+    page.evaluate("() => app.queuePrompt(0)")
+    page.wait_for_function(f"() => ({RAN})() || ({FAILED})()", timeout=120_000)
+    assert page.evaluate(COMPLAINTS) == []
+    assert page.evaluate(RAN)
+    own = [text for text in warnings if "IPA_" in text or "missing" in text.lower()]
+    assert not own, own
