@@ -10,6 +10,7 @@ from ..ip_adapter_core.choice import PRESETS
 from ..ip_adapter_core.host import auto
 from ..ip_adapter_core.host.adapter import load_adapter
 from . import folders, types
+from .shown import show
 
 
 class AutoLoadIPAdapter(io.ComfyNode):
@@ -66,6 +67,7 @@ class AutoLoadIPAdapter(io.ComfyNode):
                     tooltip="Which files were taken and why, and what is in doubt, as text.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -77,5 +79,7 @@ class AutoLoadIPAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, preset: str) -> io.NodeOutput:
         choice = auto.find(model, preset, folders.adapters(), folders.encoders())
+        chosen = auto.describe(choice)
+        show(cls, chosen)
         adapter = load_adapter(choice.adapter.path)
-        return io.NodeOutput(adapter, auto.load_encoder(choice.encoder), auto.describe(choice))
+        return io.NodeOutput(adapter, auto.load_encoder(choice.encoder), chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from pathlib import PurePath
 
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
@@ -12,6 +13,7 @@ from comfy_api.latest import io, ui
 from ..ip_adapter_core import prompt_file
 from ..ip_adapter_core.prompt import ImagePrompt
 from . import prompt_folders, types
+from .shown import show
 
 
 class SaveImagePrompt(io.ComfyNode):
@@ -42,7 +44,7 @@ class SaveImagePrompt(io.ComfyNode):
                     tooltip="The same prompt.",
                 )
             ],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -60,6 +62,8 @@ class SaveImagePrompt(io.ComfyNode):
             with contextlib.suppress(FileExistsError):  # another server was faster
                 prompt_file.save(image_prompt, target.path, cls._workflow())
                 break
+        place = PurePath("output", target.subfolder, target.filename)
+        show(cls, place.as_posix())
         saved = ui.SavedResult(target.filename, target.subfolder, io.FolderType.output)
         return io.NodeOutput(image_prompt, ui={"image_prompts": [saved]})
 

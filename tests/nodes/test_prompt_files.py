@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +91,22 @@ def test_the_file_holds_the_workflow(save, small, prompts_folder, monkeypatch):
         metadata = opened.metadata()
     assert json.loads(metadata["prompt"]) == {"1": 2}
     assert json.loads(metadata["workflow"]) == {"nodes": []}
+
+
+def test_the_node_shows_where_it_saved(save, small, prompts_folder, monkeypatch):
+    from comfy_api.latest import io
+
+    shown = []
+    there = SimpleNamespace(send_progress_text=lambda *given: shown.append(given))
+    host = SimpleNamespace(PromptServer=SimpleNamespace(instance=there))
+    monkeypatch.setitem(sys.modules, "server", host)
+    monkeypatch.setattr(save, "hidden", io.HiddenHolder.from_dict({io.Hidden.unique_id: "7"}))
+    save.execute(small.images(), "image_prompts/prompt")
+    save.execute(small.images(), "other")
+    assert shown == [(f"output/{NAME}", "7"), ("output/other_00001_.safetensors", "7")]
+    there.send_progress_text = None
+    monkeypatch.setattr(save, "hidden", None)  # as where no editor asks
+    save.execute(small.images(), "image_prompts/prompt")
 
 
 def test_a_name_over_a_link_is_looked_at_when_it_is_known(load, save):

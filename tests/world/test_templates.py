@@ -25,6 +25,12 @@ RAN = """() => {
     const saved = app.graph._nodes.filter((node) => node.type === 'SaveImage')
     return saved.length && saved.every((node) => node.imgs?.length && node.imgs[0].naturalWidth)
 }"""
+SHOWN = {  # words on a node after it ran
+    "auto_load": {"IPA_AutoLoad": "'miniature.safetensors'"},
+    "save_prompt": {"IPA_SavePrompt": "output/image_prompts/prompt_00001_.safetensors"},
+}
+SAYS = """(type) => app.graph._nodes.filter((node) => node.type === type).flatMap(
+    (node) => node.widgets.map((widget) => String(widget.value))).join()"""
 FAILED = "() => !!document.querySelector('[role=dialog], .p-toast-message-error')"
 COMPLAINTS = """() => [...document.querySelectorAll(
     '[role=dialog], .p-toast-message-error, .p-toast-message-warn')].map((x) => x.innerText)"""
@@ -55,5 +61,8 @@ def test_it_opens_runs_and_shows_its_picture(page, warnings, name):
     page.wait_for_function(f"() => ({RAN})() || ({FAILED})()", timeout=120_000)
     assert page.evaluate(COMPLAINTS) == []
     assert page.evaluate(RAN)
+    for node, words in SHOWN.get(name, {}).items():
+        says = f"([type, words]) => ({SAYS})(type).includes(words)"
+        page.wait_for_function(says, arg=[node, words], timeout=10_000)
     own = [text for text in warnings if "IPA_" in text or "missing" in text.lower()]
     assert not own, own
