@@ -29,6 +29,7 @@ Wanted: TypeAlias = tuple[str, int | None]
 
 _ANEW = "if it is, its result came from the cache: change the seed, so that it samples anew"
 KEPT = 32  # runs: lists of latents, and results that the host has cached, are of different ones
+LIMIT = 256_000_000  # bytes of their maps: fewer runs where these are larger, but the last one
 _NO_AREA = "(A prompt that is limited to an area cannot be recorded.)"
 
 
@@ -66,6 +67,11 @@ class RecordedRun:
     prompts: int
     sigma_at: Callable[[float], float]
     shares: Sequence[Share]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all maps."""
+        return sum(share.maps.nbytes for share in self.shares)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -162,8 +168,8 @@ def of_samples(runs: Sequence[RecordedRun], samples: Tensor) -> RecordedRun:
             return run
     raise ValueError(
         f"samples are of none of the {len(runs)} sampling runs that this record holds (the last "
-        f"{KEPT} are kept: of a longer list of latents, record some at a time). Connect the LATENT "
-        f"output of the sampler that uses the recorded model, unchanged; {_ANEW}."
+        f"ones are kept, at most {KEPT}: of a longer list of latents, record some at a time). "
+        f"Connect the LATENT output of the sampler that uses the recorded model, unchanged; {_ANEW}."
     )
 
 

@@ -16,6 +16,10 @@ ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
 _READY = """() => window.app?.extensionManager?.workflow?.activeWorkflow
     && app.extensionManager.spinner === false
     && window.LiteGraph?.registered_node_types?.IPA_Apply"""
+COMPLAINTS = """() => [...document.querySelectorAll(`
+    [role=dialog], [data-testid=error-overlay], .p-toast-message-error, .p-toast-message-warn`
+)].map((found) => found.innerText)"""
+"""What the editor has to say against a workflow, or a run of it: dialogs, warnings and errors."""
 
 
 def chromium() -> str | None:

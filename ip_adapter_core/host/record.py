@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..attention import add
 from ..presets import Block
-from ..shares import KEPT, RecordedRun, Share, of_samples
+from ..shares import KEPT, LIMIT, RecordedRun, Share, of_samples
 from .conditioning import KEY, CompiledPrompt, PreparedPrompt, PromptRows, Run, slots
 from .layers import Layer
 from .patch import RECORD, Conds, DecoupledAttention, Model, with_wrappers
@@ -163,6 +163,8 @@ class Record:
                 with torch.compiler.set_stance("force_eager"):
                     samples = sample(*args, **kwargs)
                 self.runs.append(self._watch.recorded(samples))
+                while len(self.runs) > 1 and sum(run.nbytes for run in self.runs) > LIMIT:
+                    self.runs.popleft()
                 return samples
             finally:
                 self._watch = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from comfyui_ip_adapter.ip_adapter_core.prompt import (
     ImageFeatures,
     ImagePrompt,
     check_encoder,
+    describe_encoder,
     fold,
     layer_weights,
     tokens,
@@ -228,13 +230,36 @@ def test_another_encoder_of_the_same_width_is_told_once(
     with caplog.at_level(logging.WARNING, "comfyui_ip_adapter"):
         check_encoder(spec, prompt(1, **made_with), name, trained_with="my_tower")
         assert not caplog.messages
-        for trained in (None, None, "open_clip:ViT-H-14/laion2b_s32b_b79k", "image_encoder"):
-            if trained and "laion" in trained and width != 1024 and projection == "linear":
-                continue  # of the other published encoder
-            check_encoder(spec, prompt(1, **made_with), name, trained_with=trained)
+        for _ in range(2):
+            check_encoder(spec, prompt(1, **made_with), name)
     assert len(caplog.messages) == (0 if expected is None else 1)
     for said in caplog.messages:
         assert all(words in said for words in (name, f"as {expected} gives", "a test encoder"))
+
+
+@pytest.mark.parametrize(
+    "trained_with, told",
+    [
+        ("open_clip:ViT-H-14/laion2b_s32b_b79k", True),
+        ("CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors", True),
+        ("image_encoder", True),  # tells nothing
+        ("open_clip:ViT-g-14/laion2b_s34b_b88k", False),
+    ],
+)
+def test_so_it_is_where_the_adapter_names_a_published_one(trained_with, told, caplog):
+    spec = AdapterSpec("linear", tuple({**KINDS["linear"], "feature_dim": 1024}.items()), DIMS)
+    check_encoder(spec, prompt(1, **VIT_G), f"of {trained_with}", trained_with)
+    assert len(caplog.messages) == told
+
+
+def test_quick_gelu_is_told_of_where_the_published_encoder_has_none(caplog):
+    spec = AdapterSpec("linear", tuple({**KINDS["linear"], "feature_dim": 1024}.items()), DIMS)
+    made = prompt(1, **VIT_H)
+    for quick in (False, True):
+        described = describe_encoder(made.positive, 224, quick)
+        check_encoder(spec, replace(made, encoder=described), "quick")
+    (said,) = caplog.messages
+    assert "the sizes of CLIP ViT-H/14, but quick GELU" in said
 
 
 def test_an_encoder_that_fits_passes(adapter):

@@ -224,6 +224,18 @@ def test_each_runs_latents_find_its_map(small, record):
         kept.of(latents[0])
 
 
+def test_large_maps_make_room(small, record, monkeypatch):
+    patched = small.apply(small.model("tiny"), small.adapter("tiny"), small.images())
+    recorded, kept = record.recording(patched)
+    guider = small.guider(recorded, small.text(1), small.text(2))
+    small.run(guider, at=(0.5,), seed=0)
+    for limit, left in ((2.5, 2), (1.5, 1), (0.5, 1)):
+        monkeypatch.setattr(record, "LIMIT", limit * kept.runs[-1].nbytes)
+        for seed in range(3):
+            made = small.run(guider, at=(0.5,), seed=seed)
+        assert len(kept.runs) == left and kept.of(made) is kept.runs[-1]
+
+
 def test_an_interrupted_run_leaves_nothing(small, record, heat):
     patched = small.apply(small.model("tiny"), small.adapter("tiny"), small.images())
     recorded, kept = record.recording(patched)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tools.browser import COMPLAINTS
 from tools.host import ROOT
 
 pytestmark = pytest.mark.browser
@@ -37,8 +38,6 @@ CARDS = """() => [...document.querySelectorAll('[role=dialog] img')]
         return card?.innerText.match(/^[a-z]+(_[a-z]+)*$/m)?.[0]
     })"""
 """Names of the templates whose picture is there."""
-COMPLAINTS = """() => [...document.querySelectorAll(
-    '[role=dialog], .p-toast-message-error, .p-toast-message-warn')].map((x) => x.innerText)"""
 FOUND = """() => [...document.querySelectorAll('#results-list [role=option]')].map(
     (entry) => entry.innerText.split('\\n')[0])"""
 

@@ -137,11 +137,12 @@ class Told:
     def __call__(self, workflow, weight=1.0, adapter=None, texts=None, change=None, **_):
         """Of the workflow with that preset, checkpoint, adapter or weight, if one is known."""
         self.texts = texts
-        named = [(workflow, adapter), (workflow, weight), workflow]
+        named = [(workflow, adapter), workflow]
         if change:
             inputs = [node["inputs"] for node in change(LAYERS).values()]
             values = [value for given in inputs for value in given.values()]
             named[:0] = [(workflow, value) for value in values if isinstance(value, str)]
+        named.insert(0, (workflow, weight))
         return next(self.pictures[name] for name in named if name in self.pictures)
 
 
@@ -243,6 +244,7 @@ def test_figures_of_style(task, judged):
     rows = task.rows
     left = replace(rows, shape=task.told, background=(rows.background + 1) % 5, x=-rows.x)
     pictures = {
+        ("style_transfer", 0.5): task.pictures.roll(2, 0),
         ("style_transfer", "uniform"): task.pictures,
         ("style_transfer", "style"): render(left),
         ("style_transfer", "composition"): task.pictures.roll(1, 0),
@@ -255,7 +257,7 @@ def test_figures_of_style(task, judged):
         assert min(found[name][kind] for kind in ("colour", "texture")) > 0.9
     for kind in ("shape", "background"):
         assert found["uniform"][kind] > 0.9 > 0.1 > found["style"][kind]
-    assert found["composition"]["colour"] < 0.5
+    assert found["composition"]["colour"] < 0.5 and found["weaker"]["colour"] < 0.5
 
 
 def test_figures_of_the_map(task):

@@ -15,7 +15,7 @@ def variant(distance, displacement, similarity):
     return {"text_and_image": figures, "image_only": dict(figures)}
 
 
-LOOK = {"colour": 0.9}
+LOOK = {"colour": 0.9, "displacement": 5.0}
 GOOD = {
     "colour_follows": 0.95,
     "background_follows": 0.99,
@@ -31,6 +31,7 @@ GOOD = {
     "image_similarity": {"0": 0.05, "0.5": 0.4, "1": 0.7},
     "image_only": {"colour": 0.95, "background": 1.0, "texture": 0.9, "shape_of_reference": 0.7},
     "judge_accuracy": dict.fromkeys(("shape", "colour", "texture", "background"), 0.995),
+    "judge_accuracy_outlined": dict.fromkeys(("shape", "colour", "texture", "background"), 0.97),
     "findings": {
         "sets": [
             {
@@ -86,6 +87,7 @@ GOOD = {
                     },
                     "style": {
                         "uniform": {**LOOK, "texture": 0.95, "shape": 0.5, "background": 1.0},
+                        "weaker": {**LOOK, "texture": 0.9, "shape": 0.4, "background": 0.9},
                         "style": {**LOOK, "texture": 0.9, "shape": 0.2, "background": 0.4},
                         "composition": {**LOOK, "texture": 0.3, "shape": 0.2, "background": 0.7},
                     },
@@ -110,6 +112,10 @@ BROKEN = {  # a figure, a value of it that is not good enough, and what misses i
     "image_only.background": (0.5, "background follows the image alone"),
     "image_only.texture": (0.5, "texture follows the image alone"),
     "image_only.shape_of_reference": (0.3, "shape follows the image alone"),
+    "judge_accuracy_outlined.shape": (0.9, "the judge knows shape of outlined shapes"),
+    "judge_accuracy_outlined.colour": (0.9, "the judge knows colour of outlined shapes"),
+    "judge_accuracy_outlined.texture": (0.9, "the judge knows texture of outlined shapes"),
+    "judge_accuracy_outlined.background": (0.9, "the judge knows background of outlined shapes"),
     "judge_accuracy.shape": (0.9, "the judge knows shape"),
     "judge_accuracy.colour": (0.9, "the judge knows colour"),
     "judge_accuracy.texture": (0.9, "the judge knows texture"),
@@ -174,9 +180,13 @@ IN_SETS = {
     "toolbox.regions.colour_of_outer": (0.5, "regions: colour of the other"),
     "toolbox.regions.background_of_outer": (0.5, "regions: background of its own"),
     "toolbox.regions.background_of_inner": (0.4, "regions: background of the other"),
-    "toolbox.style.style.background": (
-        0.95,
+    "toolbox.style.uniform.background": (
+        0.45,
         "style leaves the reference's background more than uniform weights",
+    ),
+    "toolbox.style.weaker.background": (
+        0.45,
+        "style leaves the reference's background more than half of them",
     ),
     "toolbox.style.style.texture": (0.5, "style brings the texture"),
     "toolbox.style.composition.texture": (0.9, "style brings the texture more than composition"),

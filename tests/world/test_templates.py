@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tools.browser import COMPLAINTS
 from tools.world.drawing import WORKFLOWS
 from tools.world.workflows import in_editor
 
@@ -31,9 +32,6 @@ SHOWN = {  # words on a node after it ran
 }
 SAYS = """(type) => app.graph._nodes.filter((node) => node.type === type).flatMap(
     (node) => node.widgets.map((widget) => String(widget.value))).join()"""
-FAILED = "() => !!document.querySelector('[role=dialog], .p-toast-message-error')"
-COMPLAINTS = """() => [...document.querySelectorAll(
-    '[role=dialog], .p-toast-message-error, .p-toast-message-warn')].map((x) => x.innerText)"""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +56,7 @@ def test_it_opens_runs_and_shows_its_picture(page, warnings, name):
     assert len(nodes) == len(workflow["nodes"])
     assert all(node["known"] and not node["failed"] for node in nodes), nodes
     page.evaluate("() => app.queuePrompt(0)")
-    page.wait_for_function(f"() => ({RAN})() || ({FAILED})()", timeout=120_000)
+    page.wait_for_function(f"() => ({RAN})() || ({COMPLAINTS})().length", timeout=120_000)
     assert page.evaluate(COMPLAINTS) == []
     assert page.evaluate(RAN)
     for node, words in SHOWN.get(name, {}).items():

@@ -3,7 +3,8 @@
     python -m tools.world [--seed 0] [--work .cache/build-SEED] [--out output/miniature-SEED]
 
 Goes on where it stopped: a part whose file lies in the work folder is not made again.
-miniature/manifest.json has the time that every part took on two CPU cores.
+miniature/manifest.json has the time that all took on two CPU cores, and every part: the last ones
+were made side by side, on one core each.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ STEPS: dict[str, Any] = {
     "latents": 16_000,
     "base": (1800, 1800, 1800),
     "pictures": 6000,
-    "ip-adapter": ((2000, 2e-3),),
-    "ip-adapter-plus": ((4000, 2e-3),),
-    "control": 1000,
-    "second base": 700,
+    "ip-adapter": ((3000, 2e-3),),
+    "ip-adapter-plus": ((3000, 2e-3),),
+    "control": 800,
+    "second base": 600,
 }
 TOGETHER = "side by side"  # the time that the last parts took together
 _RECIPE = "recipe.json"
@@ -120,17 +121,18 @@ class Build:
 
     def make(self, part: Part) -> None:
         """Make a part unless its file or folder is there, and note how long it took."""
-        if (self.work / part.target).exists():
-            logger.info("%s: there already", part.name)
-            return
-        logger.info("%s …", part.name)
-        begun = time.monotonic()
-        unfinished = self.work / f"unfinished-{part.target}"
-        try:
-            part.make(unfinished)
-        finally:  # an interrupted attempt took its time too
-            self.note(part.name, time.monotonic() - begun)
-        os.replace(unfinished, self.work / part.target)
+        with FileLock(self.work / f"{part.target}.lock"):  # another process may be making it
+            if (self.work / part.target).exists():
+                logger.info("%s: there already", part.name)
+                return
+            logger.info("%s …", part.name)
+            begun = time.monotonic()
+            unfinished = self.work / f"unfinished-{part.target}"
+            try:
+                part.make(unfinished)
+            finally:  # an interrupted attempt took its time too
+                self.note(part.name, time.monotonic() - begun)
+            os.replace(unfinished, self.work / part.target)
 
     def note(self, name: str, seconds: float) -> None:
         with FileLock(self.work / "seconds.lock"):
@@ -157,9 +159,8 @@ class Build:
         for part in self.frozen_parts():
             self.make(part)
         rest = [part for part in self.last_parts() if not (self.work / part.target).exists()]
-        jobs = min(len(rest), os.cpu_count() or 1)
-        if jobs > 1:
-            self.side_by_side([part.name for part in rest], jobs)
+        if rest and torch.get_num_threads() > 1:
+            self.side_by_side([part.name for part in rest])
         else:
             for part in rest:
                 self.make(part)
@@ -170,10 +171,12 @@ class Build:
         (part,) = (part for part in self.last_parts() if part.name == name)
         self.make(part)
 
-    def side_by_side(self, names: Sequence[str], jobs: int) -> None:
-        """Make parts in processes of their own, `jobs` at a time, which share the processors: two
-        small trainings take less time so than one after the other."""
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+    def side_by_side(self, names: Sequence[str]) -> None:
+        """Make parts in processes of their own, which share the processors: two small trainings
+        take less time so than one after the other."""
+        processors = torch.get_num_threads()
+        jobs = min(len(names), processors)
+        threads = processors // jobs
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "-m", "tools.world", "--seed", str(self.seed)]
         command += ["--work", str(self.work), "--steps", json.dumps({**self.steps}), "--only"]
@@ -319,6 +322,7 @@ class Build:
         manifest = {
             **self.recipe(),
             "seconds": self.times(),
+            "seconds_in_all": self.seconds(),
             "files": {
                 name: {"bytes": sizes[name], "sha256": files.checksum(out / name)} for name in made
             },

@@ -80,7 +80,9 @@ def _follows(found: Figures) -> str:
         + _table([*head, "by chance (99 %)"], rows)
         + "\n\nBy chance: how often the pictures at λ = 0 agree with shuffled references. "
         "The judge is right in "
-        f"{min(found['judge_accuracy'].values()):.1%} of drawn pictures or more, for each kind."
+        f"{min(found['judge_accuracy'].values()):.1%} of drawn pictures or more, for each kind, "
+        f"and in {min(found['judge_accuracy_outlined'].values()):.1%} of those in the second "
+        "base's style."
     )
 
 
@@ -125,6 +127,7 @@ FINDINGS = (  # name, where it lies
     ("… colour of the image", "structure.colour"),
     ("… background of the image", "structure.background"),
     ("image to image: overlap with the start", "structure.image_to_image.overlap"),
+    ("… with none", "structure.image_to_image.overlap_without"),
     ("… colour of the image", "structure.image_to_image.colour"),
     ("… without the prompt", "structure.image_to_image.colour_without"),
     ("second base: colour", "another_base.colour"),
@@ -139,12 +142,22 @@ FINDINGS = (  # name, where it lies
     ("… texture", "toolbox.style.style.texture"),
     ("… shape", "toolbox.style.style.shape"),
     ("… background", "toolbox.style.style.background"),
+    ("… displacement", "toolbox.style.style.displacement"),
     ("uniform weights: colour", "toolbox.style.uniform.colour"),
     ("… texture", "toolbox.style.uniform.texture"),
     ("… shape", "toolbox.style.uniform.shape"),
     ("… background", "toolbox.style.uniform.background"),
-    ("composition preset: texture", "toolbox.style.composition.texture"),
+    ("… displacement", "toolbox.style.uniform.displacement"),
+    ("half of them: colour", "toolbox.style.weaker.colour"),
+    ("… texture", "toolbox.style.weaker.texture"),
+    ("… shape", "toolbox.style.weaker.shape"),
+    ("… background", "toolbox.style.weaker.background"),
+    ("… displacement", "toolbox.style.weaker.displacement"),
+    ("composition preset: colour", "toolbox.style.composition.colour"),
+    ("… texture", "toolbox.style.composition.texture"),
+    ("… shape", "toolbox.style.composition.shape"),
     ("… background", "toolbox.style.composition.background"),
+    ("… displacement", "toolbox.style.composition.displacement"),
     ("attention map: inside the mask", "toolbox.attention_map.inside"),
     ("… outside", "toolbox.attention_map.outside"),
 )

@@ -1,6 +1,7 @@
 """``nox -s evaluate``: what the image prompt does on the miniature, measured through ComfyUI.
 
-python -m tools.world.evaluate [--references 64] [--seed 0] [--seeds 3] [--no-figures] [--out FILE]
+python -m tools.world.evaluate [--references 64] [--seed 0] [--findings 24] [--seeds 3]
+                               [--servers 2] [--no-figures] [--out FILE]
 
 Sends the shipped workflows to a real ComfyUI with this pack, for references that training never
 saw, each with a text that names another shape than the reference shows, and lets an independent
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -33,7 +33,7 @@ from tools.world import concatenated, files, findings, must, setup
 from tools.world.drawing import Drawer, Task
 from tools.world.judge import Judge
 from tools.world.measures import Similarity, chance, interval, judge, share
-from tools.world.scenes import KINDS, render, scenes
+from tools.world.scenes import KINDS, outlined, render, scenes
 from tools.world.workflows import GUIDANCE, SIDE, STEPS, Api, given
 
 OUTPUT = ROOT / "output"
@@ -133,6 +133,7 @@ def run(
         "pictures_at_zero": count * AT_ZERO,
         "sampling": {"sampler": "ddim", "steps": STEPS, "guidance": GUIDANCE, "side": SIDE},
         "judge_accuracy": judged.accuracy(render(known, SIDE), known),
+        "judge_accuracy_outlined": judged.accuracy(outlined(known, SIDE), known),
     }
     return found, drawn, task
 
@@ -154,13 +155,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of references and noise")
     parser.add_argument("--findings", type=_some, default=24, help="references of each finding")
     parser.add_argument("--seeds", type=int, default=3, help="sets of the findings; 0 for none")
-    processors = os.cpu_count() or 1
     parser.add_argument(
         "--servers",
         type=int,
         choices=range(1, 65),
         metavar="N",
-        default=min(processors, 8),
+        default=min(torch.get_num_threads(), 4),
         help="that draw",
     )
     parser.add_argument("--no-figures", action="store_true")

@@ -112,8 +112,8 @@ def train(seed: int, steps: int, batch: int = 64) -> ShapeClassifier:
     for step in range(steps):
         decaying(optimizer, 2e-3, step, steps, warmup=20)
         rows = scenes(seed, batch, step * batch)
-        some, half = batch // OUTLINED, batch // 2
-        pictures = torch.cat([render(rows[:-some], SIDE), outlined(rows[-some:], SIDE)])
+        pictures, half = render(rows, SIDE), batch // 2
+        pictures[::OUTLINED] = outlined(rows[::OUTLINED], SIDE)
         sigma = float(SHARPEST + (BLUNTEST - SHARPEST) * torch.rand(()))
         blurred = gaussian_blur(pictures[:half], BLUR, sigma)
         pictures = torch.cat([blurred, pictures[half:]]) + 0.04 * torch.randn_like(pictures)

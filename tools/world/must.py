@@ -13,6 +13,7 @@ FOLLOWS = {"colour": 0.9, "background": 0.9, "texture": 0.8}  # of the reference
 SHAPE_KEPT = 0.85  # of the text, at λ = 1
 SHAPE_ALONE = 0.5  # of the reference, where there is no text
 TRUSTED = 0.98  # of the judge's verdicts on drawn pictures that are right
+TRUSTED_OUTLINED = 0.95  # the same of the second base's style
 ONE_OF_TWO = 0.8  # of pictures show one of two references, or each latent or region its own
 UNCHANGED = 0.8  # of colours, backgrounds and shapes on a base that the adapter never saw
 WHITER = 0.1  # by how much that base's outlines are whiter
@@ -62,6 +63,8 @@ def demands(found: Figures) -> Iterator[Demand]:
     yield Demand("shape follows the image alone", alone["shape_of_reference"], SHAPE_ALONE)
     for kind, right in found["judge_accuracy"].items():
         yield Demand(f"the judge knows {kind}", right, TRUSTED)
+    for kind, right in found["judge_accuracy_outlined"].items():
+        yield Demand(f"the judge knows {kind} of outlined shapes", right, TRUSTED_OUTLINED)
     sets = found.get("findings", {}).get("sets", ())
     if not sets:
         yield _missing("findings")
@@ -141,11 +144,12 @@ def _of_toolbox(one: Figures) -> Iterator[Demand]:
         yield Demand(f"regions: {kind} of its own", regions[f"{kind}_of_{own}"], ONE_OF_TWO)
         strange = regions[f"{kind}_of_{other}"]
         yield Demand(f"regions: {kind} of the other", strange, high=1 - ONE_OF_TWO)
-    style, uniform, composition = (
-        one["style"][preset] for preset in ("style", "uniform", "composition")
+    style, uniform, weaker, composition = (
+        one["style"][name] for name in ("style", "uniform", "weaker", "composition")
     )
-    less = uniform["background"] - style["background"]
-    yield Demand("style leaves the reference's background more than uniform weights", less, LEAVES)
+    for name, other in (("uniform weights", uniform), ("half of them", weaker)):
+        less = other["background"] - style["background"]
+        yield Demand(f"style leaves the reference's background more than {name}", less, LEAVES)
     yield Demand("style brings the texture", style["texture"], FOLLOWS["texture"])
     more = style["texture"] - composition["texture"]
     yield Demand("style brings the texture more than composition", more, above=0)

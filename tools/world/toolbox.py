@@ -41,20 +41,26 @@ def regions(draw: Drawer, judged: Judge) -> Figures:
 
 
 def style(draw: Drawer, judged: Judge, alike: Similarity) -> Figures:
-    """With uniform weights and with each preset, a fine-grained adapter and no text, so that all
-    that is shown is either the reference's or by chance: what of its look comes through (colour,
-    texture), and what of its layout (the shape, its place, the background behind it)."""
+    """With uniform weights, with half of them and with each preset, a fine-grained adapter and no
+    text, so that all that is shown is either the reference's or by chance: what of the shape's look
+    comes through (colour, texture), and what else of the picture (the shape itself, its place, the
+    background behind it)."""
     task = draw.task
     found: Figures = {}
-    for preset in ("uniform", "style", "composition"):
+    for name, preset, weight in (
+        ("uniform", "uniform", 1.0),
+        ("weaker", "uniform", 0.5),
+        ("style", "style", 1.0),
+        ("composition", "composition", 1.0),
+    ):
 
-        def chosen(api: Api, name: str = preset) -> Api:
-            return given(api, IPA_LayerWeights={"preset": name})
+        def chosen(api: Api, preset: str = preset) -> Api:
+            return given(api, IPA_LayerWeights={"preset": preset})
 
         texts = [""] * len(task.rows)
-        made = draw("style_transfer", 1.0, "fine-grained", texts=texts, change=chosen)[:, 0]
+        made = draw("style_transfer", weight, "fine-grained", texts=texts, change=chosen)[:, 0]
         seen = judged(made)
-        found[preset] = {
+        found[name] = {
             **{kind: share(seen[kind], getattr(task.rows, kind)) for kind in KINDS},
             "displacement": displacement(made, task.pictures),
             "overlap": overlap(made, outlines(task.rows, SIDE)),
