@@ -169,7 +169,8 @@ def of_samples(runs: Sequence[RecordedRun], samples: Tensor) -> RecordedRun:
     raise ValueError(
         f"samples are of none of the {len(runs)} sampling runs that this record holds (the last "
         f"ones are kept, at most {KEPT}: of a longer list of latents, record some at a time). "
-        f"Connect the LATENT output of the sampler that uses the recorded model, unchanged; {_ANEW}."
+        "Connect the LATENT output of the sampler that uses the recorded model, unchanged; "
+        f"{_ANEW}."
     )
 
 
