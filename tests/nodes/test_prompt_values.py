@@ -74,6 +74,19 @@ def test_every_method_samples(small, combine, method):
         assert not torch.allclose(found, sampled(prompt), atol=1e-3)
 
 
+@pytest.mark.parametrize("activation, quick", [("gelu", False), ("quick_gelu", True)])
+def test_the_activation_goes_into_the_description(
+    encode, clip_vision, monkeypatch, activation, quick
+):
+    from comfyui_ip_adapter.ip_adapter_core.host import encode as module
+
+    seen = []
+    monkeypatch.setattr(module, "describe_encoder", lambda *given: seen.append(given[-1]) or "x")
+    monkeypatch.setitem(clip_vision.config, "hidden_act", activation)
+    encode(clip_vision, pictures(1))
+    assert seen == [quick]
+
+
 def test_encoders_of_equal_shapes_are_told_apart(encode, combine, clip_vision, another):
     one, other = (encode(encoder, pictures(1)) for encoder in (clip_vision, another))
     assert one.encoder == other.encoder
