@@ -52,8 +52,8 @@ STEPS: dict[str, Any] = {
     "latents": 16_000,
     "base": (1800, 1800, 1800),
     "pictures": 6000,
-    "ip-adapter": ((3000, 2e-3),),
-    "ip-adapter-plus": ((3000, 2e-3),),
+    "ip-adapter": ((2000, 2e-3),),
+    "ip-adapter-plus": ((4000, 2e-3),),
     "control": 800,
     "second base": 600,
 }
