@@ -38,14 +38,14 @@ class Preset:
         """Whether the name is as hinted."""
         return not self.word or (self.word in words(file.name)) is self.marked
 
-    def published(self, spec: AdapterSpec) -> published.Weights | None:
+    def published_adapter(self, spec: AdapterSpec) -> published.Weights | None:
         """Its published adapter for the family that `spec` is made for."""
         name = family(spec.cross_attention_dim, len(spec.layer_dims)) or ""
         return published.ADAPTERS.get(name, {}).get(self.name)
 
     def public_name(self, spec: AdapterSpec) -> str | None:
         """That one's name, without ending."""
-        weights = self.published(spec)
+        weights = self.published_adapter(spec)
         return None if weights is None else PurePath(weights.name).stem
 
 
@@ -179,7 +179,7 @@ def _named(files: Iterable[Unusable], chosen: AdapterFile, preset: Preset) -> It
 def _kind(chosen: AdapterFile, preset: Preset) -> Iterable[str]:
     if not preset.suits(chosen):
         says = f"does not say '{preset.word}'" if preset.marked else f"says '{preset.word}'"
-        weights = preset.published(chosen.spec)
+        weights = preset.published_adapter(chosen.spec)
         yield (
             f"the name of '{chosen.name}' {says}, and the contents of a '{preset.name}' adapter "
             f"look the same as those of its twin: it may be the other kind"

@@ -142,7 +142,7 @@ def test_a_folder_without_a_build_is_told(monkeypatch, tmp_path):
 
 
 def test_the_manifest_is_of_the_recipe():
-    """Whoever runs the one command with its seed makes these files."""
+    """Seed, steps, settings and set are those that the one command has today."""
     shipped = files.manifest()
     asked = build.Build(shipped["seed"], files.FOLDER).recipe()
     assert {key: shipped[key] for key in asked} == asked
