@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tools.world import base, build, control, files, setup, workflows
+from tools.world import base, build, control, files, parts, setup, workflows
 from tools.world.scenes import mark, render, scenes
 from training.models import load_base
 
@@ -101,7 +101,7 @@ def test_side_by_side_the_last_parts_are_the_same(made, unfinished, monkeypatch)
             step = 0 if name == files.ADAPTER else float(one.abs().max()) / 100
             assert float((one - theirs[key]).abs().max()) <= 1e-5 + step, key
     times = unfinished.times()
-    assert times[build.TOGETHER] > 0 and set(times) == {*before, build.TOGETHER}
+    assert times[parts.TOGETHER] > 0 and set(times) == {*before, parts.TOGETHER}
     alone = {part.name for part in unfinished.last_parts()}
     assert unfinished.seconds() == sum(times[name] for name in times.keys() - alone)
 
@@ -111,7 +111,7 @@ def test_a_part_that_fails_is_named_and_the_others_are_kept(made, unfinished, mo
     (unfinished.work / files.ENCODER).unlink()
     shutil.copyfile(made[0] / files.ADAPTER, unfinished.work / files.ADAPTER)
     monkeypatch.setattr(build.Build, "frozen_parts", lambda self: ())
-    with pytest.raises(build.PartError, match=r"concatenated.*the same command"):
+    with pytest.raises(parts.PartError, match=r"concatenated.*the same command"):
         unfinished.all()
     assert (unfinished.work / files.CONTROL).exists()
 

@@ -1,0 +1,153 @@
+"""A folder in which the parts of a build are made: each once, in order or side by side."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from tools.host import ROOT
+
+logger = logging.getLogger("comfyui_ip_adapter.tools")
+TOGETHER = "side by side"  # the time that the last parts took together
+_RECIPE = "recipe.json"
+
+
+class RecipeError(ValueError):
+    """A work folder holds parts of another build."""
+
+
+class PartError(RuntimeError):
+    """A part was not made."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """`make` writes the file or folder `target` of a work folder, given its unfinished path."""
+
+    name: str
+    target: str
+    make: Callable[[Path], object]
+
+
+class Work(ABC):
+    """The folder `work` of one recipe, and what is to be made in it."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+
+    @abstractmethod
+    def recipe(self) -> dict[str, Any]:
+        """What was asked for, as JSON has it; nothing of another recipe is gone on with."""
+
+    @abstractmethod
+    def frozen_parts(self) -> Iterable[Part]:
+        """What is made first, in order."""
+
+    @abstractmethod
+    def last_parts(self) -> Iterable[Part]:
+        """What needs those and nothing of each other."""
+
+    @abstractmethod
+    def command(self, name: str) -> list[str]:
+        """Makes one of the last parts in a process of its own."""
+
+    def begin(self) -> None:
+        """Make the folder, which is of one seed and one recipe. Raises RecipeError if it holds
+        parts of another."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        path, ours = self.work / _RECIPE, json.dumps(self.recipe(), indent=1)
+        if not any(self.work.iterdir()):
+            path.write_text(ours, encoding="utf-8")
+        theirs = path.read_text(encoding="utf-8") if path.exists() else "no recipe at all"
+        if theirs != ours:
+            raise RecipeError(
+                f"'{self.work}' holds parts of another build: {_RECIPE} has {theirs}; expected "
+                f"{ours}. Give another folder with --work, or delete this one."
+            )
+
+    def make(self, part: Part) -> None:
+        """Make a part unless its file or folder is there, and note how long it took."""
+        with FileLock(self.work / f"{part.target}.lock"):  # another process may be making it
+            if (self.work / part.target).exists():
+                logger.info("%s: there already", part.name)
+                return
+            logger.info("%s …", part.name)
+            begun = time.monotonic()
+            unfinished = self.work / f"unfinished-{part.target}"
+            try:
+                part.make(unfinished)
+            finally:  # an interrupted attempt took its time too
+                self.note(part.name, time.monotonic() - begun)
+            os.replace(unfinished, self.work / part.target)
+
+    def note(self, name: str, seconds: float) -> None:
+        with FileLock(self.work / "seconds.lock"):
+            times = self.times()
+            times[name] = times.get(name, 0) + round(seconds)
+            (self.work / "seconds.json").write_text(json.dumps(times, indent=1), encoding="utf-8")
+
+    def times(self) -> dict[str, int]:
+        path = self.work / "seconds.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+    def seconds(self) -> int:
+        """That all took, of which what was made side by side counts once."""
+        times = self.times()
+        if TOGETHER in times:
+            for part in self.last_parts():
+                times.pop(part.name, None)
+        return sum(times.values())
+
+    def all(self) -> None:
+        """Every part, each from those before. Raises RecipeError if `work` holds parts of another
+        build, PartError if one of those that are made side by side failed."""
+        self.begin()
+        for part in self.frozen_parts():
+            self.make(part)
+        rest = [part for part in self.last_parts() if not (self.work / part.target).exists()]
+        if rest and torch.get_num_threads() > 1:
+            self.side_by_side([part.name for part in rest])
+        else:
+            for part in rest:
+                self.make(part)
+
+    def only(self, name: str) -> None:
+        """One of the last parts, from those before."""
+        self.begin()
+        (part,) = (part for part in self.last_parts() if part.name == name)
+        self.make(part)
+
+    def side_by_side(self, names: Sequence[str]) -> None:
+        """Make parts in processes of their own, which share the processors: two small trainings
+        take less time so than one after the other."""
+        processors = torch.get_num_threads()
+        jobs = min(len(names), processors)
+        threads = processors // jobs
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+
+        def run(name: str) -> int:
+            return subprocess.run(self.command(name), cwd=ROOT, env=environment).returncode
+
+        begun = time.monotonic()
+        try:
+            with ThreadPoolExecutor(jobs) as pool:
+                codes = dict(zip(names, pool.map(run, names), strict=True))
+        finally:
+            self.note(TOGETHER, time.monotonic() - begun)
+        if failed := [name for name, code in codes.items() if code]:
+            raise PartError(
+                f"{', '.join(failed)}: not made, see above for why. What was made is kept; the "
+                "same command goes on from there."
+            )
