@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    GradientAccumulationPlugin,
-    LoggerType,
-    ProjectConfiguration,
-    broadcast_object_list,
-)
+from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -27,6 +18,7 @@ from ip_adapter_core import checkpoint
 from ip_adapter_core.adapter import PROJECTIONS, IPAdapter
 
 from . import fingerprints
+from .acceleration import DTYPES, launched_precision, plain, prepare_accelerator, sharded
 from .checkpoints import Checkpoints
 from .encoders import FrozenEncoders, ImageEncoder
 from .errors import TrainingError
@@ -42,7 +34,6 @@ from .settings import Settings
 from .unet import PROJECTION, attach, cross_attention_layers, new_adapter
 from .validation import Validation, ValidationSettings
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 logger = logging.getLogger(__name__)
 
 
@@ -51,8 +42,8 @@ def prepare(settings: Settings) -> Run:
 
     Raises TrainingError for what a user can mend.
     """
-    precision = settings.precision or _launched_precision()
-    accelerator = _accelerator(settings, precision)
+    precision = settings.precision or launched_precision()
+    accelerator = prepare_accelerator(settings, precision)
     checkpoints = Checkpoints(settings.out, settings.keep, accelerator)
     (done,) = broadcast_object_list([max(checkpoints.steps(), default=0)])
 
@@ -76,7 +67,7 @@ def prepare(settings: Settings) -> Run:
 
     identity = {
         "precision": precision,
-        "launch": accelerator.distributed_type.value if _sharded() else "each process whole",
+        "launch": accelerator.distributed_type.value if sharded() else "each process whole",
         "global batch": place.batch,
         "data": feed.fingerprint,
         "base": weights_of_base,
@@ -108,7 +99,7 @@ def prepare(settings: Settings) -> Run:
     if feed.raw:
         encoders.to(accelerator.device)
     meter = Meter(accelerator, Path(settings.out), settings.log_every)
-    accelerator.init_trackers("ip-adapter", config=_plain(settings))
+    accelerator.init_trackers("ip-adapter", config=plain(settings))
     return Run(
         settings=settings,
         accelerator=accelerator,
@@ -131,70 +122,6 @@ def prepare(settings: Settings) -> Run:
         step=done,
         saved=done,
     )
-
-
-def _sharded() -> bool:
-    """Whether DeepSpeed or FSDP split the adapter."""
-    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-    return any(os.environ.get(name, "").lower() in ("1", "true") for name in names)
-
-
-def _launched_precision() -> str:
-    found = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return "fp32" if found == "no" else found
-
-
-def _tracker(name: str) -> str | None:
-    """What accelerate, which passes over a tracker that is not installed, is to log with."""
-    if name == "none":
-        return None
-    known, here = [*LoggerType.list()], [str(tracker) for tracker in get_available_trackers()]
-    if name in known and name != "all" and name not in here:
-        raise TrainingError(
-            f"log_with is '{name}', but its package is not installed. Install it, or give one of "
-            f"{', '.join(['none', *here])}."
-        )
-    if name not in known:
-        raise TrainingError(
-            f"log_with is '{name}'; expected none or one of accelerate's trackers: "
-            f"{', '.join(known)}."
-        )
-    return name
-
-
-def _accelerator(settings: Settings, precision: str) -> Accelerator:
-    if precision not in DTYPES:
-        raise TrainingError(
-            f"precision is '{precision}'; expected one of {', '.join(DTYPES)}. Give it with "
-            "--precision, or with accelerate launch --mixed_precision."
-        )
-    if _sharded() and precision == "fp16":
-        raise TrainingError(
-            "DeepSpeed and FSDP are used with bf16 or no mixed precision here: fp16 needs its loss "
-            "scaled, which they would do to the adapter's weights too. Give --precision bf16."
-        )
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-    if fsdp and (settings.ema is not None or settings.validate_every):
-        raise TrainingError(
-            "ema and validate_every need the whole adapter in each process, which FSDP splits. "
-            "Leave them out, or use training/configs/gpus.yaml: the adapter fits every GPU."
-        )
-    accelerator = Accelerator(
-        # Those who split the adapter would make its weights half precision as well.
-        mixed_precision="no" if _sharded() or precision == "fp32" else precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=settings.accumulation, sync_with_dataloader=False
-        ),
-        log_with=_tracker(settings.log_with),
-        project_config=ProjectConfiguration(settings.out, str(Path(settings.out, "logs"))),
-        step_scheduler_with_optimizer=False,
-    )
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:  # it wants to know, and sees no loader to learn it from
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.batch_size
-        plugin.deepspeed_config["gradient_accumulation_steps"] = settings.accumulation
-        plugin.deepspeed_config["gradient_clipping"] = settings.clip_norm or 0.0
-    return accelerator
 
 
 def _frozen(settings: Settings, dtype: torch.dtype) -> tuple[Base, FrozenEncoders]:
@@ -292,11 +219,3 @@ def _on(device: torch.device, dropped: Dropped) -> Dropped:
         return None if x is None else x.to(device)
 
     return Dropped(moved(dropped.features), moved(dropped.states), moved(dropped.pooled))
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    """Settings as trackers take them."""
-    return {
-        name: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
-        for name, value in asdict(settings).items()
-    }

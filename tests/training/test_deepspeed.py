@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tools.host import ROOT
-from training import setup
+from training import acceleration
 
 # accelerate has DeepSpeed start on accelerators only; told of the backend, it starts on CPUs too.
 ON_CPUS = """
@@ -32,9 +32,9 @@ OPTIONS = {
 def test_deepspeed_is_told_what_it_cannot_see(settings, monkeypatch):
     plugin = SimpleNamespace(deepspeed_config={"gradient_accumulation_steps": 1})
     made = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
-    monkeypatch.setattr(setup, "Accelerator", lambda **given: made)
+    monkeypatch.setattr(acceleration, "Accelerator", lambda **given: made)
     given = settings(batch_size=6, accumulation=3, clip_norm=0.5)
-    assert setup._accelerator(given, "bf16") is made
+    assert acceleration.prepare_accelerator(given, "bf16") is made
     assert plugin.deepspeed_config == {
         "train_micro_batch_size_per_gpu": 6,
         "gradient_accumulation_steps": 3,

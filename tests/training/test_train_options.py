@@ -224,7 +224,7 @@ def test_a_missing_reference_is_told_before_training(settings):
     ],
 )
 def test_a_tracker_that_would_not_log(settings, name, said, monkeypatch):
-    monkeypatch.setattr("training.setup.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("training.acceleration.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(TrainingError, match=said):
         train(settings(log_with=name))
 
