@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tools.world import base
-from tools.world.scenes import KINDS, SHAPES, caption, scenes
+from tools.world.scenes import KINDS, PLACES, SHAPES, caption, outlines, scenes
 
 
 def test_a_caption_names_what_it_is_given():
@@ -14,14 +14,17 @@ def test_a_caption_names_what_it_is_given():
     assert caption(3, colour=0) == "a red star"
     assert caption(3, 0, 2, 2) == "a striped red star, sky background"
     assert caption(3, background=1) == "a star, night background"
+    assert caption(3, 0, place=2) == "a red star, top right"
 
 
 def test_texts_name_what_the_scene_shows_and_often_the_shape_alone():
     rows = scenes(5, 4000)
-    kinds = torch.stack([getattr(rows, kind) for kind in KINDS], 1)
+    kinds = torch.stack([getattr(rows, kind) for kind in (*KINDS, "place")], 1)
     texts = base.all_texts()
     heard = [texts[row] for row in base.naming(kinds, torch.Generator().manual_seed(0))]
-    for text, *given in zip(heard, *kinds.T.tolist(), strict=True):
+    for text, *given, place in zip(heard, *kinds.T.tolist(), strict=True):
+        where = text.rpartition(", ")[2]
+        assert where not in PLACES or where == PLACES[place]
         for kind, named in zip(("shape", "colour", "texture", "background"), given, strict=True):
             only = {"shape": given[0], kind: named}
             said = set(caption(**only).replace(",", "").split()) - {"a", "background"}
@@ -35,10 +38,32 @@ def test_texts_name_what_the_scene_shows_and_often_the_shape_alone():
             ), (text, kind)
     share = {text: heard.count(text) / 4000 for text in ("", *map(caption, range(len(SHAPES))))}
     assert share.pop("") == pytest.approx(base.DROP_TEXT, abs=0.02)
-    assert sum(share.values()) > (1 - base.DROP_TEXT) * base.SHAPE_ALONE - 0.03
+    told = 1 - base.DROP_TEXT
+    assert sum(share.values()) > told * (1 - base.PLACED) * base.SHAPE_ALONE - 0.03
     assert sum("red" in text for text in heard) / 4000 == pytest.approx(
-        (1 - base.DROP_TEXT) * (1 - base.SHAPE_ALONE) * base.NAMED / KINDS["colour"], abs=0.02
+        told * (1 - base.SHAPE_ALONE) * base.NAMED / KINDS["colour"], abs=0.02
     )
+    placed = [text for text in heard if text.rpartition(", ")[2] in PLACES]
+    assert len(placed) / 4000 == pytest.approx(told * base.PLACED, abs=0.03)
+    assert not any("background" in text for text in placed)
+
+
+def test_a_place_is_the_ninth_of_the_picture_that_holds_the_centre():
+    """Against the mass of what is drawn, for the shapes whose mass is at their centre."""
+    rows = scenes(8, 400)
+    rows = rows[(rows.shape != SHAPES.index("triangle")) & (rows.shape != SHAPES.index("star"))]
+    covered = outlines(rows, 64)
+    at = (torch.arange(64) + 0.5) / 32 - 1
+    mass = covered.sum((1, 2))
+    x, y = (covered * at).sum((1, 2)) / mass, (covered * at[:, None]).sum((1, 2)) / mass
+    sure = ((x.abs() - 0.06).abs() > 0.01) & ((y.abs() - 0.06).abs() > 0.01)
+    assert sure.double().mean() > 0.5
+    for left, top, place in zip(x[sure], y[sure], rows.place[sure], strict=True):
+        words = [
+            ("top" if top < -0.06 else "bottom" if top > 0.06 else ""),
+            ("left" if left < -0.06 else "right" if left > 0.06 else ""),
+        ]
+        assert PLACES[place] == (" ".join(filter(None, words)) or "centre")
 
 
 def test_the_loss_is_weighted_by_the_noise_that_is_added():

@@ -19,6 +19,7 @@ from tools.world.measures import (
     interval,
     overlap,
     seen,
+    shade_error,
     share,
     whiteness_of_outlines,
 )
@@ -98,6 +99,20 @@ def test_distance_is_in_8_bit_levels():
     assert distance(torch.full((2, 3, 4, 4), 0.25), torch.full((2, 3, 4, 4), 0.5)) == 63.75
 
 
+def test_the_error_of_a_shade_is_of_the_shape_alone():
+    """Wherever it lies, before whatever it stands: a light that is a tenth less is told."""
+    rows = replace(ROWS, texture=torch.zeros_like(ROWS.texture), light=ROWS.light * 0 + 1)
+    moved = replace(rows, x=-rows.x, background=(rows.background + 1) % 5)
+    darker = replace(rows, light=rows.light * 0.9)
+    shades = (render(rows) * outlines(rows, 64)[:, None]).sum((2, 3))
+    shades = shades / outlines(rows, 64).sum((1, 2))[:, None]
+    assert shade_error(render(moved), render(rows)) < 6
+    assert shade_error(render(darker), render(rows)) == pytest.approx(
+        float(shades.mean() * 25.5), rel=0.15
+    )
+    assert shade_error(render(rows), render(rows)) == 0
+
+
 @pytest.fixture
 def task():
     return Task.of(24, seed=3)
@@ -150,7 +165,10 @@ def test_figures_of_the_variants(task, monkeypatch):
     """The fine-grained one gives what is asked for, the others a stranger."""
     asked = render(replace(task.rows, shape=task.told))
     strangers = task.pictures.roll(1, 0)
-    monkeypatch.setattr(findings.concatenated, "draw", lambda *_: strangers)
+    told = []
+    monkeypatch.setattr(
+        findings.concatenated, "draw", lambda _, texts: told.append(texts) or strangers
+    )
     monkeypatch.setattr(
         findings.files, "manifest", lambda: {"files": {findings.files.CONCATENATED: {}}}
     )
@@ -165,10 +183,12 @@ def test_figures_of_the_variants(task, monkeypatch):
         assert closest["distance"] == closest["displacement"] == 0
         assert found["strangers"][setting]["displacement"] > 2
         assert other["distance"] > 10 and other["displacement"] > 2
+        assert closest["shade_error"] == 0 and other["shade_error"] > 20
     alone = found["fine_grained"]["image_only"]["image_similarity"]
     assert alone == pytest.approx(1, abs=1e-4)
     assert found["strangers"]["image_only"] == found["base"]["image_only"]
-    assert found["concatenated"] == {"text_and_image": found["base"]["text_and_image"]}
+    assert found["concatenated"] == found["base"]
+    assert told == [task.texts, [""] * len(task.rows)]
 
 
 def test_figures_of_several_references(task, judged):

@@ -11,7 +11,7 @@ from tools.world import must
 
 def variant(distance, displacement, similarity):
     figures = {"distance": distance, "displacement": displacement, "image_similarity": similarity}
-    figures["seen"] = 0.97
+    figures |= {"shade_error": distance / 3, "seen": 0.97}
     return {"text_and_image": figures, "image_only": dict(figures)}
 
 

@@ -6,6 +6,7 @@ Trained with diffusers' UNet2DConditionModel and saved in the original layout, a
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable
 from functools import cache
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from tools.world import text
 from tools.world.autoencoder import Autoencoder
-from tools.world.scenes import KINDS, SHAPES, caption, render, scenes
+from tools.world.scenes import COLOURS, KINDS, PLACES, SHAPES, caption, render, scenes
 from tools.world.training import Average, Progress, decaying
 from training.recipe import Recipe
 
@@ -36,6 +37,7 @@ PEAK, WARMUP = 8e-4, 50  # of the learning rate; every part of a training warms 
 DROP_TEXT = 0.1
 SHAPE_ALONE = 0.2  # of the texts name nothing else
 NAMED = 0.85  # how often each of colour, texture and background is named in the others
+PLACED = 0.35  # of the texts name the place, and beside it nothing but the colour
 NONE = len(SHAPES)  # the row of the empty text
 _TEXTS_AT_ONCE = 60
 
@@ -86,12 +88,13 @@ def original(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def latents(autoencoder: Autoencoder, seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Latents `(count, 4, 8, 8)` of the stream `seed`, and the kinds `(count, 4)` of each."""
+    """Latents `(count, 4, 8, 8)` of the stream `seed`, and the kinds and the place `(count, 5)` of
+    each."""
     made, kinds = [], []
     for start in range(0, count, 100):
         rows = scenes(seed, 100, start)
         made.append(autoencoder.encode(render(rows)))
-        kinds.append(torch.stack([getattr(rows, kind) for kind in KINDS], 1))
+        kinds.append(torch.stack([getattr(rows, kind) for kind in (*KINDS, "place")], 1))
     return torch.cat(made), torch.cat(kinds)
 
 
@@ -101,28 +104,39 @@ def contexts() -> Tensor:
 
 
 def all_texts() -> list[str]:
-    """Whatever of a scene a caption can name, as `naming` counts them, and last the empty text."""
+    """Whatever of a scene a caption can name, as `naming` counts them: shape and any of colour,
+    texture and background; shape, perhaps the colour, and the place; and last the empty text."""
     shapes, *others = (range(number) for number in KINDS.values())
     every = itertools.product(shapes, *((None, *kind) for kind in others))
-    return [*(caption(*kinds) for kinds in every), ""]
+    placed = itertools.product(shapes, (None, *others[0]), range(len(PLACES)))
+    return [
+        *(caption(*kinds) for kinds in every),
+        *(caption(shape, colour, place=place) for shape, colour, place in placed),
+        "",
+    ]
 
 
 def all_contexts() -> Tensor:
-    """The text states of all texts, in float16: 200 MB, after some minutes."""
+    """The text states of all texts, in float16: 250 MB, after some minutes."""
     texts = all_texts()
     some = [texts[at : at + _TEXTS_AT_ONCE] for at in range(0, len(texts), _TEXTS_AT_ONCE)]
     return torch.cat([text.states(batch).half() for batch in some])
 
 
 def naming(kinds: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows of `all_texts` for scenes of these kinds `(N, 4)`: texts that name the shape alone,
-    or some of the rest too, or nothing."""
+    """Rows of `all_texts` for scenes of these kinds and places `(N, 5)`: texts that name the shape
+    alone, or some of the rest too, or nothing."""
     count = len(kinds)
+    shape, colour, *_, place = kinds.unbind(1)
     named = torch.rand(count, 3, generator=generator) < NAMED
     named &= (torch.rand(count, generator=generator) >= SHAPE_ALONE)[:, None]
-    rows = kinds[:, 0]
+    rows = shape
     for kind, number in enumerate([*KINDS.values()][1:]):
         rows = rows * (number + 1) + torch.where(named[:, kind], kinds[:, kind + 1] + 1, 0)
+    unplaced = KINDS["shape"] * math.prod(number + 1 for number in [*KINDS.values()][1:])
+    coloured = shape * (len(COLOURS) + 1) + torch.where(named[:, 0], colour + 1, 0)
+    placed = unplaced + coloured * len(PLACES) + place
+    rows = torch.where(torch.rand(count, generator=generator) < PLACED, placed, rows)
     rows[torch.rand(count, generator=generator) < DROP_TEXT] = -1
     return rows
 

@@ -42,7 +42,7 @@ logger = logging.getLogger("comfyui_ip_adapter.tools")
 
 STEPS: dict[str, Any] = {
     "autoencoder": (2500, 2500, 5000),
-    "image encoder": 500,
+    "image encoder": 1500,
     "judge": 1500,
     "latents": 16_000,
     "base": (1800, 1800, 1800),
@@ -50,7 +50,7 @@ STEPS: dict[str, Any] = {
     "ip-adapter": ((2000, 2e-3),),
     "ip-adapter-plus": ((4000, 2e-3),),
     "control": 800,
-    "second base": 600,
+    "second base": 800,
 }
 _TEXTS = "texts.safetensors"
 _LATENTS = "latents.safetensors"

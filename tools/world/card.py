@@ -109,13 +109,25 @@ FINDINGS = (  # name, where it lies
     ("… fine-grained", "variants.fine_grained.text_and_image.displacement"),
     ("… concatenated", "variants.concatenated.text_and_image.displacement"),
     ("… a stranger's", "variants.strangers.text_and_image.displacement"),
+    ("error of the shade, base adapter", "variants.base.text_and_image.shade_error"),
+    ("… fine-grained", "variants.fine_grained.text_and_image.shade_error"),
+    ("… concatenated", "variants.concatenated.text_and_image.shade_error"),
+    ("… a stranger's", "variants.strangers.text_and_image.shade_error"),
     ("distance with no text, base adapter", "variants.base.image_only.distance"),
     ("… fine-grained", "variants.fine_grained.image_only.distance"),
+    ("… concatenated", "variants.concatenated.image_only.distance"),
     ("displacement with no text, base adapter", "variants.base.image_only.displacement"),
     ("… fine-grained", "variants.fine_grained.image_only.displacement"),
+    ("… concatenated", "variants.concatenated.image_only.displacement"),
+    ("error of the shade with no text, base adapter", "variants.base.image_only.shade_error"),
+    ("… fine-grained", "variants.fine_grained.image_only.shade_error"),
+    ("… concatenated", "variants.concatenated.image_only.shade_error"),
     ("likeness, base adapter", "variants.base.text_and_image.image_similarity"),
     ("… fine-grained", "variants.fine_grained.text_and_image.image_similarity"),
     ("… concatenated", "variants.concatenated.text_and_image.image_similarity"),
+    ("likeness with no text, base adapter", "variants.base.image_only.image_similarity"),
+    ("… fine-grained", "variants.fine_grained.image_only.image_similarity"),
+    ("… concatenated", "variants.concatenated.image_only.image_similarity"),
     ("two references, concat: colour of either", "several_references.concat.colour_of_either"),
     ("… background of either", "several_references.concat.background_of_either"),
     ("average: colour of either", "several_references.average.colour_of_either"),
@@ -177,14 +189,14 @@ def _findings(findings: Figures) -> str:
         if not all(_has(one, part) for one in sets for part in parts):
             continue  # its model is not shipped
         values = [at(one, path) for one in sets]
-        digits = 1 if path.endswith(("distance", "displacement")) else 2
+        digits = 1 if path.endswith(("distance", "displacement", "shade_error")) else 2
         rows.append([name, *(f"{value:.{digits}f}" for value in values)])
     return (
         f"Further, with {findings['references']} references and noises of {len(sets)} other sets "
-        "(distance in 8-bit levels and displacement of the shape's centre in pixels: from the "
-        "picture that is asked for, the reference with the text's shape; with no text, from the "
-        "reference itself. Presets of layer weights are shown with no text and the fine-grained "
-        "adapter, regions with no text):\n\n"
+        "(distance in 8-bit levels, displacement of the shape's centre in pixels, error of the "
+        "shape's mean colour in 8-bit levels: from the picture that is asked for, the reference "
+        "with the text's shape; with no text, from the reference itself. Presets of layer weights "
+        "are shown with no text and the fine-grained adapter, regions with no text):\n\n"
         + _table(["", *(f"set {one['seed']}" for one in sets)], rows)
     )
 

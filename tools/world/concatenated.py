@@ -6,6 +6,7 @@ settings. There are no W'k, W'v: the frozen cross-attention reads 77 + 4 tokens 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,9 +83,9 @@ def train(
 
 
 @torch.inference_mode()
-def draw(task: Task) -> Tensor:
-    """Pictures `(N, 3, 64, 64)` of the shipped projection, one a reference, with the noise, steps
-    and guidance that ComfyUI draws the decoupled ones with."""
+def draw(task: Task, texts: Sequence[str]) -> Tensor:
+    """Pictures `(N, 3, 64, 64)` of the shipped projection, one a reference and text, with the
+    noise, steps and guidance that ComfyUI draws the decoupled ones with."""
     shown = [setup.picture(task.rows[number : number + 1]) for number in range(len(task.rows))]
     side = image_encoder.SIDE
     small = [picture.resize((side, side), Image.Resampling.BICUBIC) for picture in shown]
@@ -98,7 +99,7 @@ def draw(task: Task) -> Tensor:
     scheduler = ddim(base.scheduler)
     side = workflows.SIDE // 8
     noise = [starting_noise(scheduler, seed, workflows.STEPS, side) for seed in task.seeds]
-    text = encode_text(base, task.texts).states
+    text = encode_text(base, texts).states
     none = encode_text(base, [""]).states
     made = []
     for start in range(0, len(pictures), _DRAWN_AT_ONCE):

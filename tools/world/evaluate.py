@@ -123,7 +123,7 @@ def run(
     drawn["fine-grained"] = draw("text_and_image", adapter="fine-grained")
     drawn["described"] = draw("text_and_image", 0.0, texts=task.rows.descriptions)
     if files.CONCATENATED in files.manifest()["files"]:
-        drawn["concatenated"] = concatenated.draw(task)[:, None]
+        drawn["concatenated"] = concatenated.draw(task, task.texts)[:, None]
     judged = judge()
     known = scenes(setup.SHOWN, TRUSTED, 1 << 20)
     found = measured(drawn, task, judged)

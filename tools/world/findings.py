@@ -21,6 +21,7 @@ from tools.world.measures import (
     distance,
     overlap,
     seen,
+    shade_error,
     share,
     whiteness_of_outlines,
 )
@@ -119,8 +120,8 @@ def structure(draw: Drawer, judged: Judge, without: Tensor) -> Figures:
 def variants(draw: Drawer, alike: Similarity, base: Tensor, alone: Tensor) -> Figures:
     """How like its reference a picture is with each kind of adapter: under texts that name another
     shape, and with no text. `base` and `alone`: the base adapter's. Distance and displacement are
-    from what is asked for, the reference with the shape of the text; "strangers" has them of
-    pictures that show what another reference asks for."""
+    from what is asked for, the reference with the shape of the text, as is the error of the shade;
+    "strangers" has them of pictures that show what another reference asks for."""
     task = draw.task
     side = task.pictures.shape[-1]
     asked = {
@@ -134,6 +135,7 @@ def variants(draw: Drawer, alike: Similarity, base: Tensor, alone: Tensor) -> Fi
                 "image_similarity": float(alike(pictures, task.pictures).mean()),
                 "distance": distance(pictures, asked[name]),
                 "displacement": displacement(pictures, asked[name]),
+                "shade_error": shade_error(pictures, asked[name]),
                 "seen": seen(pictures),
             }
             for name, pictures in made.items()
@@ -147,8 +149,9 @@ def variants(draw: Drawer, alike: Similarity, base: Tensor, alone: Tensor) -> Fi
         "strangers": likeness({name: pictures.roll(1, 0) for name, pictures in asked.items()}),
     }
     if files.CONCATENATED in files.manifest()["files"]:
-        made = concatenated.draw(task)
-        found["concatenated"] = likeness({"text_and_image": made})
+        texts = {"text_and_image": task.texts, "image_only": [""] * len(task.rows)}
+        made = {name: concatenated.draw(task, told) for name, told in texts.items()}
+        found["concatenated"] = likeness(made)
     return found
 
 

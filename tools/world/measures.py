@@ -64,6 +64,16 @@ def displacement(pictures: Tensor, others: Tensor) -> float:
     return float((centres(pictures) - centres(others)).norm(dim=1).nanmean())
 
 
+def shade_error(pictures: Tensor, others: Tensor) -> float:
+    """How far the mean colour of the shape is from that of the other's, whatever their places and
+    forms: in 8-bit levels, the mean of three channels, where both are seen."""
+    means = [
+        (some * inside[:, None]).sum((2, 3)) / inside.sum((1, 2))[:, None]
+        for some, inside in ((one, objects(one).float()) for one in (pictures, others))
+    ]
+    return float((means[0] - means[1]).abs().mean(1).nanmean() * 255)
+
+
 def seen(pictures: Tensor) -> float:
     """In how many of the pictures there is a shape that covers a fiftieth or more."""
     return float((objects(pictures).double().mean((1, 2)) > 0.02).double().mean())

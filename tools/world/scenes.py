@@ -37,6 +37,11 @@ BACKGROUNDS = {  # above, below
     "meadow": ((0.80, 0.93, 0.66), (0.60, 0.80, 0.48)),
     "dusk": ((0.36, 0.26, 0.42), (0.66, 0.42, 0.46)),
 }
+PLACES = (
+    *("top left", "top", "top right"),
+    *("left", "centre", "right"),
+    *("bottom left", "bottom", "bottom right"),
+)
 KINDS = {
     "shape": len(SHAPES),
     "colour": len(COLOURS),
@@ -47,6 +52,7 @@ CELL = 8
 """Sixty-fourths of the picture's width that a band, stripe or check is wide."""
 DARK = 0.42  # of a texture's darker part, times the colour
 SAME_SHAPE = 0.85  # of an adapter's references: how often they are the picture itself
+_FURTHEST = 0.18  # that a centre lies from the picture's, across or down; half the picture is 1
 _DRAWS = 16  # numbers a scene, four of Philox's counts
 
 
@@ -76,6 +82,12 @@ class Scenes:
         return Scenes(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     @property
+    def place(self) -> Tensor:
+        """Which ninth of where centres lie holds this one's, `(N,)`: a number of PLACES."""
+        column, row = (((at / _FURTHEST + 1) * 1.5).long().clamp(0, 2) for at in (self.x, self.y))
+        return row * 3 + column
+
+    @property
     def captions(self) -> list[str]:
         """What an adapter's base is told in training: the shape."""
         return [caption(int(shape)) for shape in self.shape]
@@ -88,16 +100,22 @@ class Scenes:
 
 
 def caption(
-    shape: int, colour: int | None = None, texture: int | None = None, background: int | None = None
+    shape: int,
+    colour: int | None = None,
+    texture: int | None = None,
+    background: int | None = None,
+    place: int | None = None,
 ) -> str:
-    """Names the shape, and of the rest what is given: "a striped red star, sky background"."""
+    """Names the shape, and of the rest what is given: "a striped red star, sky background",
+    "a red star, top left"."""
     named = [
         *([] if texture is None else [TEXTURES[texture]]),
         *([] if colour is None else [list(COLOURS)[colour]]),
         SHAPES[shape],
     ]
     behind = "" if background is None else f", {list(BACKGROUNDS)[background]} background"
-    return f"a {' '.join(named)}{behind}"
+    where = "" if place is None else f", {PLACES[place]}"
+    return f"a {' '.join(named)}{behind}{where}"
 
 
 def scenes(seed: int, count: int, start: int = 0) -> Scenes:
@@ -108,8 +126,8 @@ def scenes(seed: int, count: int, start: int = 0) -> Scenes:
     kinds = {name: (u[:, i] * n).long() for i, (name, n) in enumerate(KINDS.items())}
     return Scenes(
         **kinds,
-        x=(u[:, 4] - 0.5) * 0.36,
-        y=(u[:, 5] - 0.5) * 0.36,
+        x=(u[:, 4] - 0.5) * (2 * _FURTHEST),
+        y=(u[:, 5] - 0.5) * (2 * _FURTHEST),
         size=0.72 + 0.20 * u[:, 6],
         angle=(u[:, 7] - 0.5) * 0.5,
         light=0.9 + 0.2 * u[:, 8],
