@@ -21,7 +21,7 @@ def image_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Te
 
 
 def add(text: Tensor, image: Tensor, mask: Tensor | None) -> Tensor:
-    """`text + image · mask`, one kernel; `mask (B, L, 1)` or None for everywhere.
+    """`text + image · mask`, one kernel; `mask (B, L, 1)` or `(B, 1, 1)`; None: 1 everywhere.
 
     Not in place: `text` may be another pack's tensor, and training needs both for the gradient.
     """

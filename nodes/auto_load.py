@@ -71,7 +71,7 @@ class AutoLoadIPAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, preset: str | None = None, **_: Any) -> tuple[Any, ...]:
+    def fingerprint_inputs(cls, preset: str | None = None, **_: Any) -> str:
         """Looks again when a file that may be chosen comes, goes or changes. (The model is not
         given here, nor a preset over a link.)"""
         return auto.fingerprint(preset, folders.adapters(), folders.encoders())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..ip_adapter_core.catalogue import Stamp, stamps
+from ..ip_adapter_core import catalogue
 from ..ip_adapter_core.host.open_clip import load_image_encoder
 from . import folders
 
@@ -41,10 +41,12 @@ class LoadImageEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, encoder_name: str | None) -> tuple[Stamp, ...] | None:
+    def fingerprint_inputs(cls, encoder_name: str | None) -> str | None:
         """A file that was changed is read anew, and so is its configuration. None comes over a
         link."""
-        return None if encoder_name is None else stamps(folders.encoder_path(encoder_name))
+        if encoder_name is None:
+            return None
+        return catalogue.digest([catalogue.stamps(folders.encoder_path(encoder_name))])
 
     @classmethod
     def execute(cls, encoder_name: str) -> io.NodeOutput:

@@ -45,8 +45,8 @@ class Settings:
     a patch."""
     resampler_dim: int | None = None
     """Width of the fine-grained variant's query network, a multiple of 64; default: 768 for SD1.5,
-    1280 for SDXL, the published adapters'. This pack reads any size off the file, other loaders take
-    the published one."""
+    1280 for SDXL, the published adapters'. This pack reads any size off the file; other loaders
+    take the published one."""
     resampler_depth: int = 4
     """Layers of that network: the published adapters'."""
     adapter: str | None = None

@@ -13,7 +13,7 @@ from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 
 from .. import catalogue
-from ..catalogue import AdapterFile, EncoderFile, File, Folder, Stamp, Unusable
+from ..catalogue import AdapterFile, EncoderFile, File, Folder, Unusable
 from ..choice import PRESETS, Choice, Preset, choose
 from ..missing import Search, what
 from ..tower_config import ImageEncoderError
@@ -48,9 +48,7 @@ def find(model: ModelPatcher, preset: str, adapters: Folder, encoders: Folder) -
     return choice
 
 
-def fingerprint(
-    preset: str | None, adapters: Folder, encoders: Folder
-) -> tuple[tuple[Stamp, ...] | None, ...]:
+def fingerprint(preset: str | None, adapters: Folder, encoders: Folder) -> str:
     """Changes with the files that `find` may take for any model, and with configurations beside
     them: the preset's kind of adapter (None: all kinds), and the encoders of these."""
     kinds = _of_kind(catalogue.adapters(adapters.files), PRESETS.get(preset or ""))
@@ -60,7 +58,7 @@ def fingerprint(
         for file in _usable(catalogue.encoders(encoders.files))
         if any(map(file.sizes.gives, specs))
     ]
-    return tuple(catalogue.stamps(file.path) for file in (*kinds, *theirs))
+    return catalogue.digest(catalogue.stamps(file.path) for file in (*kinds, *theirs))
 
 
 def describe(choice: Choice) -> str:

@@ -80,15 +80,14 @@ class Settings:
 
     @property
     def masks(self) -> Masks | None:
-        """What the image branch is multiplied with, one pixel where there is no mask; None where
-        latents have no weights either."""
+        """What the image branch is multiplied with; None for nothing."""
         if self.mask is None and self.latent_weights is None:
             return None
-        mask = torch.ones(1, 1) if self.mask is None else self.mask.float().cpu()
         weights = [1.0] if self.latent_weights is None else self.latent_weights
-        return Masks(
-            mask if mask.ndim == 3 else mask[None], torch.tensor(weights, dtype=torch.float32)
-        )
+        mask = None if self.mask is None else self.mask.float().cpu()
+        if mask is not None and mask.ndim == 2:
+            mask = mask[None]
+        return Masks(mask, torch.tensor(weights, dtype=torch.float32))
 
     @property
     def schedule(self) -> Schedule:
@@ -107,7 +106,8 @@ def warn_of_black(mask: Tensor, name: str = "mask") -> None:
 
 
 def curve_of(given: Any, name: str = "weight_curve") -> CurveInput | None:
-    """The host's curve; also from its points, as an API request may hold them. `name`: of the
+    """The host's curve; also from what an API request holds in its place (a bare list there is a
+    link to the host). `name`: of the
     input, for messages. Raises ValueError for what is no curve, or has values that are not
     finite."""
     if given is None:
@@ -117,8 +117,8 @@ def curve_of(given: Any, name: str = "weight_curve") -> CurveInput | None:
         finite = curve.points and all(math.isfinite(x) for point in curve.points for x in point)
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{name} is {given!r}; expected the output of a Curve Editor, or points "
-            "[[0, 1], [1, 0.5], …] of fraction and multiplier."
+            f"{name} is {given!r}; expected the output of a Curve Editor, or in a request "
+            '{"points": [[0, 1], [1, 0.5]]}, each a fraction of the schedule and a multiplier.'
         ) from error
     if not finite:
         raise ValueError(f"{name} has the points {curve.points}; expected one or more finite ones.")

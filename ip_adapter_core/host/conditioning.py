@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..prompt import split_values
 from .layers import Layer
-from .masks import Masks, PreparedMasks
+from .masks import Area, Masks, PreparedMasks, Size
 from .schedule import Moment, PreparedSchedule, Schedule
 
 KEY = "ip_adapter"
@@ -85,6 +85,7 @@ class Run:
     model_sampling: Any
     sigmas: Tensor | None = None
     _prepared: dict[CompiledPrompt, PreparedPrompt] = field(default_factory=dict)
+    _masks: dict[Masks, PreparedMasks] = field(default_factory=dict)
     _schedules: dict[Schedule, PreparedSchedule] = field(default_factory=dict)
 
     def schedule(self, asked: Schedule) -> PreparedSchedule:
@@ -96,17 +97,25 @@ class Run:
         return self._schedules[asked]
 
     def masks(self, given: Masks) -> PreparedMasks:
-        """Dealt out to the batch; raises ValueError if that cannot be."""
+        """Dealt out to the batch, once for both sides of a prompt; raises ValueError if that
+        cannot be."""
+        if given not in self._masks:
+            self._masks[given] = self._dealt(given)
+        return self._masks[given]
+
+    def _dealt(self, given: Masks) -> PreparedMasks:
         if len(given.weights) > self.batch:
             raise ValueError(
                 f"There are {len(given.weights)} latent_weights for a batch of {self.batch} "
                 "latents: give as many as latents, or fewer, then the last one holds for the rest."
             )
-        numbers = self.per_latent(torch.arange(len(given.masks)), "masks")
+        masks = 1 if given.masks is None else len(given.masks)
+        numbers = self.per_latent(torch.arange(masks), "masks")
         weights = given.weights
         if len(weights) > 1:
             weights = torch.cat([weights, weights[-1:].expand(self.batch - len(weights))])
-        return PreparedMasks(given.masks, numbers, weights, self.latent)
+        where = self.latent, self.device, self.dtype
+        return PreparedMasks(given.masks, numbers, weights, *where)
 
     def per_latent(self, rows: Tensor, name: str) -> Tensor:
         """One row, or one for each latent of the batch; raises ValueError if that cannot be."""
@@ -143,7 +152,6 @@ class PreparedPrompt:
     schedule: PreparedSchedule
     values: Tensor | None = None
     factor: Tensor | None = None
-    _levels: dict[tuple[int, ...] | None, Tensor] = field(default_factory=dict)
 
     def at(self, moment: Moment) -> PreparedPrompt | None:
         """The prompt as it is in force at that moment; None where it is not."""
@@ -157,14 +165,6 @@ class PreparedPrompt:
         if self.values is not None and self.factor is not None:
             packed = torch.addcmul(packed, _beside(self.values, latents), self.factor)
         return packed.expand(len(latents), -1, -1)
-
-    def mask_levels(self, area: tuple[int, ...] | None) -> Tensor | None:
-        """`(M, Σ tokens, 1)`; computed once for each area of the run."""
-        if self.mask is None:
-            return None
-        if area not in self._levels:
-            self._levels[area] = self.mask.levels(area).to(self.packed)
-        return self._levels[area]
 
 
 class AttachedPrompts(comfy.conds.CONDRegular):
@@ -182,7 +182,8 @@ class PromptRows(comfy.conds.CONDRegular):
     """Prompts of a conditioning while sampling.
 
     `cond (B,)` numbers the latents that the rows stand beside. Being a tensor of the batch's
-    length it is sliced by whoever slices the batch, context windows for example. `positive`: the
+    length it is sliced by whoever slices the batch, context windows for example. `area`: the part
+    of the picture that is sampled; `latent`: its size, where that is not the run's. `positive`: the
     guider's name for the conditioning says so.
     """
 
@@ -190,16 +191,22 @@ class PromptRows(comfy.conds.CONDRegular):
         self,
         cond: Tensor,
         prompts: tuple[PreparedPrompt, ...],
-        area: tuple[int, ...] | None = None,
+        area: Area | None = None,
         positive: bool = False,
+        latent: Size | None = None,
     ) -> None:
         super().__init__(cond)
         self.prompts = prompts
         self.area = area
         self.positive = positive
+        self.latent = latent
+
+    def _but(self, **changed: Any) -> PromptRows:
+        names = ("cond", "prompts", "area", "positive", "latent")
+        return PromptRows(**({name: getattr(self, name) for name in names} | changed))
 
     def _copy_with(self, cond: Tensor) -> PromptRows:
-        return PromptRows(cond, self.prompts, self.area, self.positive)
+        return self._but(cond=cond)
 
     @property
     def changing(self) -> bool:
@@ -210,14 +217,22 @@ class PromptRows(comfy.conds.CONDRegular):
     def at(self, moment: Moment) -> PromptRows:
         """Only the prompts in force at that moment, as they are then."""
         prompts = (prompt.at(moment) for prompt in self.prompts)
-        kept = tuple(prompt for prompt in prompts if prompt is not None)
-        return PromptRows(self.cond, kept, self.area, self.positive)
+        return self._but(prompts=tuple(prompt for prompt in prompts if prompt is not None))
+
+    def over(self, x: Tensor) -> PromptRows:
+        """Beside these latents, whole: a sampler may have enlarged the run's. Smaller ones are
+        parts that something has cut out."""
+        size = x.shape[-2], x.shape[-1]
+        masks = [prompt.mask for prompt in self.prompts if prompt.mask is not None]
+        if all(size[0] * size[1] <= mask.latent[0] * mask.latent[1] for mask in masks):
+            return self
+        return self._but(latent=size)
 
     def process_cond(
         self, batch_size: int, area: Sequence[int] | None = None, **kwargs: Any
     ) -> PromptRows:
         rows = comfy.utils.repeat_to_batch_size(self.cond, batch_size)
-        return PromptRows(rows, self.prompts, None if area is None else tuple(area), self.positive)
+        return self._but(cond=rows, area=None if area is None else tuple(area))
 
     def can_concat(self, other: Any) -> bool:
         return isinstance(other, PromptRows)
@@ -243,7 +258,8 @@ class PromptRows(comfy.conds.CONDRegular):
                 out.append(None)
             else:
                 rows = [b._mask(p, masked) for b, p in zip(blocks, prompts, strict=True)]
-                out.append(torch.cat(rows))
+                tokens = max(levels.shape[1] for levels in rows)
+                out.append(torch.cat([levels.expand(-1, tokens, -1) for levels in rows]))
         return out
 
     def by_slot(self) -> dict[tuple[int, int], PreparedPrompt]:
@@ -262,11 +278,9 @@ class PromptRows(comfy.conds.CONDRegular):
         return prompt.rows(self.cond)
 
     def _mask(self, prompt: PreparedPrompt | None, like: PreparedPrompt) -> Tensor:
-        levels = None if prompt is None else prompt.mask_levels(self.area)
-        if levels is None:
-            whole = like.mask_levels(self.area)
-            assert whole is not None
-            return whole.new_ones(len(self.cond), *whole.shape[1:])
+        if prompt is None or prompt.mask is None:
+            return like.packed.new_ones(len(self.cond), 1, 1)
+        levels = prompt.mask.levels(self.latent, self.area)
         return _beside(levels, self.cond).expand(len(self.cond), -1, -1)
 
 

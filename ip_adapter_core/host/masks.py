@@ -3,38 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
 LEVELS = 4  # SD1.5's resolutions; SDXL has three of them
+Levels: TypeAlias = dict[int, Tensor] | Tensor
+"""A mask by the number of a layer's tokens, `(B, tokens, 1)`, or one value a row, `(B, 1, 1)`."""
+Size: TypeAlias = tuple[int, int]
+"""Height and width of a latent."""
+Area: TypeAlias = tuple[int, ...]
+"""Height, width, y and x of a part of it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Masks:
     """What the image branch is multiplied with: `masks (M, H, W)`, which the latents of a batch
-    take in turn, times `weights (N,)`, one a latent; the last one holds for all that follow."""
+    take in turn (None: 1 everywhere), times `weights (N,)`, one a latent; the last one holds for
+    all that follow."""
 
-    masks: Tensor
+    masks: Tensor | None
     weights: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedMasks:
     """`Masks` over a run's latents of `latent` (height, width): `numbers` of each latent's mask and
-    its `weights`, both `(B,)`, or `(1,)` for all alike."""
+    its `weights`, both `(B,)`, or `(1,)` for all alike. The levels of `masks` are computed once for
+    each part of the run's picture; to `device` and `dtype` they are moved."""
 
-    masks: Tensor
+    masks: Tensor | None
     numbers: Tensor
     weights: Tensor
     latent: tuple[int, int]
+    device: torch.device
+    dtype: torch.dtype
+    _levels: dict[tuple[Size, Area | None] | None, Tensor] = field(default_factory=dict)
 
-    def levels(self, area: Sequence[int] | None) -> Tensor:
-        """`(B, Σ tokens, 1)`, or 1 for B: see `mask_levels`."""
-        levels = mask_levels(self.masks, self.latent, area)
-        return levels[self.numbers] * self.weights[:, None, None]
+    def levels(self, latent: Size | None, area: Area | None) -> Tensor:
+        """`(B, Σ tokens, 1)`, or 1 for B: see `mask_levels`. `latent`: the size of a sampler that
+        has enlarged the run's. `(B, 1, 1)` where there are weights alone, which have no place."""
+        key = None if self.masks is None else (latent or self.latent, area)
+        if key not in self._levels:
+            levels = self.weights[:, None, None]
+            if self.masks is not None and key is not None:
+                levels = mask_levels(self.masks, *key)[self.numbers] * levels
+            self._levels[key] = levels.to(self.device, self.dtype)
+        return self._levels[key]
 
 
 def level_sizes(height: int, width: int) -> list[tuple[int, int]]:
@@ -53,21 +71,24 @@ def mask_levels(mask: Tensor, latent: Sequence[int], area: Sequence[int] | None)
     mask itself, bicubic, as diffusers does (`IPAdapterMaskProcessor.downsample`).
     """
     height, width, top, left = area or (*latent, 0, 0)
-    source = mask[:, None].double()  # coordinates of a 4096-pixel mask need more than float32
-    levels = []
+    grids = []
     for rows, columns in level_sizes(height, width):
         y = _centres(rows, top / latent[0], height / latent[0])
         x = _centres(columns, left / latent[1], width / latent[1])
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).to(source.device)
-        level = grid_sample(
-            source,
-            grid.expand(len(mask), -1, -1, -1),
+        grids.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1))
+    grid = torch.cat(grids)[None, None].to(mask.device)
+    # Coordinates of a 4096-pixel mask need more than float32, but not of all masks at once.
+    sampled = [
+        grid_sample(
+            one[None, None].double(),
+            grid,
             mode="bicubic",
             padding_mode="border",
             align_corners=False,
         )
-        levels.append(level.flatten(2).transpose(1, 2))
-    return torch.cat(levels, dim=1).to(mask.dtype)
+        for one in mask
+    ]
+    return torch.cat(sampled).flatten(1)[..., None].to(mask.dtype)
 
 
 def _centres(count: int, start: float, length: float) -> Tensor:
@@ -77,9 +98,11 @@ def _centres(count: int, start: float, length: float) -> Tensor:
     return 2 * (start + cells * length) - 1
 
 
-def split_levels(levels: Tensor, height: int, width: int) -> dict[int, Tensor]:
+def split_levels(levels: Tensor, height: int, width: int) -> Levels:
     """Views of the levels by their number of tokens: `(B, tokens, 1)`. Raises RuntimeError if
     they were made for another size."""
+    if levels.shape[1] == 1:
+        return levels
     counts = [rows * columns for rows, columns in level_sizes(height, width)]
     if sum(counts) != levels.shape[1]:
         raise RuntimeError(

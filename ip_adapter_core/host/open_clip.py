@@ -23,6 +23,10 @@ from ..image_tower import MEAN, STD, VISUAL, build, fitting, read
 from ..tower_config import ImageEncoderError, Tower, check_whole
 
 logger = logging.getLogger("comfyui_ip_adapter")
+_UNKNOWN_SIZE = (
+    "its tensors are named as in transformers, in a size that ComfyUI does not know. Save the "
+    "open_clip model instead, with its configuration"
+)
 _HOST_LAYERS = 48  # that the host's conversion of names goes through
 
 
@@ -59,12 +63,12 @@ def _loaded(tower: Tower, state: dict[str, Tensor], name: str) -> ClipVisionMode
 
 
 def _hosts(path: Path) -> ClipVisionModel:
-    model = comfy.clip_vision.load(str(path))
+    try:
+        model = comfy.clip_vision.load(str(path))
+    except (RuntimeError, UnboundLocalError) as error:  # it took the file for the nearest size
+        raise ImageEncoderError(_UNKNOWN_SIZE) from error
     if model is None:
-        raise ImageEncoderError(
-            "its tensors are named as in transformers, in a size that ComfyUI does not know. Save "
-            "the open_clip model instead, with its configuration"
-        )
+        raise ImageEncoderError(_UNKNOWN_SIZE)
     return model
 
 

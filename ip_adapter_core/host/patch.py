@@ -20,7 +20,7 @@ from ..attention import add, image_attention
 from ..prompt import unpack
 from .conditioning import KEY, AttachedPrompts, CompiledPrompt, PromptRows, Run
 from .layers import Layer, cross_attention_layers
-from .masks import resize, split_levels
+from .masks import Levels, resize, split_levels
 from .schedule import Moment
 
 LAYERS, UNNAMED = f"{KEY}.layers", f"{KEY}.unnamed"  # in the run's transformer_options
@@ -161,6 +161,7 @@ def keep_in_force(
     present = [r for r in rows if r is not None]
     if not present or not all(isinstance(r, PromptRows) for r in present):
         return executor(model, conds, x, timestep, model_options, *args, **kwargs)
+    rows = [None if r is None else r.over(x) for r in rows]
     if any(r.changing for r in present):
         moment = Moment(timestep)
         rows = [None if r is None else r.at(moment) for r in rows]
@@ -186,8 +187,16 @@ def _beside(x: Tensor, options: dict[str, Any]) -> PromptRows | None:
     return PromptRows(window.get_tensor(rows.cond), rows.prompts)
 
 
-def lay_over_attention(
+def lay_over_attention(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """DIFFUSION_MODEL: for this call, cross-attention becomes decoupled cross-attention around
+    whatever patch stands in its slot. Nothing is left behind."""
+    rows = kwargs.pop(KEY, None)
+    return _decoupled(executor, rows, x, *args, **kwargs) if rows else executor(x, *args, **kwargs)
+
+
+def _decoupled(
     executor: Any,
+    rows: list[Tensor | None],
     x: Tensor,
     timesteps: Any = None,
     context: Any = None,
@@ -197,29 +206,26 @@ def lay_over_attention(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """DIFFUSION_MODEL: for this call, cross-attention becomes decoupled cross-attention around
-    whatever patch stands in its slot. Nothing is left behind."""
+    """A UNet's call, with `rows` as `PromptRows.concat` gives them."""
     options = transformer_options or {}
-    rows = kwargs.pop(KEY, None)
-    if rows:
-        layers = options.get(LAYERS) or cross_attention_layers(executor.class_obj)
-        replaced = options.get("patches_replace", {})
-        slots = replaced.get("attn2", {})
-        dims = [layer.dim for layer in layers]
-        latent = (x.shape[-2], x.shape[-1])
-        rows = [None if r is None else _for_all(r, x) for r in rows]
-        keys_values = [unpack(packed, dims) for packed in rows[::2]]
-        masks = [None if m is None else split_levels(m, *latent) for m in rows[1::2]]
-        record: AttentionRecord | None = options.get(RECORD)
-        watch = None if record is None else record.look(options, latent)
-        ours = {}
-        for i, layer in enumerate(layers):
-            prompts = [(*kv[i], mask) for kv, mask in zip(keys_values, masks, strict=True)]
-            before = slots.get(layer.key) or slots.get(layer.key[:2])
-            made = DecoupledAttention(prompts, latent, before)
-            ours[layer.key] = made if watch is None else watch(made, layer)
-        attn2 = {**slots, **ours}
-        options = {**options, "patches_replace": {**replaced, "attn2": attn2}}
+    layers = options.get(LAYERS) or cross_attention_layers(executor.class_obj)
+    replaced = options.get("patches_replace", {})
+    slots = replaced.get("attn2", {})
+    dims = [layer.dim for layer in layers]
+    latent = (x.shape[-2], x.shape[-1])
+    rows = [None if r is None else _for_all(r, x) for r in rows]
+    keys_values = [unpack(packed, dims) for packed in rows[::2] if packed is not None]
+    masks = [None if m is None else split_levels(m, *latent) for m in rows[1::2]]
+    record: AttentionRecord | None = options.get(RECORD)
+    watch = None if record is None else record.look(options, latent)
+    ours = {}
+    for i, layer in enumerate(layers):
+        prompts = [(*kv[i], mask) for kv, mask in zip(keys_values, masks, strict=True)]
+        before = slots.get(layer.key) or slots.get(layer.key[:2])
+        made = DecoupledAttention(prompts, latent, before)
+        ours[layer.key] = made if watch is None else watch(made, layer)
+    attn2 = {**slots, **ours}
+    options = {**options, "patches_replace": {**replaced, "attn2": attn2}}
     return executor(x, timesteps, context, y, control, options, *args, **kwargs)
 
 
@@ -244,7 +250,7 @@ class DecoupledAttention:
 
     def __init__(
         self,
-        prompts: list[tuple[Tensor, Tensor, dict[int, Tensor] | None]],
+        prompts: list[tuple[Tensor, Tensor, Levels | None]],
         latent: tuple[int, int],
         before: Callable[..., Tensor] | None,
     ) -> None:
@@ -269,7 +275,7 @@ class DecoupledAttention:
         )
 
     def images(self, q: Tensor, options: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Each image prompt's part, `(B, L, C)`, and its mask, `(B, L, 1)`."""
+        """Each image prompt's part, `(B, L, C)`, and its mask, `(B, L, 1)` or `(B, 1, 1)`."""
         if q.shape[0] != len(self.prompts[0][0]):
             raise RuntimeError(
                 f"Another node's attn2 patch made {q.shape[0]} rows of the "
@@ -279,11 +285,9 @@ class DecoupledAttention:
         for key, value, mask in self.prompts:
             yield image_attention(q, key, value, options["n_heads"]), self._at(mask, q, options)
 
-    def _at(
-        self, levels: dict[int, Tensor] | None, q: Tensor, options: dict[str, Any]
-    ) -> Tensor | None:
-        if levels is None:
-            return None
+    def _at(self, levels: Levels | None, q: Tensor, options: dict[str, Any]) -> Tensor | None:
+        if levels is None or isinstance(levels, Tensor):
+            return levels
         if q.shape[1] in levels:
             return levels[q.shape[1]]
         finest = levels[self.latent[0] * self.latent[1]]

@@ -21,7 +21,7 @@ from ..attention import add
 from ..presets import Block
 from ..shares import KEPT, LIMIT, RecordedRun, Share, of_samples
 from .conditioning import KEY, CompiledPrompt, PreparedPrompt, PromptRows, Run, slots
-from .layers import Layer
+from .layers import Layer, layers_of
 from .patch import RECORD, Conds, DecoupledAttention, Model, with_wrappers
 
 Attention: TypeAlias = Callable[..., Tensor]
@@ -204,7 +204,9 @@ def _numbered(conds: Conds) -> dict[CompiledPrompt, int]:
 
 
 def recording(model: Model) -> tuple[Model, Record]:
-    """A clone of the model whose runs are watched, and what they leave."""
+    """A clone of the model whose runs are watched, and what they leave. Raises ValueError for a
+    model that is no UNet."""
+    layers_of(model)
     record = Record()
     patched = with_wrappers(model)
     patched.set_attachments(RECORD, record)

@@ -44,7 +44,10 @@ def draw_grid(
         middle = top + y * (height + _GAP) + height // 2
         pen.text((left - _GAP, middle), word, fill=_INK, anchor="rm", font_size=font)
         for x, cell in enumerate(cells[y]):
-            pixels = (cell[..., :3].float().clamp(0, 1) * 255).round().byte().cpu().numpy()
+            colours = (
+                cell[..., :3].float().expand(-1, -1, 3)
+            )  # of grey ones, which have one channel
+            pixels = (colours.clamp(0, 1) * 255).round().byte().cpu().numpy()
             picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (left + x * (width + _GAP), top + y * (height + _GAP)))
     return torch.from_numpy(np.asarray(sheet, np.float32) / 255)[None]

@@ -210,7 +210,6 @@ def test_the_fingerprint_knows_what_cannot_be_chosen(small, auto, folder, encode
     saved(folder / "x.safetensors")
     tower("e.safetensors")
     before = fingerprint()
-    assert len(before) == 2
     for place, whole in ((folder, "x.safetensors"), (encoders, "e.safetensors")):
         data = (place / whole).read_bytes()
         for size in (0, 100, len(data) - 1):
@@ -230,7 +229,8 @@ def test_the_fingerprint_of_a_preset_over_a_link(auto, folder, tower, saved):
     saved(folder / "x.safetensors")
     tower("e.safetensors")
     linked = auto.fingerprint_inputs(model=None, preset=None)
-    assert linked == auto.fingerprint_inputs(model=None, preset="standard") and len(linked) == 2
+    assert linked == auto.fingerprint_inputs(model=None, preset="standard")
+    assert isinstance(linked, str) and "/" not in linked  # the host writes it into saved pictures
     assert auto.fingerprint_inputs(model=None, preset=None) == linked
 
 

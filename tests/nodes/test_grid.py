@@ -47,6 +47,12 @@ def test_each_picture_stands_where_its_values_say(values, draw):
     assert all(seen[w, 0][0] < seen[w, 0.4][0] for w in (0.25, 0.5, 1))
 
 
+def test_grey_pictures_of_one_channel(draw):
+    grey = torch.tensor([0.25, 0.75]).view(2, 1, 1, 1).expand(2, 64, 64, 1)
+    sheet = draw([*grey.split(1)], [0.5, 1.0], [0.0, 0.0])
+    assert torch.equal(sheet, draw([*grey.expand(-1, -1, -1, 3).split(1)], [0.5, 1.0], [0.0, 0.0]))
+
+
 @pytest.mark.parametrize(
     "count, weights, starts",
     [

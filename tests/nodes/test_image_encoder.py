@@ -45,6 +45,13 @@ def test_the_fingerprint_follows_the_file_and_its_configuration(load, encoders, 
     assert load.fingerprint_inputs(encoder_name=NAME) != first
 
 
+def test_the_fingerprint_tells_no_folder(load, encoders):
+    """The host writes it into every picture that is saved."""
+    write(encoders / NAME)
+    assert isinstance(told := load.fingerprint_inputs(encoder_name=NAME), str)
+    assert not {"/", os.sep, "small"} & {told, *told}
+
+
 def test_the_fingerprint_of_a_name_over_a_link(load, encoders):
     """The host gives None for it; whatever it raised would have the node run each time."""
     assert load.fingerprint_inputs(encoder_name=None) is None
@@ -58,6 +65,21 @@ def test_a_file_of_torch_before_1_6(load, encoders):
     (old,), (new,) = load.execute("small.pt").args, load.execute(NAME).args
     for key, weight in new.model.state_dict().items():
         assert torch.equal(old.model.state_dict()[key], weight)
+
+
+@pytest.mark.parametrize("layers, width", [(31, 1408), (22, 768)])
+def test_a_size_of_transformers_that_the_host_does_not_know(load, encoders, layers, width):
+    """It takes such a file for one of the nearest size that it knows, or for none."""
+    last = f"vision_model.encoder.layers.{layers - 1}"
+    state = {
+        **{f"{last}.layer_norm1.{name}": torch.ones(width) for name in ("weight", "bias")},
+        "vision_model.embeddings.position_embedding.weight": torch.ones(257, width),
+        "vision_model.embeddings.patch_embedding.weight": torch.ones(width, 3, 14, 14),
+        "visual_projection.weight": torch.ones(1024, width),
+    }
+    save_file(state, encoders / NAME)
+    with pytest.raises(ValueError, match=f"'{NAME}'.*in a size that ComfyUI does not know"):
+        load.execute(NAME)
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', "{}"])

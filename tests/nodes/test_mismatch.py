@@ -75,13 +75,16 @@ def test_families_go_by_their_names(small, apply, family):
 
 
 @pytest.mark.parametrize("model, name", [(flux, "Flux"), (sd3, "SD3")], ids=["flux", "sd3"])
-def test_a_model_without_cross_attention(small, apply, model, name):
+def test_a_model_without_cross_attention(nodes, small, apply, model, name):
     from comfy.model_patcher import ModelPatcher
 
     patcher = ModelPatcher(model(), load_device=small.CPU, offload_device=small.CPU)
     with pytest.raises(ValueError) as error:
         apply(patcher, small.adapter(), small.images())
     says(error, "random.safetensors", name, "no UNet cross-attention", "SD1.5", "SDXL")
+    with pytest.raises(ValueError) as error:
+        nodes["IPA_RecordAttention"].execute(patcher)
+    says(error, name, "no UNet cross-attention", "SD1.5", "SDXL")
 
 
 def test_one_layer_of_another_width(small, apply, monkeypatch):

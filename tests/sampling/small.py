@@ -190,7 +190,8 @@ def run(guider, *, at=(0.3, 0.6), batch=2, size=8, sampler="euler", seed=1, **op
     latent = options.pop("latent", torch.zeros_like(noise))
     sampling = guider.model_patcher.get_model_object("model_sampling")
     sigmas = torch.tensor([*map(sampling.percent_to_sigma, at), 0.0])
-    sampler = comfy.samplers.sampler_object(sampler)
+    if isinstance(sampler, str):
+        sampler = comfy.samplers.sampler_object(sampler)
     return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=0, **options)
 
 

@@ -155,6 +155,53 @@ def test_tiles_with_a_mask_are_refused(small, setup):
         small.run(small.guider(model, *texts), batch=1, size=16)
 
 
+def test_tiles_with_weights_per_latent_follow_the_image(small, truth, setup):
+    """Which have no place in the picture, and need no mask."""
+    _, texts = setup
+    plain, given = small.model(), {"latent_weights": [0.4]}
+    sides = truth.sides(small.adapter(), small.images(), **given)
+    expected = truth.apply(plain, small.LAYERS["sd15"], *zip(texts, sides, strict=True))
+    model = small.apply(plain, small.adapter(), small.images(), **given)
+    latents = []
+    for m in (model, expected, plain):
+        m = m.clone()
+        m.set_model_unet_function_wrapper(tiled)
+        latents.append(small.run(small.guider(m, *texts), batch=1, size=16))
+    truth.check(*latents)
+
+
+@pytest.mark.parametrize("sized", [{}, {"latent_weights": [0.3, 1.0]}], ids=["mask", "and weights"])
+def test_a_sampler_that_enlarges_the_latents(small, truth, setup, sized):
+    """The mask lies over the whole picture, of whatever size."""
+    from comfy_extras.nodes_advanced_samplers import SamplerLCMUpscale
+
+    _, texts = setup
+    (sampler,) = SamplerLCMUpscale.execute(2.0, -1, "bilinear").args
+    plain = small.model()
+    mask = torch.rand(1, 40, 40, generator=torch.Generator().manual_seed(3))
+    given = {"mask": mask, **sized}
+    sides = truth.sides(small.adapter(), small.images(), **given)
+    expected = truth.apply(plain, small.LAYERS["sd15"], *zip(texts, sides, strict=True))
+    model = small.apply(plain, small.adapter(), small.images(), **given)
+    latents = []
+    for m in (model, expected, plain):
+        torch.manual_seed(0)
+        latents.append(small.run(small.guider(m, *texts), at=(0.2, 0.5, 0.7), sampler=sampler))
+    assert latents[0].shape[-1] == 16
+    truth.check(*latents)
+
+
+def test_a_model_that_is_called_otherwise_than_a_unet(host):
+    """Where there is no prompt the call goes on as it came."""
+    from comfyui_ip_adapter.ip_adapter_core.host import patch
+
+    def call(*args, **kwargs):
+        return args, kwargs
+
+    given = ("x", "t", "context", 7, "attention mask"), {"transformer_options": {}}
+    assert patch.lay_over_attention(call, *given[0], **given[1]) == given
+
+
 def test_a_patch_that_makes_more_rows_is_named(small, setup):
     model, texts = setup
 
