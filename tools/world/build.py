@@ -48,7 +48,7 @@ STEPS: dict[str, Any] = {
     "base": (1800, 1800, 1800),
     "pictures": 6000,
     "ip-adapter": ((2000, 2e-3),),
-    "ip-adapter-plus": ((4000, 2e-3),),
+    "ip-adapter-plus": ((4000, 5e-4),),
     "control": 800,
     "second base": 800,
 }
@@ -75,7 +75,8 @@ class Build(Work):
         recipe = {
             "seed": self.seed,
             "steps": {**self.steps},
-            "adapters": adapters.SETTINGS | adapters.RESAMPLER,
+            "adapters": adapters.SETTINGS,
+            "resampler": adapters.RESAMPLER,
             "scenes": mark(),
         }
         return dict(json.loads(json.dumps(recipe)))
