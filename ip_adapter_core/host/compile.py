@@ -80,7 +80,8 @@ class Settings:
 
     @property
     def masks(self) -> Masks | None:
-        """What the image branch is multiplied with; None for nothing."""
+        """What the image branch is multiplied with; None where there is neither mask nor
+        weights."""
         if self.mask is None and self.latent_weights is None:
             return None
         weights = [1.0] if self.latent_weights is None else self.latent_weights

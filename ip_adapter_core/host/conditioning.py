@@ -183,8 +183,8 @@ class PromptRows(comfy.conds.CONDRegular):
 
     `cond (B,)` numbers the latents that the rows stand beside. Being a tensor of the batch's
     length it is sliced by whoever slices the batch, context windows for example. `area`: the part
-    of the picture that is sampled; `latent`: its size, where that is not the run's. `positive`: the
-    guider's name for the conditioning says so.
+    of the picture that is sampled; `latent`: the size of the latents that are evaluated.
+    `positive`: the guider's name for the conditioning says so.
     """
 
     def __init__(
@@ -220,13 +220,10 @@ class PromptRows(comfy.conds.CONDRegular):
         return self._but(prompts=tuple(prompt for prompt in prompts if prompt is not None))
 
     def over(self, x: Tensor) -> PromptRows:
-        """Beside these latents, whole: a sampler may have enlarged the run's. Smaller ones are
-        parts that something has cut out."""
-        size = x.shape[-2], x.shape[-1]
-        masks = [prompt.mask for prompt in self.prompts if prompt.mask is not None]
-        if all(size[0] * size[1] <= mask.latent[0] * mask.latent[1] for mask in masks):
+        """Beside these latents, over which the masks lie."""
+        if all(prompt.mask is None for prompt in self.prompts):
             return self
-        return self._but(latent=size)
+        return self._but(latent=(x.shape[-2], x.shape[-1]))
 
     def process_cond(
         self, batch_size: int, area: Sequence[int] | None = None, **kwargs: Any

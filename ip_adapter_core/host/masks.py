@@ -1,4 +1,4 @@
-"""Masks at the resolutions of a UNet's layers, made once a run."""
+"""Masks at the resolutions of a UNet's layers, made once per run and size of its latents."""
 
 from __future__ import annotations
 
@@ -44,15 +44,21 @@ class PreparedMasks:
     _levels: dict[tuple[Size, Area | None] | None, Tensor] = field(default_factory=dict)
 
     def levels(self, latent: Size | None, area: Area | None) -> Tensor:
-        """`(B, Σ tokens, 1)`, or 1 for B: see `mask_levels`. `latent`: the size of a sampler that
-        has enlarged the run's. `(B, 1, 1)` where there are weights alone, which have no place."""
-        key = None if self.masks is None else (latent or self.latent, area)
+        """`(B, Σ tokens, 1)`, or 1 for B: see `mask_levels`. `latent`: the size of the evaluated
+        latents, see `whole`. `(B, 1, 1)` where there are weights alone, which have no place."""
+        key = None if self.masks is None else (whole(self.latent, latent or self.latent), area)
         if key not in self._levels:
             levels = self.weights[:, None, None]
             if self.masks is not None and key is not None:
                 levels = mask_levels(self.masks, *key)[self.numbers] * levels
             self._levels[key] = levels.to(self.device, self.dtype)
         return self._levels[key]
+
+
+def whole(run: Size, latent: Size) -> Size:
+    """The whole picture's size where latents are evaluated: a sampler may have enlarged the run's,
+    but smaller ones are a part of it that something has cut out."""
+    return latent if latent[0] * latent[1] > run[0] * run[1] else run
 
 
 def level_sizes(height: int, width: int) -> list[tuple[int, int]]:
@@ -77,7 +83,7 @@ def mask_levels(mask: Tensor, latent: Sequence[int], area: Sequence[int] | None)
         x = _centres(columns, left / latent[1], width / latent[1])
         grids.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1))
     grid = torch.cat(grids)[None, None].to(mask.device)
-    # Coordinates of a 4096-pixel mask need more than float32, but not of all masks at once.
+    # Coordinates of a 4096-pixel mask need float64; one mask at a time keeps the copy small.
     sampled = [
         grid_sample(
             one[None, None].double(),

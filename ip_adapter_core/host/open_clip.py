@@ -66,6 +66,8 @@ def _hosts(path: Path) -> ClipVisionModel:
     try:
         model = comfy.clip_vision.load(str(path))
     except (RuntimeError, UnboundLocalError) as error:  # it took the file for the nearest size
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise  # memory is short
         raise ImageEncoderError(_UNKNOWN_SIZE) from error
     if model is None:
         raise ImageEncoderError(_UNKNOWN_SIZE)

@@ -20,7 +20,7 @@ from ..attention import add, image_attention
 from ..prompt import unpack
 from .conditioning import KEY, AttachedPrompts, CompiledPrompt, PromptRows, Run
 from .layers import Layer, cross_attention_layers
-from .masks import Levels, resize, split_levels
+from .masks import Levels, Size, resize, split_levels
 from .schedule import Moment
 
 LAYERS, UNNAMED = f"{KEY}.layers", f"{KEY}.unnamed"  # in the run's transformer_options
@@ -38,8 +38,9 @@ class AttentionRecord(Protocol):
     def watching(self, sample: Callable[..., Any], run: Run, conds: Conds) -> Callable[..., Any]:
         """The same sampling run, watched."""
 
-    def evaluates(self, conds: list[Any]) -> None:
-        """These conditionings, with their prompts in force, are about to be evaluated."""
+    def evaluates(self, conds: list[Any], latent: Size) -> None:
+        """These conditionings, with their prompts in force, are about to be evaluated on latents
+        of this size."""
 
     def look(
         self, options: dict[str, Any], latent: tuple[int, int]
@@ -173,7 +174,7 @@ def keep_in_force(
     conds = [conditioning and [next(kept) for _ in conditioning] for conditioning in conds]
     record: AttentionRecord | None = model_options["transformer_options"].get(RECORD)
     if record is not None:
-        record.evaluates(conds)
+        record.evaluates(conds, (x.shape[-2], x.shape[-1]))
     return executor(model, conds, x, timestep, model_options, *args, **kwargs)
 
 

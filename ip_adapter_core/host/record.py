@@ -22,6 +22,7 @@ from ..presets import Block
 from ..shares import KEPT, LIMIT, RecordedRun, Share, of_samples
 from .conditioning import KEY, CompiledPrompt, PreparedPrompt, PromptRows, Run, slots
 from .layers import Layer, layers_of
+from .masks import Size, whole
 from .patch import RECORD, Conds, DecoupledAttention, Model, with_wrappers
 
 Attention: TypeAlias = Callable[..., Tensor]
@@ -57,11 +58,13 @@ class _Seen:
 
 @dataclass(eq=False)
 class _Watch:
-    """A run that goes on. `rows`: the prompts of each (place in the call of the guider, uuid of the
-    conditioning); `known`: what this prediction of the noise has evaluated already."""
+    """A run that goes on. `whole`: height and width of its latents at the moment; `rows`: the
+    prompts of each (place in the call of the guider, uuid of the conditioning); `known`: what this
+    prediction of the noise has evaluated already."""
 
     run: Run
     numbers: dict[CompiledPrompt, int]
+    whole: Size
     rows: dict[tuple[int, Any], PromptRows | None] = field(default_factory=dict)
     known: set[Any] = field(default_factory=set)
     seen: list[_Seen] = field(default_factory=list)
@@ -79,7 +82,7 @@ class _Watch:
         """What to look at in this UNet call; None for nothing, or where it shows a part alone."""
         places = list(zip(options["cond_or_uncond"], options["uuids"], strict=True))
         rows = [row for row in map(self.rows.get, places) if row is not None]
-        if latent != self.run.latent or len(rows) < len(places):
+        if latent != self.whole or len(rows) < len(places):
             return None
         window = options.get("context_window")
         of_window = None if window is None else tuple(window.index_list)
@@ -158,7 +161,7 @@ class Record:
         write anything down, and the host drops the guards that tell a watched run from others."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self._watch = _Watch(run, _numbered(conds))
+            self._watch = _Watch(run, _numbered(conds), run.latent)
             try:
                 with torch.compiler.set_stance("force_eager"):
                     samples = sample(*args, **kwargs)
@@ -177,9 +180,11 @@ class Record:
             self._watch.known.clear()
         return executor(*args, **kwargs)
 
-    def evaluates(self, conds: list[Any]) -> None:
-        """`conds`: of one call of the guider, with the prompts that are in force."""
+    def evaluates(self, conds: list[Any], latent: Size) -> None:
+        """`conds`: of one call of the guider on latents of this size, with the prompts that are in
+        force."""
         if self._watch is not None:
+            self._watch.whole = whole(self._watch.run.latent, latent)
             self._watch.rows = {
                 (i, entry["uuid"]): entry["model_conds"].get(KEY)
                 for i, conditioning in enumerate(conds)

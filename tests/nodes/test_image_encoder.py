@@ -49,7 +49,7 @@ def test_the_fingerprint_tells_no_folder(load, encoders):
     """The host writes it into every picture that is saved."""
     write(encoders / NAME)
     assert isinstance(told := load.fingerprint_inputs(encoder_name=NAME), str)
-    assert not {"/", os.sep, "small"} & {told, *told}
+    assert not any(part in told for part in ("/", os.sep, "small"))
 
 
 def test_the_fingerprint_of_a_name_over_a_link(load, encoders):

@@ -151,6 +151,20 @@ def test_steps_that_are_evaluated_twice(small, recorded, guidances, name):
     assert float(l1_loss(steps[0], steps[2])) > 1e-4
 
 
+def test_a_sampler_that_enlarges_the_latents(small, recorded):
+    """Every step is recorded, at the size that the latents have there."""
+    from comfy_extras.nodes_advanced_samplers import SamplerLCMUpscale
+
+    (sampler,) = SamplerLCMUpscale.execute(2.0, -1, "bilinear").args
+    model = small.apply(small.model(), small.adapter(), small.images())
+    texts, at = (small.text(1), small.text(2)), (0.2, 0.5, 0.8)
+    found = recorded(model, small.guider, *texts, at=at, sampler=sampler)
+    sizes = sorted({share.maps.shape[-1] for share in found.shares if share.block[0] == "input"})
+    assert len({share.sigma for share in found.shares}) == 3
+    assert sizes[-1] == found.samples.shape[-1] == 16 and len(sizes) > 4
+    assert found.heat(ALL, 0.8, 1, 0).shape == (2, 16, 16)
+
+
 @pytest.fixture
 def traced(host):
     """The node's steps with a backend that traces only."""

@@ -17,8 +17,9 @@ SIDE = 64
 REFERENCE_STREAM = 1 << 20  # added to the seed: shapes drawn anew are of a stream of their own
 RESAMPLER = {"resampler_dim": 192, "resampler_depth": 2, "warmup_steps": 100}
 """Of the fine-grained variant's query network; the published ones' would take 58 MB. It needs a
-smaller learning rate than the base adapter (see build.STEPS): at 2e-3, what its tokens tell of the
-place when they are random, a fit with R² of 0.4 and 0.5, is gone after 1,000 steps."""
+smaller learning rate than the base adapter (see build.STEPS): at 2e-3, 1,000 steps destroy what
+even an untrained network's tokens tell of where a shape lies (a linear fit of x and y: R² 0.41 and
+0.54 before, 0.02 and 0.06 after)."""
 
 
 SETTINGS: dict[str, Any] = {

@@ -5,6 +5,7 @@ Trained with diffusers' UNet2DConditionModel and saved in the original layout, a
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import re
@@ -35,9 +36,9 @@ CONFIG: dict[str, Any] = {
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SD1.5's
 PEAK, WARMUP = 8e-4, 50  # of the learning rate; every part of a training warms its optimiser up
 DROP_TEXT = 0.1
-SHAPE_ALONE = 0.2  # of the texts name nothing else
-NAMED = 0.85  # how often each of colour, texture and background is named in the others
-PLACED = 0.35  # of the texts name the place, and beside it nothing but the colour
+PLACED = 0.35  # of the texts name the place, and beside it nothing but, perhaps, the colour
+SHAPE_ALONE = 0.2  # of the others name nothing else; of those with a place, no colour
+NAMED = 0.85  # how often each of colour, texture and background is named in what then remains
 NONE = len(SHAPES)  # the row of the empty text
 _TEXTS_AT_ONCE = 60
 
@@ -114,6 +115,13 @@ def all_texts() -> list[str]:
         *(caption(shape, colour, place=place) for shape, colour, place in placed),
         "",
     ]
+
+
+def told() -> dict[str, Any]:
+    """Which texts the base hears and how often, for a recipe: a checksum stands for the texts."""
+    texts = hashlib.sha256("\n".join(all_texts()).encode()).hexdigest()[:16]
+    shares = {"drop": DROP_TEXT, "placed": PLACED, "shape_alone": SHAPE_ALONE, "named": NAMED}
+    return {"texts": texts, **shares}
 
 
 def all_contexts() -> Tensor:

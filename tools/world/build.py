@@ -71,10 +71,12 @@ class Build(Work):
         self.seed, self.steps = seed, steps
 
     def recipe(self) -> dict[str, Any]:
-        """What was asked for, as JSON has it: seed, steps, the adapters' settings, and the set."""
+        """What was asked for, as JSON has it: seed, steps, texts, the adapters' settings, and
+        the set."""
         recipe = {
             "seed": self.seed,
             "steps": {**self.steps},
+            "texts": base.told(),
             "adapters": adapters.SETTINGS,
             "resampler": adapters.RESAMPLER,
             "scenes": mark(),

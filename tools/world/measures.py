@@ -65,8 +65,9 @@ def displacement(pictures: Tensor, others: Tensor) -> float:
 
 
 def shade_error(pictures: Tensor, others: Tensor) -> float:
-    """How far the mean colour of the shape is from that of the other's, whatever their places and
-    forms: in 8-bit levels, the mean of three channels, where both are seen."""
+    """How far the mean colour of the shape is from that of the other's: in 8-bit levels, the mean
+    of three channels, where both are seen. Nearly whatever their places and forms: how much of a
+    texture's dark part a shape covers, and that light falls from above, are some levels of it."""
     means = [
         (some * inside[:, None]).sum((2, 3)) / inside.sum((1, 2))[:, None]
         for some, inside in ((one, objects(one).float()) for one in (pictures, others))
