@@ -89,9 +89,14 @@ def _follows(found: Figures) -> str:
 def _likeness(found: Figures) -> str:
     rising = ", ".join(f"{x:.2f} at {w}" for w, x in found["image_similarity"].items())
     alone, told = found["image_only"], found["described"]
+    asked = {"base": found, "fine-grained": found["fine_grained"]}
+    if "concatenated" in found:
+        asked["concatenated"] = found["concatenated"]
+    nearer = ", ".join(f"{x['similarity_to_asked']:.2f} {name}" for name, x in asked.items())
     return (
         "Likeness to the reference (cosine of image embeddings of the adapters' own encoder) with "
         f"λ: {rising}; two references have {found['image_similarity_of_strangers']:.2f}. "
+        f"To what is asked for, the reference with the text's shape, at λ = 1: {nearer}. "
         f"With no text the image alone gives colour {alone['colour']:.2f}, background "
         f"{alone['background']:.2f}, texture {alone['texture']:.2f}, the reference's own shape "
         f"{alone['shape_of_reference']:.2f} and a likeness of {alone['image_similarity']:.2f}. The "
@@ -194,10 +199,10 @@ def _findings(findings: Figures) -> str:
     return (
         f"Further, with {findings['references']} references and noises of {len(sets)} other sets "
         "(distance in 8-bit levels, displacement of the shape's centre in pixels, error of the "
-        "shape's mean colour in 8-bit levels: from the picture that is asked for, the reference "
-        "with the text's shape; with no text, from the reference itself. Presets of layer weights "
-        "are shown with no text and the fine-grained adapter, regions with no text):\n\n"
-        + _table(["", *(f"set {one['seed']}" for one in sets)], rows)
+        "shape's mean colour in 8-bit levels, and likeness: from or to the picture that is asked "
+        "for, the reference with the text's shape; with no text, the reference itself. Presets of "
+        "layer weights are shown with no text and the fine-grained adapter, regions with no text)"
+        ":\n\n" + _table(["", *(f"set {one['seed']}" for one in sets)], rows)
     )
 
 

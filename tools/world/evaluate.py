@@ -19,6 +19,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,18 @@ def measured(drawn: dict[str, Tensor], task: Task, judged: Judge) -> dict[str, A
         pictures = drawn[name].transpose(0, 1)
         return float(torch.stack([alike(some, task.pictures) for some in pictures]).mean())
 
+    asked = render(replace(rows, shape=task.told), SIDE)
+
+    def to_asked(name: str) -> float:
+        """Likeness to the reference with the shape of the text."""
+        return float(
+            torch.stack([alike(some, asked) for some in drawn[name].transpose(0, 1)]).mean()
+        )
+
     def setting(name: str) -> dict[str, float]:
         figures = {kind: follows(name, kind) for kind in KINDS}
-        return {**figures, "image_similarity": similarity(name)}
+        likeness = {"image_similarity": similarity(name), "similarity_to_asked": to_asked(name)}
+        return {**figures, **likeness}
 
     full, none = f"text {WEIGHTS[-1]:g}", f"text {WEIGHTS[0]:g}"
     unlike = alike(task.pictures, task.pictures.roll(1, 0)).mean()
@@ -91,11 +101,12 @@ def measured(drawn: dict[str, Tensor], task: Task, judged: Judge) -> dict[str, A
         "described": {
             kind: share(seen["described"][kind], getattr(rows, kind)[:, None]) for kind in KINDS
         },
-        "fine_grained_over_base": similarity("fine-grained") - likeness[-1],
+        "similarity_to_asked": to_asked(full),
+        "fine_grained_over_base": to_asked("fine-grained") - to_asked(full),
     }
     if "concatenated" in drawn:
         found["concatenated"] = setting("concatenated")
-        found["decoupled_over_concatenated"] = likeness[-1] - similarity("concatenated")
+        found["decoupled_over_concatenated"] = to_asked(full) - to_asked("concatenated")
     return found
 
 

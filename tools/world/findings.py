@@ -118,10 +118,9 @@ def structure(draw: Drawer, judged: Judge, without: Tensor) -> Figures:
 
 
 def variants(draw: Drawer, alike: Similarity, base: Tensor, alone: Tensor) -> Figures:
-    """How like its reference a picture is with each kind of adapter: under texts that name another
-    shape, and with no text. `base` and `alone`: the base adapter's. Distance and displacement are
-    from what is asked for, the reference with the shape of the text, as is the error of the shade;
-    "strangers" has them of pictures that show what another reference asks for."""
+    """How near each kind of adapter comes to what is asked for: under texts that name another shape
+    the reference with that shape, with no text the reference. `base` and `alone`: the base
+    adapter's; "strangers" has the figures of what another reference asks for."""
     task = draw.task
     side = task.pictures.shape[-1]
     asked = {
@@ -132,7 +131,7 @@ def variants(draw: Drawer, alike: Similarity, base: Tensor, alone: Tensor) -> Fi
     def likeness(made: dict[str, Tensor]) -> Figures:
         return {
             name: {
-                "image_similarity": float(alike(pictures, task.pictures).mean()),
+                "image_similarity": float(alike(pictures, asked[name]).mean()),
                 "distance": distance(pictures, asked[name]),
                 "displacement": displacement(pictures, asked[name]),
                 "shade_error": shade_error(pictures, asked[name]),
