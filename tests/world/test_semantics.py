@@ -8,7 +8,7 @@ import torch
 from tools.world import toolbox
 from tools.world.drawing import Drawer, Task
 from tools.world.evaluate import measured
-from tools.world.measures import Similarity, chance
+from tools.world.measures import Similarity, chance, displacement
 from tools.world.scenes import KINDS
 
 COUNT = 16
@@ -79,6 +79,15 @@ def test_without_a_text_the_image_alone_is_followed(draw, judged, task):
         > 0.3
         > float(likeness(made, task.pictures.roll(1, 0)).mean())
     )
+
+
+def test_only_the_fine_grained_adapter_knows_where_a_shape_lies(draw, task):
+    """The embedding says nothing of it, the encoder's patches do."""
+    base, fine = (
+        displacement(draw("image_only", adapter=kind)[:, 0], task.pictures)
+        for kind in ("base", "fine-grained")
+    )
+    assert fine < base - 0.5, (fine, base)
 
 
 def test_regions_take_each_its_own_reference(draw, judged):
