@@ -108,9 +108,8 @@ def warn_of_black(mask: Tensor, name: str = "mask") -> None:
 
 def curve_of(given: Any, name: str = "weight_curve") -> CurveInput | None:
     """The host's curve; also from what an API request holds in its place (a bare list there is a
-    link to the host). `name`: of the
-    input, for messages. Raises ValueError for what is no curve, or has values that are not
-    finite."""
+    link to the host). `name`: of the input, for messages. Raises ValueError for what is no curve,
+    or has values that are not finite."""
     if given is None:
         return None
     try:

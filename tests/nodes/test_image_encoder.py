@@ -82,6 +82,18 @@ def test_a_size_of_transformers_that_the_host_does_not_know(load, encoders, laye
         load.execute(NAME)
 
 
+def test_short_memory_is_not_taken_for_an_unknown_size(load, encoders, monkeypatch):
+    import comfy.clip_vision
+
+    def fail(path):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+    save_file({"vision_model.embeddings.class_embedding": torch.ones(8)}, encoders / NAME)
+    monkeypatch.setattr(comfy.clip_vision, "load", fail)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        load.execute(NAME)
+
+
 @pytest.mark.parametrize("text", ['{"a": 1}', "{}"])
 def test_a_folders_configuration_of_something_else(load, encoders, text):
     write(encoders / NAME)

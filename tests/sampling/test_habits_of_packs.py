@@ -92,12 +92,14 @@ def tiled(apply_model, call):
     return torch.cat([torch.cat(out[:2], -1), torch.cat(out[2:], -1)], -2)
 
 
-def test_tiles_follow_the_image(small, truth, setup):
-    model, texts = setup
-    prompt = small.images()
-    sides = truth.sides(small.adapter(), prompt)
+@pytest.mark.parametrize("given", [{}, {"latent_weights": [0.4]}], ids=["plain", "weights"])
+def test_tiles_follow_the_image(small, truth, setup, given):
+    """Weights per latent have no place in the picture, and need no mask."""
+    _, texts = setup
     plain = small.model()
+    sides = truth.sides(small.adapter(), small.images(), **given)
     expected = truth.apply(plain, small.LAYERS["sd15"], *zip(texts, sides, strict=True))
+    model = small.apply(plain, small.adapter(), small.images(), **given)
     latents = []
     for m in (model, expected, plain):
         m = m.clone()
@@ -153,21 +155,6 @@ def test_tiles_with_a_mask_are_refused(small, setup):
     model.set_model_unet_function_wrapper(tiled)
     with pytest.raises(RuntimeError, match=r"mask.*8×8"):
         small.run(small.guider(model, *texts), batch=1, size=16)
-
-
-def test_tiles_with_weights_per_latent_follow_the_image(small, truth, setup):
-    """Which have no place in the picture, and need no mask."""
-    _, texts = setup
-    plain, given = small.model(), {"latent_weights": [0.4]}
-    sides = truth.sides(small.adapter(), small.images(), **given)
-    expected = truth.apply(plain, small.LAYERS["sd15"], *zip(texts, sides, strict=True))
-    model = small.apply(plain, small.adapter(), small.images(), **given)
-    latents = []
-    for m in (model, expected, plain):
-        m = m.clone()
-        m.set_model_unet_function_wrapper(tiled)
-        latents.append(small.run(small.guider(m, *texts), batch=1, size=16))
-    truth.check(*latents)
 
 
 @pytest.mark.parametrize("sized", [{}, {"latent_weights": [0.3, 1.0]}], ids=["mask", "and weights"])

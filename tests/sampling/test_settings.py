@@ -65,6 +65,16 @@ def test_masks_of_any_size_on_latents_of_any_size(small, truth, shape, size):
     check(small, truth, size=size, mask=mask(*shape))
 
 
+def test_a_mask_is_sampled_once_for_all_steps_and_both_sides(small, monkeypatch):
+    from comfyui_ip_adapter.ip_adapter_core.host import masks
+
+    sampled, before = [], masks.mask_levels
+    monkeypatch.setattr(masks, "mask_levels", lambda *a: sampled.append(a) or before(*a))
+    model = small.apply(small.model(), small.adapter(), small.images(), mask=mask(1, 64, 64))
+    small.run(small.guider(model, small.text(1), small.text(2)), at=(0.2, 0.5, 0.8))
+    assert len(sampled) == 1
+
+
 def test_a_mask_of_ones_is_no_mask(small):
     model, adapter, images = small.model(), small.adapter(), small.images()
     with_mask, without = (
