@@ -4,7 +4,7 @@
     nox -s tests      the tests (arguments after -- go to pytest)
     nox -s evaluate   output/miniature.json: what follows the reference and what the text
     nox -s bench      output/bench.json: operations and time that an image prompt adds
-    nox -s miniature  train the models of miniature/ anew, in two hours
+    nox -s miniature  train the models of miniature/ anew: two hours, -- --device cuda minutes
     nox -s lint       formatting, lint, types
 
 All but lint share one environment. It sees the packages of the Python that runs
@@ -129,7 +129,7 @@ def evaluate(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"])
 def miniature(session: nox.Session) -> None:
-    """Train every model of the miniature anew, into output/; -- --seed 2 makes others."""
+    """Train the miniature anew, into output/; -- --seed 2 makes another, --device cuda on a GPU."""
     run(session, "tools.world", *session.posargs)
 
 

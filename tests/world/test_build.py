@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tools.world import base, build, control, files, parts, setup, workflows
+from tools.world import (
+    adapters,
+    autoencoder,
+    base,
+    build,
+    concatenated,
+    control,
+    files,
+    image_encoder,
+    judge,
+    parts,
+    setup,
+    workflows,
+)
 from tools.world.scenes import mark, render, scenes
 from training.models import load_base
 
@@ -37,12 +52,12 @@ def made(tmp_path_factory):
         few = torch.randn(
             len(base.all_texts()), 77, 768, generator=torch.Generator().manual_seed(0)
         )
-        patch.setattr(base, "all_contexts", few.half)  # the true ones take minutes
+        patch.setattr(base, "all_contexts", lambda device: few.half())  # the true take minutes
         true, begun = base.train, []
 
-        def train(unet, pool, context, seed, part, steps):
+        def train(unet, pool, context, seed, part, steps, device):
             begun.append(({k: x.half() for k, x in unet.state_dict().items()}, part, steps))
-            true(unet, pool, context, seed, part, steps)
+            true(unet, pool, context, seed, part, steps, device=device)
 
         patch.setattr(base, "train", train)
         work, out = (tmp_path_factory.mktemp(name) for name in ("work", "out"))
@@ -73,26 +88,27 @@ def test_everything_is_made_and_shipped_and_fits(made):
     assert not list(work.glob("unfinished-*"))
 
 
+SIDE_BY_SIDE = (files.JUDGE, files.AUTOENCODER)  # of the first stage
 LAST = (files.ADAPTER, files.CONTROL, files.CONCATENATED)
 
 
 @pytest.fixture
 def unfinished(made, tmp_path):
-    """A build whose last parts are not made yet."""
+    """A build that lacks some parts of the first stage and of the last."""
     work = tmp_path / "work"
     shutil.copytree(made[0], work)
-    for name in LAST:
+    for name in (*SIDE_BY_SIDE, *LAST):
         (work / name).unlink()
     shutil.rmtree(work / "run-ip-adapter-0")
     shutil.rmtree(work / "run-ip-adapter-1")
     return build.Build(1, work, STEPS)
 
 
-def test_side_by_side_the_last_parts_are_the_same(made, unfinished, monkeypatch):
+def test_side_by_side_parts_are_the_same(made, unfinished, monkeypatch):
     monkeypatch.setattr(build.torch, "get_num_threads", lambda: 2)
     before = unfinished.times()
     unfinished.all()
-    for name in LAST:
+    for name in (*SIDE_BY_SIDE, *LAST):
         ours, theirs = (
             files.dequantised(load_file(folder / name)) for folder in (unfinished.work, made[0])
         )
@@ -101,19 +117,66 @@ def test_side_by_side_the_last_parts_are_the_same(made, unfinished, monkeypatch)
             step = 0 if name == files.ADAPTER else float(one.abs().max()) / 100
             assert float((one - theirs[key]).abs().max()) <= 1e-5 + step, key
     times = unfinished.times()
-    assert times[parts.TOGETHER] > 0 and set(times) == {*before, parts.TOGETHER}
-    alone = {part.name for part in unfinished.last_parts()}
-    assert unfinished.seconds() == sum(times[name] for name in times.keys() - alone)
+    stages = [[part.name for part in stage] for stage in unfinished.stages()]
+    several = {parts.TOGETHER.format(", ".join(names)) for names in stages if len(names) > 1}
+    assert len(several) == 2 and set(times) == {*before, *several}
+    assert all(times[name] > 0 for name in several)
+    once = several | {names[0] for names in stages if len(names) == 1}
+    assert unfinished.seconds() == sum(times[name] for name in once)
 
 
 def test_a_part_that_fails_is_named_and_the_others_are_kept(made, unfinished, monkeypatch):
     monkeypatch.setattr(build.torch, "get_num_threads", lambda: 2)
+    (*_, last) = unfinished.stages()
+    for name in (files.ADAPTER, files.AUTOENCODER):
+        shutil.copyfile(made[0] / name, unfinished.work / name)
     (unfinished.work / files.ENCODER).unlink()
-    shutil.copyfile(made[0] / files.ADAPTER, unfinished.work / files.ADAPTER)
-    monkeypatch.setattr(build.Build, "frozen_parts", lambda self: ())
+    monkeypatch.setattr(build.Build, "stages", lambda self: (last,))
     with pytest.raises(parts.PartError, match=r"concatenated.*the same command"):
         unfinished.all()
     assert (unfinished.work / files.CONTROL).exists()
+
+
+def test_the_device_reaches_every_part(unfinished, monkeypatch, tmp_path):
+    """No GPU is needed: who trains is told where, and a part's process too."""
+    unfinished.device = "cuda:1"
+    assert dict(itertools.pairwise(unfinished.command("judge")))["--device"] == "cuda:1"
+    told = []
+
+    def note(*given, device, **others):
+        told.append(device)
+        raise InterruptedError
+
+    for module, name in (
+        *((module, "train") for module in (autoencoder, image_encoder, judge, base)),
+        *((module, "train") for module in (adapters, concatenated)),
+        *((control, name) for name in ("train_control", "restyle")),
+        (adapters, "cache"),
+    ):
+        monkeypatch.setattr(module, name, note)
+    monkeypatch.setattr(base, "all_contexts", lambda device: note(device=device))
+    trained = [part for stage in unfinished.stages() for part in stage]
+    for part in trained:
+        if part.name not in ("latents", "8 bits", "checkpoint", "pictures"):
+            with pytest.raises(InterruptedError):
+                part.make(tmp_path / part.target)
+    assert told == ["cuda:1"] * (len(trained) - 4)
+
+
+@pytest.mark.parametrize("device, found", [("cuda", "no GPU"), ("tpu", "no such device")])
+def test_a_device_that_is_not_there_is_named(device, found, monkeypatch):
+    monkeypatch.setattr(build.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(argparse.ArgumentTypeError, match=rf"{device}.*{found}.*give cpu"):
+        build._device(device)
+    assert build._device("cpu") == "cpu"
+
+
+def test_adapters_are_launched_where_asked(monkeypatch):
+    lines = []
+    monkeypatch.setattr(adapters.subprocess, "run", lambda line, **_: lines.append(line))
+    for device in ("cpu", "cuda"):
+        adapters.cache(*(Path(name) for name in ("base", "encoder", "pictures", "out")), device)
+    assert ["--cpu" in line for line in lines] == [True, False]
 
 
 def test_steps_are_changed_by_name():

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.world.test_must import GOOD
-from tools.world import card, files
+from tools.world import card, files, must
 
 KINDS = ("colour", "background", "texture", "shape")
 EVALUATION = {
@@ -50,7 +50,40 @@ def test_the_figures_are_in_it(text):
     assert "are met." in text and "Missed" not in text
 
 
+def of_seed(seed, **changes):
+    made = {"seed": seed, "minutes": 10 * seed, "on": "a machine"}
+    found = {**copy.deepcopy(EVALUATION), "made": made, **changes}
+    found["findings"]["sets"] += copy.deepcopy(found["findings"]["sets"])  # two
+    return found
+
+
+def test_further_builds_lie_beside_the_first():
+    other = of_seed(2, shape_kept=0.8765)
+    for number, one in enumerate(other["findings"]["sets"]):
+        one["variants"]["base"]["text_and_image"]["distance"] = 40.0 + number
+    text = card.measured(of_seed(1), [other])
+    assert "seed 1 in 10 minutes on a machine; seed 2 in 20 minutes on a machine" in text
+    kept = EVALUATION["shape_kept"]
+    assert f"| shape of the text at λ = 1 | {kept:.2f} | 0.88 |" in text
+    first = EVALUATION["findings"]["sets"][0]["variants"]["base"]["text_and_image"]["distance"]
+    assert f"| distance from what is asked, base adapter | {first:.1f} | 40.5 |" in text
+    met = f"{len([*must.demands(other)])}"
+    assert f"met | {met} of {met} |" in text
+
+
+def test_without_further_builds_no_table_of_them(text):
+    assert "| seed 1 |" not in text
+
+
+def test_a_model_that_one_build_lacks_is_left_out():
+    other = of_seed(2)
+    del other["findings"]["sets"][0]["structure"]
+    text = card.measured(of_seed(1), [other])
+    assert text.count("edges and image: overlap") == 1  # of the first build's sets
+
+
 def test_every_line_of_a_table_has_as_many_cells(text):
+    text += "\n\n" + card.measured(of_seed(1), [of_seed(2), of_seed(3)])
     for block in text.split("\n\n"):
         widths = {line.count("|") for line in block.splitlines() if line.startswith("|")}
         assert len(widths) <= 1, block

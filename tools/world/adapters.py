@@ -56,29 +56,39 @@ def write_pictures(folder: Path, seed: int, count: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
-def cache(base: Path, encoder: Path, pictures: Path, out: Path) -> None:
+def cache(base: Path, encoder: Path, pictures: Path, out: Path, device: str = "cpu") -> None:
     """What the frozen parts give of all pictures, for both kinds of adapter."""
     _launch(
         "training/cache.py",
+        device,
         base=base,
         image_encoder=f"open_clip:{encoder}",
         data=pictures,
         out=out,
         size=SIDE,
         features="both",
+        precision="float32",
         batch_size=125,
         workers=0,
     )
 
 
 def train(
-    variant: str, base: Path, encoder: Path, cached: Path, out: Path, steps: int, **settings: Any
+    variant: str,
+    base: Path,
+    encoder: Path,
+    cached: Path,
+    out: Path,
+    steps: int,
+    device: str = "cpu",
+    **settings: Any,
 ) -> Path:
     """An adapter of that variant. Returns its file."""
     if variant == "fine-grained":
         settings = RESAMPLER | settings
     _launch(
         "training/train.py",
+        device,
         base=base,
         image_encoder=f"open_clip:{encoder}",
         cache=cached,
@@ -90,7 +100,8 @@ def train(
     return out / "ip-adapter.safetensors"
 
 
-def _launch(script: str, **settings: Any) -> None:
+def _launch(script: str, device: str, **settings: Any) -> None:
     options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
-    subprocess.run([*launcher, "--cpu", script, *options], cwd=ROOT, check=True)
+    where = ["--cpu"] if device == "cpu" else []
+    subprocess.run([*launcher, *where, script, *options], cwd=ROOT, check=True)

@@ -112,19 +112,23 @@ def _widened(tensor: Tensor) -> Tensor:
     return whole
 
 
-def train(seed: int, cycles: Sequence[int], batch: int = 4, side: int = 64) -> Autoencoder:
+def train(
+    seed: int, cycles: Sequence[int], batch: int = 4, side: int = 64, device: str = "cpu"
+) -> Autoencoder:
     """A new one, from the stream `seed`. `cycles`: steps between warm restarts."""
     torch.manual_seed(seed)
-    model = Autoencoder().to(memory_format=torch.channels_last)
+    model = Autoencoder().to(device).to(memory_format=torch.channels_last)
     done = 0
     for number, steps in enumerate(cycles):
         torch.manual_seed(seed + number)
-        _cycle(model, seed, done, steps, batch, side)
+        _cycle(model, seed, done, steps, batch, side, device)
         done += steps
-    return model.eval().requires_grad_(False)
+    return model.cpu().eval().requires_grad_(False)
 
 
-def _cycle(model: Autoencoder, seed: int, done: int, steps: int, batch: int, side: int) -> None:
+def _cycle(
+    model: Autoencoder, seed: int, done: int, steps: int, batch: int, side: int, device: str
+) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4, fused=True)
     progress = Progress("autoencoder", steps)
     for step in range(steps):
@@ -132,7 +136,7 @@ def _cycle(model: Autoencoder, seed: int, done: int, steps: int, batch: int, sid
         rows = scenes(seed, batch, (done + step) * batch)
         some = batch // OUTLINED  # of both styles
         pictures = torch.cat([outlined(rows[:some], side), render(rows[some:], side)])
-        pictures = pictures.contiguous(memory_format=torch.channels_last)
+        pictures = pictures.to(device, memory_format=torch.channels_last)
         latents = model.encode(pictures)
         drawn = model.decoder(latents + 0.05 * torch.randn_like(latents))
         mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))

@@ -124,11 +124,11 @@ def told() -> dict[str, Any]:
     return {"texts": texts, **shares}
 
 
-def all_contexts() -> Tensor:
+def all_contexts(device: str = "cpu") -> Tensor:
     """The text states of all texts, in float16: 250 MB, after some minutes."""
     texts = all_texts()
     some = [texts[at : at + _TEXTS_AT_ONCE] for at in range(0, len(texts), _TEXTS_AT_ONCE)]
-    return torch.cat([text.states(batch).half() for batch in some])
+    return torch.cat([text.states(batch, device).half() for batch in some])
 
 
 def naming(kinds: Tensor, generator: torch.Generator) -> Tensor:
@@ -166,8 +166,8 @@ def denoising_loss(
 ) -> Tensor:
     """How far `predict` is from the noise that was added to latents `(N, 4, h, w)`: a scalar."""
     recipe, schedule = _recipe()
-    times = torch.randint(1000, (len(latents),), generator=generator)
-    noise = torch.randn(latents.shape, generator=generator)
+    times = torch.randint(1000, (len(latents),), generator=generator).to(latents.device)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     found = predict(schedule.add_noise(latents, noise, times), times, context)
     errors = (found - noise).square().mean((1, 2, 3))
     return (errors * recipe.loss_weights(schedule, times)).mean()
@@ -185,11 +185,13 @@ def train(
     part: range,
     steps: int,
     batch: int = 16,
+    device: str = "cpu",
 ) -> None:
-    """Train `unet` in place on latents and kinds as `latents` gives them and the states of
-    `all_texts`: the steps `part` of a training of `steps`, whose learning rate falls from PEAK to
-    nearly none. It ends with the running average of its weights."""
+    """Train `unet` in place, which moves to `device`, on latents and kinds as `latents` gives them
+    and the states of `all_texts`: the steps `part` of a training of `steps`, whose learning rate
+    falls from PEAK to nearly none. It ends with the running average of its weights."""
     made, kinds = pool
+    unet.to(device)
     generator = torch.Generator().manual_seed(seed + part.start)
     optimizer = torch.optim.AdamW(
         unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True
@@ -198,8 +200,8 @@ def train(
     for number, step in enumerate(part):
         decaying(optimizer, PEAK * min(1.0, (number + 1) / WARMUP), step, steps, warmup=1)
         rows = torch.randint(len(made), (batch,), generator=generator)
-        told = context[naming(kinds[rows], generator)].float()
-        loss = denoising_loss(noise_by(unet), made[rows], told, generator)
+        told = context[naming(kinds[rows], generator)].to(device).float()
+        loss = denoising_loss(noise_by(unet), made[rows].to(device), told, generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

@@ -1,10 +1,12 @@
 """Build the miniature anew: train every model, part by part, and write what is shipped.
 
-    python -m tools.world [--seed 0] [--work .cache/build-SEED] [--out output/miniature-SEED]
+    python -m tools.world [--seed 0] [--device cpu] [--work .cache/build-SEED]
+                          [--out output/miniature-SEED]
 
 Goes on where it stopped: a part whose file lies in the work folder is not made again.
-miniature/manifest.json has the time that all took on two CPU cores, and every part: the last ones
-were made side by side, on one core each.
+miniature/manifest.json has the time that all took on two CPU cores, and every part: some were made
+side by side, on one core each. On a GPU (--device cuda) it takes minutes; pictures, texts and noise
+are those of the seed on either.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from tools.world import (
     image_encoder,
     judge,
 )
-from tools.world.parts import Part, PartError, RecipeError, Work
+from tools.world.parts import Part, PartError, RecipeError, Stage, Work
 from tools.world.scenes import mark
 
 logger = logging.getLogger("comfyui_ip_adapter.tools")
@@ -66,9 +68,11 @@ _SHIPPED = (
 class Build(Work):
     """One build in the folder `work`, from the streams of `seed` on."""
 
-    def __init__(self, seed: int, work: Path, steps: Mapping[str, Any] = STEPS) -> None:
+    def __init__(
+        self, seed: int, work: Path, steps: Mapping[str, Any] = STEPS, device: str = "cpu"
+    ) -> None:
         super().__init__(work)
-        self.seed, self.steps = seed, steps
+        self.seed, self.steps, self.device = seed, steps, device
 
     def recipe(self) -> dict[str, Any]:
         """What was asked for, as JSON has it: seed, steps, texts, the adapters' settings, and
@@ -84,56 +88,67 @@ class Build(Work):
         return dict(json.loads(json.dumps(recipe)))
 
     def command(self, name: str) -> list[str]:
-        """Makes one of the last parts in a process of its own."""
+        """Makes the part of that name in a process of its own."""
         given = {"seed": str(self.seed), "work": str(self.work), "only": name}
+        given["device"] = self.device
         given["steps"] = json.dumps({**self.steps})
         options = (part for key, value in given.items() for part in (f"--{key}", value))
         return [sys.executable, "-m", "tools.world", *options]
 
-    def frozen_parts(self) -> Iterator[Part]:
-        """What an adapter trains on, in order."""
-        seed, steps = self.seed, self.steps
+    def stages(self) -> Iterator[Stage]:
+        """First what needs nothing, then the base, which an adapter trains on, then the rest."""
+        yield self._first_parts()
+        yield (Part("latents", _LATENTS, self._latents),)
+        for number in range(1, len(self.steps["base"]) + 1):
+            yield (Part(f"base {number}", _BASE.format(number), partial(self._base, number)),)
+        yield (Part("8 bits", files.UNET, self._eight_bits),)
+        yield (Part("checkpoint", _CHECKPOINT, self._checkpoint),)
+        yield (Part("pictures", "pictures", self._pictures),)
+        yield (Part("cache", "cache", self._cache),)
+        yield self._last_parts()
+
+    def _first_parts(self) -> Stage:
+        seed, steps, device = self.seed, self.steps, self.device
 
         def saved(model: torch.nn.Module) -> Mapping[str, Tensor]:
             return files.halved(model.state_dict())
 
-        yield Part(
-            "autoencoder",
-            files.AUTOENCODER,
-            lambda to: files.save(to, saved(autoencoder.train(seed, steps["autoencoder"]))),
+        return (
+            Part(
+                "autoencoder",
+                files.AUTOENCODER,
+                lambda to: files.save(
+                    to, saved(autoencoder.train(seed, steps["autoencoder"], device=device))
+                ),
+            ),
+            Part(
+                "image encoder",
+                files.ENCODER,
+                lambda to: files.save_encoder(
+                    to, image_encoder.train(seed, steps["image encoder"], device=device)
+                ),
+            ),
+            Part(
+                "texts",
+                _TEXTS,
+                lambda to: files.save(to, {"states": base.all_contexts(device)}),
+            ),
+            Part(
+                "judge",
+                files.JUDGE,
+                lambda to: files.save(to, saved(judge.train(seed, steps["judge"], device=device))),
+            ),
         )
-        yield Part(
-            "image encoder",
-            files.ENCODER,
-            lambda to: files.save_encoder(to, image_encoder.train(seed, steps["image encoder"])),
-        )
-        yield Part(
-            "judge",
-            files.JUDGE,
-            lambda to: files.save(to, saved(judge.train(seed, steps["judge"]))),
-        )
-        yield Part("texts", _TEXTS, lambda to: files.save(to, {"states": base.all_contexts()}))
-        yield Part("latents", _LATENTS, self._latents)
-        for number in range(1, len(steps["base"]) + 1):
-            yield Part(f"base {number}", _BASE.format(number), partial(self._base, number))
-        yield Part("8 bits", files.UNET, self._eight_bits)
-        yield Part("checkpoint", _CHECKPOINT, self._checkpoint)
-        yield Part(
-            "pictures",
-            "pictures",
-            lambda to: adapters.write_pictures(to, seed + 1, steps["pictures"]),
-        )
-        frozen = self.work / _CHECKPOINT, self.work / files.ENCODER, self.work / "pictures"
-        yield Part("cache", "cache", lambda to: adapters.cache(*frozen, to))
 
-    def last_parts(self) -> Iterator[Part]:
-        """What needs the frozen parts and nothing of each other; what takes longest comes first."""
+    def _last_parts(self) -> Stage:
         plus, small = files.ADAPTER_PLUS, files.ADAPTER
-        yield Part(plus, plus, partial(self._adapter, "fine-grained", plus))
-        yield Part(small, small, partial(self._adapter, "base", small))
-        yield Part("concatenated", files.CONCATENATED, self._concatenated)
-        yield Part("control", files.CONTROL, self._control)
-        yield Part("second base", files.RESTYLED, self._restyled)
+        return (
+            Part(plus, plus, partial(self._adapter, "fine-grained", plus)),
+            Part(small, small, partial(self._adapter, "base", small)),
+            Part("concatenated", files.CONCATENATED, self._concatenated),
+            Part("control", files.CONTROL, self._control),
+            Part("second base", files.RESTYLED, self._restyled),
+        )
 
     def _frozen(self) -> tuple[autoencoder.Autoencoder, Any]:
         """Autoencoder and UNet as they are shipped."""
@@ -157,17 +172,25 @@ class Build(Work):
         unet = base.new(self.seed)
         if number > 1:
             unet.load_state_dict(_floats(self.work / _BASE.format(number - 1)))
-        pool = load_file(self.work / _LATENTS)
+        made = load_file(self.work / _LATENTS)
         context = load_file(self.work / _TEXTS)["states"]
         ends = list(itertools.accumulate(self.steps["base"], initial=0))
         part = range(ends[number - 1], ends[number])
-        base.train(unet, (pool["latents"], pool["kinds"]), context, self.seed, part, ends[-1])
+        pool = made["latents"], made["kinds"]
+        base.train(unet, pool, context, self.seed, part, ends[-1], device=self.device)
         files.save(target, files.halved(unet.state_dict()))
 
     def _checkpoint(self, target: Path) -> None:
         unet = files.dequantised(load_file(self.work / files.UNET))
         vae = files.autoencoder(self.work / files.AUTOENCODER)
         files.save(target, files.checkpoint(unet, vae))
+
+    def _pictures(self, target: Path) -> None:
+        adapters.write_pictures(target, self.seed + 1, self.steps["pictures"])
+
+    def _cache(self, target: Path) -> None:
+        frozen = self.work / _CHECKPOINT, self.work / files.ENCODER, self.work / "pictures"
+        adapters.cache(*frozen, target, device=self.device)
 
     def _adapter(self, variant: str, name: str, target: Path) -> None:
         """In cycles of steps and a peak learning rate, each from the adapter before."""
@@ -183,6 +206,7 @@ class Build(Work):
                 steps,
                 seed=self.seed + number,
                 learning_rate=peak,
+                device=self.device,
                 **before,
             )
             before = {"adapter": made}
@@ -192,15 +216,19 @@ class Build(Work):
         steps = sum(number for number, _ in self.steps["ip-adapter"])  # as long as the base adapter
         encoder = image_encoder.tower(self.work / files.ENCODER)
         asked = self.seed, self.steps["pictures"], steps
-        made = concatenated.train(*self._frozen(), encoder, asked)
+        made = concatenated.train(*self._frozen(), encoder, asked, device=self.device)
         files.save(target, files.quantised(made.state_dict()))
 
     def _control(self, target: Path) -> None:
-        made = control.train_control(*self._frozen(), self.seed, self.steps["control"])
+        made = control.train_control(
+            *self._frozen(), self.seed, self.steps["control"], device=self.device
+        )
         files.save(target, files.quantised(made.state_dict()))
 
     def _restyled(self, target: Path) -> None:
-        made = control.restyle(*self._frozen(), self.seed, self.steps["second base"])
+        made = control.restyle(
+            *self._frozen(), self.seed, self.steps["second base"], device=self.device
+        )
         files.save(target, files.quantised(made))
 
     def ship(self, out: Path) -> int:
@@ -215,6 +243,7 @@ class Build(Work):
         sizes = {name: (out / name).stat().st_size for name in made}
         manifest = {
             **self.recipe(),
+            "made_on": _told(self.device),
             "seconds": self.times(),
             "seconds_in_all": self.seconds(),
             "files": {
@@ -239,20 +268,35 @@ def _changed(text: str) -> dict[str, Any]:
     return STEPS | given
 
 
+def _told(device: str) -> str:
+    """What trained, by name."""
+    if device == "cpu":
+        return f"{torch.get_num_threads()} CPU cores"
+    return torch.cuda.get_device_name(device)
+
+
+def _device(text: str) -> str:
+    if text != "cpu" and not (text.startswith("cuda") and torch.cuda.is_available()):
+        found = "finds no GPU" if text.startswith("cuda") else "has no such device for this"
+        raise argparse.ArgumentTypeError(f"{text}: torch {torch.__version__} {found}; give cpu")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of all weights, pictures and noise")
+    parser.add_argument("--device", type=_device, default="cpu", help="what trains: cpu or cuda")
     parser.add_argument("--work", type=Path, help="folder of the parts")
     parser.add_argument("--out", type=Path, help="folder of what is shipped")
     parser.add_argument(
         "--steps", type=_changed, default=STEPS, metavar="JSON", help='others: {"control": 2000}'
     )
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # one of the last parts
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # one part
     asked = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     work = asked.work or ROOT / ".cache" / f"build-{asked.seed}"
     out = asked.out or ROOT / "output" / f"miniature-{asked.seed}"
-    build = Build(asked.seed, work.resolve(), asked.steps)
+    build = Build(asked.seed, work.resolve(), asked.steps, asked.device)
     try:
         if asked.only:
             return build.only(asked.only)

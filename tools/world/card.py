@@ -1,14 +1,18 @@
 """Write an evaluation's figures into the miniature's card, between its two marks.
 
-python -m tools.world.card [output/miniature.json]
+python -m tools.world.card [output/miniature.json [output/2/miniature.json …]]
+
+The first evaluation is of the build that bears the card; those of further builds are laid beside
+it, in a table of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tools.host import ROOT
@@ -31,13 +35,15 @@ def at(found: Figures, path: str) -> Any:
     return found
 
 
-def measured(found: Figures) -> str:
-    """The card's section, in Markdown."""
+def measured(found: Figures, others: Sequence[Figures] = ()) -> str:
+    """The card's section, in Markdown; `others`: evaluations of builds from other seeds."""
     asked = [*must.demands(found)]
     missed = [demand for demand in asked if not demand.met]
     parts = [_follows(found), _likeness(found)]
     if "findings" in found:
         parts.append(_findings(found["findings"]))
+    if others:
+        parts.append(_builds([found, *others]))
     met = (
         f"Of the {len(asked)} demands in `tools/world/must.py`, {len(asked) - len(missed)} are met."
     )
@@ -206,26 +212,78 @@ def _findings(findings: Figures) -> str:
     )
 
 
-def write(found: Figures, card: Path) -> None:
+BUILDS = (  # name, where it lies
+    ("colour of the reference at λ = 1", "colour_follows"),
+    ("… at λ = 0", "colour_at_zero"),
+    ("background of the reference at λ = 1", "background_follows"),
+    ("… at λ = 0", "background_at_zero"),
+    ("texture of the reference at λ = 1", "texture_follows"),
+    ("… at λ = 0", "texture_at_zero"),
+    ("shape of the text at λ = 1", "shape_kept"),
+    ("… concatenated", "concatenated.shape"),
+    ("with no text: colour of the reference", "image_only.colour"),
+    ("… background", "image_only.background"),
+    ("… texture", "image_only.texture"),
+    ("… shape", "image_only.shape_of_reference"),
+)
+
+
+def _builds(evaluations: Sequence[Figures]) -> str:
+    """What each of several trainings gives: its own evaluation, and the means of its sets."""
+
+    def mean(found: Figures, path: str) -> float:
+        return fmean(at(one, path) for one in found["findings"]["sets"])
+
+    rows = [[name, *(f"{at(one, path):.2f}" for one in evaluations)] for name, path in BUILDS]
+    likeness = [[f"{x:.2f}" for x in one["image_similarity"].values()] for one in evaluations]
+    rows.append(["likeness to the reference as λ rises", *(", ".join(one) for one in likeness)])
+    for name, path in FINDINGS:
+        digits = 1 if path.endswith(("distance", "displacement", "shade_error")) else 2
+        if all(
+            _has(one, part)
+            for found in evaluations
+            for one in found["findings"]["sets"]
+            for part in OPTIONAL
+            if path.startswith(f"{part}.")
+        ):
+            rows.append([name, *(f"{mean(found, path):.{digits}f}" for found in evaluations)])
+    demands = [[*must.demands(found)] for found in evaluations]
+    met = [f"{sum(one.met for one in asked)} of {len(asked)}" for asked in demands]
+    rows.append(["demands of `tools/world/must.py` met", *met])
+    made = "; ".join(
+        f"seed {one['made']['seed']} in {one['made']['minutes']} minutes on {one['made']['on']}"
+        for one in evaluations
+    )
+    return (
+        f"The same recipe from {len(evaluations)} seeds, every model trained anew: {made}. Each is "
+        "evaluated as above; after the first rows, the means of its sets:\n\n"
+        + _table(["", *(f"seed {one['made']['seed']}" for one in evaluations)], rows)
+    )
+
+
+def write(found: Figures, card: Path, others: Sequence[Figures] = ()) -> None:
     """Put the section into the file `card`. Raises ValueError where it lacks the marks."""
     text = card.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{card} needs one line {BEGIN!r} and after it one line {END!r}.")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    card.write_text(f"{before}{BEGIN}\n\n{measured(found)}\n\n{END}{after}", encoding="utf-8")
+    card.write_text(
+        f"{before}{BEGIN}\n\n{measured(found, others)}\n\n{END}{after}", encoding="utf-8"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     default = ROOT / "output" / "miniature.json"
-    parser.add_argument("evaluation", nargs="?", type=Path, default=default)
-    path = parser.parse_args().evaluation
-    if not path.is_file():
-        parser.error(f"{path} is not there: nox -s evaluate writes one")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    parser.add_argument("evaluation", nargs="*", type=Path, default=[default])
+    paths = parser.parse_args().evaluation
+    for path in paths:
+        if not path.is_file():
+            parser.error(f"{path} is not there: nox -s evaluate writes one")
+    found, *others = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
     if found["build"] != files.checksums():
-        parser.error(f"{path} measured other files than those in {files.FOLDER}")
-    write(found, files.FOLDER / "README.md")
+        parser.error(f"{paths[0]} measured other files than those in {files.FOLDER}")
+    write(found, files.FOLDER / "README.md", others)
 
 
 if __name__ == "__main__":

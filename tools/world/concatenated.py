@@ -52,14 +52,19 @@ def _pool(
 
 
 def train(
-    autoencoder: Autoencoder, unet: Any, encoder: Any, asked: tuple[int, int, int]
+    autoencoder: Autoencoder,
+    unet: Any,
+    encoder: Any,
+    asked: tuple[int, int, int],
+    device: str = "cpu",
 ) -> ImageProjection:
-    """`asked`: seed, pictures, steps."""
+    """`asked`: seed, pictures, steps. The UNet moves to `device`."""
     seed, count, steps = asked
     latents, embeds, shapes = _pool(autoencoder, encoder, seed, count)
     context = contexts()
     torch.manual_seed(seed)
-    projection = new(embeds.shape[1])
+    projection = new(embeds.shape[1]).to(device)
+    unet.to(device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(projection.parameters(), SETTINGS["learning_rate"])
     schedule = get_cosine_schedule_with_warmup(optimizer, SETTINGS["warmup_steps"], steps)
@@ -71,15 +76,15 @@ def train(
         told, image = shapes[rows].clone(), embeds[rows].clone()
         told[(draw < neither) | (draw >= 1 - no_text)] = NONE
         image[draw < neither + no_image] = 0
-        both = torch.cat([context[told], projection(image)], 1)
-        loss = denoising_loss(noise_by(unet), latents[rows], both, generator)
+        both = torch.cat([context[told].to(device), projection(image.to(device))], 1)
+        loss = denoising_loss(noise_by(unet), latents[rows].to(device), both, generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(projection.parameters(), SETTINGS["clip_norm"])
         optimizer.step()
         schedule.step()
         progress.step(step, loss)
-    return projection.eval().requires_grad_(False)
+    return projection.cpu().eval().requires_grad_(False)
 
 
 @torch.inference_mode()

@@ -83,10 +83,14 @@ FromPictures = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Pictures, and then what base.Predict takes, to the noise."""
 
 
-def train_control(autoencoder: Autoencoder, unet: Any, seed: int, steps: int) -> Control:
-    """Half of the texts are dropped, so that the edges alone are enough."""
+def train_control(
+    autoencoder: Autoencoder, unet: Any, seed: int, steps: int, device: str = "cpu"
+) -> Control:
+    """Half of the texts are dropped, so that the edges alone are enough. Autoencoder and UNet move
+    to `device`."""
     torch.manual_seed(seed)
-    control = Control()
+    control = Control().to(device)
+    unet.to(device)
 
     def predict(pictures: Tensor, noisy: Tensor, times: Tensor, context: Tensor) -> Tensor:
         added = control(unet, noisy, times, edges(pictures))
@@ -98,22 +102,37 @@ def train_control(autoencoder: Autoencoder, unet: Any, seed: int, steps: int) ->
             mid_block_additional_residual=torch.zeros(()),
         ).sample
 
-    _fit("control", control.parameters(), predict, autoencoder, render, seed, steps, 1e-3, 0.5)
-    return control.eval().requires_grad_(False)
+    _fit(
+        "control",
+        control.parameters(),
+        predict,
+        autoencoder.to(device),
+        render,
+        seed,
+        steps,
+        1e-3,
+        0.5,
+    )
+    return control.cpu().eval().requires_grad_(False)
 
 
-def restyle(autoencoder: Autoencoder, unet: Any, seed: int, steps: int) -> dict[str, Tensor]:
+def restyle(
+    autoencoder: Autoencoder, unet: Any, seed: int, steps: int, device: str = "cpu"
+) -> dict[str, Tensor]:
     """Fine-tune `unet` in place on outlined pictures, by a change of low rank. Returns its factors,
-    in diffusers' names."""
+    in diffusers' names. Autoencoder and UNet move to `device`."""
     torch.manual_seed(seed)
     changes = low_rank.add(unet, RANK, CHANGED)
+    unet.to(device)
     parameters = [part for change in changes.values() for part in change.parameters()]
 
     def predict(pictures: Tensor, noisy: Tensor, times: Tensor, context: Tensor) -> Tensor:
         return unet(noisy, times, context).sample
 
-    _fit("second base", parameters, predict, autoencoder, outlined, seed, steps, 1e-3, 0.1)
-    return low_rank.factors(changes)
+    _fit(
+        "second base", parameters, predict, autoencoder.to(device), outlined, seed, steps, 1e-3, 0.1
+    )
+    return {name: factor.cpu() for name, factor in low_rank.factors(changes).items()}
 
 
 def _fit(
@@ -129,7 +148,8 @@ def _fit(
     batch: int = 16,
 ) -> None:
     """Train `parameters` so that `predict` finds the noise in the latents of `draw`'s pictures."""
-    context = contexts()
+    device = next(autoencoder.parameters()).device
+    context = contexts().to(device)
     generator = torch.Generator().manual_seed(seed)
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
@@ -137,12 +157,14 @@ def _fit(
     for step in range(steps):
         decaying(optimizer, peak, step, steps, warmup=20)
         rows = scenes(seed + 2, batch, step * batch)
-        pictures = draw(rows)
+        pictures = draw(rows).to(device)
         with torch.no_grad():
             latents = autoencoder.encode(pictures)
         told = rows.shape.clone()
         told[torch.rand(batch, generator=generator) < drop_text] = len(SHAPES)
-        loss = denoising_loss(partial(predict, pictures), latents, context[told], generator)
+        loss = denoising_loss(
+            partial(predict, pictures), latents, context[told.to(device)], generator
+        )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -185,7 +185,7 @@ def main() -> None:
         servers = [Server(base, comfyui, threads=1) for _ in range(asked.servers)]
         clients = [stack.enter_context(server) for server in servers]
         found, drawn, task = run(clients, asked.references, asked.seed)
-        found |= {"build": files.checksums()}
+        found |= {"build": files.checksums(), "made": files.made()}
         write(found, asked.out)
         for number in range(asked.seeds):
             known = found.setdefault("findings", {"references": asked.findings, "sets": []})

@@ -149,6 +149,13 @@ def checksums() -> dict[str, str]:
     return {name: what["sha256"] for name, what in manifest()["files"].items()}
 
 
+def made() -> dict[str, Any]:
+    """From which seed the build was made, in how many minutes, and on what."""
+    known = manifest()
+    minutes = round(known["seconds_in_all"] / 60)
+    return {"seed": known["seed"], "minutes": minutes, "on": known["made_on"]}
+
+
 def manifest() -> dict[str, Any]:
     """What is shipped: file names, checksums, seeds, steps, times. Raises FileNotFoundError where
     `FOLDER` holds no build."""

@@ -62,9 +62,9 @@ def normalised(pictures: Tensor) -> Tensor:
     return (pictures - mean) / std
 
 
-def train(seed: int, steps: int, batch: int = 128) -> CLIP:
+def train(seed: int, steps: int, batch: int = 128, device: str = "cpu") -> CLIP:
     """A new one, from the stream `seed`."""
-    model = new(seed)
+    model = new(seed).to(device)
     tokenize = SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -74,11 +74,11 @@ def train(seed: int, steps: int, batch: int = 128) -> CLIP:
     for step in range(steps):
         decaying(optimizer, 1e-3, step, steps, warmup=50)
         rows = scenes(seed, batch, step * batch)
-        pictures = normalised(render(rows, SIDE))
+        pictures = normalised(render(rows, SIDE)).to(device)
         images = normalize(model.encode_image(pictures), dim=-1)
-        texts = normalize(model.encode_text(tokenize(rows.descriptions)), dim=-1)
+        texts = normalize(model.encode_text(tokenize(rows.descriptions).to(device)), dim=-1)
         scores = model.logit_scale.exp() * images @ texts.T
-        same = _same(rows.descriptions)
+        same = _same(rows.descriptions).to(device)
         loss = (cross_entropy(scores, same) + cross_entropy(scores.T, same)) / 2
         optimizer.zero_grad()
         loss.backward()
@@ -87,7 +87,7 @@ def train(seed: int, steps: int, batch: int = 128) -> CLIP:
         with torch.no_grad():
             model.logit_scale.clamp_(0, 4.6)  # as CLIP: at most a hundredfold
         progress.step(step, loss)
-    return model.eval().requires_grad_(False)
+    return model.cpu().eval().requires_grad_(False)
 
 
 def _same(descriptions: list[str]) -> Tensor:

@@ -102,11 +102,11 @@ class ShapeClassifier(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.Linear(64 * 16, len(SHAPES)))
 
 
-def train(seed: int, steps: int, batch: int = 64) -> ShapeClassifier:
+def train(seed: int, steps: int, batch: int = 64, device: str = "cpu") -> ShapeClassifier:
     """A new one, from the stream `seed`; half of its pictures are blurred, more or less, and all
     are noisy, as those that a decoder draws may be; some have the second base's outlines."""
     torch.manual_seed(seed)
-    model = ShapeClassifier()
+    model = ShapeClassifier().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     progress = Progress("shape classifier", steps)
     for step in range(steps):
@@ -114,15 +114,16 @@ def train(seed: int, steps: int, batch: int = 64) -> ShapeClassifier:
         rows = scenes(seed, batch, step * batch)
         pictures, half = render(rows, SIDE), batch // 2
         pictures[::OUTLINED] = outlined(rows[::OUTLINED], SIDE)
+        pictures = pictures.to(device)
         sigma = float(SHARPEST + (BLUNTEST - SHARPEST) * torch.rand(()))
         blurred = gaussian_blur(pictures[:half], BLUR, sigma)
         pictures = torch.cat([blurred, pictures[half:]]) + 0.04 * torch.randn_like(pictures)
-        loss = cross_entropy(model(pictures), rows.shape)
+        loss = cross_entropy(model(pictures), rows.shape.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         progress.step(step, loss)
-    return model.eval().requires_grad_(False)
+    return model.cpu().eval().requires_grad_(False)
 
 
 class Judge:

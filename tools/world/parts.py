@@ -20,7 +20,7 @@ from filelock import FileLock
 from tools.host import ROOT
 
 logger = logging.getLogger("comfyui_ip_adapter.tools")
-TOGETHER = "side by side"  # the time that the last parts took together
+TOGETHER = "side by side: {}"  # the time that the parts of a stage took together
 _RECIPE = "recipe.json"
 
 
@@ -41,6 +41,11 @@ class Part:
     make: Callable[[Path], object]
 
 
+Stage = Sequence[Part]
+"""Parts that need those of the stages before, and nothing of each other; what takes longest comes
+first."""
+
+
 class Work(ABC):
     """The folder `work` of one recipe, and what is to be made in it."""
 
@@ -52,16 +57,12 @@ class Work(ABC):
         """What was asked for, as JSON has it; nothing of another recipe is gone on with."""
 
     @abstractmethod
-    def frozen_parts(self) -> Iterable[Part]:
-        """What is made first, in order."""
-
-    @abstractmethod
-    def last_parts(self) -> Iterable[Part]:
-        """What needs those and nothing of each other."""
+    def stages(self) -> Iterable[Stage]:
+        """What is made, in order."""
 
     @abstractmethod
     def command(self, name: str) -> list[str]:
-        """Makes one of the last parts in a process of its own."""
+        """Makes the part of that name in a process of its own."""
 
     def begin(self) -> None:
         """Make the folder, which is of one seed and one recipe. Raises RecipeError if it holds
@@ -105,33 +106,36 @@ class Work(ABC):
     def seconds(self) -> int:
         """That all took, of which what was made side by side counts once."""
         times = self.times()
-        if TOGETHER in times:
-            for part in self.last_parts():
-                times.pop(part.name, None)
+        for stage in self.stages():
+            names = [part.name for part in stage]
+            if _together(names) in times:
+                for name in names:
+                    times.pop(name, None)
         return sum(times.values())
 
     def all(self) -> None:
         """Every part, each from those before. Raises RecipeError if `work` holds parts of another
         build, PartError if one of those that are made side by side failed."""
         self.begin()
-        for part in self.frozen_parts():
-            self.make(part)
-        rest = [part for part in self.last_parts() if not (self.work / part.target).exists()]
-        if rest and torch.get_num_threads() > 1:
-            self.side_by_side([part.name for part in rest])
-        else:
-            for part in rest:
-                self.make(part)
+        for stage in self.stages():
+            if len(stage) > 1 and torch.get_num_threads() > 1:
+                self.side_by_side(stage)
+            else:
+                for part in stage:
+                    self.make(part)
 
     def only(self, name: str) -> None:
-        """One of the last parts, from those before."""
+        """The part of that name, from those of the stages before."""
         self.begin()
-        (part,) = (part for part in self.last_parts() if part.name == name)
+        (part,) = (part for stage in self.stages() for part in stage if part.name == name)
         self.make(part)
 
-    def side_by_side(self, names: Sequence[str]) -> None:
-        """Make parts in processes of their own, which share the processors: two small trainings
-        take less time so than one after the other."""
+    def side_by_side(self, stage: Stage) -> None:
+        """Make what is missing of a stage, each part in a process of its own, which share the
+        processors: two small trainings take less time so than one after the other."""
+        names = [part.name for part in stage if not (self.work / part.target).exists()]
+        if not names:
+            return
         processors = torch.get_num_threads()
         jobs = min(len(names), processors)
         threads = processors // jobs
@@ -145,9 +149,13 @@ class Work(ABC):
             with ThreadPoolExecutor(jobs) as pool:
                 codes = dict(zip(names, pool.map(run, names), strict=True))
         finally:
-            self.note(TOGETHER, time.monotonic() - begun)
+            self.note(_together([part.name for part in stage]), time.monotonic() - begun)
         if failed := [name for name, code in codes.items() if code]:
             raise PartError(
                 f"{', '.join(failed)}: not made, see above for why. What was made is kept; the "
                 "same command goes on from there."
             )
+
+
+def _together(names: Sequence[str]) -> str:
+    return TOGETHER.format(", ".join(names))

@@ -49,8 +49,8 @@ def model() -> CLIPTextModel:
 
 
 @torch.no_grad()
-def states(captions: list[str]) -> Tensor:
-    """The UNet's context of each caption, `(N, 77, 768)`."""
+def states(captions: list[str], device: str = "cpu") -> Tensor:
+    """The UNet's context of each caption, `(N, 77, 768)`, on the CPU; `device` computes it."""
     with TemporaryDirectory() as folder:
         from pathlib import Path
 
@@ -58,4 +58,4 @@ def states(captions: list[str]) -> Tensor:
         tokenizer = CLIPTokenizer.from_pretrained(folder)
     length = layouts_clip.POSITIONS
     ids = tokenizer(captions, padding="max_length", max_length=length, return_tensors="pt")
-    return model()(ids.input_ids).last_hidden_state
+    return model().to(device)(ids.input_ids.to(device)).last_hidden_state.cpu()

@@ -26,11 +26,11 @@ class Progress:
 
     def __init__(self, name: str, steps: int) -> None:
         self.name, self.steps, self.every = name, steps, max(1, steps // 20)
-        self.mean, self.begun = 0.0, time.monotonic()
+        self.mean, self.begun = torch.zeros(()), time.monotonic()
 
     def step(self, step: int, loss: Tensor) -> None:
-        value = float(loss.detach())
-        self.mean = value if step == 0 else 0.98 * self.mean + 0.02 * value
+        loss = loss.detach()  # stays where it is: a GPU need not wait
+        self.mean = loss if step == 0 else 0.98 * self.mean + 0.02 * loss
         if step % self.every == 0 or step == self.steps - 1:
             seconds = time.monotonic() - self.begun
             logger.info("%s: step %d, %.4f, %.0f s", self.name, step, self.mean, seconds)
