@@ -147,6 +147,10 @@ def test_the_manifest_is_of_the_recipe():
     asked = build.Build(shipped["seed"], files.FOLDER).recipe()
     assert {key: shipped[key] for key in asked} == asked
     assert shipped["seconds"].keys() >= {"autoencoder", "base 1", files.ADAPTER, "control"}
+    made = files.made()
+    assert made["seed"] == shipped["seed"]
+    assert abs(made["minutes"] * 60 - shipped["seconds_in_all"]) <= 30
+    assert "cores" in made["on"]
 
 
 def test_the_autoencoder_keeps_both_styles():
