@@ -15,6 +15,7 @@ KINDS = ("colour", "background", "texture", "shape")
 EVALUATION = {
     **copy.deepcopy(GOOD),
     "references": 64,
+    "seed": 0,
     "pictures_at_zero": 256,
     "shape_at_zero": 0.97,
     "sampling": {"steps": 20, "guidance": 4.0},
@@ -51,7 +52,7 @@ def test_the_figures_are_in_it(text):
 
 
 def of_seed(seed, **changes):
-    made = {"seed": seed, "minutes": 10 * seed, "on": "a machine"}
+    made = {"recipe": "abc", "seed": seed, "minutes": 10 * seed, "on": "a machine"}
     found = {**copy.deepcopy(EVALUATION), "made": made, **changes}
     found["findings"]["sets"] += copy.deepcopy(found["findings"]["sets"])  # two
     return found
@@ -62,7 +63,7 @@ def test_further_builds_lie_beside_the_first():
     for number, one in enumerate(other["findings"]["sets"]):
         one["variants"]["base"]["text_and_image"]["distance"] = 40.0 + number
     text = card.measured(of_seed(1), [other])
-    assert "seed 1 in 10 minutes on a machine; seed 2 in 20 minutes on a machine" in text
+    assert "seed 1 in 10 minutes (a machine); seed 2 in 20 minutes (a machine)" in text
     kept = EVALUATION["shape_kept"]
     assert f"| shape of the text at λ = 1 | {kept:.2f} | 0.88 |" in text
     first = EVALUATION["findings"]["sets"][0]["variants"]["base"]["text_and_image"]["distance"]
@@ -77,9 +78,34 @@ def test_without_further_builds_no_table_of_them(text):
 
 def test_a_model_that_one_build_lacks_is_left_out():
     other = of_seed(2)
-    del other["findings"]["sets"][0]["structure"]
+    del other["findings"]["sets"][0]["structure"], other["concatenated"]
     text = card.measured(of_seed(1), [other])
     assert text.count("edges and image: overlap") == 1  # of the first build's sets
+    assert text.count("\n| … concatenated") + 2 == card.measured(of_seed(1), [of_seed(2)]).count(
+        "\n| … concatenated"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"made": {"recipe": "abc", "seed": 2}}, "does not say minutes"),
+        ({"made": {"recipe": "x", "seed": 2, "minutes": 1, "on": ""}}, "several recipes"),
+        ({"made": of_seed(1)["made"]}, "of one seed"),
+        ({"references": 8}, "differ in references"),
+        ({"seed": 5}, "differ in references"),
+    ],
+)
+def test_builds_that_cannot_be_compared_are_refused(change, told):
+    with pytest.raises(card.NotAlike, match=told):
+        card.measured(of_seed(1), [of_seed(2) | change])
+
+
+def test_a_build_without_findings_is_refused():
+    other = of_seed(2)
+    del other["findings"]
+    with pytest.raises(card.NotAlike, match="no findings"):
+        card.measured(of_seed(1), [other])
 
 
 def test_every_line_of_a_table_has_as_many_cells(text):
@@ -118,11 +144,12 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "checksums", lambda: {"unet": "abc"})
     (tmp_path / "README.md").write_text(f"{card.BEGIN}{card.END}", encoding="utf-8")
 
-    def run(evaluation):
-        path = tmp_path / "evaluation.json"
-        if evaluation is not None:
-            path.write_text(json.dumps(evaluation), encoding="utf-8")
-        monkeypatch.setattr(sys, "argv", ["card", str(path)])
+    def run(*evaluations):
+        paths = [tmp_path / f"evaluation-{number}.json" for number in range(len(evaluations))]
+        for path, evaluation in zip(paths, evaluations, strict=True):
+            if evaluation is not None:
+                path.write_text(json.dumps(evaluation), encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["card", *map(str, paths)])
         card.main()
         return (tmp_path / "README.md").read_text("utf-8")
 
@@ -131,6 +158,16 @@ def run(tmp_path, monkeypatch):
 
 def test_the_command_writes_the_card(run):
     assert "Of 64 references" in run({**EVALUATION, "build": {"unet": "abc"}})
+
+
+def test_the_command_lays_further_builds_beside(run):
+    assert "| seed 1 | seed 2 |" in run(of_seed(1, build={"unet": "abc"}), of_seed(2))
+
+
+def test_builds_that_cannot_be_compared_are_told(run, capsys):
+    with pytest.raises(SystemExit):
+        run(of_seed(1, build={"unet": "abc"}), of_seed(1))
+    assert "of one seed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_good_figures_are_written_and_told(run, capsys):
     run(GOOD)
     (written,) = run.written
     assert [one["seed"] for one in written["findings"]["sets"]] == [1, 2]
-    assert written["build"] == files.checksums()
+    assert written["build"] == files.checksums() and written["made"] == files.made()
     assert "MISS" not in capsys.readouterr().out
 
 

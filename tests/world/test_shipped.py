@@ -146,11 +146,13 @@ def test_the_manifest_is_of_the_recipe():
     shipped = files.manifest()
     asked = build.Build(shipped["seed"], files.FOLDER).recipe()
     assert {key: shipped[key] for key in asked} == asked
-    assert shipped["seconds"].keys() >= {"autoencoder", "base 1", files.ADAPTER, "control"}
+    each = shipped["seconds"].keys() | shipped["side_by_side"].keys()
+    assert each >= {"autoencoder", "base 1", files.ADAPTER, "control"}
+    assert shipped["seconds_in_all"] == sum(shipped["seconds"].values())
     made = files.made()
     assert made["seed"] == shipped["seed"]
     assert abs(made["minutes"] * 60 - shipped["seconds_in_all"]) <= 30
-    assert "cores" in made["on"]
+    assert made["on"] == shipped["made_on"] and made["recipe"]
 
 
 def test_the_autoencoder_keeps_both_styles():

@@ -14,6 +14,7 @@ from tools.host import ROOT
 from tools.world.scenes import references, render, scenes
 
 SIDE = 64
+ONE_GPU = Path(__file__).with_name("one_gpu.yaml")
 REFERENCE_STREAM = 1 << 20  # added to the seed: shapes drawn anew are of a stream of their own
 RESAMPLER = {"resampler_dim": 192, "resampler_depth": 2, "warmup_steps": 100}
 """Of the fine-grained variant's query network; the published ones' would take 58 MB. It needs a
@@ -57,7 +58,8 @@ def write_pictures(folder: Path, seed: int, count: int) -> None:
 
 
 def cache(base: Path, encoder: Path, pictures: Path, out: Path, device: str = "cpu") -> None:
-    """What the frozen parts give of all pictures, for both kinds of adapter."""
+    """What the frozen parts give of all pictures, for both kinds of adapter, on `device`: cpu or
+    cuda."""
     _launch(
         "training/cache.py",
         device,
@@ -83,7 +85,7 @@ def train(
     device: str = "cpu",
     **settings: Any,
 ) -> Path:
-    """An adapter of that variant. Returns its file."""
+    """An adapter of that variant, trained on `device`, cpu or cuda. Returns its file."""
     if variant == "fine-grained":
         settings = RESAMPLER | settings
     _launch(
@@ -94,6 +96,7 @@ def train(
         cache=cached,
         out=out,
         variant=variant,
+        precision="fp32",
         steps=steps,
         **(SETTINGS | settings),
     )
@@ -103,5 +106,5 @@ def train(
 def _launch(script: str, device: str, **settings: Any) -> None:
     options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
-    where = ["--cpu"] if device == "cpu" else []
-    subprocess.run([*launcher, *where, script, *options], cwd=ROOT, check=True)
+    launcher += ["--cpu"] if device == "cpu" else ["--config_file", str(ONE_GPU)]
+    subprocess.run([*launcher, script, *options], cwd=ROOT, check=True)

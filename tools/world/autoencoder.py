@@ -115,7 +115,8 @@ def _widened(tensor: Tensor) -> Tensor:
 def train(
     seed: int, cycles: Sequence[int], batch: int = 4, side: int = 64, device: str = "cpu"
 ) -> Autoencoder:
-    """A new one, from the stream `seed`. `cycles`: steps between warm restarts."""
+    """A new one, from the stream `seed`, on the CPU; trained on `device`. `cycles`: steps between
+    warm restarts."""
     torch.manual_seed(seed)
     model = Autoencoder().to(device).to(memory_format=torch.channels_last)
     done = 0

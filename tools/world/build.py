@@ -4,9 +4,8 @@
                           [--out output/miniature-SEED]
 
 Goes on where it stopped: a part whose file lies in the work folder is not made again.
-miniature/manifest.json has the time that all took on two CPU cores, and every part: some were made
-side by side, on one core each. On a GPU (--device cuda) it takes minutes; pictures, texts and noise
-are those of the seed on either.
+On a GPU (--device cuda; CUDA_VISIBLE_DEVICES says which) it takes minutes: pictures and texts are
+those of the seed there too. A build's manifest.json has the time of the whole and of every part.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class Build(Work):
     def __init__(
         self, seed: int, work: Path, steps: Mapping[str, Any] = STEPS, device: str = "cpu"
     ) -> None:
-        super().__init__(work)
+        super().__init__(work, _hardware(device))
         self.seed, self.steps, self.device = seed, steps, device
 
     def recipe(self) -> dict[str, Any]:
@@ -145,8 +144,8 @@ class Build(Work):
         return (
             Part(plus, plus, partial(self._adapter, "fine-grained", plus)),
             Part(small, small, partial(self._adapter, "base", small)),
-            Part("concatenated", files.CONCATENATED, self._concatenated),
             Part("control", files.CONTROL, self._control),
+            Part("concatenated", files.CONCATENATED, self._concatenated),
             Part("second base", files.RESTYLED, self._restyled),
         )
 
@@ -241,10 +240,11 @@ class Build(Work):
             else:
                 shutil.copyfile(self.work / name, out / name)
         sizes = {name: (out / name).stat().st_size for name in made}
+        times = self.times()
         manifest = {
             **self.recipe(),
-            "made_on": _told(self.device),
-            "seconds": self.times(),
+            **times,
+            "made_on": " and ".join(times["made_on"]),
             "seconds_in_all": self.seconds(),
             "files": {
                 name: {"bytes": sizes[name], "sha256": files.checksum(out / name)} for name in made
@@ -268,17 +268,20 @@ def _changed(text: str) -> dict[str, Any]:
     return STEPS | given
 
 
-def _told(device: str) -> str:
-    """What trained, by name."""
-    if device == "cpu":
-        return f"{torch.get_num_threads()} CPU cores"
-    return torch.cuda.get_device_name(device)
+def _hardware(device: str) -> str:
+    """What trains, by name."""
+    threads = f"{torch.get_num_threads()} CPU threads"
+    return threads if device == "cpu" else f"{torch.cuda.get_device_name(device)}, {threads}"
 
 
 def _device(text: str) -> str:
-    if text != "cpu" and not (text.startswith("cuda") and torch.cuda.is_available()):
-        found = "finds no GPU" if text.startswith("cuda") else "has no such device for this"
-        raise argparse.ArgumentTypeError(f"{text}: torch {torch.__version__} {found}; give cpu")
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text}: expected cpu or cuda")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(
+            f"cuda: torch {torch.__version__} finds no GPU that it can use. Give cpu, or install "
+            "PyTorch for your GPU."
+        )
     return text
 
 

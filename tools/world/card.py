@@ -9,6 +9,7 @@ it, in a table of their own.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -85,8 +86,8 @@ def _follows(found: Figures) -> str:
         "tokens by diffusers with the same noises, steps and guidance), pictures show\n\n"
         + _table([*head, "by chance (99 %)"], rows)
         + "\n\nBy chance: how often the pictures at λ = 0 agree with shuffled references. "
-        "The judge is right in "
-        f"{min(found['judge_accuracy'].values()):.1%} of drawn pictures or more, for each kind, "
+        "The judge is right in at least "
+        f"{min(found['judge_accuracy'].values()):.1%} of drawn pictures, for each kind, "
         f"and in {min(found['judge_accuracy_outlined'].values()):.1%} of those in the second "
         "base's style."
     )
@@ -194,14 +195,7 @@ def _has(found: Figures, path: str) -> bool:
 
 def _findings(findings: Figures) -> str:
     sets = findings["sets"]
-    rows = []
-    for name, path in FINDINGS:
-        parts = [part for part in OPTIONAL if path.startswith(f"{part}.")]
-        if not all(_has(one, part) for one in sets for part in parts):
-            continue  # its model is not shipped
-        values = [at(one, path) for one in sets]
-        digits = 1 if path.endswith(("distance", "displacement", "shade_error")) else 2
-        rows.append([name, *(f"{value:.{digits}f}" for value in values)])
+    rows = [[name, *(_figure(at(one, path), path) for one in sets)] for name, path in _shared(sets)]
     return (
         f"Further, with {findings['references']} references and noises of {len(sets)} other sets "
         "(distance in 8-bit levels, displacement of the shape's centre in pixels, error of the "
@@ -220,45 +214,80 @@ BUILDS = (  # name, where it lies
     ("texture of the reference at λ = 1", "texture_follows"),
     ("… at λ = 0", "texture_at_zero"),
     ("shape of the text at λ = 1", "shape_kept"),
+    ("… fine-grained", "fine_grained.shape"),
     ("… concatenated", "concatenated.shape"),
     ("with no text: colour of the reference", "image_only.colour"),
     ("… background", "image_only.background"),
     ("… texture", "image_only.texture"),
     ("… shape", "image_only.shape_of_reference"),
+    ("likeness to what is asked at λ = 1, base adapter", "similarity_to_asked"),
+    ("… fine-grained", "fine_grained.similarity_to_asked"),
+    ("… concatenated", "concatenated.similarity_to_asked"),
 )
 
 
+class NotAlike(ValueError):
+    """Evaluations that cannot lie in one table."""
+
+
 def _builds(evaluations: Sequence[Figures]) -> str:
-    """What each of several trainings gives: its own evaluation, and the means of its sets."""
-
-    def mean(found: Figures, path: str) -> float:
-        return fmean(at(one, path) for one in found["findings"]["sets"])
-
-    rows = [[name, *(f"{at(one, path):.2f}" for one in evaluations)] for name, path in BUILDS]
-    likeness = [[f"{x:.2f}" for x in one["image_similarity"].values()] for one in evaluations]
-    rows.append(["likeness to the reference as λ rises", *(", ".join(one) for one in likeness)])
-    for name, path in FINDINGS:
-        digits = 1 if path.endswith(("distance", "displacement", "shade_error")) else 2
-        if all(
-            _has(one, part)
-            for found in evaluations
-            for one in found["findings"]["sets"]
-            for part in OPTIONAL
-            if path.startswith(f"{part}.")
-        ):
-            rows.append([name, *(f"{mean(found, path):.{digits}f}" for found in evaluations)])
-    demands = [[*must.demands(found)] for found in evaluations]
-    met = [f"{sum(one.met for one in asked)} of {len(asked)}" for asked in demands]
-    rows.append(["demands of `tools/world/must.py` met", *met])
-    made = "; ".join(
-        f"seed {one['made']['seed']} in {one['made']['minutes']} minutes on {one['made']['on']}"
-        for one in evaluations
-    )
+    """What each of several trainings gives: its own evaluation, and the means of its sets. Raises
+    NotAlike for evaluations of one build, of several recipes, or of other references."""
+    made = [one.get("made", {}) for one in evaluations]
+    for name in ("recipe", "seed", "minutes", "on"):
+        if not all(name in one for one in made):
+            raise NotAlike(f"an evaluation does not say {name} of its build: measure it again")
+    if len({one["recipe"] for one in made}) > 1:
+        raise NotAlike("the builds are of several recipes: expected one, from several seeds")
+    if len({one["seed"] for one in made}) < len(made):
+        raise NotAlike("two of the builds are of one seed: expected one evaluation of each")
+    if not all("findings" in one for one in evaluations):
+        raise NotAlike("an evaluation has no findings: measure again, with --seeds 1 or more")
+    if any(_asked(one) != _asked(evaluations[0]) for one in evaluations):
+        raise NotAlike("the evaluations differ in references, seeds or steps: measure alike")
+    sets = [one["findings"]["sets"] for one in evaluations]
+    head = ["", *(f"seed {one['seed']}" for one in made)]
+    own = [
+        [name, *(_figure(at(one, path), path) for one in evaluations)]
+        for name, path in BUILDS
+        if all(_has(one, path) for one in evaluations)
+    ]
+    rising = [
+        ", ".join(f"{x:.2f}" for x in one["image_similarity"].values()) for one in evaluations
+    ]
+    own.append(["likeness to the reference as λ rises", *rising])
+    means = [
+        [name, *(_figure(fmean(at(one, path) for one in some), path) for some in sets)]
+        for name, path in _shared(itertools.chain(*sets))
+    ]
+    asked = [[*must.demands(one)] for one in evaluations]
+    met = [f"{sum(demand.met for demand in some)} of {len(some)}" for some in asked]
+    means.append(["demands of `tools/world/must.py` met", *met])
+    times = "; ".join(f"seed {x['seed']} in {x['minutes']} minutes ({x['on']})" for x in made)
     return (
-        f"The same recipe from {len(evaluations)} seeds, every model trained anew: {made}. Each is "
-        "evaluated as above; after the first rows, the means of its sets:\n\n"
-        + _table(["", *(f"seed {one['made']['seed']}" for one in evaluations)], rows)
+        f"The same recipe from {len(evaluations)} seeds, every model trained anew: {times}. Of the "
+        f"{evaluations[0]['references']} references:\n\n{_table(head, own)}\n\n"
+        f"and, as means over the {len(sets[0])} further sets of each:\n\n{_table(head, means)}"
     )
+
+
+def _asked(found: Figures) -> tuple[Any, ...]:
+    """What an evaluation was asked for, so that others can be held against it."""
+    findings = found["findings"]
+    sets = [one["seed"] for one in findings["sets"]]
+    return found["references"], found["seed"], found["sampling"], findings["references"], sets
+
+
+def _figure(value: float, path: str) -> str:
+    """With as many digits as it is worth."""
+    digits = 1 if path.endswith(("distance", "displacement", "shade_error")) else 2
+    return f"{value:.{digits}f}"
+
+
+def _shared(sets: Iterable[Figures]) -> list[tuple[str, str]]:
+    """The lines of FINDINGS whose models all of the sets have."""
+    lacking = {part for one in sets for part in OPTIONAL if not _has(one, part)}
+    return [line for line in FINDINGS if not line[1].startswith(tuple(f"{x}." for x in lacking))]
 
 
 def write(found: Figures, card: Path, others: Sequence[Figures] = ()) -> None:
@@ -283,7 +312,10 @@ def main() -> None:
     found, *others = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
     if found["build"] != files.checksums():
         parser.error(f"{paths[0]} measured other files than those in {files.FOLDER}")
-    write(found, files.FOLDER / "README.md", others)
+    try:
+        write(found, files.FOLDER / "README.md", others)
+    except NotAlike as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

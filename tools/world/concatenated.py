@@ -58,7 +58,8 @@ def train(
     asked: tuple[int, int, int],
     device: str = "cpu",
 ) -> ImageProjection:
-    """`asked`: seed, pictures, steps. The UNet moves to `device`."""
+    """A new one, on the CPU; trained on `device`, where the UNet moves and stays. Autoencoder and
+    encoder are on the CPU. `asked`: seed, pictures, steps."""
     seed, count, steps = asked
     latents, embeds, shapes = _pool(autoencoder, encoder, seed, count)
     context = contexts()

@@ -86,10 +86,11 @@ FromPictures = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def train_control(
     autoencoder: Autoencoder, unet: Any, seed: int, steps: int, device: str = "cpu"
 ) -> Control:
-    """Half of the texts are dropped, so that the edges alone are enough. Autoencoder and UNet move
-    to `device`."""
+    """A new one, on the CPU; trained on `device`, where autoencoder and UNet move and stay. Half of
+    the texts are dropped, so that the edges alone are enough."""
     torch.manual_seed(seed)
     control = Control().to(device)
+    autoencoder.to(device)
     unet.to(device)
 
     def predict(pictures: Tensor, noisy: Tensor, times: Tensor, context: Tensor) -> Tensor:
@@ -102,17 +103,7 @@ def train_control(
             mid_block_additional_residual=torch.zeros(()),
         ).sample
 
-    _fit(
-        "control",
-        control.parameters(),
-        predict,
-        autoencoder.to(device),
-        render,
-        seed,
-        steps,
-        1e-3,
-        0.5,
-    )
+    _fit("control", control.parameters(), predict, autoencoder, render, seed, steps, 1e-3, 0.5)
     return control.cpu().eval().requires_grad_(False)
 
 
@@ -120,18 +111,17 @@ def restyle(
     autoencoder: Autoencoder, unet: Any, seed: int, steps: int, device: str = "cpu"
 ) -> dict[str, Tensor]:
     """Fine-tune `unet` in place on outlined pictures, by a change of low rank. Returns its factors,
-    in diffusers' names. Autoencoder and UNet move to `device`."""
+    in diffusers' names, on the CPU; autoencoder and UNet move to `device` and stay there."""
     torch.manual_seed(seed)
     changes = low_rank.add(unet, RANK, CHANGED)
+    autoencoder.to(device)
     unet.to(device)
     parameters = [part for change in changes.values() for part in change.parameters()]
 
     def predict(pictures: Tensor, noisy: Tensor, times: Tensor, context: Tensor) -> Tensor:
         return unet(noisy, times, context).sample
 
-    _fit(
-        "second base", parameters, predict, autoencoder.to(device), outlined, seed, steps, 1e-3, 0.1
-    )
+    _fit("second base", parameters, predict, autoencoder, outlined, seed, steps, 1e-3, 0.1)
     return {name: factor.cpu() for name, factor in low_rank.factors(changes).items()}
 
 
@@ -147,7 +137,8 @@ def _fit(
     drop_text: float,
     batch: int = 16,
 ) -> None:
-    """Train `parameters` so that `predict` finds the noise in the latents of `draw`'s pictures."""
+    """Train `parameters` so that `predict` finds the noise in the latents of `draw`'s pictures, all
+    on the autoencoder's device."""
     device = next(autoencoder.parameters()).device
     context = contexts().to(device)
     generator = torch.Generator().manual_seed(seed)

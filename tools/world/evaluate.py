@@ -178,14 +178,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUTPUT / "miniature.json")
     asked = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    base = setup.ensure()
+    base, made = setup.ensure(), files.made()
     comfyui = host.require()
     with ExitStack() as stack:
         # Pictures are so small that two processors draw two of them sooner than one after the other
         servers = [Server(base, comfyui, threads=1) for _ in range(asked.servers)]
         clients = [stack.enter_context(server) for server in servers]
         found, drawn, task = run(clients, asked.references, asked.seed)
-        found |= {"build": files.checksums(), "made": files.made()}
+        found |= {"build": files.checksums(), "made": made}
         write(found, asked.out)
         for number in range(asked.seeds):
             known = found.setdefault("findings", {"references": asked.findings, "sets": []})

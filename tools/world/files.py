@@ -150,10 +150,17 @@ def checksums() -> dict[str, str]:
 
 
 def made() -> dict[str, Any]:
-    """From which seed the build was made, in how many minutes, and on what."""
+    """By which recipe, a checksum, from which seed the build was made, in how many minutes and on
+    what. Raises FileNotFoundError as `manifest` does."""
     known = manifest()
-    minutes = round(known["seconds_in_all"] / 60)
-    return {"seed": known["seed"], "minutes": minutes, "on": known["made_on"]}
+    apart = ("seed", "made_on", "seconds", "side_by_side", "seconds_in_all", "files")
+    recipe = json.dumps({key: known[key] for key in known.keys() - {*apart}}, sort_keys=True)
+    return {
+        "recipe": hashlib.sha256(recipe.encode()).hexdigest()[:16],
+        "seed": known["seed"],
+        "minutes": round(known["seconds_in_all"] / 60),
+        "on": known.get("made_on", "what its manifest does not say"),
+    }
 
 
 def manifest() -> dict[str, Any]:

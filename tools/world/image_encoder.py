@@ -63,7 +63,7 @@ def normalised(pictures: Tensor) -> Tensor:
 
 
 def train(seed: int, steps: int, batch: int = 128, device: str = "cpu") -> CLIP:
-    """A new one, from the stream `seed`."""
+    """A new one, from the stream `seed`, on the CPU; trained on `device`."""
     model = new(seed).to(device)
     tokenize = SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
     matrices = [p for p in model.parameters() if p.ndim > 1]

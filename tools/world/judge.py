@@ -103,8 +103,9 @@ class ShapeClassifier(nn.Sequential):
 
 
 def train(seed: int, steps: int, batch: int = 64, device: str = "cpu") -> ShapeClassifier:
-    """A new one, from the stream `seed`; half of its pictures are blurred, more or less, and all
-    are noisy, as those that a decoder draws may be; some have the second base's outlines."""
+    """A new one, from the stream `seed`, on the CPU; trained on `device`. Half of its pictures are
+    blurred, more or less, and all are noisy, as those that a decoder draws may be; some have the
+    second base's outlines."""
     torch.manual_seed(seed)
     model = ShapeClassifier().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)

@@ -20,8 +20,7 @@ from filelock import FileLock
 from tools.host import ROOT
 
 logger = logging.getLogger("comfyui_ip_adapter.tools")
-TOGETHER = "side by side: {}"  # the time that the parts of a stage took together
-_RECIPE = "recipe.json"
+_RECIPE, _TIMES = "recipe.json", "times.json"
 
 
 class RecipeError(ValueError):
@@ -47,10 +46,10 @@ first."""
 
 
 class Work(ABC):
-    """The folder `work` of one recipe, and what is to be made in it."""
+    """The folder `work` of one recipe, and what is to be made in it, on a machine `hardware`."""
 
-    def __init__(self, work: Path) -> None:
-        self.work = work
+    def __init__(self, work: Path, hardware: str) -> None:
+        self.work, self.hardware = work, hardware
 
     @abstractmethod
     def recipe(self) -> dict[str, Any]:
@@ -78,7 +77,7 @@ class Work(ABC):
                 f"{ours}. Give another folder with --work, or delete this one."
             )
 
-    def make(self, part: Part) -> None:
+    def make(self, part: Part, beside_others: bool = False) -> None:
         """Make a part unless its file or folder is there, and note how long it took."""
         with FileLock(self.work / f"{part.target}.lock"):  # another process may be making it
             if (self.work / part.target).exists():
@@ -90,28 +89,31 @@ class Work(ABC):
             try:
                 part.make(unfinished)
             finally:  # an interrupted attempt took its time too
-                self.note(part.name, time.monotonic() - begun)
+                self.note(part.name, time.monotonic() - begun, beside_others)
             os.replace(unfinished, self.work / part.target)
 
-    def note(self, name: str, seconds: float) -> None:
-        with FileLock(self.work / "seconds.lock"):
+    def note(self, name: str, seconds: float, beside_others: bool = False) -> None:
+        """The time of a part that was made alone, or of parts made together; `beside_others`: of
+        one of those."""
+        with FileLock(self.work / f"{_TIMES}.lock"):
             times = self.times()
-            times[name] = times.get(name, 0) + round(seconds)
-            (self.work / "seconds.json").write_text(json.dumps(times, indent=1), encoding="utf-8")
+            kind = times["side_by_side" if beside_others else "seconds"]
+            kind[name] = kind.get(name, 0) + round(seconds)
+            if not beside_others and self.hardware not in times["made_on"]:
+                times["made_on"].append(self.hardware)
+            (self.work / _TIMES).write_text(json.dumps(times, indent=1), encoding="utf-8")
 
-    def times(self) -> dict[str, int]:
-        path = self.work / "seconds.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    def times(self) -> dict[str, Any]:
+        """`made_on`: what made the parts. `seconds`: what was made alone or, under one name,
+        together. `side_by_side`: of the latter, each."""
+        path = self.work / _TIMES
+        if path.exists():
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        return {"made_on": [], "seconds": {}, "side_by_side": {}}
 
     def seconds(self) -> int:
-        """That all took, of which what was made side by side counts once."""
-        times = self.times()
-        for stage in self.stages():
-            names = [part.name for part in stage]
-            if _together(names) in times:
-                for name in names:
-                    times.pop(name, None)
-        return sum(times.values())
+        """That all took."""
+        return sum(self.times()["seconds"].values())
 
     def all(self) -> None:
         """Every part, each from those before. Raises RecipeError if `work` holds parts of another
@@ -125,10 +127,10 @@ class Work(ABC):
                     self.make(part)
 
     def only(self, name: str) -> None:
-        """The part of that name, from those of the stages before."""
+        """The part of that name, from those of the stages before, beside others of its stage."""
         self.begin()
         (part,) = (part for stage in self.stages() for part in stage if part.name == name)
-        self.make(part)
+        self.make(part, beside_others=True)
 
     def side_by_side(self, stage: Stage) -> None:
         """Make what is missing of a stage, each part in a process of its own, which share the
@@ -149,13 +151,9 @@ class Work(ABC):
             with ThreadPoolExecutor(jobs) as pool:
                 codes = dict(zip(names, pool.map(run, names), strict=True))
         finally:
-            self.note(_together([part.name for part in stage]), time.monotonic() - begun)
+            self.note(" + ".join(names), time.monotonic() - begun)
         if failed := [name for name, code in codes.items() if code]:
             raise PartError(
                 f"{', '.join(failed)}: not made, see above for why. What was made is kept; the "
                 "same command goes on from there."
             )
-
-
-def _together(names: Sequence[str]) -> str:
-    return TOGETHER.format(", ".join(names))

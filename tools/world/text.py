@@ -18,6 +18,7 @@ from tools.weights import State
 from training.loading import clip_vocabulary
 
 SEED = 7
+_AT_ONCE = 60  # captions
 
 
 @functools.cache
@@ -50,7 +51,7 @@ def model() -> CLIPTextModel:
 
 @torch.no_grad()
 def states(captions: list[str], device: str = "cpu") -> Tensor:
-    """The UNet's context of each caption, `(N, 77, 768)`, on the CPU; `device` computes it."""
+    """The UNet's context of each caption, `(N, 77, 768)`, on the CPU; computed on `device`."""
     with TemporaryDirectory() as folder:
         from pathlib import Path
 
@@ -58,4 +59,6 @@ def states(captions: list[str], device: str = "cpu") -> Tensor:
         tokenizer = CLIPTokenizer.from_pretrained(folder)
     length = layouts_clip.POSITIONS
     ids = tokenizer(captions, padding="max_length", max_length=length, return_tensors="pt")
-    return model().to(device)(ids.input_ids.to(device)).last_hidden_state.cpu()
+    encoder = model().to(device)
+    batches = ids.input_ids.to(device).split(_AT_ONCE)
+    return torch.cat([encoder(batch).last_hidden_state.cpu() for batch in batches])
