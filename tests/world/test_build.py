@@ -93,8 +93,8 @@ def test_everything_is_made_and_shipped_and_fits(made):
 SIDE_BY_SIDE = (files.JUDGE, files.AUTOENCODER)  # of the first stage
 LAST = (files.ADAPTER, files.CONTROL, files.CONCATENATED)
 LAST_NAMES = (files.ADAPTER, "control", "concatenated")
-# Of the largest number, how much two ways of making it may differ: where Adam takes its first steps,
-# rounding can turn one. The adapter's projection and the frozen parts around it leave nothing to it.
+# Two ways of making it may differ by so much of the largest number: in Adam's first steps rounding
+# can turn one. An adapter of one step leaves nothing to it.
 APART = {name: 0.0 if name == files.ADAPTER else 1e-2 for name in (*SIDE_BY_SIDE, *LAST)}
 
 
