@@ -4,7 +4,8 @@
     nox -s tests      the tests (arguments after -- go to pytest)
     nox -s evaluate   output/miniature.json: what follows the reference and what the text
     nox -s bench      output/bench.json: operations and time that an image prompt adds
-    nox -s miniature  train the models of miniature/ anew: two hours, -- --device cuda minutes
+    nox -s miniature  train the models of miniature/ anew: about two hours on two CPU cores,
+                      minutes on a GPU (-- --device cuda)
     nox -s lint       formatting, lint, types
 
 All but lint share one environment. It sees the packages of the Python that runs

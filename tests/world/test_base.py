@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tools.world import base
+from tools.world import base, text
 from tools.world.scenes import KINDS, PLACES, SHAPES, caption, outlines, scenes
 
 
@@ -84,3 +84,13 @@ def test_the_loss_is_weighted_by_the_noise_that_is_added():
     errors = (noise - 0.25).square().mean((1, 2, 3))
     expected = (errors * ((1 - signal) / signal).sqrt().flatten()).mean()  # 1/√SNR
     torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)
+
+
+def test_states_of_many_texts_are_those_of_each(monkeypatch):
+    captions = [caption(shape) for shape in range(3)]
+    alone = torch.cat([text.states([one]) for one in captions])
+    monkeypatch.setattr(text, "_AT_ONCE", 2)
+    together = text.states(captions)
+    assert together.shape == (3, 77, 768)
+    assert float((together - alone).abs().max()) < 1e-4 * float(alone.abs().max())
+    assert not torch.allclose(together[0], together[2])
