@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tools.world import base, text
+from tools.world import base
 from tools.world.scenes import KINDS, PLACES, SHAPES, caption, outlines, scenes
+from tools.world.text import states
 
 
 def test_a_caption_names_what_it_is_given():
@@ -88,9 +89,9 @@ def test_the_loss_is_weighted_by_the_noise_that_is_added():
 
 def test_states_of_many_texts_are_those_of_each(monkeypatch):
     captions = [caption(shape) for shape in range(3)]
-    alone = torch.cat([text.states([one]) for one in captions])
-    monkeypatch.setattr(text, "_AT_ONCE", 2)
-    together = text.states(captions)
+    alone = torch.cat([states([one]) for one in captions])
+    monkeypatch.setattr("tools.world.text._AT_ONCE", 2)
+    together = states(captions)
     assert together.shape == (3, 77, 768)
     assert float((together - alone).abs().max()) < 1e-4 * float(alone.abs().max())
     assert not torch.allclose(together[0], together[2])

@@ -107,36 +107,11 @@ class Build(Work):
         yield self._last_parts()
 
     def _first_parts(self) -> Stage:
-        seed, steps, device = self.seed, self.steps, self.device
-
-        def saved(model: torch.nn.Module) -> Mapping[str, Tensor]:
-            return files.halved(model.state_dict())
-
         return (
-            Part(
-                "autoencoder",
-                files.AUTOENCODER,
-                lambda to: files.save(
-                    to, saved(autoencoder.train(seed, steps["autoencoder"], device=device))
-                ),
-            ),
-            Part(
-                "image encoder",
-                files.ENCODER,
-                lambda to: files.save_encoder(
-                    to, image_encoder.train(seed, steps["image encoder"], device=device)
-                ),
-            ),
-            Part(
-                "texts",
-                _TEXTS,
-                lambda to: files.save(to, {"states": base.all_contexts(device)}),
-            ),
-            Part(
-                "judge",
-                files.JUDGE,
-                lambda to: files.save(to, saved(judge.train(seed, steps["judge"], device=device))),
-            ),
+            Part("autoencoder", files.AUTOENCODER, self._autoencoder),
+            Part("image encoder", files.ENCODER, self._image_encoder),
+            Part("texts", _TEXTS, self._texts),
+            Part("judge", files.JUDGE, self._judge),
         )
 
     def _last_parts(self) -> Stage:
@@ -148,6 +123,21 @@ class Build(Work):
             Part("concatenated", files.CONCATENATED, self._concatenated),
             Part("second base", files.RESTYLED, self._restyled),
         )
+
+    def _autoencoder(self, target: Path) -> None:
+        made = autoencoder.train(self.seed, self.steps["autoencoder"], device=self.device)
+        files.save(target, files.halved(made.state_dict()))
+
+    def _image_encoder(self, target: Path) -> None:
+        made = image_encoder.train(self.seed, self.steps["image encoder"], device=self.device)
+        files.save_encoder(target, made)
+
+    def _texts(self, target: Path) -> None:
+        files.save(target, {"states": base.all_contexts(self.device)})
+
+    def _judge(self, target: Path) -> None:
+        made = judge.train(self.seed, self.steps["judge"], device=self.device)
+        files.save(target, files.halved(made.state_dict()))
 
     def _frozen(self) -> tuple[autoencoder.Autoencoder, Any]:
         """Autoencoder and UNet as they are shipped."""
