@@ -36,7 +36,7 @@ OUTPUT = host.ROOT / "output" / "demo.png"
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TEXTS = ("circle", "triangle", "ring", "square")  # over one reference, and then none
 TOLD = ("star", "ring", "circle")  # over each reference, another shape than it shows
-MINIATURE = "Miniature models of this repository, trained on a CPU on pictures like the references."
+MINIATURE = "Miniature models of this repository, trained on pictures like the references."
 PATIENCE = 6 * 3600.0  # seconds for a picture: real models on a CPU take minutes a step
 LOADERS = {  # folder and input that names a file in it
     "CheckpointLoaderSimple": ("checkpoints", "ckpt_name"),
