@@ -35,7 +35,7 @@ LAYOUTS: dict[str, frozenset[Block]] = {
     "the miniature": frozenset({("input", 1), ("output", 0), ("output", 1)}),
 }
 """Which blocks of a family have cross-attention. The miniature is this repository's own (see
-miniature/README.md): what its two layers carry was measured there."""
+miniature/README.md): there its last layer carries colour and texture, whatever the seed."""
 
 STYLE: dict[str, dict[Block, float]] = {
     "SD1.5": {

@@ -95,3 +95,5 @@ def test_states_of_many_texts_are_those_of_each(monkeypatch):
     assert together.shape == (3, 77, 768)
     assert float((together - alone).abs().max()) < 1e-4 * float(alone.abs().max())
     assert not torch.allclose(together[0], together[2])
+    halved = states(captions, stored=torch.float16)
+    assert halved.dtype == torch.float16 and torch.equal(halved, together.half())

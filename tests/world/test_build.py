@@ -136,6 +136,7 @@ def test_what_several_machines_made_says_so(unfinished):
     unfinished.hardware = "another"
     unfinished.note("a part", 2.4)
     unfinished.note("a part", 1.0)
+    unfinished.hardware = "2 of its 9 threads"
     unfinished.note("beside others", 7, beside_others=True)
     times = unfinished.times()
     assert times["made_on"] == ["1 CPU threads", "another"]

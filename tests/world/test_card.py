@@ -89,11 +89,14 @@ def test_a_model_that_one_build_lacks_is_left_out():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"made": {"recipe": "abc", "seed": 2}}, "does not say minutes"),
-        ({"made": {"recipe": "x", "seed": 2, "minutes": 1, "on": ""}}, "several recipes"),
-        ({"made": of_seed(1)["made"]}, "of one seed"),
-        ({"references": 8}, "differ in references"),
-        ({"seed": 5}, "differ in references"),
+        ({"made": {}}, "no 'made': measure"),
+        ({"made": {"recipe": "x", "seed": 2, "minutes": 1, "on": ""}}, "recipes abc, x; expected"),
+        ({"made": of_seed(1)["made"]}, r"seeds \[1, 1\]; expected"),
+        ({"references": 8}, "'references': 64.*'references': 8.*measure one again"),
+        ({"seed": 5}, "'seed': 0.*'seed': 5"),
+        ({"sampling": {"steps": 9, "guidance": 4.0}}, "'steps': 20.*'steps': 9"),
+        ({"findings": {**EVALUATION["findings"], "references": 9}}, "'findings': 9"),
+        ({"findings": {**EVALUATION["findings"], "sets": []}}, r"'sets': \[\]"),
     ],
 )
 def test_builds_that_cannot_be_compared_are_refused(change, told):
@@ -104,7 +107,14 @@ def test_builds_that_cannot_be_compared_are_refused(change, told):
 def test_a_build_without_findings_is_refused():
     other = of_seed(2)
     del other["findings"]
-    with pytest.raises(card.NotAlike, match="no findings"):
+    with pytest.raises(card.NotAlike, match="no 'findings'"):
+        card.measured(of_seed(1), [other])
+
+
+def test_a_figure_that_a_build_lacks_is_no_model_that_it_lacks():
+    other = of_seed(2)
+    del other["texture_at_zero"]
+    with pytest.raises(KeyError, match="texture_at_zero"):
         card.measured(of_seed(1), [other])
 
 
@@ -167,7 +177,7 @@ def test_the_command_lays_further_builds_beside(run):
 def test_builds_that_cannot_be_compared_are_told(run, capsys):
     with pytest.raises(SystemExit):
         run(of_seed(1, build={"unet": "abc"}), of_seed(1))
-    assert "of one seed" in capsys.readouterr().err
+    assert "seeds [1, 1]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

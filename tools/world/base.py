@@ -126,7 +126,7 @@ def told() -> dict[str, Any]:
 def all_contexts(device: str = "cpu") -> Tensor:
     """The text states of all texts, in float16, on the CPU; computed on `device`. 250 MB, which
     take minutes on two CPU cores."""
-    return text.states(all_texts(), device).half()
+    return text.states(all_texts(), device, torch.float16)
 
 
 def naming(kinds: Tensor, generator: torch.Generator) -> Tensor:

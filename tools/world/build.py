@@ -266,7 +266,9 @@ def _hardware(device: str) -> str:
 
 def _device(text: str) -> str:
     if text not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text}: expected cpu or cuda")
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU"
+        )
     if text == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(
             f"cuda: torch {torch.__version__} finds no GPU that it can use. Give cpu, or install "

@@ -37,7 +37,8 @@ def at(found: Figures, path: str) -> Any:
 
 
 def measured(found: Figures, others: Sequence[Figures] = ()) -> str:
-    """The card's section, in Markdown; `others`: evaluations of builds from other seeds."""
+    """The card's section, in Markdown; `others`: evaluations of builds from other seeds. Raises
+    NotAlike for some that cannot be held against `found`."""
     asked = [*must.demands(found)]
     missed = [demand for demand in asked if not demand.met]
     parts = [_follows(found), _likeness(found)]
@@ -86,8 +87,8 @@ def _follows(found: Figures) -> str:
         "tokens by diffusers with the same noises, steps and guidance), pictures show\n\n"
         + _table([*head, "by chance (99 %)"], rows)
         + "\n\nBy chance: how often the pictures at λ = 0 agree with shuffled references. "
-        "The judge is right in at least "
-        f"{min(found['judge_accuracy'].values()):.1%} of drawn pictures, for each kind, "
+        "Tried on drawn pictures, the judge is right in "
+        f"{min(found['judge_accuracy'].values()):.1%} of the kind that it knows least, "
         f"and in {min(found['judge_accuracy_outlined'].values()):.1%} of those in the second "
         "base's style."
     )
@@ -233,24 +234,31 @@ class NotAlike(ValueError):
 def _builds(evaluations: Sequence[Figures]) -> str:
     """What each of several trainings gives: its own evaluation, and the means of its sets. Raises
     NotAlike for evaluations of one build, of several recipes, or of other references."""
-    made = [one.get("made", {}) for one in evaluations]
-    for name in ("recipe", "seed", "minutes", "on"):
-        if not all(name in one for one in made):
-            raise NotAlike(f"an evaluation does not say {name} of its build: measure it again")
-    if len({one["recipe"] for one in made}) > 1:
-        raise NotAlike("the builds are of several recipes: expected one, from several seeds")
-    if len({one["seed"] for one in made}) < len(made):
-        raise NotAlike("two of the builds are of one seed: expected one evaluation of each")
-    if not all("findings" in one for one in evaluations):
-        raise NotAlike("an evaluation has no findings: measure again, with --seeds 1 or more")
-    if any(_asked(one) != _asked(evaluations[0]) for one in evaluations):
-        raise NotAlike("the evaluations differ in references, seeds or steps: measure alike")
+    for one in evaluations:
+        if not one.get("made") or "findings" not in one:
+            lacks = "made" if not one.get("made") else "findings"
+            raise NotAlike(
+                f"an evaluation has no '{lacks}': measure that build with nox -s evaluate"
+            )
+    made = [one["made"] for one in evaluations]
+    seeds = [one["seed"] for one in made]
+    if len(recipes := {one["recipe"] for one in made}) > 1:
+        told = ", ".join(sorted(recipes))
+        raise NotAlike(f"found builds of the recipes {told}; expected one recipe, several seeds")
+    if len({*seeds}) < len(seeds):
+        raise NotAlike(f"found builds of the seeds {seeds}; expected one evaluation of each seed")
+    for one in evaluations[1:]:
+        if (ours := _asked(evaluations[0])) != (theirs := _asked(one)):
+            raise NotAlike(
+                f"found evaluations of {ours} and of {theirs}; expected both to be asked for the "
+                "same: measure one again with the other's options"
+            )
     sets = [one["findings"]["sets"] for one in evaluations]
     head = ["", *(f"seed {one['seed']}" for one in made)]
     own = [
         [name, *(_figure(at(one, path), path) for one in evaluations)]
         for name, path in BUILDS
-        if all(_has(one, path) for one in evaluations)
+        if not path.startswith("concatenated.") or all("concatenated" in x for x in evaluations)
     ]
     rising = [
         ", ".join(f"{x:.2f}" for x in one["image_similarity"].values()) for one in evaluations
@@ -271,11 +279,12 @@ def _builds(evaluations: Sequence[Figures]) -> str:
     )
 
 
-def _asked(found: Figures) -> tuple[Any, ...]:
+def _asked(found: Figures) -> Figures:
     """What an evaluation was asked for, so that others can be held against it."""
     findings = found["findings"]
+    asked = {name: found[name] for name in ("references", "seed", "sampling")}
     sets = [one["seed"] for one in findings["sets"]]
-    return found["references"], found["seed"], found["sampling"], findings["references"], sets
+    return {**asked, "findings": findings["references"], "sets": sets}
 
 
 def _figure(value: float, path: str) -> str:
@@ -291,7 +300,8 @@ def _shared(sets: Iterable[Figures]) -> list[tuple[str, str]]:
 
 
 def write(found: Figures, card: Path, others: Sequence[Figures] = ()) -> None:
-    """Put the section into the file `card`. Raises ValueError where it lacks the marks."""
+    """Put the section into the file `card`. Raises ValueError where it lacks the marks, NotAlike as
+    `measured` does."""
     text = card.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{card} needs one line {BEGIN!r} and after it one line {END!r}.")

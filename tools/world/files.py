@@ -150,8 +150,8 @@ def checksums() -> dict[str, str]:
 
 
 def made() -> dict[str, Any]:
-    """By which recipe, a checksum, from which seed the build was made, in how many minutes and on
-    what. Raises FileNotFoundError as `manifest` does."""
+    """How the build was made: `recipe`, a checksum of all that was asked for but the seed, `seed`,
+    `minutes`, and `on` what. Raises FileNotFoundError as `manifest` does."""
     known = manifest()
     apart = ("seed", "made_on", "seconds", "side_by_side", "seconds_in_all", "files")
     recipe = json.dumps({key: known[key] for key in known.keys() - {*apart}}, sort_keys=True)
@@ -159,7 +159,7 @@ def made() -> dict[str, Any]:
         "recipe": hashlib.sha256(recipe.encode()).hexdigest()[:16],
         "seed": known["seed"],
         "minutes": round(known["seconds_in_all"] / 60),
-        "on": known.get("made_on", "what its manifest does not say"),
+        "on": known["made_on"],
     }
 
 

@@ -46,7 +46,8 @@ first."""
 
 
 class Work(ABC):
-    """The folder `work` of one recipe, and what is to be made in it, on a machine `hardware`."""
+    """The folder `work` of one recipe, and what is to be made in it; `hardware`: the name of what
+    makes it, to be noted."""
 
     def __init__(self, work: Path, hardware: str) -> None:
         self.work, self.hardware = work, hardware
@@ -78,7 +79,8 @@ class Work(ABC):
             )
 
     def make(self, part: Part, beside_others: bool = False) -> None:
-        """Make a part unless its file or folder is there, and note how long it took."""
+        """Make a part unless its file or folder is there, and note how long it took;
+        `beside_others`: while other parts of its stage are made."""
         with FileLock(self.work / f"{part.target}.lock"):  # another process may be making it
             if (self.work / part.target).exists():
                 logger.info("%s: there already", part.name)
@@ -93,8 +95,8 @@ class Work(ABC):
             os.replace(unfinished, self.work / part.target)
 
     def note(self, name: str, seconds: float, beside_others: bool = False) -> None:
-        """The time of a part that was made alone, or of parts made together; `beside_others`: of
-        one of those."""
+        """Note the time of a part that was made alone, or of parts that were made together. What
+        one of the latter took, `beside_others`, is no time of its own."""
         with FileLock(self.work / f"{_TIMES}.lock"):
             times = self.times()
             kind = times["side_by_side" if beside_others else "seconds"]

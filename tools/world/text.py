@@ -50,8 +50,9 @@ def model() -> CLIPTextModel:
 
 
 @torch.no_grad()
-def states(captions: list[str], device: str = "cpu") -> Tensor:
-    """The UNet's context of each caption, `(N, 77, 768)`, on the CPU; computed on `device`."""
+def states(captions: list[str], device: str = "cpu", stored: torch.dtype = torch.float32) -> Tensor:
+    """The UNet's context of each caption, `(N, 77, 768)`, computed on `device` in float32; on the
+    CPU as `stored`."""
     with TemporaryDirectory() as folder:
         from pathlib import Path
 
@@ -61,4 +62,4 @@ def states(captions: list[str], device: str = "cpu") -> Tensor:
     ids = tokenizer(captions, padding="max_length", max_length=length, return_tensors="pt")
     encoder = model().to(device)
     batches = ids.input_ids.to(device).split(_AT_ONCE)
-    return torch.cat([encoder(batch).last_hidden_state.cpu() for batch in batches])
+    return torch.cat([encoder(batch).last_hidden_state.to("cpu", stored) for batch in batches])
