@@ -127,6 +127,8 @@ class Evaluation:
         state = self.state
         found = scores.read(self.folder)
         state.wait_for_everyone()  # all have read, so all divide the same work
+        # From here on nobody waits in a group; one that lives until its process ends can abort it.
+        state.destroy_process_group()
         blocks = self.blocks(found)[state.process_index :: state.num_processes]
         writer = scores.Writer(self.folder, state.process_index)
         for block in tqdm(blocks, "blocks", disable=not state.is_main_process):
@@ -187,7 +189,8 @@ class Evaluation:
 
 
 def evaluate(settings: EvaluationSettings) -> dict[str, Any] | None:
-    """Measure and write; returns the results on the main process, None on the others.
+    """Measure and write; returns the results on the main process, None on the others. Of several
+    processes it ends the group, so that a launch of several measures once.
 
     Raises TrainingError for what a user can mend, NotFinite if a picture becomes NaN.
     """

@@ -299,6 +299,7 @@ validation = Validation(settings, base, encoder, "image_embeds", out, clip)
 values = validation(accelerator, small.adapter("sd15", "linear"), 1)
 name = f"values-{{accelerator.num_processes}}-{{accelerator.process_index}}.json"
 (out / name).write_text(json.dumps(values))
+accelerator.end_training()  # a process group that is still there can abort a process that ends
 """
 
 
