@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.world.test_must import GOOD
-from tools.world import card, files, must
+from tools.world import builds, card, files, must
 
 KINDS = ("colour", "background", "texture", "shape")
 EVALUATION = {
@@ -100,14 +100,14 @@ def test_a_model_that_one_build_lacks_is_left_out():
     ],
 )
 def test_builds_that_cannot_be_compared_are_refused(change, told):
-    with pytest.raises(card.NotAlike, match=told):
+    with pytest.raises(builds.NotAlike, match=told):
         card.measured(of_seed(1), [of_seed(2) | change])
 
 
 def test_a_build_without_findings_is_refused():
     other = of_seed(2)
     del other["findings"]
-    with pytest.raises(card.NotAlike, match="no 'findings'"):
+    with pytest.raises(builds.NotAlike, match="no 'findings'"):
         card.measured(of_seed(1), [other])
 
 
