@@ -18,6 +18,7 @@ from tools.world import (
     autoencoder,
     base,
     build,
+    command,
     concatenated,
     control,
     files,
@@ -191,10 +192,10 @@ def test_the_device_reaches_every_part(made, unfinished, monkeypatch, tmp_path):
     [("cuda", "no GPU.*Give cpu"), ("tpu", "cpu or cuda"), ("cuda:1", "or cuda")],
 )
 def test_a_device_that_is_not_there_is_named(device, told, monkeypatch):
-    monkeypatch.setattr(build.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
     with pytest.raises(argparse.ArgumentTypeError, match=rf"{device}: .*{told}"):
-        build._device(device)
-    assert build._device("cpu") == "cpu"
+        command.device(device)
+    assert command.device("cpu") == "cpu"
 
 
 def test_adapters_are_launched_where_asked_in_float32(monkeypatch):
@@ -222,9 +223,9 @@ def test_a_gpu_makes_all_parts(tmp_path):
 
 
 def test_steps_are_changed_by_name():
-    assert build._changed('{"control": 7}') == {**build.STEPS, "control": 7}
+    assert command.changed('{"control": 7}') == {**build.STEPS, "control": 7}
     with pytest.raises(argparse.ArgumentTypeError, match="among autoencoder"):
-        build._changed('{"controls": 7}')
+        command.changed('{"controls": 7}')
 
 
 def test_a_part_of_the_base_goes_on_from_the_one_before(made):

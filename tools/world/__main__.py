@@ -1,3 +1,3 @@
-from tools.world.build import main
+from tools.world.command import main
 
 main()
