@@ -29,7 +29,6 @@ from tools.world import (
 from tools.world.parts import Part, Stage, Work
 from tools.world.scenes import mark
 
-
 STEPS: dict[str, Any] = {
     "autoencoder": (2500, 2500, 5000),
     "image encoder": 1500,
