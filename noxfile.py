@@ -27,7 +27,7 @@ import nox
 ROOT = Path(__file__).resolve().parent
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 LINTERS = ("ruff==0.17.6", "mypy==2.4.1")  # a new release's new rules are taken up on purpose
-CODE = ("ip_adapter_core", "nodes", "training", "tools", "benchmarks")
+CODE = ("ip_adapter_core", "nodes", "training", "miniature", "tools", "benchmarks")
 KEPT = ("torch", "torchvision", "torchaudio")  # an installed one is never replaced
 # Where none is installed: the newest torchaudio (2.11, CUDA 13.0) refuses to be imported beside
 # torch 2.15 (CUDA 13.2), and ComfyUI imports it at its start.
@@ -69,7 +69,9 @@ def see_outer_packages(environment: Path) -> None:
 
 def host_folder(session: nox.Session, python: str) -> Path | None:
     """ComfyUI's folder, or None; fails where COMFYUI_PATH names none."""
-    found = session.run(python, "-m", "tools.host", external=True, silent=True, log=False)
+    found = session.run(
+        python, "-m", "tools.comfyui.install", external=True, silent=True, log=False
+    )
     return Path(str(found).strip()) if str(found).strip() else None
 
 
@@ -98,7 +100,7 @@ def environment(session: nox.Session) -> None:
     host = host_folder(session, python)
     if host is None and "--no-host" not in session.posargs:
         install("comfy-cli", "comfy-cli")
-        session.run(python, "-m", "tools.host", "--install", success_codes=[0, 1])
+        session.run(python, "-m", "tools.comfyui.install", "--install", success_codes=[0, 1])
         host = host_folder(session, python)
     if host is not None:
         install("host", *(host / "requirements.txt").read_text().splitlines())
@@ -125,13 +127,13 @@ def tests(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["environment"])
 def evaluate(session: nox.Session) -> None:
     """Measure on the miniature what an image prompt does, through ComfyUI."""
-    run(session, "tools.world.evaluate", *session.posargs)
+    run(session, "miniature.evaluate", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["environment"])
 def miniature(session: nox.Session) -> None:
     """Train the miniature anew, into output/; -- --seed 2 makes another, --device cuda on a GPU."""
-    run(session, "tools.world", *session.posargs)
+    run(session, "miniature", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["environment"])

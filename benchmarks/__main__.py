@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tools import host
+from tools.comfyui import install as host
 
 from . import budget, overhead, report, share, training
 from .world import World

@@ -15,9 +15,9 @@ from unittest.mock import patch
 
 import torch
 
-from training.recipe import Batch
+from training.config import Settings
+from training.loss import Batch
 from training.run import Run
-from training.settings import Settings
 from training.train import train
 
 NOT_TIMED = 5  # steps at the start

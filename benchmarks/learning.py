@@ -25,13 +25,13 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tools import small_frozen, small_training
-from tools.host import ROOT
-from training import recipe
-from training.data.pictures import fit
-from training.recipe import Batch
+from tests.support import small_frozen, small_training
+from tools.comfyui.install import ROOT
+from training import loss as recipe
+from training.config import Settings
+from training.data.image import fit
+from training.loss import Batch
 from training.run import Run
-from training.settings import Settings
 from training.setup import prepare
 from training.train import training_loss
 

@@ -23,7 +23,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from tools import small_training
+from tests.support import small_training
 from training.unet import attach, new_adapter
 
 SD15 = {"vae": 0.356, "image encoder": 0.107, "text": 0.004, "forward": 0.256, "backward": 0.276}

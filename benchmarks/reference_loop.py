@@ -28,7 +28,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from training.settings import Settings
+from training.config import Settings
 
 DROP = 0.05  # each of: image, text, both
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from tools.host import ROOT
+from tools.comfyui.install import ROOT
 
 OUTPUT = ROOT / "output" / "bench.json"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from tools import small_frozen, small_training
-from tools.host import ROOT
+from tests.support import small_frozen, small_training
+from tools.comfyui.install import ROOT
 
 FEW, MANY = 1_000, 1_000_000
 PICTURES, BATCHES = 4, 48
@@ -46,7 +46,7 @@ def measured(folder: Path, rows: int) -> int:
 
 
 def main() -> None:
-    from training.settings import Settings
+    from training.config import Settings
     from training.setup import prepare
 
     folder = Path(sys.argv[1])

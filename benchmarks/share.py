@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tools import host
+from tools.comfyui import install as host
 
 from .overhead import SIZE, variants
 from .world import World, sample
@@ -61,8 +61,10 @@ class _Executor:
 @contextmanager
 def timed(clock: Clock) -> Iterator[None]:
     """Models that are made and sampled herein are timed by `clock`."""
-    patch: Any = importlib.import_module(f"{host.PACK}.ip_adapter_core.host.patch")
-    rows: Any = importlib.import_module(f"{host.PACK}.ip_adapter_core.host.conditioning").PromptRows
+    patch: Any = importlib.import_module(f"{host.PACK}.ip_adapter_core.comfyui.sampling")
+    rows: Any = importlib.import_module(
+        f"{host.PACK}.ip_adapter_core.comfyui.prompt_rows"
+    ).PromptRows
     replaced = [(patch, name) for name in (*WRAPPERS, "DecoupledAttention", "optimized_attention")]
     replaced += [(rows, name) for name in ROWS]
     before = [(owner, name, vars(owner)[name]) for owner, name in replaced]

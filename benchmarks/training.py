@@ -29,12 +29,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DConditionModel
 
-from ip_adapter_core import checkpoint
-from tools import small_frozen
-from training import cache, recipe
-from training.recipe import Batch
+from ip_adapter_core.files import adapter_file as checkpoint
+from tests.support import small_frozen
+from training import cache
+from training import loss as recipe
+from training.config import Settings
+from training.loss import Batch
 from training.run import Run
-from training.settings import Settings
 from training.train import train
 from training.unet import new_adapter
 

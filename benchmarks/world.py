@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tools import host
+from tools.comfyui import install as host
 
 # SD1.5's UNet as ComfyUI configures it (comfy/supported_models.py, model_detection.py).
 SD15 = {
@@ -112,7 +112,7 @@ def _adapter(pack: Any, model: Any) -> Any:
     """A base adapter, through a file and the host's memory management as `IPA_LoadAdapter`."""
     name = f"{pack.__name__}.ip_adapter_core"
     core = importlib.import_module(f"{name}.adapter")
-    layers = importlib.import_module(f"{name}.host.layers")
+    layers = importlib.import_module(f"{name}.comfyui.layers")
     widths = [x.dim for x in layers.cross_attention_layers(model.model.diffusion_model)]
     sizes = (("feature_dim", 1024), ("cross_attention_dim", 768), ("tokens", 4))
     spec = core.AdapterSpec("linear", sizes, tuple(widths))
@@ -121,7 +121,7 @@ def _adapter(pack: Any, model: Any) -> Any:
         path = Path(folder) / "adapter.safetensors"
         save_file = importlib.import_module("safetensors.torch").save_file
         save_file({k: v.half() for k, v in random_weights(module, seed=1).items()}, path)
-        return importlib.import_module(f"{name}.host.adapter").load_adapter(path)
+        return importlib.import_module(f"{name}.comfyui.adapter").load_adapter(path)
 
 
 def _prompt() -> Any:

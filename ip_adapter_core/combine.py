@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .keyframes import plain
+from .latent_weights import plain
 from .prompt import FEATURES, ImageFeatures, ImagePrompt
 
 METHODS = ("concat", "average", "norm_average", "add", "subtract")

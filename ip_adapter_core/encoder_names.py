@@ -7,9 +7,9 @@ import re
 import unicodedata
 from pathlib import PurePath
 
-from . import published
 from .adapter import AdapterSpec
-from .checkpoint import EXTENSIONS
+from .files import published
+from .files.adapter_file import EXTENSIONS
 
 _OPEN_CLIP = "open_clip:"  # as training's settings begin: MODEL/WEIGHTS, MODEL@FILE or FILE
 # What the files and folders of any encoder are called.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .headers import Shaped
+from .files.header import Shaped
 
 
 class Projection(nn.Module):

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import encoder_names, published
+from . import encoder_names
 from .adapter import AdapterSpec, IPAdapter
+from .files import published
 
 logger = logging.getLogger("comfyui_ip_adapter")
 COMBINE = ("concat", "average", "per_latent")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .headers import Shaped
+from .files.header import Shaped
 from .projection import Projection
 
 DIM_HEAD = 64  # not visible in any weight's shape; every published adapter uses it

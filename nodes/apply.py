@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..ip_adapter_core.host.compile import Settings, compile_prompt
-from ..ip_adapter_core.host.patch import (
+from ..ip_adapter_core.comfyui.apply import Settings, compile_prompt
+from ..ip_adapter_core.comfyui.sampling import (
     apply_to_conditioning,
     apply_to_model,
     for_conditionings,

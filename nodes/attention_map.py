@@ -8,8 +8,8 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..ip_adapter_core import heat
-from ..ip_adapter_core.host.record import Record, recording
-from ..ip_adapter_core.shares import blocks_of
+from ..ip_adapter_core.attention_map import blocks_of
+from ..ip_adapter_core.comfyui.record import Record, recording
 from . import types
 
 

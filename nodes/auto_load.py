@@ -6,9 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..ip_adapter_core.choice import PRESETS
-from ..ip_adapter_core.host import auto
-from ..ip_adapter_core.host.adapter import load_adapter
+from ..ip_adapter_core.comfyui import auto
+from ..ip_adapter_core.comfyui.adapter import load_adapter
+from ..ip_adapter_core.files.choice import PRESETS
 from . import folders, types
 from .shown import show
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ip_adapter_core.host.encode import CROPS, encode
+from ..ip_adapter_core.comfyui.encode import CROPS, encode
 from . import types
 
 

@@ -6,8 +6,8 @@ import os
 
 import folder_paths
 
-from ..ip_adapter_core.catalogue import File, Folder
-from ..ip_adapter_core.checkpoint import EXTENSIONS
+from ..ip_adapter_core.files.adapter_file import EXTENSIONS
+from ..ip_adapter_core.files.catalogue import File, Folder
 
 FOLDER = "ipadapter"
 ENCODERS = "clip_vision"  # the host's own folder

@@ -8,8 +8,8 @@ from itertools import product
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..ip_adapter_core.host.sheet import draw_grid
-from ..ip_adapter_core.keyframes import weights_of
+from ..ip_adapter_core.contact_sheet import draw_grid
+from ..ip_adapter_core.latent_weights import weights_of
 
 _SAME = "Connect the same output of Weights × Starts."
 

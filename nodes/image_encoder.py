@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..ip_adapter_core import catalogue
-from ..ip_adapter_core.host.open_clip import load_image_encoder
+from ..ip_adapter_core.comfyui.open_clip import load_image_encoder
+from ..ip_adapter_core.files import catalogue
 from . import folders
 
 

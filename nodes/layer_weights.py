@@ -6,11 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..ip_adapter_core.host.compile import curve_of
-from ..ip_adapter_core.host.layers import layers_of
-from ..ip_adapter_core.host.profile import draw_profile
-from ..ip_adapter_core.keyframes import MOST, weights_of
-from ..ip_adapter_core.presets import PRESETS, edited, listed, preset_weights
+from ..ip_adapter_core.comfyui.apply import curve_of
+from ..ip_adapter_core.comfyui.layers import layers_of
+from ..ip_adapter_core.comfyui.profile import draw_profile
+from ..ip_adapter_core.latent_weights import MOST, weights_of
+from ..ip_adapter_core.layer_weights import PRESETS, edited, listed, preset_weights
 from . import types
 
 

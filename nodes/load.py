@@ -6,7 +6,7 @@ import os
 
 from comfy_api.latest import io
 
-from ..ip_adapter_core.host.adapter import load_adapter
+from ..ip_adapter_core.comfyui.adapter import load_adapter
 from . import folders, types
 
 

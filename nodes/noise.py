@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ip_adapter_core.noise import KINDS, noise
+from ..ip_adapter_core.negative_noise import KINDS, noise
 
 
 class NegativeNoise(io.ComfyNode):

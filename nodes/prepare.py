@@ -5,9 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..ip_adapter_core.host.encode import CROPS
-from ..ip_adapter_core.host.prepare import SQUARES, seen
-from ..ip_adapter_core.pictures import MAX_GRID
+from ..ip_adapter_core.comfyui.encode import CROPS
+from ..ip_adapter_core.comfyui.prepare import SQUARES, seen
+from ..ip_adapter_core.crops import MAX_GRID
 
 
 def _fraction(name: str, side: str) -> io.Input:

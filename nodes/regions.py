@@ -7,9 +7,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..ip_adapter_core.host.compile import Settings, compile_prompts, curve_of, warn_of_black
-from ..ip_adapter_core.host.patch import apply_to_model
-from ..ip_adapter_core.regions import OVERLAPS, share_out
+from ..ip_adapter_core.comfyui.apply import Settings, compile_prompts, curve_of, warn_of_black
+from ..ip_adapter_core.comfyui.sampling import apply_to_model
+from ..ip_adapter_core.region_masks import OVERLAPS, share_out
 from . import apply, types
 
 _MOST = 32  # regions

@@ -22,9 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if entry not in ("", str(ROOT), os.getcwd())]
 sys.path.append(str(ROOT))
 
-from tools import browser, miniature  # noqa: E402
-from tools import host as _host  # noqa: E402
-from tools.server import Client, Server  # noqa: E402
+from tests.support import standins as miniature  # noqa: E402
+from tools.comfyui import browser  # noqa: E402
+from tools.comfyui import install as _host  # noqa: E402
+from tools.comfyui.server import Client, Server  # noqa: E402
 
 _host.load_pack()  # so that test modules can import it by its name; needs no ComfyUI
 
@@ -164,7 +165,7 @@ def accelerate_anew() -> Iterator[Callable[[], None]]:
 
 @pytest.fixture(scope="module")
 def page(client: Client) -> Iterator[Any]:
-    """The editor of the server that the test's folder has, see `tools.browser.editor`."""
+    """The editor of the server that the test's folder has, see `tools.comfyui.browser.editor`."""
     if browser.chromium() is None:
         pytest.skip("no browser: install chromium, or name one in CHROMIUM_PATH")
     pytest.importorskip("playwright.sync_api", reason="`pip install playwright`")

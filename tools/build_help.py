@@ -15,11 +15,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools import host, miniature
+from tests.support import standins as miniature
 from tools.build_texts import PREFIX
 from tools.build_workflows import WORKFLOWS
-from tools.host import ROOT
-from tools.server import Server
+from tools.comfyui import install as host
+from tools.comfyui.install import ROOT
+from tools.comfyui.server import Server
 from tools.workflows.graph import ObjectInfo
 
 PROSE = ROOT / "tools" / "help"

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tools import host, miniature
-from tools.host import ROOT
-from tools.server import Server
+from tests.support import standins as miniature
+from tools.comfyui import install as host
+from tools.comfyui.install import ROOT
+from tools.comfyui.server import Server
 from tools.workflows.editor import PACK, dump, editor_node
 from tools.workflows.graph import Graph, Node, ObjectInfo, Output, slot_of
 from tools.workflows.layout import GAP, MARGIN

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tools import host, miniature
-from tools.host import ROOT
-from tools.server import Server
+from tests.support import standins as miniature
+from tools.comfyui import install as host
+from tools.comfyui.install import ROOT
+from tools.comfyui.server import Server
 from tools.workflows.graph import ObjectInfo
 
 LOCALES = ROOT / "locales"

@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tools import host, miniature
-from tools.server import Client, Server
+from tests.support import standins as miniature
+from tools.comfyui import install as host
+from tools.comfyui.server import Client, Server
 from tools.workflows.editor import dump, to_editor
 from tools.workflows.graph import ObjectInfo, to_api
 from tools.workflows.tasks import TASKS

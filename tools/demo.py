@@ -25,11 +25,12 @@ from typing import Any
 
 from PIL import Image
 
-from tools import host, pictures
+from miniature import setup, workflows
+from miniature.scenes import SHAPES, caption
+from tools import pictures
 from tools.ask import Ask, Row, Shot
+from tools.comfyui import install as host
 from tools.sheet import contact_sheet
-from tools.world import setup, workflows
-from tools.world.scenes import SHAPES, caption
 
 WORKFLOW = host.ROOT / "workflows" / "api" / "text_and_image.json"
 OUTPUT = host.ROOT / "output" / "demo.png"
@@ -148,7 +149,7 @@ def on_published(workflow: Workflow, seed: int, size: int | None, steps: int | N
 
 def with_host(comfyui: Path, ask: Ask, models: Path | None) -> list[list[Image.Image]]:
     """Pictures of a ComfyUI server that runs this pack."""
-    from tools.server import Progress, Server
+    from tools.comfyui.server import Progress, Server
 
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     made: list[list[Image.Image]] = []

@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from miniature import setup, workflows
+from miniature.ddim import ddim, starting_noise
 from tools.ask import Ask, Shot
-from tools.world import setup, workflows
-from tools.world.steps import ddim, starting_noise
-from training.image_encoder import ImageEncoder
-from training.models import load_base
+from training.models.base import load_base
+from training.models.image_encoder import ImageEncoder
 
 _LATENT_SIDE = 8  # pixels
 _KIND = "image_embeds"

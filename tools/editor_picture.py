@@ -12,10 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tools import browser, host
-from tools.server import Server
-from tools.world import setup
-from tools.world.workflows import in_editor
+from miniature import setup
+from miniature.workflows import in_editor
+from tools.comfyui import browser
+from tools.comfyui import install as host
+from tools.comfyui.server import Server
 
 LOAD = """async (workflow) => {
     await app.loadGraphData(workflow)

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from tools.host import ROOT
-from tools.world.scenes import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, Scenes, render, scenes
+from miniature.scenes import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, Scenes, render, scenes
+from tools.comfyui.install import ROOT
 
 SIDE, TILE = 400, 232  # the registry takes squares of at most 400 pixels
 GROUND, INK = "#1e2127", "#f2f2f2"

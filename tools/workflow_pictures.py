@@ -19,12 +19,12 @@ from typing import Any
 
 from PIL import Image
 
-from tools import host
-from tools.server import Client, Server
+from miniature import setup
+from miniature.workflows import on_miniature
+from tools.comfyui import install as host
+from tools.comfyui.server import Client, Server
 from tools.workflows.sketch import draw, pictures_of
 from tools.workflows.tasks import TASKS
-from tools.world import setup
-from tools.world.workflows import on_miniature
 
 WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows"
 LIMIT = 60 * 1024

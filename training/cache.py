@@ -28,18 +28,18 @@ from accelerate import PartialState
 from jsonargparse import ArgumentParser, set_parsing_settings
 from tqdm import tqdm
 
-from training import cache_writing
-from training.cache_files import Manifest
-from training.cached import CachedDataset
+from training.caching import writer as cache_writing
+from training.caching.dataset import CachedDataset
+from training.caching.format import Manifest
 from training.data.buckets import LATENT_STEP, by_aspect, square
 from training.data.dataset import RawDataset
-from training.data.draws import DrawSettings
+from training.data.randomness import DrawSettings
 from training.data.records import Columns, open_source
 from training.data.shards import is_stream
-from training.encoders import KINDS, FrozenEncoders, ImageEncoder, Kind
 from training.errors import TrainingError
 from training.launch import begin
-from training.models import load_encoders
+from training.models.base import load_encoders
+from training.models.frozen import KINDS, FrozenEncoders, ImageEncoder, Kind
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 logger = logging.getLogger("training")

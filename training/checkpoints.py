@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ip_adapter_core import checkpoint
+from ip_adapter_core.files import adapter_file as checkpoint
 
 from .errors import TrainingError
 

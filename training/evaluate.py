@@ -32,16 +32,16 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from training import fingerprints
-from training.data.pictures import BrokenPictureError, open_picture
+from training.data.image import BrokenPictureError, open_picture
 from training.errors import TrainingError
 from training.evaluation import captions, report, scores, subjects
+from training.evaluation.clip_score import Clip, clip_i, clip_t, load_clip
 from training.evaluation.scores import IMAGE_ONLY, WITH_TEXT, Condition, Key, Score
 from training.evaluation.settings import EvaluationSettings, parse
 from training.folders import make_writable
-from training.image_encoder import ImageEncoder
 from training.launch import begin
-from training.metrics import Clip, clip_i, clip_t, load_clip
-from training.models import Base, load_base
+from training.models.base import Base, load_base
+from training.models.image_encoder import ImageEncoder
 from training.prompts import Prompts, encode_pictures, encode_text
 from training.sampling import NotFinite, Sampler
 from training.unet import attach

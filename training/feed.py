@@ -10,17 +10,17 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from .cached import CachedDataset
+from .caching.dataset import CachedDataset
+from .config import Settings
 from .data.buckets import Buckets, bucket_sizes, by_aspect, square
 from .data.dataset import Examples, RawDataset, loader
-from .data.draws import DrawSettings
-from .data.order import ProcessBatches
+from .data.randomness import DrawSettings
 from .data.records import Columns, open_source
+from .data.sampler import ProcessBatches
 from .data.shards import ShardReader, expand_shards, is_stream
 from .data.stream import StreamDataset
-from .encoders import FrozenEncoders
-from .recipe import Batch, Dropped
-from .settings import Settings
+from .loss import Batch, Dropped
+from .models.frozen import FrozenEncoders
 
 DECIDED_BY_CACHE = ("data", "image_root", "caption_column", "default_caption", "size", "buckets")
 KEPT_HERE = "data"  # what was found out about the data, in a folder of the run's

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .encoders import Tokenise, text_states
-from .image_encoder import ImageEncoder
-from .models import Encoders
+from .models.base import Encoders
+from .models.frozen import Tokenise, text_states
+from .models.image_encoder import ImageEncoder
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from ip_adapter_core.adapter import IPAdapter
 
 from .checkpoints import Checkpoints, NotWrittenError
+from .config import Settings
 from .errors import TrainingError
-from .meter import Meter
-from .recipe import Batch, Dropped, Recipe
-from .settings import Settings
+from .loss import Batch, Dropped, Recipe
+from .metrics import Meter
 from .validation import Validation
 
 logger = logging.getLogger(__name__)

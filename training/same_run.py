@@ -8,8 +8,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from .config import Settings
 from .errors import TrainingError
-from .settings import Settings
 
 
 def check_same(stored: Mapping[str, Any], settings: Settings, identity: Mapping[str, Any]) -> None:

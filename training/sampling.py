@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ip_adapter_core.adapter import IPAdapter
 
-from .models import Base
+from .models.base import Base
 from .prompts import Prompts, encode_text
 
 # Latents are no pictures: nothing bounds them. The other two are what Stable Diffusion was

@@ -14,23 +14,23 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ip_adapter_core import checkpoint
 from ip_adapter_core.adapter import PROJECTIONS, IPAdapter
+from ip_adapter_core.files import adapter_file as checkpoint
 
 from . import fingerprints
-from .acceleration import DTYPES, launched_precision, plain, prepare_accelerator, sharded
 from .checkpoints import Checkpoints
-from .encoders import FrozenEncoders, ImageEncoder
+from .config import Settings
+from .distributed import DTYPES, launched_precision, plain, prepare_accelerator, sharded
 from .errors import TrainingError
+from .evaluation.clip_score import load_clip
 from .feed import Place, open_feed
-from .meter import Meter
-from .metrics import load_clip
-from .models import Base, load_base
-from .recipe import Dropped, Recipe
+from .loss import Dropped, Recipe
+from .metrics import Meter
+from .models.base import Base, load_base
+from .models.frozen import FrozenEncoders, ImageEncoder
 from .run import Run
 from .same_run import check_same
 from .sampling import SamplingSettings
-from .settings import Settings
 from .unet import PROJECTION, attach, cross_attention_layers, new_adapter
 from .validation import Validation, ValidationSettings
 

@@ -28,11 +28,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
-from training import launch, recipe
+from training import launch
+from training import loss as recipe
+from training.config import Settings, parse
 from training.errors import TrainingError
-from training.recipe import Batch
+from training.loss import Batch
 from training.run import Run
-from training.settings import Settings, parse
 from training.setup import prepare
 from training.signals import StopRequest
 

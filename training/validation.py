@@ -20,12 +20,12 @@ from PIL import Image
 
 from ip_adapter_core.adapter import IPAdapter
 
-from .data.pictures import BrokenPictureError, open_picture
+from .data.image import BrokenPictureError, open_picture
 from .errors import TrainingError
+from .evaluation.clip_score import Clip, clip_i, clip_t
 from .folders import make_writable
-from .image_encoder import ImageEncoder
-from .metrics import Clip, clip_i, clip_t
-from .models import Base
+from .models.base import Base
+from .models.image_encoder import ImageEncoder
 from .prompts import Prompts, encode_pictures, encode_text
 from .random_state import untouched_random_state
 from .sampling import NotFinite, Sampler, SamplingSettings

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import share
-from tools.host import PACK
+from tools.comfyui.install import PACK
 
 
 class Work:
@@ -81,8 +81,8 @@ def test_an_error_does_not_stop_the_clock_in_the_middle(clock, work):
 
 def test_what_is_made_and_sampled_meanwhile_is_timed(small, clock, work, monkeypatch):
     """The host's attention takes 1 s, ours 1000 s, putting two conditionings together 10⁶ s."""
-    host = importlib.import_module(f"{PACK}.ip_adapter_core.host")
-    patch, rows = host.patch, host.conditioning.PromptRows
+    host = importlib.import_module(f"{PACK}.ip_adapter_core.comfyui")
+    patch, rows = host.sampling, host.prompt_rows.PromptRows
     monkeypatch.setattr(patch, "optimized_attention", work.before(patch.optimized_attention, 1))
     monkeypatch.setattr(patch, "image_attention", work.before(patch.image_attention, 10**3))
     monkeypatch.setattr(rows, "by_slot", work.before(rows.by_slot, 10**6))

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from benchmarks import proportions, training
 from benchmarks.reference_loop import Reference
-from tools import small_frozen, small_training
-from training.cached import CachedDataset
-from training.meter import Meter
+from tests.support import small_frozen, small_training
+from training.caching.dataset import CachedDataset
+from training.metrics import Meter
 from training.setup import prepare
 from training.train import train, training_loss
 
@@ -97,9 +97,9 @@ def test_what_a_cache_spares_is_its_speedup(folder, takes):
 
 
 def test_the_bare_step_trains_as_the_loop_does(folder):
-    run = prepare(training.settings(folder))
+    run = prepare(training.config(folder))
     training.bare_step(run, next(run.batches))
-    given = training.settings(folder, steps=1)
+    given = training.config(folder, steps=1)
     train(given)
     trained = load_file(Path(given.out, "checkpoints", "step-0000001", "model.safetensors"))
     torch.testing.assert_close(dict(run.sampled().state_dict()), trained)
@@ -107,7 +107,7 @@ def test_the_bare_step_trains_as_the_loop_does(folder):
 
 def test_the_reference_computes_the_loss_of_train_py(folder):
     drops = {"drop_image": 0.3, "drop_text": 0.3, "drop_both": 0.0}
-    given = training.settings(
+    given = training.config(
         folder, cache=None, data=str(folder / "pictures"), batch_size=8, **drops
     )
     run = prepare(given)
@@ -128,7 +128,7 @@ def test_the_reference_computes_the_loss_of_train_py(folder):
 
 
 def test_the_reference_sees_the_same_pixels(folder):
-    given = training.settings(folder, cache=None, data=str(folder / "pictures"))
+    given = training.config(folder, cache=None, data=str(folder / "pictures"))
     run = prepare(given)
     reference = Reference(given, folder / "pictures", run.sampled().state_dict())
     theirs = torch.stack([row["pixels"] for row in reference.dataset])

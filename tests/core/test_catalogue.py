@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from comfyui_ip_adapter.ip_adapter_core import catalogue
-from comfyui_ip_adapter.ip_adapter_core.checkpoint import CheckpointError
-from comfyui_ip_adapter.ip_adapter_core.tower_config import ImageEncoderError
+from comfyui_ip_adapter.ip_adapter_core.files import catalogue
+from comfyui_ip_adapter.ip_adapter_core.files.adapter_file import CheckpointError
+from comfyui_ip_adapter.ip_adapter_core.files.tower_config import ImageEncoderError
 
-from tools import sparse
+from tests.support import sparse_files as sparse
 
 
 def wrapped(kind):

@@ -9,10 +9,10 @@ import traceback
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core.checkpoint import CheckpointError, load
+from comfyui_ip_adapter.ip_adapter_core.files.adapter_file import CheckpointError, load
 from safetensors.torch import save, save_file
 
-from tools.layouts_clip import full_projection, ip_adapter, linear_projection, resampler
+from tests.support.layouts_clip import full_projection, ip_adapter, linear_projection, resampler
 
 LINEAR = ip_adapter(linear_projection(24, 16), (8, 16, 8), 16)
 RESAMPLER = ip_adapter(resampler(24, 16, 64), (8, 16, 8), 16)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core import checkpoint
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
+from comfyui_ip_adapter.ip_adapter_core.files import adapter_file as checkpoint
 from safetensors import safe_open
 
 SIZES = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from comfyui_ip_adapter.ip_adapter_core import published
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec
-from comfyui_ip_adapter.ip_adapter_core.catalogue import AdapterFile, EncoderFile, Unusable
-from comfyui_ip_adapter.ip_adapter_core.choice import PRESETS, choose, words
-from comfyui_ip_adapter.ip_adapter_core.encoder_header import EncoderSizes
+from comfyui_ip_adapter.ip_adapter_core.files import published
+from comfyui_ip_adapter.ip_adapter_core.files.catalogue import AdapterFile, EncoderFile, Unusable
+from comfyui_ip_adapter.ip_adapter_core.files.choice import PRESETS, choose, words
+from comfyui_ip_adapter.ip_adapter_core.files.encoder_header import EncoderSizes
 
 VIT_H, VIT_G, VIT_BIGG = (1024, 1280, 32, 257), (1024, 1408, 40, 257), (1280, 1664, 48, 257)
 VIT_L, VIT_L_336 = (768, 1024, 24, 257), (768, 1024, 24, 577)

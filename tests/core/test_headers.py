@@ -9,12 +9,18 @@ import time
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core import catalogue, checkpoint, encoder_header
-from comfyui_ip_adapter.ip_adapter_core.headers import read_safetensors
+from comfyui_ip_adapter.ip_adapter_core.files import (
+    adapter_file as checkpoint,
+)
+from comfyui_ip_adapter.ip_adapter_core.files import (
+    catalogue,
+    encoder_header,
+)
+from comfyui_ip_adapter.ip_adapter_core.files.header import read_safetensors
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tools import sparse
+from tests.support import sparse_files as sparse
 
 # Embedding, hidden states, layers, positions, MLP: the sizes in the models' cards.
 CARDS = {

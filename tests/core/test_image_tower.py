@@ -8,11 +8,12 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core import image_tower
-from comfyui_ip_adapter.ip_adapter_core.tower_config import ImageEncoderError, describe
+from comfyui_ip_adapter.ip_adapter_core.files import encoder_file as image_tower
+from comfyui_ip_adapter.ip_adapter_core.files.tower_config import ImageEncoderError, describe
 from safetensors.torch import save_file
 
-from tools import small_frozen, sparse
+from tests.support import small_frozen
+from tests.support import sparse_files as sparse
 
 
 class Shaped:

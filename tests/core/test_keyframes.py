@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from comfyui_ip_adapter.ip_adapter_core.keyframes import weights_of
+from comfyui_ip_adapter.ip_adapter_core.latent_weights import weights_of
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec
-from comfyui_ip_adapter.ip_adapter_core.catalogue import AdapterFile, EncoderFile
-from comfyui_ip_adapter.ip_adapter_core.encoder_header import EncoderSizes
-from comfyui_ip_adapter.ip_adapter_core.origin import own
+from comfyui_ip_adapter.ip_adapter_core.files.catalogue import AdapterFile, EncoderFile
+from comfyui_ip_adapter.ip_adapter_core.files.encoder_header import EncoderSizes
+from comfyui_ip_adapter.ip_adapter_core.files.origin import own
 
 VIT_H, VIT_G, VIT_BIGG = (1024, 1280, 32, 257), (1024, 1408, 40, 257), (1280, 1664, 48, 257)
 H_NAME = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from comfyui_ip_adapter.ip_adapter_core.presets import (
+from comfyui_ip_adapter.ip_adapter_core.layer_weights import (
     LAYOUTS,
     PRESETS,
     edited,

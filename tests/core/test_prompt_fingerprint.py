@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core.fingerprint import fingerprint
+from comfyui_ip_adapter.ip_adapter_core.files.fingerprint import fingerprint
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +16,7 @@ ANEW = """
 import sys
 sys.path.append(sys.argv[1])
 import torch
-from ip_adapter_core.fingerprint import fingerprint
+from ip_adapter_core.files.fingerprint import fingerprint
 torch.manual_seed(3)
 print(fingerprint(torch.nn.Linear(40, 30)))
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core.noise import KINDS, noise
+from comfyui_ip_adapter.ip_adapter_core.negative_noise import KINDS, noise
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import gaussian_blur
 

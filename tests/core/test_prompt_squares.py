@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core.pictures import square_at, tiles
+from comfyui_ip_adapter.ip_adapter_core.crops import square_at, tiles
 
 
 def places(height, width, count=1):

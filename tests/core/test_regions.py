@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core.regions import share_out
+from comfyui_ip_adapter.ip_adapter_core.region_masks import share_out
 
 
 def masks(count=3, height=6, width=5):

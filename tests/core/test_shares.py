@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core.shares import RecordedRun, Share, blocks_of, of_samples
+from comfyui_ip_adapter.ip_adapter_core.attention_map import (
+    RecordedRun,
+    Share,
+    blocks_of,
+    of_samples,
+)
 
 ALL = [("all", None)]
 BLOCKS = (("input", 1), ("middle", 0), ("output", 3))

@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core.checkpoint import CheckpointError, load
+from comfyui_ip_adapter.ip_adapter_core.files.adapter_file import CheckpointError, load
 
-from tools.layouts import dense, norm, prefixed
-from tools.layouts_clip import ip_adapter, linear_projection, resampler
+from tests.support.checkpoint_layouts import dense, norm, prefixed
+from tests.support.layouts_clip import ip_adapter, linear_projection, resampler
 
 
 def face_projection(width, context, tokens=4):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools import sparse
+from tests.support import sparse_files as sparse
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +99,7 @@ def file(small, prompts_folder):
 @pytest.fixture
 def saved(small):
     """Save a random adapter at a path, and return its module."""
-    from comfyui_ip_adapter.ip_adapter_core import checkpoint
+    from comfyui_ip_adapter.ip_adapter_core.files import adapter_file as checkpoint
 
     def saved(path: Path, **made):
         module = small.adapter(**made).module
@@ -124,7 +124,7 @@ def encoders(folder, monkeypatch):
 @pytest.fixture
 def find(real, folder, encoders):
     """What the node would load: names of adapter and encoder."""
-    from comfyui_ip_adapter.ip_adapter_core.host import auto
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import auto
     from comfyui_ip_adapter.nodes import folders
 
     def find(family, preset):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core.shares import RecordedRun, Share
+from comfyui_ip_adapter.ip_adapter_core.attention_map import RecordedRun, Share
 
 ASKED = {"blocks": "all", "start_at": 0.0, "end_at": 1.0, "prompt_number": 0, "opacity": 0.6}
 
@@ -14,7 +14,7 @@ def attention_map(nodes, monkeypatch, tmp_path):
     """The node, on a record of one run: at every (sigma, block) of `seen` one map for each prompt,
     `(latents, prompts, height, width)`. Sigma is 10 at the start of the schedule, 0 at its end."""
     import folder_paths
-    from comfyui_ip_adapter.ip_adapter_core.host.record import Record
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.record import Record
 
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from tools import sparse
+from tests.support import sparse_files as sparse
 
 
 def warnings(caplog):
@@ -206,8 +206,9 @@ def test_a_tower_with_quick_gelu_is_not_the_published_one(find, put, encoders, c
 
 def test_fifty_files_in_a_fifth_of_a_second(put, folder, real, nodes):
     """Of the node: the listing of the folders and a file of torch included."""
-    from comfyui_ip_adapter.ip_adapter_core import catalogue, checkpoint
-    from comfyui_ip_adapter.ip_adapter_core.host import auto
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import auto
+    from comfyui_ip_adapter.ip_adapter_core.files import adapter_file as checkpoint
+    from comfyui_ip_adapter.ip_adapter_core.files import catalogue
     from comfyui_ip_adapter.nodes import folders
 
     kinds = list(sparse.ADAPTERS)
@@ -250,7 +251,7 @@ def test_the_hosts_sizes_are_the_real_ones(host, name):
     """What the catalogue says of a file is what the host's own model of that size holds."""
     import comfy.clip_model
     import comfy.clip_vision
-    from comfyui_ip_adapter.ip_adapter_core.host import auto
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import auto
 
     width, layers, _, mlp, embed, pixels = sparse.SIZES[name]
     positions = (pixels // 14) ** 2 + 1

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tools import small_frozen, sparse
+from tests.support import small_frozen
+from tests.support import sparse_files as sparse
 
 SIDE = small_frozen.SIDE
 
@@ -52,7 +53,7 @@ def resampler(small):
 
 def test_from_files_to_a_sampled_picture(small, auto, nodes, folder, tower, saved):
     """The same picture as with the files chosen by hand."""
-    from comfyui_ip_adapter.ip_adapter_core import checkpoint
+    from comfyui_ip_adapter.ip_adapter_core.files import adapter_file as checkpoint
 
     saved(folder / "x.safetensors", seed=1)
     saved(folder / "y.safetensors", family="sdxl", seed=2)
@@ -202,7 +203,7 @@ def test_the_fingerprint_follows_the_folders(auto, folder, encoders, tower, save
 
 def test_the_fingerprint_knows_what_cannot_be_chosen(small, auto, folder, encoders, tower, saved):
     """A download that grows does not have gigabytes read again in every queue."""
-    from comfyui_ip_adapter.ip_adapter_core import checkpoint
+    from comfyui_ip_adapter.ip_adapter_core.files import adapter_file as checkpoint
 
     def fingerprint(preset="standard"):
         return auto.fingerprint_inputs(model=None, preset=preset)
@@ -248,8 +249,8 @@ def test_the_extra_folders_of_the_host(small, auto, folder, tmp_path, tower, sav
 
 def test_a_real_size_through_the_hosts_own_loader(auto, folder, put):
     """What the header tells is what the loaded encoder gives."""
-    from comfyui_ip_adapter.ip_adapter_core import catalogue
-    from comfyui_ip_adapter.ip_adapter_core.host.auto import load_encoder
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.auto import load_encoder
+    from comfyui_ip_adapter.ip_adapter_core.files import catalogue
     from comfyui_ip_adapter.nodes import folders
 
     put({}, {"l.safetensors": sparse.vision("ViT-L")})

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tools import sparse
+from tests.support import sparse_files as sparse
 
 H94 = "https://huggingface.co/h94/IP-Adapter/resolve/main"
 # Of each preset: what is at that address.

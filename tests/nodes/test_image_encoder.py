@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tools import small_frozen
+from tests.support import small_frozen
 
 NAME = "small.safetensors"
 

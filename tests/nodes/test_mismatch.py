@@ -64,7 +64,7 @@ def test_adapter_of_another_family(small, apply, made_for, model):
 @pytest.mark.parametrize("family", REAL)
 def test_families_go_by_their_names(small, apply, family):
     from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
-    from comfyui_ip_adapter.ip_adapter_core.host.adapter import HostAdapter
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import HostAdapter
 
     width, layers, name = REAL[family]
     sizes = (("feature_dim", 1024), ("cross_attention_dim", width), ("tokens", 4))

@@ -78,7 +78,7 @@ def test_every_method_samples(small, combine, method):
 def test_the_activation_goes_into_the_description(
     encode, clip_vision, monkeypatch, activation, quick
 ):
-    from comfyui_ip_adapter.ip_adapter_core.host import encode as module
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import encode as module
 
     seen = []
     monkeypatch.setattr(module, "describe_encoder", lambda *given: seen.append(given[-1]) or "x")

@@ -21,7 +21,7 @@ CHANGES = [
 @pytest.fixture
 def counts(clip_vision, monkeypatch):
     """How often files are read and pictures encoded."""
-    from comfyui_ip_adapter.ip_adapter_core import checkpoint
+    from comfyui_ip_adapter.ip_adapter_core.files import adapter_file as checkpoint
 
     counts: collections.Counter[str] = collections.Counter()
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from comfyui_ip_adapter.ip_adapter_core.host.adapter import HostAdapter, load_adapter
+from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import HostAdapter, load_adapter
 from comfyui_ip_adapter.ip_adapter_core.prompt import ImageFeatures, ImagePrompt
 from ip_adapter_tests_unets import Family
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tools.layouts import Layout
-from tools.layouts_clip import full_projection, ip_adapter, linear_projection, resampler
+from tests.support.checkpoint_layouts import Layout
+from tests.support.layouts_clip import full_projection, ip_adapter, linear_projection, resampler
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfyui_ip_adapter.ip_adapter_core.host.adapter import HostAdapter
+from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import HostAdapter
 from comfyui_ip_adapter.ip_adapter_core.prompt import ImagePrompt
 from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
 from diffusers import UNet2DConditionModel

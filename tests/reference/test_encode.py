@@ -20,7 +20,7 @@ def close(found, expected, relative=1e-3):
 
 @pytest.fixture(scope="session")
 def encode(encoders):
-    from comfyui_ip_adapter.ip_adapter_core.host.encode import encode
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.encode import encode
 
     return encode
 

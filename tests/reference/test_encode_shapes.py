@@ -29,7 +29,7 @@ def clip(encoders):
 
 @pytest.fixture
 def embed(clip):
-    from comfyui_ip_adapter.ip_adapter_core.host.encode import encode
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.encode import encode
 
     return lambda image, crop: encode(clip, image, None, crop).positive.penultimate_hidden_states
 

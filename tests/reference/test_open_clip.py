@@ -12,9 +12,9 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
 
-from tools import small_frozen, small_training
-from training.encoders import KINDS, ImageEncoder
+from tests.support import small_frozen, small_training
 from training.errors import TrainingError
+from training.models.frozen import KINDS, ImageEncoder
 
 SIDE = small_frozen.SIDE
 COLOURS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
@@ -68,7 +68,7 @@ def saved(path, made, config, where="inside", preprocess=COLOURS):
 
 @pytest.fixture
 def load(pack):
-    from comfyui_ip_adapter.ip_adapter_core.host.open_clip import load_image_encoder
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.open_clip import load_image_encoder
 
     return load_image_encoder
 
@@ -195,7 +195,7 @@ def test_training_reads_the_same_file(load, tmp_path):
 @pytest.mark.parametrize("vision", [{}, ODD["layer scale"]], ids=["the host's", "open_clip's"])
 def test_it_encodes_image_prompts_and_leaves_the_device_when_asked(pack, load, tmp_path, vision):
     import comfy.model_management
-    from comfyui_ip_adapter.ip_adapter_core.host.encode import encode
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.encode import encode
 
     sizes = config(vision=vision)
     made = model(sizes)
@@ -214,7 +214,7 @@ def test_it_encodes_image_prompts_and_leaves_the_device_when_asked(pack, load, t
 
 @pytest.mark.parametrize("vision", [{}, ODD["layer scale"]], ids=["the host's", "open_clip's"])
 def test_the_activation_tells_encoders_of_equal_weights_apart(pack, load, tmp_path, vision):
-    from comfyui_ip_adapter.ip_adapter_core.host.encode import encode
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.encode import encode
 
     made = model(config(vision=vision))
     prints = set()
@@ -264,7 +264,7 @@ def damaged(path, made, sizes, how):
     ],
 )
 def test_files_that_give_no_encoder_are_named_with_the_remedy(load, tmp_path, how, said):
-    from comfyui_ip_adapter.ip_adapter_core.image_tower import ImageEncoderError
+    from comfyui_ip_adapter.ip_adapter_core.files.encoder_file import ImageEncoderError
 
     sizes = config()
     path = damaged(tmp_path / "bad.safetensors", model(sizes), sizes, how)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ip_adapter_core import checkpoint
-from tools import small_frozen, small_training
+from ip_adapter_core.files import adapter_file as checkpoint
+from tests.support import small_frozen, small_training
 
 TOLERANCE = 1e-4
 KINDS = {"base": "base", "fine-grained": "plus", "full": "full"}
@@ -48,7 +48,7 @@ def pictures(tmp_path_factory) -> Path:
 @pytest.fixture
 def trained(bases, pictures, tmp_path, accelerate_anew):
     """The file that a short run leaves."""
-    from training.settings import Settings
+    from training.config import Settings
     from training.train import train
 
     def trained(family: str, variant: str) -> Path:

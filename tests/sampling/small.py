@@ -12,7 +12,7 @@ import comfy.supported_models
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
-from comfyui_ip_adapter.ip_adapter_core.host.adapter import HostAdapter
+from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import HostAdapter
 from comfyui_ip_adapter.ip_adapter_core.prompt import ImageFeatures, ImagePrompt
 from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
 

@@ -91,7 +91,7 @@ def test_the_adapter_is_loaded_once_for_all_regions(small, monkeypatch):
 
 def test_regions_share_one_curve(small):
     """Given as points, too, which make a new curve each time."""
-    from comfyui_ip_adapter.ip_adapter_core.host.patch import KEY
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.sampling import KEY
 
     model = apply(
         small.model("tiny"),

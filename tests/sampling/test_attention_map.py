@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core.shares import KEPT, blocks_of
+from comfyui_ip_adapter.ip_adapter_core.attention_map import KEPT, blocks_of
 from torch.nn.functional import interpolate, linear
 
 AT = (0.2, 0.5, 0.8)
@@ -15,7 +15,7 @@ ALL = [("all", None)]
 
 @pytest.fixture
 def record(host):
-    from comfyui_ip_adapter.ip_adapter_core.host import record
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import record
 
     return record
 
@@ -254,7 +254,7 @@ def test_an_interrupted_run_leaves_nothing(small, record, heat):
 
 def test_no_keys_and_values_stay_behind(small, record):
     """A node's output outlives the run: what lies on the device must not."""
-    from comfyui_ip_adapter.ip_adapter_core.host.conditioning import PreparedPrompt
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.prompt_rows import PreparedPrompt
 
     patched = small.apply(small.model(), small.adapter(), small.images())
     recorded, kept = record.recording(patched)

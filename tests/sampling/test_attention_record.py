@@ -16,7 +16,7 @@ HALVES[0, :, :, :32] = HALVES[1, :, :, 32:] = 1
 
 @pytest.fixture
 def recording(host):
-    from comfyui_ip_adapter.ip_adapter_core.host.record import recording
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.record import recording
 
     return recording
 

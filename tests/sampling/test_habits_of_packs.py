@@ -180,7 +180,7 @@ def test_a_sampler_that_enlarges_the_latents(small, truth, setup, sized):
 
 def test_a_model_that_is_called_otherwise_than_a_unet(host):
     """Where there is no prompt the call goes on as it came."""
-    from comfyui_ip_adapter.ip_adapter_core.host import patch
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import sampling as patch
 
     def call(*args, **kwargs):
         return args, kwargs

@@ -66,7 +66,7 @@ def test_masks_of_any_size_on_latents_of_any_size(small, truth, shape, size):
 
 
 def test_a_mask_is_sampled_once_for_all_steps_and_both_sides(small, monkeypatch):
-    from comfyui_ip_adapter.ip_adapter_core.host import masks
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import masks
 
     sampled, before = [], masks.mask_levels
     monkeypatch.setattr(masks, "mask_levels", lambda *a: sampled.append(a) or before(*a))

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tools import layouts_clip, miniature, weights
-from tools.client import PromptError
-from tools.layouts import SD15_MINI, Layout, dense, norm
+from tests.support import layouts_clip
+from tests.support import random_models as weights
+from tests.support import standins as miniature
+from tests.support.checkpoint_layouts import SD15_MINI, Layout, dense, norm
+from tools.comfyui.client import PromptError
 
 CONTEXT, WIDTHS = SD15_MINI.context, [SD15_MINI.width] * SD15_MINI.layers
 FACE = dense("proj.0", 1024, 512) | dense("proj.2", 4 * CONTEXT, 1024) | norm("norm", CONTEXT)

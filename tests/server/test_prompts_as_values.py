@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
-from tools.client import Client, PromptError, Result
-from tools.server import Server
+from tools.comfyui.client import Client, PromptError, Result
+from tools.comfyui.server import Server
 
 GIVEN = ("IPA_EncodeImage", "CLIPVisionLoader", "LoadImage")  # not needed by a saved prompt
 

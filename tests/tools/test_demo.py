@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from miniature import setup
+from miniature.scenes import scenes
 from tools import demo
 from tools.ask import Ask, Row, Shot
 from tools.sheet import contact_sheet
-from tools.world import setup
-from tools.world.scenes import scenes
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import host
+from tools.comfyui import install as host
 
 
 def comfyui(folder: Path) -> Path:

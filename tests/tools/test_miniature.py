@@ -11,8 +11,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tools import layouts, layouts_clip, miniature, pictures, weights
-from tools.standins import Model
+from tests.support import (
+    checkpoint_layouts as layouts,
+)
+from tests.support import (
+    layouts_clip,
+)
+from tests.support import (
+    random_models as weights,
+)
+from tests.support import (
+    standins as miniature,
+)
+from tests.support.standin_files import Model
+from tools import pictures
 
 
 @pytest.fixture

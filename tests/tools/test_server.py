@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tools import watched
-from tools.client import Progress, PromptError, PromptInterrupted
-from tools.server import Server, ServerError
+from tools.comfyui import watched
+from tools.comfyui.client import Progress, PromptError, PromptInterrupted
+from tools.comfyui.server import Server, ServerError
 
 Prompt = dict[str, dict]
 STEPS = 300

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import small_frozen, small_training
+from tests.support import small_frozen, small_training
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def pictures(tmp_path_factory) -> Path:
 @pytest.fixture
 def settings(frozen, pictures, tmp_path, accelerate_anew):
     """Settings of a small run, with changes."""
-    from training.settings import Settings
+    from training.config import Settings
 
     def settings(family: str = "sd15", **changes) -> Settings:
         accelerate_anew()

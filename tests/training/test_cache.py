@@ -14,16 +14,17 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from tools import small_frozen
-from training import cache, cache_writing
-from training.cache_files import Manifest, is_whole, read_header, shard_path
-from training.cached import CachedDataset
+from tests.support import small_frozen
+from training import cache
+from training.caching import writer as cache_writing
+from training.caching.dataset import CachedDataset
+from training.caching.format import Manifest, is_whole, read_header, shard_path
 from training.data.buckets import square
 from training.data.dataset import RawDataset, collate
 from training.data.records import Record, open_source
-from training.encoders import KINDS, FrozenEncoders, ImageEncoder, text_states
 from training.errors import TrainingError
-from training.models import load_encoders
+from training.models.base import load_encoders
+from training.models.frozen import KINDS, FrozenEncoders, ImageEncoder, text_states
 
 resource = pytest.importorskip("resource", reason="limits of a POSIX system")
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tools import small_frozen
-from tools.small_frozen import command
+from tests.support import small_frozen
+from tests.support.small_frozen import command
 from training import cache
-from training.cache_files import MANIFEST, shard_path
-from training.encoders import KINDS
+from training.caching.format import MANIFEST, shard_path
 from training.errors import TrainingError
+from training.models.frozen import KINDS
 
 EMBEDS, HIDDEN = KINDS
 ROOT = Path(cache.__file__).parents[1]

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training import cached
-from training.cache_files import (
+from training.caching import dataset as cached
+from training.caching.dataset import CachedDataset
+from training.caching.format import (
     DROPPED,
     MANIFEST,
     Manifest,
@@ -24,10 +25,9 @@ from training.cache_files import (
     write_manifest,
     write_tensors,
 )
-from training.cached import CachedDataset
 from training.data.dataset import collate, loader
-from training.data.draws import DrawSettings, draw
-from training.data.order import ProcessBatches
+from training.data.randomness import DrawSettings, draw
+from training.data.sampler import ProcessBatches
 from training.errors import TrainingError
 
 EMBEDS, HIDDEN = "image_embeds", "penultimate_hidden_states"

@@ -19,10 +19,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from training.data.buckets import Buckets, square
 from training.data.dataset import RawDataset, collate, loader
-from training.data.draws import DrawSettings, draw
-from training.data.order import Order, ProcessBatches
-from training.data.pictures import fit, open_picture
+from training.data.image import fit, open_picture
+from training.data.randomness import DrawSettings, draw
 from training.data.records import Record, open_source
+from training.data.sampler import Order, ProcessBatches
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = DrawSettings(
@@ -264,7 +264,7 @@ def test_the_end_of_training_waits_for_no_worker(end):
     code = f"""
 import sys, torch
 from training.data.dataset import loader
-from training.data.order import Order, ProcessBatches
+from training.data.sampler import Order, ProcessBatches
 class Ones(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return {{"one": 1}}

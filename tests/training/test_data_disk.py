@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.data.pictures import open_picture
+from training.data.image import open_picture
 from training.data.records import Columns, open_source
 from training.errors import TrainingError
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from training.data.draws import DrawSettings, draw, sample_seed
+from training.data.randomness import DrawSettings, draw, sample_seed
 from training.errors import TrainingError
 
 SETTINGS = DrawSettings(

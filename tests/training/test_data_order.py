@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from training.data.order import Order, ProcessBatches
+from training.data.sampler import Order, ProcessBatches
 from training.errors import TrainingError
 
 BUCKETS = np.array([0] * 11 + [1] * 7 + [2] * 2 + [3] * 4, dtype=np.int16)

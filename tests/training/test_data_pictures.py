@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from training.data.pictures import BrokenPictureError, fit, open_picture, upright_size
+from training.data.image import BrokenPictureError, fit, open_picture, upright_size
 
 
 def noise(height, width, channels=3, seed=0):

@@ -15,7 +15,7 @@ from PIL import Image
 from training.data import dataset, lanes, stream
 from training.data.buckets import Buckets, bucket_sizes, square
 from training.data.dataset import Examples, loader
-from training.data.draws import DrawSettings, draw
+from training.data.randomness import DrawSettings, draw
 from training.data.shards import ShardReader
 from training.data.stream import LANES, StreamDataset
 from training.errors import TrainingError

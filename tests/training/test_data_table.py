@@ -165,7 +165,7 @@ import gc, sys
 from itertools import islice
 from pathlib import Path
 from training.data import buckets
-from training.data.order import ProcessBatches
+from training.data.sampler import ProcessBatches
 from training.data.records import open_source
 
 def resident():

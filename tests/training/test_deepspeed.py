@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tools.host import ROOT
-from training import acceleration
+from tools.comfyui.install import ROOT
+from training import distributed as acceleration
 
 # accelerate has DeepSpeed start on accelerators only; told of the backend, it starts on CPUs too.
 ON_CPUS = """

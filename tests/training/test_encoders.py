@@ -9,15 +9,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from tools import small_frozen, small_training
-from tools.small_frozen import of_open_clip, of_transformers
+from tests.support import small_frozen, small_training
+from tests.support.small_frozen import of_open_clip, of_transformers
 from training import fingerprints
 from training.data.dataset import collate
-from training.data.draws import DrawSettings, draw
-from training.encoders import KINDS, FrozenEncoders, Tokenise
+from training.data.randomness import DrawSettings, draw
 from training.errors import TrainingError
-from training.loading import image_towers
-from training.models import load_encoders
+from training.models import image_towers
+from training.models.base import load_encoders
+from training.models.frozen import KINDS, FrozenEncoders, Tokenise
 
 EMBEDS, HIDDEN = KINDS
 FAMILIES = small_training.FAMILIES

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tools import small_training as small
-from training.encoders import Tokenise, text_states
-from training.models import load_base
+from tests.support import small_training as small
+from training.models.base import load_base
+from training.models.frozen import Tokenise, text_states
 
 
 @pytest.mark.parametrize("family", small.FAMILIES)

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tools import small_frozen, small_training
-from tools.small_frozen import of_open_clip, of_transformers
+from tests.support import small_frozen, small_training
+from tests.support.small_frozen import of_open_clip, of_transformers
 from training.errors import TrainingError
-from training.image_encoder import KINDS, ImageEncoder
-from training.loading import image_towers
+from training.models import image_towers
+from training.models.image_encoder import KINDS, ImageEncoder
 
 EMBEDS, HIDDEN = KINDS
 

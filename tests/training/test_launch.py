@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from training.settings import Settings
+from training.config import Settings
 from training.train import train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from tools import small_training as small
+from tests.support import small_training as small
 from training.errors import TrainingError
-from training.metrics import clip_i, clip_t, load_clip
+from training.evaluation.clip_score import clip_i, clip_t, load_clip
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a cat", "two small birds on a long wire", "", "x" * 300, "a dog", "red, green, blue"]

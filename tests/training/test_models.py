@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tools import small_frozen, small_training
+from tests.support import small_frozen, small_training
 from training.errors import TrainingError
-from training.loading import clip_vocabulary, layout
-from training.models import load_base, load_encoders
+from training.models import clip_tokenizer as clip_vocabulary
+from training.models import layout
+from training.models.base import load_base, load_encoders
 
 FAMILIES = small_training.FAMILIES
 

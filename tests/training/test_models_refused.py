@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tools import small_frozen, small_training
+from tests.support import small_frozen, small_training
 from training.errors import TrainingError
-from training.models import load_base
+from training.models.base import load_base
 
 FAMILIES = small_training.FAMILIES
 

@@ -7,9 +7,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from training import recipe
+from training import loss as recipe
 from training.errors import TrainingError
-from training.recipe import Recipe
+from training.loss import Recipe
 
 STEPS = 20
 DROPS = {"drop_image": 0.2, "drop_text": 0.2, "drop_both": 0.2}
@@ -18,7 +18,7 @@ DROPS = {"drop_image": 0.2, "drop_text": 0.2, "drop_both": 0.2}
 @pytest.fixture
 def losses(monkeypatch):
     """What each step's loss was, of the runs in this test."""
-    from training.meter import Meter
+    from training.metrics import Meter
 
     found: list[float] = []
     add = Meter.add
@@ -33,9 +33,9 @@ def losses(monkeypatch):
 
 def batches(settings):
     """The run's batches once more: same pixels, tokens, noise and drops."""
-    from training.encoders import FrozenEncoders, ImageEncoder
     from training.feed import Place, open_feed
-    from training.models import load_base
+    from training.models.base import load_base
+    from training.models.frozen import FrozenEncoders, ImageEncoder
 
     encoder = ImageEncoder.from_name(settings.image_encoder)
     encoders = FrozenEncoders(load_base(settings.base), encoder, "image_embeds")

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from training.config import Settings
 from training.errors import TrainingError
 from training.same_run import check_same
-from training.settings import Settings
 
 IDENTITY = {"data": "d0", "global batch": 8}
 BEGUN = Settings(base="base", image_encoder="encoder", cache="cache", out="run")

@@ -9,8 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import save_file
 
-from tools import small_training as small
-from training.models import load_base
+from tests.support import small_training as small
+from training.models.base import load_base
 from training.sampling import (
     NotFinite,
     Prompts,

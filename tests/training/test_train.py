@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ip_adapter_core import checkpoint
+from ip_adapter_core.files import adapter_file as checkpoint
 from training.errors import TrainingError
 from training.train import train
 
@@ -186,7 +186,7 @@ def test_asked_to_stop_it_saves_first(settings, forked, number):
     started = multiprocessing.get_context("fork").Event()
 
     def child():
-        from training.meter import Meter
+        from training.metrics import Meter
 
         add = Meter.add
 
@@ -256,7 +256,7 @@ def test_from_the_adapter_of_another_run(settings, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite(settings, monkeypatch, value):
-    from training import recipe
+    from training import loss as recipe
 
     loss, count = recipe.loss, []
 

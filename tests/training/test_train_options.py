@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tools import small_training
+from tests.support import small_training
 from training.errors import TrainingError
 from training.train import train
 
@@ -79,7 +79,7 @@ def test_aspect_ratios_are_kept(settings, pictures, tmp_path):
         )
         (data / f"{number}.txt").write_text("a picture")
     seen = set()
-    from training import recipe
+    from training import loss as recipe
 
     noised = recipe.noised
 
@@ -224,7 +224,7 @@ def test_a_missing_reference_is_told_before_training(settings):
     ],
 )
 def test_a_tracker_that_would_not_log(settings, name, said, monkeypatch):
-    monkeypatch.setattr("training.acceleration.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("training.distributed.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(TrainingError, match=said):
         train(settings(log_with=name))
 
@@ -254,7 +254,7 @@ def test_settings_that_cannot_be(settings, changes, said):
 
 
 def test_settings_from_a_file_and_the_command_line(tmp_path, capsys):
-    from training.settings import parse
+    from training.config import parse
 
     (tmp_path / "my.yaml").write_text("base: a\nimage_encoder: b\nout: c\ndata: d\nseed: 3\n")
     found = parse(["--config", str(tmp_path / "my.yaml"), "--seed", "4", "--learning_rate", "1e-5"])
@@ -269,7 +269,7 @@ def test_settings_from_a_file_and_the_command_line(tmp_path, capsys):
 
 
 def test_precision_in_a_file(tmp_path, capsys):
-    from training.settings import parse
+    from training.config import parse
 
     given = ["--base=a", "--image_encoder=b", "--out=c", "--data=d"]
     (tmp_path / "my.yaml").write_text("precision: fp32\n")

@@ -7,8 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
-from ip_adapter_core import checkpoint
-from tools import small_training as small
+from ip_adapter_core.files import adapter_file as checkpoint
+from tests.support import small_training as small
 from training.unet import Variant, attach, cross_attention_layers, new_adapter
 
 READS = {"base": small.EMBED, "fine-grained": small.STATES, "full": small.STATES}

@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tools import small_training as small
+from tests.support import small_training as small
 from training.errors import TrainingError
-from training.image_encoder import ImageEncoder
-from training.metrics import clip_i, clip_t, load_clip
-from training.models import load_base
+from training.evaluation.clip_score import clip_i, clip_t, load_clip
+from training.models.base import load_base
+from training.models.image_encoder import ImageEncoder
 from training.prompts import Prompts, encode_pictures, encode_text
 from training.sampling import Sampler, SamplingSettings
 from training.sheet import CELL, GAP, HEADER, LABEL, MARGIN, TITLE
@@ -278,9 +278,9 @@ sys.path.append({root!r})
 import torch
 from accelerate import Accelerator
 from tools import small_training as small
-from training.image_encoder import ImageEncoder
-from training.metrics import load_clip
-from training.models import load_base
+from training.models.image_encoder import ImageEncoder
+from training.evaluation.clip_score import load_clip
+from training.models.base import load_base
 from training.sampling import SamplingSettings
 from training.unet import attach
 from training.validation import Validation, ValidationSettings

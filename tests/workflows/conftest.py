@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import miniature
-from tools.server import Client, Result
+from tests.support import standins as miniature
+from tools.comfyui.server import Client, Result
 from tools.workflows.tasks import TASKS
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"

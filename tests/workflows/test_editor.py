@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tools.host import ROOT
+from tools.comfyui.install import ROOT
 
 FOLDER = ROOT / "workflows"
 pytestmark = pytest.mark.browser

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tools.server import Progress, PromptInterrupted
+from tools.comfyui.server import Progress, PromptInterrupted
 from tools.workflows.smaller import smaller
 
 STEPS = 300  # more than any server takes before an interrupt reaches it

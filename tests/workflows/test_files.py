@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from ip_adapter_core import published
+from ip_adapter_core.files import published
 from tools.workflows.public import PUBLIC
 from tools.workflows.tasks import TASKS
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tools.browser import COMPLAINTS
-from tools.host import ROOT
+from tools.comfyui.browser import COMPLAINTS
+from tools.comfyui.install import ROOT
 
 pytestmark = pytest.mark.browser
 

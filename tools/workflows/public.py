@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ip_adapter_core.published import BASE, BASE_SDXL_VIT_H, PLUS, PLUS_FACE, VIT_H, Weights
+from ip_adapter_core.files.published import BASE, BASE_SDXL_VIT_H, PLUS, PLUS_FACE, VIT_H, Weights
 
 _HUB = "https://huggingface.co"
 

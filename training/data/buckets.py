@@ -13,9 +13,9 @@ import numpy as np
 from filelock import FileLock
 
 from ..errors import TrainingError
-from .order import Order
-from .pictures import BrokenPictureError, upright_size
+from .image import BrokenPictureError, upright_size
 from .records import Source
+from .sampler import Order
 
 STEP = 64  # pixels; the UNet halves latents three times
 LATENT_STEP = 8  # pixels of the VAE's latents

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .buckets import LATENT_STEP, Buckets
-from .draws import Draws, DrawSettings, draw
-from .order import ProcessBatches
-from .pictures import BrokenPictureError, fit, open_picture
+from .image import BrokenPictureError, fit, open_picture
+from .randomness import Draws, DrawSettings, draw
 from .records import Record, Source
+from .sampler import ProcessBatches
 
 Example = dict[str, Any]
 Tokenise = Callable[[str], tuple[Tensor, ...]]

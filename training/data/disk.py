@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Image, load_from_disk
 
 from ..errors import TrainingError
-from .pictures import Picture
+from .image import Picture
 from .records import Columns, Record, missing_captions, pick_columns
 from .table import FIRST, read_sizes
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import TrainingError
 from .buckets import Buckets, nearest
-from .pictures import BrokenPictureError, upright_size
+from .image import BrokenPictureError, upright_size
 from .records import Record
 from .shards import ShardReader
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import TrainingError
-from .pictures import Picture
+from .image import Picture
 
 
 @dataclass(frozen=True)

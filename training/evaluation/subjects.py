@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ip_adapter_core import checkpoint
 from ip_adapter_core.adapter import IPAdapter
+from ip_adapter_core.files import adapter_file as checkpoint
 
 from ..errors import TrainingError
-from ..image_encoder import ImageEncoder
+from ..models.image_encoder import ImageEncoder
 from ..unet import cross_attention_layers
 from .report import Subject
 

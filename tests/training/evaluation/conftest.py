@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tools import small_training as small
+from tests.support import small_training as small
 from training.evaluate import EvaluationSettings
 from training.sampling import Sampler
 

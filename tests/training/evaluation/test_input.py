@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tools import small_training as small
+from tests.support import small_training as small
 from training import evaluate as script
 from training.errors import TrainingError
 from training.evaluate import evaluate, parse

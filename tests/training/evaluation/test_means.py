@@ -12,12 +12,12 @@ from matplotlib.axes import Axes
 from PIL import Image
 from safetensors.torch import save_file
 
-from tools import small_training as small
+from tests.support import small_training as small
 from training.evaluate import evaluate
 from training.evaluation import report, scores
-from training.image_encoder import ImageEncoder
-from training.metrics import clip_i, clip_t, load_clip
-from training.models import load_base
+from training.evaluation.clip_score import clip_i, clip_t, load_clip
+from training.models.base import load_base
+from training.models.image_encoder import ImageEncoder
 from training.prompts import Prompts, encode_pictures, encode_text
 from training.sampling import Sampler
 from training.unet import attach

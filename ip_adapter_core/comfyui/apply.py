@@ -1,0 +1,162 @@
+"""The settings of an Apply node to prompts that sampling can use."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.input import CurveInput
+from torch import Tensor
+
+from ..prompt import ImagePrompt, check_encoder, layer_weights
+from .adapter import HostAdapter
+from .layers import check_fits
+from .masks import Masks
+from .prompt_rows import CompiledPrompt
+from .schedule import Schedule
+
+logger = logging.getLogger("comfyui_ip_adapter")
+Sides: TypeAlias = tuple[CompiledPrompt, CompiledPrompt]
+"""Positive and negative."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the Apply nodes ask for. `weight` is λ; `start_at`, `end_at` are fractions of the
+    schedule; `mask (M, H, W)` or `(H, W)`. Multipliers of λ: `layer_weights` one a layer,
+    `weight_curve` over the schedule (the host's curve, or what it is made of), `latent_weights`
+    one a latent.
+
+    Raises ValueError for values out of their domain.
+    """
+
+    adapter: HostAdapter
+    image_prompt: ImagePrompt
+    weight: float
+    start_at: float
+    end_at: float
+    combine: str
+    mask: Tensor | None = None
+    layer_weights: Sequence[float] | None = None
+    weight_curve: Any = None
+    latent_weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "start_at", "end_at"):
+            value = getattr(self, name)
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, found {value}.")
+        if self.start_at > self.end_at:
+            raise ValueError(
+                f"start_at ({self.start_at}) lies after end_at ({self.end_at}). Both are "
+                "fractions of the schedule, 0 its first step and 1 its end: swap them."
+            )
+        if self.mask is not None:
+            self.check_mask(self.mask)
+        if self.latent_weights is not None:
+            self._check_latent_weights(self.latent_weights)
+
+    @staticmethod
+    def check_mask(mask: Tensor) -> None:
+        """Raise ValueError unless it is one or more masks with finite values."""
+        if mask.ndim not in (2, 3) or 0 in mask.shape:
+            raise ValueError(
+                f"mask has shape {list(mask.shape)}; expected [masks, height, width], none of "
+                "them 0. Connect a mask that holds at least one picture."
+            )
+        if not mask.isfinite().all():
+            raise ValueError("mask contains NaN or infinite values; expected 0 … 1.")
+
+    def _check_latent_weights(self, weights: Sequence[float]) -> None:
+        if not len(weights) or not all(map(math.isfinite, weights)):
+            raise ValueError(
+                f"latent_weights must be one finite number a latent; found {list(weights)}."
+            )
+
+    @property
+    def masks(self) -> Masks | None:
+        """What the image branch is multiplied with; None where there is neither mask nor
+        weights."""
+        if self.mask is None and self.latent_weights is None:
+            return None
+        weights = [1.0] if self.latent_weights is None else self.latent_weights
+        mask = None if self.mask is None else self.mask.float().cpu()
+        if mask is not None and mask.ndim == 2:
+            mask = mask[None]
+        return Masks(mask, torch.tensor(weights, dtype=torch.float32))
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.start_at, self.end_at, curve_of(self.weight_curve))
+
+
+def warn_of_black(mask: Tensor, name: str = "mask") -> None:
+    """Tell the log of a mask that lets nothing act: of a picture without transparency, Load Image
+    gives such a one."""
+    if not (mask > 0).any():
+        logger.warning(
+            "%s is black everywhere, so that its image acts nowhere. (Load Image gives such a mask "
+            "for a picture without transparency: draw one there, or use Load Image as Mask.)",
+            name,
+        )
+
+
+def curve_of(given: Any, name: str = "weight_curve") -> CurveInput | None:
+    """The host's curve; also from what an API request holds in its place (a bare list there is a
+    link to the host). `name`: of the input, for messages. Raises ValueError for what is no curve,
+    or has values that are not finite."""
+    if given is None:
+        return None
+    try:
+        curve: CurveInput = CurveInput.from_raw(given)
+        finite = curve.points and all(math.isfinite(x) for point in curve.points for x in point)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name} is {given!r}; expected the output of a Curve Editor, or in a request "
+            '{"points": [[0, 1], [1, 0.5]]}, each a fraction of the schedule and a multiplier.'
+        ) from error
+    if not finite:
+        raise ValueError(f"{name} has the points {curve.points}; expected one or more finite ones.")
+    return curve
+
+
+def compile_prompt(model: ModelPatcher, settings: Settings) -> Sides | None:
+    """Both sides, or None where λ is 0 on every layer: then nothing is to do.
+
+    Raises ValueError if model, adapter and image prompt do not belong together.
+    """
+    if settings.mask is not None:
+        warn_of_black(settings.mask)
+    made = compile_prompts(model, [settings])
+    return made[0] if made else None
+
+
+def compile_prompts(model: ModelPatcher, several: Sequence[Settings]) -> list[Sides]:
+    """What `compile_prompt` makes of each, None left out. Their adapter is one, loaded once."""
+    acting = [(settings, _weights(model, settings)) for settings in several]
+    acting = [(settings, weights) for settings, weights in acting if any(weights)]
+    if not acting:
+        return []
+    with several[0].adapter.loaded():
+        return [_sides(settings, weights) for settings, weights in acting]
+
+
+def _weights(model: ModelPatcher, settings: Settings) -> list[float]:
+    adapter = settings.adapter
+    check_fits(adapter.spec, adapter.name, model)
+    check_encoder(adapter.spec, settings.image_prompt, adapter.name, adapter.trained_with)
+    return layer_weights(adapter.spec, settings.weight, settings.layer_weights)
+
+
+def _sides(settings: Settings, weights: Sequence[float]) -> Sides:
+    adapter, masks, schedule = settings.adapter, settings.masks, settings.schedule
+    positive, negative = (
+        CompiledPrompt(packed, masks, schedule, adapter.spec.layer_dims)
+        for packed in adapter.compile(settings.image_prompt, weights, settings.combine)
+    )
+    return positive, negative

@@ -1,0 +1,140 @@
+"""CLIP_VISION and pictures to an image prompt."""
+
+from __future__ import annotations
+
+import math
+
+import comfy.model_management as memory
+import torch
+from comfy.clip_vision import ClipVisionModel
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from ..crops import checked
+from ..files.fingerprint import fingerprint
+from ..prompt import DAMAGED_ENCODER, FEATURES, ImageFeatures, ImagePrompt, describe_encoder
+
+CROPS = ("center", "pad", "none")
+
+
+def encode(
+    clip_vision: ClipVisionModel, image: Tensor, negative_image: Tensor | None, crop: str
+) -> ImagePrompt:
+    """What `clip_vision` makes of `image (N, H, W, C)`, values 0 … 1, C = 1, 3 or 4.
+
+    `crop`: "center" resizes the short side and cuts the long one, as in training; "pad" adds
+    margins of the encoder's mean colour; "none" squeezes the picture into the square.
+    Raises ValueError for no pictures, other shapes, or values that are not finite, of the
+    pictures or out of the encoder.
+    """
+    check_kind(clip_vision)
+    positive = _features(clip_vision, image, crop, "image")
+    if negative_image is None:
+        negative = _zero_image(clip_vision, positive.image_embeds.shape[-1])
+    else:
+        negative = _features(clip_vision, negative_image, crop, "negative_image")
+    quick = _activation(clip_vision).lower().replace("_", "") == "quickgelu"
+    described = describe_encoder(positive, clip_vision.image_size, quick)
+    made = ImagePrompt(positive, negative, described, _fingerprint(clip_vision))
+    _check_finite(made)
+    return made
+
+
+def check_kind(clip_vision: ClipVisionModel) -> None:
+    """Raise ValueError for what is no CLIP vision model."""
+    if clip_vision.model_type != "clip_vision_model":
+        raise ValueError(
+            f"The image encoder is a {clip_vision.model_type}, which no supported IP-Adapter was "
+            "trained with; expected a CLIP vision model. Load the adapter's own encoder, CLIP "
+            "ViT-H/14 for most."
+        )
+
+
+def prepare(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str) -> Tensor:
+    """Checked RGB pictures `(N, H, W, 3)` that the host's preprocessing handles at any shape."""
+    image = checked(image, name)
+    if crop == "center":
+        return _trim(image, clip_vision.image_size)
+    if crop == "pad":
+        return _pad(_shrink(image, 8 * clip_vision.image_size), clip_vision.image_mean)
+    if crop == "none":
+        return image
+    raise ValueError(f"crop is {crop!r}; expected one of {', '.join(CROPS)}.")
+
+
+def _trim(image: Tensor, size: int) -> Tensor:
+    """Shorten strips of more than 4:1 to what the centre crop and its resampling filter reach:
+    a 1×4000 picture would be enlarged to 224×896000 first. Others stay as they are."""
+    short = min(image.shape[1:3])
+    reach = 2 * math.ceil(max(1.0, short / size)) + 1  # of the bicubic filter, in pixels
+    keep = max(4 * short, short + 2 * reach)
+    for dim in (1, 2):
+        margin = (image.shape[dim] - keep) // 2  # equal on both sides: the centre stays
+        if margin > 0:
+            image = image.narrow(dim, margin, image.shape[dim] - 2 * margin)
+    return image
+
+
+def _shrink(image: Tensor, limit: int) -> Tensor:
+    """Bound the long side: padded to a square, a strip of 1×30000 would take 11 GB."""
+    height, width = image.shape[1:3]
+    if max(height, width) <= limit:
+        return image
+    size = [max(1, round(side * limit / max(height, width))) for side in (height, width)]
+    small = interpolate(image.movedim(-1, 1), size, mode="bicubic", antialias=True)
+    return small.movedim(1, -1).clamp(0, 1)
+
+
+def _pad(image: Tensor, colour: list[float]) -> Tensor:
+    height, width = image.shape[1:3]
+    side = max(height, width)
+    left, top = (side - width) // 2, (side - height) // 2
+    mean = image.new_tensor(colour)
+    margins = (0, 0, left, side - width - left, top, side - height - top)
+    return pad(image - mean, margins) + mean
+
+
+def _features(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str) -> ImageFeatures:
+    out = clip_vision.encode_image(prepare(clip_vision, image, crop, name), crop=crop != "none")
+    embeds = out["image_embeds"]
+    if isinstance(clip_vision.model.visual_projection, torch.nn.Identity):
+        embeds = embeds[:, :0]  # the host passes on the pooled state: no embedding, of any width
+    return ImageFeatures(embeds.float().cpu(), out["penultimate_hidden_states"].float().cpu())
+
+
+def _check_finite(prompt: ImagePrompt) -> None:
+    for side in (prompt.positive, prompt.negative):
+        for kind in FEATURES:
+            if not getattr(side, kind).isfinite().all():
+                raise ValueError(
+                    f"The {kind.replace('_', ' ')} contain NaN or infinite values, out of "
+                    f"{prompt.encoder}: {DAMAGED_ENCODER}"
+                )
+
+
+def _fingerprint(clip_vision: ClipVisionModel) -> str:
+    """Of the weights and of what else decides what they make of a picture."""
+    return fingerprint(
+        clip_vision.model,
+        activation=_activation(clip_vision),
+        image_size=clip_vision.image_size,
+        mean=[round(x, 6) for x in clip_vision.image_mean],
+        std=[round(x, 6) for x in clip_vision.image_std],
+    )
+
+
+def _activation(clip_vision: ClipVisionModel) -> str:
+    """The host's are functions, named in the configuration; open_clip's are modules."""
+    names = {type(module).__name__ for module in clip_vision.model.modules()}
+    used = ", ".join(sorted(name for name in names if "GELU" in name))
+    return str(clip_vision.config.get("hidden_act", used))
+
+
+def _zero_image(clip_vision: ClipVisionModel, embed_dim: int) -> ImageFeatures:
+    """The dropped image of training: a zero embedding, and the hidden states of pixels that are
+    zero *after* normalisation. `encode_image` would round the mean colour to 8 bits."""
+    memory.load_model_gpu(clip_vision.patcher)
+    size = clip_vision.image_size
+    pixels = torch.zeros(1, 3, size, size, device=clip_vision.load_device)
+    penultimate = clip_vision.model(pixel_values=pixels, intermediate_output=-2)[1]
+    return ImageFeatures(torch.zeros(1, embed_dim), penultimate.float().cpu())

@@ -1,0 +1,220 @@
+"""Watching image prompts at work while a picture is sampled: what a record writes down.
+
+Only conditionings are looked at to which the guider gives a positive name, and each only the first
+time that a prediction of the noise evaluates it: what guidance runs once more (PAG, SAG, skipped
+layers) is none of the picture's own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..attention import add
+from ..attention_map import KEPT, LIMIT, RecordedRun, Share, of_samples
+from ..layer_weights import Block
+from .layers import Layer, layers_of
+from .masks import Size, whole
+from .prompt_rows import KEY, CompiledPrompt, PreparedPrompt, PromptRows, Run, slots
+from .sampling import RECORD, Conds, DecoupledAttention, Model, with_wrappers
+
+Attention: TypeAlias = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One UNet call: at `sigma (1,)`, of `texts` conditionings, of which `looked` count. `frames`:
+    which latents the rows of each are, after `skip` that the host discards; `numbers`: see
+    `Share`."""
+
+    sigma: Tensor
+    texts: int
+    looked: tuple[int, ...]
+    frames: tuple[int, ...]
+    skip: int
+    numbers: tuple[tuple[int, ...], ...]
+
+
+@dataclass(eq=False)
+class _Seen:
+    """The sum of `layers` of one block in one call, `maps` as in `Share`."""
+
+    call: _Call
+    block: Block
+    maps: Tensor
+    layers: int = 1
+
+    def share(self) -> Share:
+        sigma, maps = float(self.call.sigma), self.maps.cpu() / self.layers
+        return Share(sigma, self.block, self.call.frames, self.call.numbers, maps)
+
+
+@dataclass(eq=False)
+class _Watch:
+    """A run that goes on. `whole`: height and width of its latents at the moment; `rows`: the
+    prompts of each (place in the call of the guider, uuid of the conditioning); `known`: what this
+    prediction of the noise has evaluated already."""
+
+    run: Run
+    numbers: dict[CompiledPrompt, int]
+    whole: Size
+    rows: dict[tuple[int, Any], PromptRows | None] = field(default_factory=dict)
+    known: set[Any] = field(default_factory=set)
+    seen: list[_Seen] = field(default_factory=list)
+
+    def recorded(self, samples: Tensor) -> RecordedRun:
+        """The run is over: all leaves the device."""
+        return RecordedRun(
+            samples=samples.cpu(),
+            prompts=len(self.numbers),
+            sigma_at=self.run.model_sampling.percent_to_sigma,
+            shares=[seen.share() for seen in self.seen],
+        )
+
+    def call(self, options: dict[str, Any], latent: tuple[int, int]) -> _Call | None:
+        """What to look at in this UNet call; None for nothing, or where it shows a part alone."""
+        places = list(zip(options["cond_or_uncond"], options["uuids"], strict=True))
+        rows = [row for row in map(self.rows.get, places) if row is not None]
+        if latent != self.whole or len(rows) < len(places):
+            return None
+        window = options.get("context_window")
+        of_window = None if window is None else tuple(window.index_list)
+        looked = tuple(
+            i
+            for i, (row, (_, uuid)) in enumerate(zip(rows, places, strict=True))
+            if row.positive and row.prompts and self._first((uuid, of_window))
+        )
+        if not looked:
+            return None
+        in_slots = slots(rows)
+        return _Call(
+            sigma=options["sigmas"][:1].clone(),
+            texts=len(rows),
+            looked=looked,
+            frames=tuple(range(self.run.batch)) if of_window is None else of_window,
+            skip=int(getattr(window, "causal_anchor_index", None) is not None),
+            numbers=tuple(tuple(self._number(slot[i]) for slot in in_slots) for i in looked),
+        )
+
+    def _first(self, evaluated: Any) -> bool:
+        if evaluated in self.known:
+            return False
+        self.known.add(evaluated)
+        return True
+
+    def _number(self, prompt: PreparedPrompt | None) -> int:
+        return 0 if prompt is None else self.numbers[prompt.source]
+
+    def watched(self, call: _Call, attention: DecoupledAttention, layer: Layer) -> Attention:
+        """The same attention, bit for bit, with its images' shares written down."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+            text = out = attention.text(q, k, v, options)
+            norms = []
+            for image, mask in attention.images(q, options):
+                out = add(out, image, mask)
+                norms.append((image if mask is None else image * mask).float().norm(dim=-1))
+            shares = _shares(text.float().norm(dim=-1), torch.stack(norms, 1))
+            height, width = options["activations_shape"][-2:]
+            self._add(call, layer, shares.unflatten(-1, (height, width)))
+            return out
+
+        return attend
+
+    def _add(self, call: _Call, layer: Layer, maps: Tensor) -> None:
+        """`maps (rows, slots, height, width)` of one layer."""
+        texts = maps.chunk(call.texts)
+        own = torch.stack([texts[i][call.skip :] for i in call.looked])
+        last = self.seen[-1] if self.seen else None
+        if last is not None and last.call is call and last.block == layer.key[:2]:
+            last.maps, last.layers = last.maps + own, last.layers + 1
+        else:
+            self.seen.append(_Seen(call, layer.key[:2], own))
+
+
+def _shares(text: Tensor, images: Tensor) -> Tensor:
+    """Of norms `text (rows, L)`, `images (rows, slots, L)`: `(rows, slots, L)`."""
+    return images / (text[:, None] + images.sum(1, keepdim=True)).clamp(min=1e-12)
+
+
+@dataclass(eq=False)
+class Record:
+    """What the last runs that it watched left, empty before the first one."""
+
+    runs: deque[RecordedRun] = field(default_factory=lambda: deque(maxlen=KEPT))
+    _watch: _Watch | None = None
+
+    def of(self, samples: Tensor) -> RecordedRun:
+        """The run that made these latents `(N, C, height, width)`; raises ValueError if none of
+        those that are held did."""
+        return of_samples(self.runs, samples)
+
+    def watching(self, sample: Callable[..., Any], run: Run, conds: Conds) -> Callable[..., Any]:
+        """The same sampling run, watched. torch.compile is off meanwhile: traced code would not
+        write anything down, and the host drops the guards that tell a watched run from others."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._watch = _Watch(run, _numbered(conds), run.latent)
+            try:
+                with torch.compiler.set_stance("force_eager"):
+                    samples = sample(*args, **kwargs)
+                self.runs.append(self._watch.recorded(samples))
+                while len(self.runs) > 1 and sum(run.nbytes for run in self.runs) > LIMIT:
+                    self.runs.popleft()
+                return samples
+            finally:
+                self._watch = None
+
+        return watched
+
+    def predicts(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """PREDICT_NOISE: the guider begins anew with its conditionings."""
+        if self._watch is not None:
+            self._watch.known.clear()
+        return executor(*args, **kwargs)
+
+    def evaluates(self, conds: list[Any], latent: Size) -> None:
+        """`conds`: of one call of the guider on latents of this size, with the prompts that are in
+        force."""
+        if self._watch is not None:
+            self._watch.whole = whole(self._watch.run.latent, latent)
+            self._watch.rows = {
+                (i, entry["uuid"]): entry["model_conds"].get(KEY)
+                for i, conditioning in enumerate(conds)
+                for entry in conditioning or ()
+            }
+
+    def look(
+        self, options: dict[str, Any], latent: tuple[int, int]
+    ) -> Callable[[DecoupledAttention, Layer], Attention] | None:
+        """What watches the layers of one UNet call; None where there is nothing to see."""
+        watch = self._watch
+        call = None if watch is None else watch.call(options, latent)
+        return None if watch is None or call is None else partial(watch.watched, call)
+
+
+def _numbered(conds: Conds) -> dict[CompiledPrompt, int]:
+    """The prompts of the positive side, from 1: the model's, then the conditionings' own."""
+    rows = (entry["model_conds"].get(KEY) for entries in conds.values() for entry in entries)
+    positive = [row for row in rows if row is not None and row.positive]
+    sources = dict.fromkeys(prompt.source for row in positive for prompt in row.prompts)
+    return {source: number for number, source in enumerate(sources, 1)}
+
+
+def recording(model: Model) -> tuple[Model, Record]:
+    """A clone of the model whose runs are watched, and what they leave. Raises ValueError for a
+    model that is no UNet."""
+    layers_of(model)
+    record = Record()
+    patched = with_wrappers(model)
+    patched.set_attachments(RECORD, record)
+    patched.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, RECORD)
+    patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, RECORD, record.predicts)
+    return patched, record

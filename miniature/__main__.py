@@ -1,0 +1,3 @@
+from miniature.command import main
+
+main()

@@ -1,0 +1,174 @@
+"""The miniature's files: what is shipped in `miniature/`, and what ComfyUI reads.
+
+The UNet is shipped in 8 bits, as are control, second base and what is for comparison only; the
+rest is in float16. So everything together takes less than 32 MB. A checkpoint as ComfyUI loads it
+is put together at set-up, with the seeded text encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.model import CLIP
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ip_adapter_core.files.encoder_file import METADATA_KEY
+from miniature import image_encoder, text
+from miniature.autoencoder import Autoencoder
+from miniature.base import original
+from tests.support import checkpoint_layouts as layouts
+from tests.support.random_models import under
+
+State = dict[str, Tensor]
+FOLDER_VARIABLE = "IP_ADAPTER_BUILD"
+SHIPPED = Path(__file__).resolve().parent
+FOLDER = Path(os.environ.get(FOLDER_VARIABLE) or SHIPPED).expanduser().absolute()
+"""Where they lie; the variable names another build's."""
+UNET, AUTOENCODER, ENCODER = "unet.safetensors", "autoencoder.safetensors", "encoder.safetensors"
+ADAPTER, ADAPTER_PLUS = "ip-adapter.safetensors", "ip-adapter-plus.safetensors"
+JUDGE, CONTROL, RESTYLED = "judge.safetensors", "control.safetensors", "outlined.safetensors"
+CONCATENATED = "concatenated.safetensors"
+MANIFEST = "manifest.json"
+_IDLE, _BUSY = "ip_adapter.1.", "ip_adapter.3."  # an adapter's first and second layer
+_LEVELS = 127  # of 8 bits on either side of zero
+_SCALE = "::scale"
+_LATENT_SCALE = 0.18215  # SD1.5's: ComfyUI divides latents by it before it calls a VAE
+
+
+def quantised(state: Mapping[str, Tensor]) -> State:
+    """Matrices and convolutions in 8 bits, symmetric, with one float16 scale an output channel;
+    vectors in float16."""
+    found: State = {}
+    for key, x in state.items():
+        if x.ndim < 2:
+            found[key] = x.half().contiguous()
+            continue
+        scale = (x.flatten(1).abs().amax(1).clamp(min=1e-6) / _LEVELS).half()
+        rows = scale.float().reshape(-1, *[1] * (x.ndim - 1))
+        found[key] = (x / rows).round().clamp(-_LEVELS, _LEVELS).to(torch.int8).contiguous()
+        found[key + _SCALE] = scale
+    return found
+
+
+def dequantised(state: Mapping[str, Tensor]) -> State:
+    """What `quantised` made, in float16."""
+    found: State = {}
+    for key, x in state.items():
+        if key.endswith(_SCALE):
+            continue
+        if x.dtype == torch.int8:
+            rows = state[key + _SCALE].float().reshape(-1, *[1] * (x.ndim - 1))
+            x = (x.float() * rows).half()
+        found[key] = x.contiguous()
+    return found
+
+
+def save(
+    path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Tensors as they are, in one file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {key: x.detach().contiguous() for key, x in state.items()}
+    save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+
+
+def halved(state: Mapping[str, Tensor]) -> State:
+    return {key: x.half() if x.is_floating_point() else x for key, x in state.items()}
+
+
+def save_encoder(path: Path, model: CLIP) -> None:
+    """The image tower alone, its configuration inside, as IPA_LoadImageEncoder reads it."""
+    tower = {f"visual.{key}": x for key, x in model.visual.state_dict().items()}
+    config = {"model_cfg": image_encoder.CONFIG, "preprocess_cfg": image_encoder.PREPROCESS}
+    save(path, halved(tower), {METADATA_KEY: json.dumps(config)})
+
+
+def autoencoder(path: Path) -> Autoencoder:
+    """The one that `save` wrote, in float32."""
+    made = Autoencoder()
+    made.load_state_dict({key: x.float() for key, x in load_file(path).items()})
+    return made.eval().requires_grad_(False)
+
+
+def idle_transformer() -> State:
+    """A transformer for the UNet's input block that passes on what it gets: its last projection is
+    zeros. The base trains without one, but ComfyUI reads the context's width off the input blocks.
+    """
+    layout = layouts._transformer("input_blocks.1.1", 1, layouts.SD15_MINI)
+    return {
+        key: torch.ones(shape) if "norm" in key and key.endswith("weight") else torch.zeros(shape)
+        for key, shape in layout.items()
+    }
+
+
+def checkpoint(unet: Mapping[str, Tensor], vae: Autoencoder) -> State:
+    """A whole SD1.5 checkpoint for CheckpointLoaderSimple, of diffusers' names of a UNet."""
+    return {
+        **under("model.diffusion_model.", halved(original(dict(unet)) | idle_transformer())),
+        **under("cond_stage_model.transformer.", text.state()),
+        **under("first_stage_model.", halved(vae.taesd())),
+        "first_stage_model.vae_scale": torch.tensor(_LATENT_SCALE),
+        "first_stage_model.vae_shift": torch.tensor(0.0),
+    }
+
+
+def without_idle_layer(source: Path, target: Path) -> None:
+    """Copy an adapter's file without its layer for `idle_transformer`, which trains nothing and
+    stays zeros, and takes a megabyte."""
+    state, metadata = _adapter(source)
+    save(target, {key: x for key, x in state.items() if not key.startswith(_IDLE)}, metadata)
+
+
+def with_idle_layer(source: Path, target: Path) -> None:
+    """Copy what `without_idle_layer` wrote, and put the layer back."""
+    state, metadata = _adapter(source)
+    layer = {key: x for key, x in state.items() if key.startswith(_BUSY)}
+    idle = {key.replace(_BUSY, _IDLE): torch.zeros_like(x) for key, x in layer.items()}
+    save(target, state | idle, metadata)
+
+
+def _adapter(source: Path) -> tuple[State, dict[str, str]]:
+    with safe_open(source, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def checksums() -> dict[str, str]:
+    """Of every file of the build, by its name."""
+    return {name: what["sha256"] for name, what in manifest()["files"].items()}
+
+
+def made() -> dict[str, Any]:
+    """How the build was made: `recipe`, a checksum of all that was asked for but the seed, `seed`,
+    `minutes`, and `on` what. Raises FileNotFoundError as `manifest` does."""
+    known = manifest()
+    apart = ("seed", "made_on", "seconds", "side_by_side", "seconds_in_all", "files")
+    recipe = json.dumps({key: known[key] for key in known.keys() - {*apart}}, sort_keys=True)
+    return {
+        "recipe": hashlib.sha256(recipe.encode()).hexdigest()[:16],
+        "seed": known["seed"],
+        "minutes": round(known["seconds_in_all"] / 60),
+        "on": known["made_on"],
+    }
+
+
+def manifest() -> dict[str, Any]:
+    """What is shipped: file names, checksums, seeds, steps, times. Raises FileNotFoundError where
+    `FOLDER` holds no build."""
+    if not (FOLDER / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"'{FOLDER}' has no {MANIFEST}, so it holds no miniature. {FOLDER_VARIABLE} in the "
+            "environment names the folder of a build; leave it out for the one that is shipped."
+        )
+    return dict(json.loads((FOLDER / MANIFEST).read_text(encoding="utf-8")))

@@ -1,0 +1,1 @@
+"""Random models, files and folders that the tests and benchmarks share."""

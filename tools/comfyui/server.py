@@ -1,0 +1,173 @@
+"""A real ComfyUI server with this pack, started for as long as a ``with`` block lasts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from urllib import error, request
+
+from tools.comfyui.client import Client, Progress, PromptError, PromptInterrupted, Result
+from tools.comfyui.install import PACK, ROOT, flags
+
+__all__ = ["Client", "Progress", "PromptError", "PromptInterrupted", "Result", "Server"]
+logger = logging.getLogger("comfyui_ip_adapter.tools")
+
+
+class ServerError(RuntimeError):
+    """The server did not start or ended early; the message holds the end of its log."""
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def link_pack(base_directory: Path) -> Path:
+    """Link this repository into ``base_directory/custom_nodes`` and return the link."""
+    link = base_directory / "custom_nodes" / PACK
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_symlink() and link.resolve() != ROOT:
+        link.unlink()
+    if not link.exists():
+        try:
+            link.symlink_to(ROOT, target_is_directory=True)
+        except FileExistsError:
+            pass  # another process was quicker
+        except OSError:  # Windows without the privilege to make symbolic links
+            subprocess.run(
+                ["cmd", "/c", "mklink", "/J", str(link), str(ROOT)], check=True, shell=False
+            )
+    return link
+
+
+class Server:
+    """ComfyUI ``host`` as a subprocess, with the models and inputs of ``base_directory``.
+
+    What it writes (outputs, temporary files, settings) goes to a folder of its own, which
+    ends with it; so servers may share a base directory. ``with Server(base, host) as client``.
+    """
+
+    def __init__(
+        self,
+        base_directory: Path,
+        host: Path,
+        arguments: tuple[str, ...] = (),
+        start_timeout: float = 180.0,
+        prompt_timeout: float = 600.0,
+        threads: int | None = None,
+    ) -> None:
+        """``arguments``: further flags for ComfyUI; timeouts in seconds; ``threads``: of the
+        processor that it computes with, torch's choice by default."""
+        self.base_directory = base_directory
+        self.host = host
+        self.arguments = arguments
+        self.start_timeout = start_timeout
+        self.prompt_timeout = prompt_timeout
+        self.threads = threads
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Client:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _command(self, port: int, run: Path) -> list[str]:
+        folders: list[str] = []
+        for name in ("output", "temp", "user"):
+            (run / name).mkdir()
+            folders += [f"--{name}-directory", str(run / name)]
+        return [
+            sys.executable,
+            str(Path(__file__).with_name("watched.py")),
+            str(self.host / "main.py"),
+            *flags(),
+            "--disable-auto-launch",
+            *("--port", str(port)),
+            *("--base-directory", str(self.base_directory)),
+            *folders,
+            *("--database-url", "sqlite:///:memory:"),
+            *self.arguments,
+        ]
+
+    def start(self) -> Client:
+        """Start the server and wait until it answers.
+
+        Raises:
+            ServerError: it ended, or did not answer within ``start_timeout`` seconds.
+        """
+        link_pack(self.base_directory)
+        self._folder = tempfile.TemporaryDirectory(prefix="ip-adapter-", ignore_cleanup_errors=True)
+        run, port = Path(self._folder.name), free_port()
+        self.log = run / "log.txt"
+        # Not the environment's: PYTHONPATH may hold the repository, whose nodes/ would shadow.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        if self.threads is not None:
+            environment["OMP_NUM_THREADS"] = str(self.threads)
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self._command(port, run),
+                cwd=run,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        address = f"127.0.0.1:{port}"
+        try:
+            self._wait(address)
+        except BaseException:
+            self.stop()
+            raise
+        logger.info("ComfyUI answers at http://%s", address)
+        return Client(address, timeout=self.prompt_timeout)
+
+    def _wait(self, address: str) -> None:
+        deadline = time.monotonic() + self.start_timeout
+        direct = request.build_opener(request.ProxyHandler({}))
+        while time.monotonic() < deadline:
+            if self.process is None or self.process.poll() is not None:
+                code = self.process.returncode if self.process else None
+                raise ServerError(f"ComfyUI ended with exit code {code}.\n{self.tail()}")
+            try:
+                direct.open(f"http://{address}/system_stats", timeout=5).close()
+                return
+            except (error.URLError, OSError):
+                time.sleep(0.2)
+        raise ServerError(
+            f"ComfyUI did not answer at {address} within {self.start_timeout:g} s.\n{self.tail()}"
+        )
+
+    def tail(self, lines: int = 40) -> str:
+        """The end of the server's log."""
+        text = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(["The end of its log:", *text[-lines:]])
+
+    def stop(self) -> None:
+        """End the server, by force if it does not go within ten seconds."""
+        if self.process is None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process = None
+        self._folder.cleanup()

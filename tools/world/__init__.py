@@ -1,4 +1,0 @@
-"""The miniature world: small pictures made by rule, and models trained on them.
-
-``python -m tools.world`` builds everything that lies in ``miniature/`` anew.
-"""

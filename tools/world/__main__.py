@@ -1,3 +1,0 @@
-from tools.world.command import main
-
-main()

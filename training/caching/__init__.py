@@ -1,0 +1,1 @@
+"""Cached features: their files, writing and reading them."""

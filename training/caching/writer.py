@@ -1,0 +1,210 @@
+"""From rows to shards: the same bytes, however many processes write them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.dataset import RawDataset, loader
+from ..errors import TrainingError
+from ..models.frozen import FrozenEncoders
+from .format import (
+    DROPPED,
+    MANIFEST,
+    TEMPORARY,
+    Manifest,
+    is_whole,
+    read_manifest,
+    shard_path,
+    write_manifest,
+    write_tensors,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How pictures reach the encoders: `batch` at once, read ahead by `workers` processes."""
+
+    batch: int
+    workers: int
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make `folder` and keep others from writing to it meanwhile.
+
+    Raises TrainingError if it cannot be written to, or another run is writing to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise TrainingError(
+            f"Another cache.py is writing to '{folder}'. Wait for it, or give another --out. "
+            "(Several processes of one cache are started by one `accelerate launch`.)"
+        ) from error
+    except OSError as error:
+        raise TrainingError(
+            f"Nothing can be written to '{folder}': {error.strerror}. Give --out a folder that "
+            "this user may write to."
+        ) from error
+    with lock:
+        yield
+
+
+def begin(folder: Path, manifest: Manifest, encoders: FrozenEncoders) -> None:
+    """Say whose cache this is, or see that the one that lies there is the same.
+
+    Raises TrainingError if it is another one's, or the folder holds something else.
+    """
+    found = read_manifest(folder)
+    if found is None and any(folder.glob("shard-*.safetensors")):
+        raise TrainingError(
+            f"'{folder}' holds shards without a {MANIFEST}, so nobody knows whose they are. Delete "
+            "the folder, or choose another --out."
+        )
+    if found is not None and (differing := found.differing(manifest)):
+        raise TrainingError(
+            f"'{folder}' holds the cache of another run. It differs in: {'; '.join(differing)}. "
+            "Choose another --out, or delete that folder."
+        )
+    for leftover in (*folder.glob(f"*{TEMPORARY}"), *folder.glob(".tmp*")):  # safetensors' own
+        leftover.unlink()
+    if not is_whole(folder / DROPPED):
+        _write_dropped(folder, manifest, encoders)
+    if found is None:
+        write_manifest(folder, manifest)
+
+
+def _write_dropped(folder: Path, manifest: Manifest, encoders: FrozenEncoders) -> None:
+    dtype = getattr(torch, manifest.dtype)
+    dropped = {kind: encoders.dropped(kind) for kind in manifest.features}
+    tensors: dict[str, Tensor | None] = {kind: one.features for kind, one in dropped.items()}
+    text = next(iter(dropped.values()))
+    tensors |= {"states": text.states, "pooled": text.pooled}
+    kept = {name: x.to("cpu", dtype) for name, x in tensors.items() if x is not None}
+    write_tensors(folder / DROPPED, kept, {})
+
+
+def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
+    """Numbers of the shards that are still to be written."""
+    return [s for s in range(manifest.shards) if not is_whole(shard_path(folder, s))]
+
+
+def write_shards(
+    dataset: RawDataset,
+    encoders: FrozenEncoders,
+    folder: Path,
+    manifest: Manifest,
+    shards: Sequence[int],
+    reading: Reading,
+    bar: tqdm,
+) -> None:
+    """Encode and write the shards of these numbers.
+
+    A batch never reaches over a shard's end, so a shard's bytes are the same whichever process
+    writes it. Raises TrainingError if the disk is full, or an encoder gives what is not finite.
+    """
+    if not shards:
+        return
+    batches = _Batches(dataset, manifest, shards, reading.batch)
+    loaded = iter(loader(dataset, cast(Any, batches), reading.workers))
+    for shard in shards:
+        content = _Shard(manifest)
+        for rows in batches.of_shard(shard):
+            batch = next(loaded)
+            content.add(rows, batch, encoders.outputs(batch, manifest.features))
+            bar.update(len(rows))
+        path = shard_path(folder, shard)
+        write_tensors(path, content.tensors(dataset.buckets.of_row), {"broken": content.broken})
+        if shard == shards[0]:
+            _look_ahead(folder, path.stat().st_size, len(shards) - 1)
+
+
+class _Batches:
+    """For a DataLoader: batches of (number, row), each of one shard and one bucket."""
+
+    def __init__(
+        self, dataset: RawDataset, manifest: Manifest, shards: Sequence[int], batch: int
+    ) -> None:
+        self._of_row = dataset.buckets.of_row
+        self._manifest, self._shards, self._batch = manifest, shards, batch
+
+    def of_shard(self, shard: int) -> Iterator[np.ndarray]:
+        rows = np.array(self._manifest.rows_of(shard))
+        buckets = np.zeros_like(rows) if self._of_row is None else self._of_row[rows]
+        for bucket in np.unique(buckets):
+            alike = rows[buckets == bucket]
+            for start in range(0, len(alike), self._batch):
+                yield alike[start : start + self._batch]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for shard in self._shards:
+            for rows in self.of_shard(shard):
+                yield [(row, row) for row in rows.tolist()]
+
+
+@dataclass
+class _Shard:
+    """What has been encoded of one shard, in the order of its batches."""
+
+    manifest: Manifest
+    parts: dict[str, list[Tensor]] = field(default_factory=dict)
+    rows: list[np.ndarray] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+
+    def add(self, rows: np.ndarray, batch: dict[str, Any], outputs: dict[str, Tensor]) -> None:
+        sound = batch["weight"] > 0
+        self.broken += batch["broken"]
+        if not sound.any():
+            return
+        self.rows.append(rows[sound.numpy()])
+        self._keep("time_ids", batch["time_ids"][sound])
+        dtype = getattr(torch, self.manifest.dtype)
+        for name, output in outputs.items():
+            kept = output.to("cpu", dtype)[sound]
+            self._check_finite(name, kept)
+            if name in ("mean", "log_variance"):
+                name += ".{}x{}".format(*kept.shape[2:])
+            self._keep(name, kept)
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        self.parts.setdefault(name, []).append(tensor.contiguous())
+
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
+        finite = tensor.isfinite().flatten(1).all(dim=1)
+        if not finite.all():
+            row = self.rows[-1][int(finite.int().argmin())]
+            raise TrainingError(
+                f"{name.replace('_', ' ')} of row {row} became NaN or infinite: it exceeds the "
+                f"numbers of the encoders' dtype, or those of the cache's, {self.manifest.dtype}. "
+                "Give --precision float32 or bfloat16; if that is not it, --stored bfloat16."
+            )
+
+    def tensors(self, of_row: np.ndarray | None) -> dict[str, Tensor]:
+        rows = np.sort(np.concatenate([*self.rows, np.empty(0, np.int64)]))
+        buckets = np.zeros(len(rows), np.int16) if of_row is None else of_row[rows]
+        index = {"row": torch.from_numpy(rows), "bucket": torch.from_numpy(buckets)}
+        return index | {name: torch.cat(parts) for name, parts in self.parts.items()}
+
+
+def _look_ahead(folder: Path, shard_bytes: int, more: int) -> None:
+    needed, free = shard_bytes * more, shutil.disk_usage(folder).free
+    logger.info("this process's %d further shards take about %.1f GiB", more, needed / 2**30)
+    if needed > free:
+        logger.warning(
+            "only %.1f GiB are free in '%s': this will not suffice", free / 2**30, folder
+        )

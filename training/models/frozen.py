@@ -1,0 +1,143 @@
+"""Everything frozen that stands before the UNet: pictures and texts in, its conditions out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import fingerprints
+from ..data.buckets import LATENT_STEP
+from ..errors import TrainingError
+from ..loss import Dropped
+from .base import Encoders, Text
+from .image_encoder import KINDS, ImageEncoder, Kind
+
+__all__ = ["KINDS", "FrozenEncoders", "ImageEncoder", "Kind", "Tokenise", "text_states"]
+
+_READ = ("pixels", "reference", "tokens")  # what encoding uses up
+
+
+class Tokenise:
+    """A caption to `(77,)` int64 for each text encoder, cut or filled up to that length. Can be
+    sent to another process."""
+
+    def __init__(self, text: Sequence[Text]) -> None:
+        self._tokenizers = [tokenizer for tokenizer, _ in text]
+        self._lengths = [encoder.config.max_position_embeddings for _, encoder in text]
+
+    def __call__(self, caption: str) -> tuple[Tensor, ...]:
+        return tuple(
+            tokenizer(
+                caption,
+                padding="max_length",
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
+            ).input_ids[0]
+            for tokenizer, length in zip(self._tokenizers, self._lengths, strict=True)
+        )
+
+
+@torch.no_grad()
+def text_states(text: Sequence[Text], tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What the UNet reads of N texts: states `(N, 77, D)` and pooled `(N, P)`.
+
+    SD1.5: the last hidden states, and no pooled. SDXL: both encoders' `hidden_states[-2]` side by
+    side, and the second's `text_embeds` (diffusers, StableDiffusionXLPipeline.encode_prompt).
+    """
+    if len(tokens[0]) > 1:  # equal captions of a batch are read once
+        together = torch.stack([*tokens]).movedim(0, 1)
+        different, place = together.unique(dim=0, return_inverse=True)
+        if len(different) < len(together):
+            states, pooled = text_states(text, [*different.movedim(1, 0)])
+            return states[place], None if pooled is None else pooled[place]
+    if len(text) == 1:
+        (_, encoder), (ids,) = text[0], tokens
+        return encoder(ids.to(encoder.device)).last_hidden_state, None
+    outputs = [
+        encoder(ids.to(encoder.device), output_hidden_states=True)
+        for (_, encoder), ids in zip(text, tokens, strict=True)
+    ]
+    states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return states, outputs[-1].text_embeds
+
+
+def _posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance of the latents. A tiny autoencoder gives one latent, no distribution:
+    the least variance that diffusers' posterior has, of which nothing is seen."""
+    encoded = vae.encode(pixels)
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean, encoded.latent_dist.logvar
+    return encoded.latents, torch.full_like(encoded.latents, -30.0)
+
+
+class FrozenEncoders:
+    """A base's VAE and text encoders, and the image encoder, on one device, each in the dtype that
+    it was loaded in.
+
+    `kind`: which of the image encoder's features the adapter reads. Raises TrainingError for a VAE
+    of another scale than Stable Diffusion's.
+    """
+
+    def __init__(
+        self,
+        base: Encoders,
+        image_encoder: ImageEncoder,
+        kind: Kind,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        factor = 2 ** (len(base.vae.config.block_out_channels) - 1)
+        if factor != LATENT_STEP:
+            raise TrainingError(
+                f"The VAE of '{base.name}' makes one latent of {factor} × {factor} pixels; "
+                f"expected {LATENT_STEP} × {LATENT_STEP}, as in SD1.5 and SDXL."
+            )
+        self.vae, self.text, self.image_encoder = base.vae, base.text, image_encoder
+        self.kind, self.family = kind, base.family
+        self.tokenise = Tokenise(base.text)
+        self.names = {
+            "vae": base.name,
+            "text encoder": base.name,
+            "image encoder": image_encoder.name,
+        }
+        self.fingerprints = {**base.weights, "image encoder": image_encoder.weights}
+        self.to(device)
+
+    def to(self, device: torch.device | str) -> FrozenEncoders:
+        parts: list[Any] = [self.vae, self.image_encoder, *(encoder for _, encoder in self.text)]
+        for part in parts:
+            part.to(device)
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all weights as their files hold them, and of every setting that shapes what they give;
+        the same whatever dtype and device they run in. `fingerprints` has it part by part."""
+        return fingerprints.of_settings(self.fingerprints)
+
+    def encode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch of data/dataset.py with `mean` and `log_variance` (N, 4, h, w) of the VAE's
+        posterior, unscaled, `states` (N, 77, D), `pooled` (N, P) for SDXL, and `features` in place
+        of pixels and tokens. All else is carried through."""
+        found: dict[str, Any] = self.outputs(batch, [self.kind])
+        found["features"] = found.pop(self.kind)
+        return found | {key: value for key, value in batch.items() if key not in _READ}
+
+    @torch.no_grad()
+    def outputs(self, batch: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Tensor]:
+        """What `encode` adds, with the features of each of `kinds` under its own name."""
+        pixels = batch["pixels"].to(self.vae.device, self.vae.dtype)
+        mean, log_variance = _posterior(self.vae, pixels)
+        states, pooled = text_states(self.text, batch["tokens"])
+        found = {"mean": mean, "log_variance": log_variance, "states": states}
+        if pooled is not None:
+            found["pooled"] = pooled
+        return found | self.image_encoder.features(batch["reference"], kinds)
+
+    def dropped(self, kind: str | None = None) -> Dropped:
+        """What stands in for dropped conditions: of the empty text, and of no image."""
+        tokens = [ids[None] for ids in self.tokenise("")]
+        return Dropped(self.image_encoder.zero(kind or self.kind), *text_states(self.text, tokens))
