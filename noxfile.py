@@ -1,7 +1,8 @@
 """Everything there is to run; each session makes what it needs.
 
     nox -s demo       output/demo.png: references down, λ across, and several texts over one
-    nox -s tests      the tests (arguments after -- go to pytest)
+    nox -s tests      the day set of tests (arguments after -- go to pytest)
+    nox -s tests-full every test, those marked `nightly` included
     nox -s evaluate   output/miniature.json: what follows the reference and what the text
     nox -s bench      output/bench.json: operations and time that an image prompt adds
     nox -s miniature  train the models of miniature/ anew: about two hours on two CPU cores,
@@ -106,10 +107,16 @@ def environment(session: nox.Session) -> None:
         install("host", *(host / "requirements.txt").read_text().splitlines())
 
 
-def run(session: nox.Session, *arguments: str) -> None:
+def run(session: nox.Session, *arguments: str, **env: str) -> None:
     """Run a Python module in the shared environment."""
     folder = session.env_dir.parent / "environment"
-    session.run(python_of(folder.absolute()), "-m", *arguments, external=True)
+    session.run(python_of(folder.absolute()), "-m", *arguments, external=True, env=env)
+
+
+def pytest(session: nox.Session, *arguments: str) -> None:
+    """Run pytest with a process for each core; small models gain nothing from more threads."""
+    spread = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadgroup")
+    run(session, "pytest", *spread, *arguments, *session.posargs, OMP_NUM_THREADS="1")
 
 
 @nox.session(venv_backend="none", requires=["environment"])
@@ -120,8 +127,14 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"])
 def tests(session: nox.Session) -> None:
-    """Run the tests; those that need ComfyUI skip without it, or fail where CI is set."""
-    run(session, "pytest", *session.posargs)
+    """Run the day set; what needs ComfyUI skips without it, or fails where CI is set."""
+    pytest(session, "-m", "not nightly")
+
+
+@nox.session(name="tests-full", venv_backend="none", requires=["environment"])
+def tests_full(session: nox.Session) -> None:
+    """Run every test; -- -m nightly leaves out the day set."""
+    pytest(session)
 
 
 @nox.session(venv_backend="none", requires=["environment"])

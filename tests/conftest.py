@@ -30,6 +30,39 @@ from tools.comfyui.server import Client, Server  # noqa: E402
 _host.load_pack()  # so that test modules can import it by its name; needs no ComfyUI
 
 
+SHARED = ("page", "_started")  # one browser, one server on the stand-ins
+CPU_SECONDS = 10.0  # what a test of the day set may take
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep in one worker the tests of a module, and those that share a server or a browser."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            shared = [name for name in SHARED if name in getattr(item, "fixturenames", ())]
+            item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
+
+
+def _cpu_seconds() -> float:
+    """Return what this process, and the children that it has waited for, have used."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test of the day set that is too slow for it."""
+    begun = _cpu_seconds()
+    yield
+    used = _cpu_seconds() - begun
+    if used > CPU_SECONDS and item.get_closest_marker("nightly") is None:
+        pytest.fail(
+            f"took {used:.1f} s of CPU time; a test of the day set takes at most "
+            f"{CPU_SECONDS:.0f}: make it smaller, or mark it `nightly` beside a smaller one",
+            pytrace=False,
+        )
+
+
 @pytest.fixture(scope="session")
 def host_path() -> Path:
     """The folder of ComfyUI."""

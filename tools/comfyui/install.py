@@ -49,8 +49,8 @@ def is_comfyui(path: Path) -> bool:
 def _around() -> Path | None:
     """The install that the pack lies in; a linked pack counts where its link is."""
     for root in (ROOT, Path(os.path.abspath(__file__)).parents[2]):
-        if root.parent.name == "custom_nodes" and is_comfyui(root.parents[2]):
-            return root.parents[2]
+        if root.parent.name == "custom_nodes" and is_comfyui(root.parents[1]):
+            return root.parents[1]
     return None
 
 
