@@ -115,7 +115,7 @@ def _adapter(pack: Any, model: Any) -> Any:
     layers = importlib.import_module(f"{name}.comfyui.layers")
     widths = [x.dim for x in layers.cross_attention_layers(model.model.diffusion_model)]
     sizes = (("feature_dim", 1024), ("cross_attention_dim", 768), ("tokens", 4))
-    spec = core.AdapterSpec("linear", sizes, tuple(widths))
+    spec = core.AdapterSpec("base", sizes, tuple(widths))
     module = core.IPAdapter(spec, device="meta")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"

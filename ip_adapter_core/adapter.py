@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from .projection import ImageProjection, MLPProjection, Projection
 from .resampler import Resampler
+from .variants import FeatureKind, Variant
 
-PROJECTIONS: dict[str, type[Projection]] = {
-    "linear": ImageProjection,
-    "resampler": Resampler,
-    "mlp": MLPProjection,
+PROJECTIONS: dict[Variant, type[Projection]] = {
+    "base": ImageProjection,
+    "plus": Resampler,
+    "full": MLPProjection,
 }
 
 
@@ -22,12 +23,12 @@ PROJECTIONS: dict[str, type[Projection]] = {
 class AdapterSpec:
     """What a checkpoint is, read off its tensors' shapes.
 
-    `projection` is a key of `PROJECTIONS`; `projection_sizes` are that class's arguments.
+    `projection_sizes` are the arguments of the variant's class in `PROJECTIONS`.
     `layer_dims` holds the width of K' and V' of each cross-attention layer in checkpoint order
     (down, up, middle: the order of diffusers' `unet.attn_processors`).
     """
 
-    projection: str
+    variant: Variant
     projection_sizes: tuple[tuple[str, int], ...]
     layer_dims: tuple[int, ...]
 
@@ -37,9 +38,9 @@ class AdapterSpec:
         return dict(self.projection_sizes)
 
     @property
-    def features(self) -> str:
-        """What the projection reads: `image_embeds` or `penultimate_hidden_states`."""
-        return PROJECTIONS[self.projection].features
+    def features(self) -> FeatureKind:
+        """What the projection reads of the image encoder."""
+        return PROJECTIONS[self.variant].features
 
     @property
     def feature_dim(self) -> int:
@@ -80,7 +81,7 @@ class IPAdapter(nn.Module):
         super().__init__()
         self.spec = spec
         build = {"operations": operations, **factory}
-        self.image_proj = PROJECTIONS[spec.projection](**spec.sizes, **build)
+        self.image_proj = PROJECTIONS[spec.variant](**spec.sizes, **build)
         # Numbered as in diffusers' attn_processors: even places are self-attention.
         self.ip_adapter = nn.ModuleDict(
             {

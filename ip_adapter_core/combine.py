@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .latent_weights import plain
-from .prompt import FEATURES, ImageFeatures, ImagePrompt
+from .prompt import ImageFeatures, ImagePrompt
+from .variants import FEATURE_KINDS
 
 METHODS = ("concat", "average", "norm_average", "add", "subtract")
 
@@ -102,7 +103,7 @@ def _check_encoders(prompts: Mapping[str, ImagePrompt]) -> None:
 
 def _sizes(prompt: ImagePrompt) -> list[torch.Size]:
     """Of one image's features."""
-    return [getattr(prompt.positive, kind).shape[1:] for kind in FEATURES]
+    return [getattr(prompt.positive, kind).shape[1:] for kind in FEATURE_KINDS]
 
 
 def _named(prompt: ImagePrompt) -> str:
@@ -116,7 +117,9 @@ def _listed(weights: Sequence[float]) -> str:
 
 def _each(function: Callable[[list[Tensor]], Tensor], sides: list[ImageFeatures]) -> ImageFeatures:
     """`function` of the tensors of one kind, for both kinds."""
-    return ImageFeatures(*(function([getattr(side, kind) for side in sides]) for kind in FEATURES))
+    return ImageFeatures(
+        *(function([getattr(side, kind) for side in sides]) for kind in FEATURE_KINDS)
+    )
 
 
 def _side_by_side(sides: list[ImageFeatures]) -> ImageFeatures:
@@ -124,7 +127,7 @@ def _side_by_side(sides: list[ImageFeatures]) -> ImageFeatures:
 
 
 def _equal(one: ImageFeatures, other: ImageFeatures) -> bool:
-    return all(torch.equal(getattr(one, kind), getattr(other, kind)) for kind in FEATURES)
+    return all(torch.equal(getattr(one, kind), getattr(other, kind)) for kind in FEATURE_KINDS)
 
 
 def _distinct(sides: list[ImageFeatures]) -> list[ImageFeatures]:

@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .files.header import Shaped
+from .variants import FeatureKind
 
 
 class Projection(nn.Module):
     """What all projections have: `(N, …, feature_dim) -> (N, tokens, cross_attention_dim)`.
 
-    `features` names what of the encoder they read: `image_embeds` or
-    `penultimate_hidden_states`.
+    `features` is what they read of the image encoder.
     """
 
-    features: ClassVar[str]
+    features: ClassVar[FeatureKind]
 
     @staticmethod
     def sizes(weights: Mapping[str, Shaped]) -> dict[str, int]:

@@ -14,11 +14,10 @@ from torch import Tensor
 from . import encoder_names
 from .adapter import AdapterSpec, IPAdapter
 from .files import published
+from .variants import FEATURE_KINDS, FeatureKind
 
 logger = logging.getLogger("comfyui_ip_adapter")
 COMBINE = ("concat", "average", "per_latent")
-
-FEATURES = ("image_embeds", "penultimate_hidden_states")  # the fields of ImageFeatures
 
 VIT_L = "CLIP ViT-L/14"  # has quick GELU
 # Encoders by the widths of those two, for descriptions and error messages: those of the published
@@ -34,8 +33,8 @@ DAMAGED_ENCODER = (
     "the image encoder's weights are damaged, or half precision overflowed. Download it again, or "
     "start ComfyUI with --fp32-text-enc."
 )
-# For each of FEATURES: what an adapter reads that a prompt lacks, why, and the remedy.
-_LACKING = {
+# For each of FEATURE_KINDS: what an adapter reads that a prompt lacks, why, and the remedy.
+_LACKING: dict[FeatureKind, tuple[str, str]] = {
     "image_embeds": (
         "the encoder's image embedding",
         "its file holds no 'visual_projection.weight', so it gives none. Load the complete image "
@@ -94,16 +93,16 @@ class ImagePrompt:
         )
 
 
-def encoder_name(features: str, width: int) -> str | None:
+def encoder_name(features: FeatureKind, width: int) -> str | None:
     """The published encoder whose `features` (as AdapterSpec names them) are `width` wide."""
-    place = FEATURES.index(features)
+    place = FEATURE_KINDS.index(features)
     return next((name for widths, name in _NAMES.items() if widths[place] == width), None)
 
 
 def describe_encoder(features: ImageFeatures, image_size: int, quick_gelu: bool = False) -> str:
     """The encoder of these features in words; `image_size` in pixels. One that has the shapes of
     a published encoder is called by its name, unless it has `quick_gelu` where that has none."""
-    widths = tuple(getattr(features, kind).shape[-1] for kind in FEATURES)
+    widths = tuple(getattr(features, kind).shape[-1] for kind in FEATURE_KINDS)
     patches = features.penultimate_hidden_states.shape[1]
     name = _NAMES.get(widths) if patches == (image_size // _PATCH) ** 2 + 1 else None
     if quick_gelu and name is not None and name != VIT_L:

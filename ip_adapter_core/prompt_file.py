@@ -13,14 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from .prompt import DAMAGED_ENCODER, FEATURES, ImageFeatures, ImagePrompt
+from .prompt import DAMAGED_ENCODER, ImageFeatures, ImagePrompt
+from .variants import FEATURE_KINDS
 
 SUFFIX = ".safetensors"
 FORMAT = "image_prompt_format"  # the entry of the metadata that tells these files from others
 VERSION = "2"
 WEIGHTS_ALONE = "1"  # the version whose fingerprints leave the encoder's settings out
 SIDES = ("positive", "negative")
-KEYS = tuple(f"{side}.{kind}" for side in SIDES for kind in FEATURES)
+KEYS = tuple(f"{side}.{kind}" for side in SIDES for kind in FEATURE_KINDS)
 
 
 class PromptFileError(ValueError):
@@ -43,7 +44,7 @@ def save(
         .to("cpu", torch.float32)
         .clone(memory_format=torch.contiguous_format)
         for side in SIDES
-        for kind in FEATURES
+        for kind in FEATURE_KINDS
     }
     remedy = f"Encode the image again. If that does not help: {DAMAGED_ENCODER}"
     _check(tensors, path.name, remedy)
@@ -99,7 +100,7 @@ def load(path: str | os.PathLike[str]) -> ImagePrompt:
         raise PromptFileError(f"'{path}' cannot be read: {found}.") from error
     _check(tensors, name, "The file is damaged, or was made by something else.")
     positive, negative = (
-        ImageFeatures(*(tensors[f"{side}.{kind}"] for kind in FEATURES)) for side in SIDES
+        ImageFeatures(*(tensors[f"{side}.{kind}"] for kind in FEATURE_KINDS)) for side in SIDES
     )
     known = metadata[FORMAT] != WEIGHTS_ALONE
     fingerprint = metadata.get("encoder_fingerprint", "") if known else ""
@@ -127,7 +128,7 @@ def _check_kind(metadata: Mapping[str, str], keys: list[str], name: str) -> None
 
 def _check(tensors: Mapping[str, Tensor], name: str, remedy: str) -> None:
     for key, tensor in tensors.items():
-        dimensions = 2 if key.endswith(FEATURES[0]) else 3
+        dimensions = 2 if key.endswith(FEATURE_KINDS[0]) else 3
         if tensor.ndim != dimensions or tensor.shape[0] == 0:
             wanted = "[images, width]" if dimensions == 2 else "[images, patches, width]"
             raise PromptFileError(
@@ -141,13 +142,13 @@ def _check(tensors: Mapping[str, Tensor], name: str, remedy: str) -> None:
         if not tensor.isfinite().all():
             raise PromptFileError(f"'{name}': '{key}' contains NaN or infinite values. {remedy}")
     for side in SIDES:
-        one, other = (tensors[f"{side}.{kind}"].shape for kind in FEATURES)
+        one, other = (tensors[f"{side}.{kind}"].shape for kind in FEATURE_KINDS)
         if one[0] != other[0]:
             raise PromptFileError(
                 f"'{name}': {side} has embeddings of {one[0]} images and hidden states of "
                 f"{other[0]}; expected equal numbers. {remedy}"
             )
-    for kind in FEATURES:
+    for kind in FEATURE_KINDS:
         one, other = (tensors[f"{side}.{kind}"].shape for side in SIDES)
         if one[1:] != other[1:]:
             raise PromptFileError(

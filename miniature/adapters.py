@@ -86,7 +86,7 @@ def train(
     **settings: Any,
 ) -> Path:
     """An adapter of that variant, trained on `device`, cpu or cuda. Returns its file."""
-    if variant == "fine-grained":
+    if variant == "plus":
         settings = RESAMPLER | settings
     _launch(
         "training/train.py",

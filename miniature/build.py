@@ -107,7 +107,7 @@ class Build(Work):
     def _last_parts(self) -> Stage:
         plus, small = files.ADAPTER_PLUS, files.ADAPTER
         return (
-            Part(plus, plus, partial(self._adapter, "fine-grained", plus)),
+            Part(plus, plus, partial(self._adapter, "plus", plus)),
             Part(small, small, partial(self._adapter, "base", small)),
             Part("control", files.CONTROL, self._control),
             Part("concatenated", files.CONCATENATED, self._concatenated),

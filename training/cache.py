@@ -28,6 +28,7 @@ from accelerate import PartialState
 from jsonargparse import ArgumentParser, set_parsing_settings
 from tqdm import tqdm
 
+from ip_adapter_core.variants import FEATURE_KINDS, FeatureKind
 from training.caching import writer as cache_writing
 from training.caching.dataset import CachedDataset
 from training.caching.format import Manifest
@@ -39,7 +40,7 @@ from training.data.shards import is_stream
 from training.errors import TrainingError
 from training.launch import begin
 from training.models.base import load_encoders
-from training.models.frozen import KINDS, FrozenEncoders, ImageEncoder, Kind
+from training.models.frozen import FrozenEncoders, ImageEncoder
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 logger = logging.getLogger("training")
@@ -74,8 +75,8 @@ class CacheSettings:
     1024."""
     buckets: bool = False
     """Keep aspect ratios: buckets of about size², sides multiples of 64."""
-    features: Literal["image_embeds", "penultimate_hidden_states", "both"] = "image_embeds"
-    """image_embeds for the base variant, penultimate_hidden_states for fine-grained and full."""
+    features: Literal[FeatureKind, "both"] = "image_embeds"
+    """image_embeds for the base variant, penultimate_hidden_states for plus and full."""
 
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Of the encoders. auto: float16 on a GPU, as finely as it is stored, float32 on a CPU."""
@@ -99,8 +100,8 @@ class CacheSettings:
             )
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
-        return KINDS if self.features == "both" else (self.features,)
+    def kinds(self) -> tuple[FeatureKind, ...]:
+        return FEATURE_KINDS if self.features == "both" else (self.features,)
 
 
 def parse(arguments: Sequence[str] | None = None) -> CacheSettings:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from ip_adapter_core.variants import Variant
+
 from .data.buckets import LATENT_STEP
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -40,11 +42,11 @@ class Settings:
     """Folder that training/cache.py wrote for this base and encoder: about twice as fast. Pictures
     have the sizes that it has."""
 
-    variant: Literal["base", "fine-grained", "full"] = "base"
-    """base: 4 tokens from the embedding; fine-grained ("plus"): 16 from a query network; full: one
-    a patch."""
+    variant: Variant = "base"
+    """base: 4 tokens from the embedding; plus: 16 from a resampler (fine-grained); full: one a
+    patch."""
     resampler_dim: int | None = None
-    """Width of the fine-grained variant's query network, a multiple of 64; default: 768 for SD1.5,
+    """Width of the plus variant's resampler, a multiple of 64; default: 768 for SD1.5,
     1280 for SDXL, the published adapters'. This pack reads any size off the file; other loaders
     take the published one."""
     resampler_depth: int = 4

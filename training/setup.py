@@ -31,7 +31,7 @@ from .models.frozen import FrozenEncoders, ImageEncoder
 from .run import Run
 from .same_run import check_same
 from .sampling import SamplingSettings
-from .unet import PROJECTION, attach, cross_attention_layers, new_adapter
+from .unet import attach, cross_attention_layers, new_adapter
 from .validation import Validation, ValidationSettings
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def _frozen(settings: Settings, dtype: torch.dtype) -> tuple[Base, FrozenEncoder
         base.unet.enable_gradient_checkpointing()
     if settings.compile:
         base.unet.compile()
-    kind = PROJECTIONS[PROJECTION[settings.variant]].features
+    kind = PROJECTIONS[settings.variant].features
     image_encoder = ImageEncoder.from_name(settings.image_encoder, dtype)
     return base, FrozenEncoders(base, image_encoder, kind)  # type: ignore[arg-type]
 

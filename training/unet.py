@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -12,13 +12,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ip_adapter_core.adapter import AdapterSpec, IPAdapter
 from ip_adapter_core.attention import add, image_attention
+from ip_adapter_core.variants import Variant
 
 from .errors import TrainingError
 
-Variant = Literal["base", "fine-grained", "full"]
 KeysValues: TypeAlias = Sequence[tuple[Tensor, Tensor]]
-TOKENS = {"base": 4, "fine-grained": 16}  # the published adapters' (paper, section 4.1.2)
-PROJECTION = {"base": "linear", "fine-grained": "resampler", "full": "mlp"}
+TOKENS: dict[Variant, int] = {
+    "base": 4,
+    "plus": 16,
+}  # the published adapters' (paper, section 4.1.2)
 
 
 class DecoupledAttnProcessor:
@@ -91,20 +93,20 @@ def new_adapter(
     """An adapter in float32 whose W'k, W'v are the UNet's W_k, W_v (paper, section 3.2.2).
 
     `feature_dim`: width of what the variant reads of the image encoder. `resampler_dim`,
-    `resampler_depth`: of the fine-grained variant's query network, in heads of 64 each; by default
-    the published adapters' 768 (SD1.5) or 1280 (SDXL), and 4. The projection starts
-    from torch's own initial values; seed them with `torch.manual_seed`.
+    `resampler_depth`: of the plus variant's resampler, in heads of 64 each; by default
+    the published ones' 768 (SD1.5) or 1280 (SDXL), and 4. The projection starts from torch's
+    own initial values; seed them with `torch.manual_seed`.
     """
     layers = cross_attention_layers(unet)
     width = unet.config.cross_attention_dim
     sizes = {"feature_dim": feature_dim, "cross_attention_dim": width}
     if variant in TOKENS:
         sizes["tokens"] = TOKENS[variant]
-    if variant == "fine-grained":  # the published SDXL adapters keep to 20 heads
+    if variant == "plus":  # the published SDXL adapters keep to 20 heads
         dim = resampler_dim or min(width, 1280)
         sizes |= {"dim": dim, "depth": resampler_depth, "heads": max(1, dim // 64), "expansion": 4}
     dims = tuple(layer.to_k.out_features for layer in layers.values())
-    adapter = IPAdapter(AdapterSpec(PROJECTION[variant], tuple(sizes.items()), dims))
+    adapter = IPAdapter(AdapterSpec(variant, tuple(sizes.items()), dims))
     with torch.no_grad():
         mine: Any
         for mine, text in zip(adapter.ip_adapter.values(), layers.values(), strict=True):

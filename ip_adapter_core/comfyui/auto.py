@@ -83,12 +83,11 @@ def load_encoder(file: EncoderFile) -> ClipVisionModel:
 
 
 def _of_kind(files: Iterable[File], preset: Preset | None) -> list[AdapterFile]:
-    """The adapters of the preset's projection; of any where there is no preset."""
+    """The adapters of the preset's variant; of any where there is no preset."""
     return [
         file
         for file in files
-        if isinstance(file, AdapterFile)
-        and (preset is None or file.spec.projection == preset.projection)
+        if isinstance(file, AdapterFile) and (preset is None or file.spec.variant == preset.variant)
     ]
 
 

@@ -12,7 +12,8 @@ from torch.nn.functional import interpolate, pad
 
 from ..crops import checked
 from ..files.fingerprint import fingerprint
-from ..prompt import DAMAGED_ENCODER, FEATURES, ImageFeatures, ImagePrompt, describe_encoder
+from ..prompt import DAMAGED_ENCODER, ImageFeatures, ImagePrompt, describe_encoder
+from ..variants import FEATURE_KINDS
 
 CROPS = ("center", "pad", "none")
 
@@ -104,7 +105,7 @@ def _features(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str)
 
 def _check_finite(prompt: ImagePrompt) -> None:
     for side in (prompt.positive, prompt.negative):
-        for kind in FEATURES:
+        for kind in FEATURE_KINDS:
             if not getattr(side, kind).isfinite().all():
                 raise ValueError(
                     f"The {kind.replace('_', ' ')} contain NaN or infinite values, out of "

@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ..adapter import AdapterSpec
-from ..families import describe
+from ..variants import describe_model
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def fits(spec: AdapterSpec, layers: Sequence[Layer]) -> bool:
 def check_fits(spec: AdapterSpec, adapter_name: str, model: ModelPatcher) -> None:
     """Raise ValueError unless the adapter has W'k, W'v for exactly this model's layers."""
     layers = cross_attention_layers(model.get_model_object("diffusion_model"))
-    made_for = describe(spec.cross_attention_dim, len(spec.layer_dims))
+    made_for = describe_model(spec.cross_attention_dim, len(spec.layer_dims))
     model_name = type(model.model).__name__
     if not layers:
         raise ValueError(
@@ -82,7 +82,7 @@ def check_fits(spec: AdapterSpec, adapter_name: str, model: ModelPatcher) -> Non
             "SDXL families."
         )
     context_dim = layers[0].context_dim
-    found = describe(context_dim, len(layers))
+    found = describe_model(context_dim, len(layers))
     if (context_dim, len(layers)) != (spec.cross_attention_dim, len(spec.layer_dims)):
         raise ValueError(
             f"'{adapter_name}' was made for {made_for}, but the connected model ({model_name}) "

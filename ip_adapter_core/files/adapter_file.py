@@ -19,11 +19,16 @@ from torch import Tensor, nn
 
 from ..adapter import PROJECTIONS, AdapterSpec, IPAdapter
 from ..resampler import DIM_HEAD
+from ..variants import Variant
 from .header import MAX_HEADER, Shape, Shaped
 from .unsupported import unsupported_kind
 
 # The tensor whose presence decides for a projection.
-SIGNATURES = {"linear": "proj.weight", "resampler": "latents", "mlp": "proj.3.weight"}
+SIGNATURES: dict[Variant, str] = {
+    "base": "proj.weight",
+    "plus": "latents",
+    "full": "proj.3.weight",
+}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EXTENSIONS = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
 
@@ -81,7 +86,7 @@ def recognise(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
 def _layout(spec: AdapterSpec) -> dict[str, Shape]:
     """What `IPAdapter(spec)` holds. Its many layers are not built, which would take the search
     of a folder twice the time."""
-    projection = PROJECTIONS[spec.projection](**spec.sizes, device="meta").state_dict()
+    projection = PROJECTIONS[spec.variant](**spec.sizes, device="meta").state_dict()
     layout = {f"image_proj.{key}": Shape(tuple(x.shape), x.dtype) for key, x in projection.items()}
     for i, width in enumerate(spec.layer_dims):
         for kind in "kv":
@@ -251,7 +256,7 @@ def infer_spec(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
     if 0 in sizes.values():
         raise CheckpointError(
             f"'{name}' has a {kind} projection of impossible shapes: {sizes}"
-            + (f" (attention heads are {DIM_HEAD} wide)." if kind == "resampler" else ".")
+            + (f" (attention heads are {DIM_HEAD} wide)." if kind == "plus" else ".")
         )
     return AdapterSpec(kind, tuple(sizes.items()), widths)
 

@@ -14,7 +14,7 @@ from pathlib import PurePath
 
 from .. import encoder_names
 from ..adapter import AdapterSpec
-from ..families import family
+from ..variants import Variant, family
 from . import origin, published
 from .catalogue import AdapterFile, EncoderFile, File, Unusable
 from .origin import own
@@ -27,11 +27,11 @@ _Readable = Mapping[AdapterFile, Sequence[EncoderFile]]
 
 @dataclass(frozen=True)
 class Preset:
-    """A kind of adapter: its `projection`, and the word that tells it from its twin of the same
+    """A kind of adapter: its `variant`, and the word that tells it from its twin of the same
     shapes, which its name has to say (`marked`) or must not; no `word`, no twin."""
 
     name: str
-    projection: str
+    variant: Variant
     word: str = ""
     marked: bool = False
 
@@ -41,8 +41,8 @@ class Preset:
 
     def published_adapter(self, spec: AdapterSpec) -> published.Weights | None:
         """Its published adapter for the family that `spec` is made for."""
-        name = family(spec.cross_attention_dim, len(spec.layer_dims)) or ""
-        return published.ADAPTERS.get(name, {}).get(self.name)
+        known = family(spec.cross_attention_dim, len(spec.layer_dims))
+        return published.ADAPTERS[known].get(self.name) if known else None
 
     def public_name(self, spec: AdapterSpec) -> str | None:
         """That one's name, without ending."""
@@ -53,11 +53,11 @@ class Preset:
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("light", "linear", "light", marked=True),
-        Preset("standard", "linear", "light"),
-        Preset("fine-grained", "resampler", "face"),
-        Preset("face", "resampler", "face", marked=True),
-        Preset("full face", "mlp"),
+        Preset("light", "base", "light", marked=True),
+        Preset("standard", "base", "light"),
+        Preset("fine-grained", "plus", "face"),
+        Preset("face", "plus", "face", marked=True),
+        Preset("full face", "full"),
     )
 }
 
@@ -85,7 +85,7 @@ def choose(
     preset: Preset,
     unusable: Iterable[Unusable] = (),
 ) -> Choice | None:
-    """The best pair of adapters that fit the model and the preset's projection, and encoders that
+    """The best pair of adapters that fit the model and the preset's variant, and encoders that
     the host can load. None where no encoder gives what one of the adapters reads.
 
     `unusable`: the other files beside the adapters, of which those that are named as the preset's
@@ -159,7 +159,7 @@ def _other(adapter: AdapterFile, preset: Preset) -> bool:
     if published.encoder(spec.features, spec.feature_dim) is not published.VIT_H:
         return False
     return any(
-        _base(adapter) == other.public_name(spec) and other.projection == spec.projection
+        _base(adapter) == other.public_name(spec) and other.variant == spec.variant
         for other in PRESETS.values()
         if other != preset
     )

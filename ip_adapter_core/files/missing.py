@@ -7,14 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from ..families import describe, family
+from ..variants import FAMILY_LABELS, VARIANT_LABELS, describe_model, family, model_label
 from . import published
 from .adapter_file import SIGNATURES
 from .catalogue import AdapterFile, EncoderFile, File, Folder, Unusable
 from .choice import Preset
 from .origin import expected, is_of, read_by
 
-_KINDS = {"linear": "base", "resampler": "fine-grained", "mlp": "full"}
 _SHOWN = 5  # of the files found instead
 
 
@@ -38,19 +37,20 @@ class Search:
         return "\n".join(self._no_encoder(fitting) if fitting else self._no_adapter())
 
     def _no_adapter(self) -> Iterator[str]:
-        preset, made_for = self.preset, describe(self.context_dim, self.count)
+        preset, made_for = self.preset, describe_model(self.context_dim, self.count)
         yield (
             f"No IP-Adapter for the preset '{preset.name}' and the connected model ({self.model}) "
-            f"was found. Sought: a {_KINDS[preset.projection]} adapter (with a tensor 'image_proj."
-            f"{SIGNATURES[preset.projection]}') for {made_for}."
+            f"was found. Sought: a {VARIANT_LABELS[preset.variant]} adapter (with a tensor "
+            f"'image_proj.{SIGNATURES[preset.variant]}') for {made_for}."
         )
-        name = family(self.context_dim, self.count)
-        offered = published.ADAPTERS.get(name or "", {})
+        name = model_label(self.context_dim, self.count)
+        known = family(self.context_dim, self.count)
+        offered = published.ADAPTERS[known] if known else {}
         yield from _found(self.adapter_folder, self.adapters, offered.get(preset.name))
         if not offered:
             yield (
                 f"No adapter is published for {name or 'models of these sizes'}, only for "
-                f"{' and '.join(published.ADAPTERS)}. Connect such a model, or put an adapter "
+                f"{' and '.join(FAMILY_LABELS.values())}. Connect such a model, or put an adapter "
                 "trained for this one into the folder."
             )
         elif preset.name not in offered:
@@ -68,7 +68,7 @@ class Search:
         """Whether the preset's published adapter can use it; all of those read ViT-H."""
         if not isinstance(file, EncoderFile) or not is_of(file, published.VIT_H):
             return False
-        return self.preset.projection != "linear" or file.sizes.embed_dim > 0
+        return self.preset.variant != "base" or file.sizes.embed_dim > 0
 
     def _no_encoder(self, fitting: Sequence[AdapterFile]) -> Iterator[str]:
         ranked = sorted(
@@ -97,9 +97,9 @@ def what(file: File) -> str:
     """A file, and what it is."""
     match file:
         case AdapterFile(name=name, spec=spec):
-            made_for = describe(spec.cross_attention_dim, len(spec.layer_dims))
+            made_for = describe_model(spec.cross_attention_dim, len(spec.layer_dims))
             return (
-                f"'{name}': a {_KINDS[spec.projection]} IP-Adapter for {made_for}; reads "
+                f"'{name}': a {VARIANT_LABELS[spec.variant]} IP-Adapter for {made_for}; reads "
                 f"{read_by(spec)}"
             )
         case EncoderFile(name=name, sizes=sizes):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from ..variants import FEATURE_KINDS, Family, FeatureKind
+
 _FILES = "https://huggingface.co/h94/IP-Adapter/resolve/main"
 
 
@@ -51,15 +53,15 @@ PLUS_SDXL = _adapter("sdxl_models", "ip-adapter-plus_sdxl_vit-h")
 PLUS_FACE_SDXL = _adapter("sdxl_models", "ip-adapter-plus-face_sdxl_vit-h")
 
 # For each family and preset of IPA_AutoLoad the one to get first. All of these read ViT-H.
-ADAPTERS: dict[str, dict[str, Weights]] = {
-    "SD1.5": {
+ADAPTERS: dict[Family, dict[str, Weights]] = {
+    "sd15": {
         "light": LIGHT,
         "standard": BASE,
         "fine-grained": PLUS,
         "face": PLUS_FACE,
         "full face": FULL_FACE,
     },
-    "SDXL": {
+    "sdxl": {
         "standard": BASE_SDXL_VIT_H,
         "fine-grained": PLUS_SDXL,
         "face": PLUS_FACE_SDXL,
@@ -83,7 +85,7 @@ def is_name(name: str) -> bool:
     return PurePath(name).stem in _STEMS
 
 
-def encoder(features: str, width: int) -> Weights | None:
-    """The published encoder whose `features` (as AdapterSpec names them) are `width` wide."""
-    place = 0 if features == "image_embeds" else 1
+def encoder(features: FeatureKind, width: int) -> Weights | None:
+    """Return the published encoder whose `features` are `width` wide."""
+    place = FEATURE_KINDS.index(features)
     return next((weights for sizes, weights in ENCODERS.items() if sizes[place] == width), None)

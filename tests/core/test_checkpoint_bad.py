@@ -147,7 +147,7 @@ def poke(number):
     "layout, damage, said",
     [
         (LINEAR, without("image_proj.norm.bias"), ["1 of 10", "image_proj.norm.bias"]),
-        (LINEAR, without("image_proj.norm.weight"), ["incomplete linear", "norm.weight"]),
+        (LINEAR, without("image_proj.norm.weight"), ["incomplete base", "norm.weight"]),
         (RESAMPLER, without("image_proj.layers.2.0.to_q.weight"), ["1 of 57", "layers.2.0.to_q"]),
         (RESAMPLER, without("image_proj.latents"), ["unknown kind", "image_proj.latents"]),
         (MLP, without("image_proj.proj.0.bias"), ["1 of 12", "image_proj.proj.0.bias"]),
@@ -163,8 +163,8 @@ def poke(number):
             change("image_proj.proj.weight", lambda w: w[:63]),
             ["[63, 24]", "[48, 24]"],
         ),
-        (LINEAR, change("image_proj.proj.weight", lambda w: w[0]), ["linear", "wrong shape"]),
-        (LINEAR, change("image_proj.norm.weight", lambda w: w[:0]), ["linear", "wrong shape"]),
+        (LINEAR, change("image_proj.proj.weight", lambda w: w[0]), ["base", "wrong shape"]),
+        (LINEAR, change("image_proj.norm.weight", lambda w: w[:0]), ["base", "wrong shape"]),
         (RESAMPLER, change("image_proj.latents", lambda w: w[0]), ["[16, 64]", "[1, 64, 64]"]),
         (
             RESAMPLER,

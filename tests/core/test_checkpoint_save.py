@@ -11,9 +11,9 @@ from comfyui_ip_adapter.ip_adapter_core.files import adapter_file as checkpoint
 from safetensors import safe_open
 
 SIZES = {
-    "linear": {"feature_dim": 24, "cross_attention_dim": 16, "tokens": 4},
-    "mlp": {"feature_dim": 24, "cross_attention_dim": 16},
-    "resampler": {
+    "base": {"feature_dim": 24, "cross_attention_dim": 16, "tokens": 4},
+    "full": {"feature_dim": 24, "cross_attention_dim": 16},
+    "plus": {
         "feature_dim": 24,
         "cross_attention_dim": 16,
         "tokens": 16,
@@ -46,7 +46,7 @@ def test_round_trip(kind, tmp_path):
 
 
 def test_weights_in_any_memory_layout_are_written(tmp_path):
-    adapter = make("linear")
+    adapter = make("base")
     adapter.ip_adapter["3"].to_k_ip.weight = torch.nn.Parameter(torch.randn(16, 16).T)
     adapter.half()
     checkpoint.save(adapter, tmp_path / "a.safetensors", {})
@@ -55,7 +55,7 @@ def test_weights_in_any_memory_layout_are_written(tmp_path):
 
 
 def test_saving_leaves_the_adapter_as_it_is(tmp_path):
-    adapter = make("mlp")
+    adapter = make("full")
     before = {key: value.clone() for key, value in adapter.state_dict().items()}
     checkpoint.save(adapter, tmp_path / "a.safetensors", {})
     for key, value in adapter.state_dict().items():
@@ -66,7 +66,7 @@ def test_saving_leaves_the_adapter_as_it_is(tmp_path):
 
 def test_a_crash_while_writing_keeps_the_older_file(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
-    checkpoint.save(make("linear", seed=1), path, {})
+    checkpoint.save(make("base", seed=1), path, {})
     older = path.read_bytes()
 
     write = Path.write_bytes
@@ -77,14 +77,14 @@ def test_a_crash_while_writing_keeps_the_older_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", half_written)
     with pytest.raises(OSError, match="no space"):
-        checkpoint.save(make("linear", seed=2), path, {})
+        checkpoint.save(make("base", seed=2), path, {})
     assert path.read_bytes() == older
     with pytest.raises(OSError, match="no space"):
-        checkpoint.save(make("linear", seed=2), tmp_path / "new.safetensors", {})
+        checkpoint.save(make("base", seed=2), tmp_path / "new.safetensors", {})
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_others_may_read_it_as_any_new_file(tmp_path):
-    checkpoint.save(make("linear", seed=1), tmp_path / "a.safetensors", {})
+    checkpoint.save(make("base", seed=1), tmp_path / "a.safetensors", {})
     (tmp_path / "any").touch()
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode

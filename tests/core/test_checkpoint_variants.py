@@ -19,18 +19,18 @@ EMBEDS, STATES = "image_embeds", "penultimate_hidden_states"
 
 # layout, widths, text width, class, features read, their width, tokens, millions in projection
 PUBLISHED = {
-    "sd15": (linear_projection(1024, 768), SD15, 768, "linear", EMBEDS, 1024, 4, 3.15),
-    "sd15_vit-G": (linear_projection(1280, 768), SD15, 768, "linear", EMBEDS, 1280, 4, 3.94),
-    "sd15_plus": (resampler(1280, 768, 768), SD15, 768, "resampler", STATES, 1280, 16, 29.92),
-    "sd15_full": (full_projection(1280, 768), SD15, 768, "mlp", STATES, 1280, None, 2.63),
-    "sdxl": (linear_projection(1280, 2048), SDXL, 2048, "linear", EMBEDS, 1280, 4, 10.50),
-    "sdxl_vit-h": (linear_projection(1024, 2048), SDXL, 2048, "linear", EMBEDS, 1024, 4, 8.40),
-    "sdxl_plus": (resampler(1280, 2048, 1280), SDXL, 2048, "resampler", STATES, 1280, 16, 82.96),
+    "sd15": (linear_projection(1024, 768), SD15, 768, "base", EMBEDS, 1024, 4, 3.15),
+    "sd15_vit-G": (linear_projection(1280, 768), SD15, 768, "base", EMBEDS, 1280, 4, 3.94),
+    "sd15_plus": (resampler(1280, 768, 768), SD15, 768, "plus", STATES, 1280, 16, 29.92),
+    "sd15_full": (full_projection(1280, 768), SD15, 768, "full", STATES, 1280, None, 2.63),
+    "sdxl": (linear_projection(1280, 2048), SDXL, 2048, "base", EMBEDS, 1280, 4, 10.50),
+    "sdxl_vit-h": (linear_projection(1024, 2048), SDXL, 2048, "base", EMBEDS, 1024, 4, 8.40),
+    "sdxl_plus": (resampler(1280, 2048, 1280), SDXL, 2048, "plus", STATES, 1280, 16, 82.96),
 }
 SMALL = {
-    "linear": ip_adapter(linear_projection(24, 16), (8, 16, 8), 16),
-    "resampler": ip_adapter(resampler(24, 16, 64), (8, 16, 8), 16),
-    "mlp": ip_adapter(full_projection(24, 16), (8, 16, 8), 16),
+    "base": ip_adapter(linear_projection(24, 16), (8, 16, 8), 16),
+    "plus": ip_adapter(resampler(24, 16, 64), (8, 16, 8), 16),
+    "full": ip_adapter(full_projection(24, 16), (8, 16, 8), 16),
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -64,7 +64,7 @@ def test_published_shapes_are_recognised(name):
     weights = {key: torch.empty(shape, device="meta") for key, shape in layout.items()}
     assert unsupported_kind(weights) is None
     spec = infer_spec(weights, "file")
-    assert (spec.projection, spec.features, spec.feature_dim) == (kind, features, feature_dim)
+    assert (spec.variant, spec.features, spec.feature_dim) == (kind, features, feature_dim)
     assert (spec.tokens, spec.cross_attention_dim, spec.layer_dims) == (tokens, context, widths)
     module = IPAdapter(spec, device="meta")
     assert {key: tuple(w.shape) for key, w in module.state_dict().items()} == layout
@@ -93,7 +93,7 @@ def test_every_format_and_precision(kind, file, dtype, random_weights, tmp_path)
     weights = {key: value.to(dtype) for key, value in random_weights(SMALL[kind]).items()}
     WRITERS[file](weights, tmp_path / file)
     adapter = load(tmp_path / file)
-    assert adapter.spec.projection == kind
+    assert adapter.spec.variant == kind
     found = adapter.state_dict()
     assert found.keys() == weights.keys()
     for key, value in weights.items():
@@ -103,15 +103,15 @@ def test_every_format_and_precision(kind, file, dtype, random_weights, tmp_path)
 
 @pytest.mark.parametrize("name", ["ip-adapter-plus_sdxl_vit-h.bin", "faceid.pt", "no extension"])
 def test_a_files_name_means_nothing(name, random_weights, tmp_path):
-    torch.save(random_weights(SMALL["linear"]), tmp_path / name)
-    assert load(tmp_path / name).spec.projection == "linear"
-    save_file(random_weights(SMALL["mlp"]), tmp_path / name)
-    assert load(tmp_path / name).spec.projection == "mlp"
+    torch.save(random_weights(SMALL["base"]), tmp_path / name)
+    assert load(tmp_path / name).spec.variant == "base"
+    save_file(random_weights(SMALL["full"]), tmp_path / name)
+    assert load(tmp_path / name).spec.variant == "full"
 
 
 @pytest.mark.parametrize("length", [0x3C20, 0x13C20])  # the file begins with " <"
 def test_a_safetensors_file_that_begins_like_a_web_page(length, random_weights, tmp_path):
-    weights = random_weights(SMALL["linear"])
+    weights = random_weights(SMALL["base"])
     data = save(weights)
     (header,) = struct.unpack("<Q", data[:8])
     padded = data[8 : 8 + header].ljust(length)

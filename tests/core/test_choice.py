@@ -17,7 +17,7 @@ VIT_L, VIT_L_336 = (768, 1024, 24, 257), (768, 1024, 24, 577)
 
 def adapter(name, feature_dim=1024, trained_with=None, tokens=4):
     sizes = {"feature_dim": feature_dim, "cross_attention_dim": 768, "tokens": tokens}
-    spec = AdapterSpec("linear", tuple(sizes.items()), (320,) * 16)
+    spec = AdapterSpec("base", tuple(sizes.items()), (320,) * 16)
     return AdapterFile(f"{name}.safetensors", f"/{name}", spec, trained_with)
 
 

@@ -15,7 +15,7 @@ BIGG_NAME = "CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors"  # without the tag'
 
 def adapter(trained_with, feature_dim=1024):
     sizes = {"feature_dim": feature_dim, "cross_attention_dim": 768, "tokens": 4}
-    spec = AdapterSpec("linear", tuple(sizes.items()), (320,) * 16)
+    spec = AdapterSpec("base", tuple(sizes.items()), (320,) * 16)
     return AdapterFile("x.safetensors", "/x", spec, trained_with)
 
 

@@ -13,13 +13,13 @@ from torch.nn.functional import gelu, layer_norm
 from tests.support.layouts_clip import full_projection, linear_projection, resampler
 
 PUBLISHED = {
-    "sd15": ("linear", linear_projection(1024, 768)),
-    "sd15_vit-G": ("linear", linear_projection(1280, 768)),
-    "sd15_full-face": ("mlp", full_projection(1280, 768)),
-    "sd15_plus": ("resampler", resampler(1280, 768, 768)),
-    "sdxl": ("linear", linear_projection(1280, 2048)),
-    "sdxl_vit-h": ("linear", linear_projection(1024, 2048)),
-    "sdxl_plus_vit-h": ("resampler", resampler(1280, 2048, 1280)),
+    "sd15": ("base", linear_projection(1024, 768)),
+    "sd15_vit-G": ("base", linear_projection(1280, 768)),
+    "sd15_full-face": ("full", full_projection(1280, 768)),
+    "sd15_plus": ("plus", resampler(1280, 768, 768)),
+    "sdxl": ("base", linear_projection(1280, 2048)),
+    "sdxl_vit-h": ("base", linear_projection(1024, 2048)),
+    "sdxl_plus_vit-h": ("plus", resampler(1280, 2048, 1280)),
 }
 
 
@@ -31,7 +31,7 @@ def build(kind, weights):
 
 
 def features(kind, width, images=3, patches=257):
-    shape = (images, width) if kind == "linear" else (images, patches, width)
+    shape = (images, width) if kind == "base" else (images, patches, width)
     return torch.randn(shape, generator=torch.Generator().manual_seed(7))
 
 
@@ -51,30 +51,30 @@ def test_published_sizes_agree_with_diffusers(name, random_weights):
 @pytest.mark.parametrize("tokens", [1, 4, 10])
 def test_linear_projection_is_the_formula(tokens, random_weights):
     weights = random_weights(linear_projection(24, 16, tokens))
-    x = features("linear", 24).double()
+    x = features("base", 24).double()
     w = {key: value.double() for key, value in weights.items()}
     y = (x @ w["proj.weight"].T + w["proj.bias"]).reshape(3, tokens, 16)
     truth = layer_norm(y, (16,), w["norm.weight"], w["norm.bias"], eps=1e-5)
-    torch.testing.assert_close(build("linear", weights).double()(x), truth)
+    torch.testing.assert_close(build("base", weights).double()(x), truth)
 
 
 @pytest.mark.parametrize("patches", [1, 5, 257])
 def test_full_projection_is_the_formula_with_exact_gelu(patches, random_weights):
     weights = random_weights(full_projection(24, 16))
-    x = 3 * features("mlp", 24, patches=patches).double()
+    x = 3 * features("full", 24, patches=patches).double()
     w = {key: value.double() for key, value in weights.items()}
     hidden = gelu(x @ w["proj.0.weight"].T + w["proj.0.bias"], approximate="none")
     y = hidden @ w["proj.2.weight"].T + w["proj.2.bias"]
     truth = layer_norm(y, (16,), w["proj.3.weight"], w["proj.3.bias"], eps=1e-5)
-    torch.testing.assert_close(build("mlp", weights).double()(x), truth)
+    torch.testing.assert_close(build("full", weights).double()(x), truth)
 
 
 @pytest.mark.parametrize(
     "kind, layout",
     [
-        ("linear", linear_projection(24, 16)),
-        ("mlp", full_projection(24, 16)),
-        ("resampler", resampler(24, 16, 64)),
+        ("base", linear_projection(24, 16)),
+        ("full", full_projection(24, 16)),
+        ("plus", resampler(24, 16, 64)),
     ],
 )
 def test_images_do_not_see_each_other(kind, layout, random_weights):

@@ -23,9 +23,9 @@ from comfyui_ip_adapter.ip_adapter_core.prompt import (
 
 DIMS = (8, 16, 8)
 KINDS = {
-    "linear": {"feature_dim": 12, "cross_attention_dim": 10, "tokens": 4},
-    "mlp": {"feature_dim": 20, "cross_attention_dim": 10},
-    "resampler": {
+    "base": {"feature_dim": 12, "cross_attention_dim": 10, "tokens": 4},
+    "full": {"feature_dim": 20, "cross_attention_dim": 10},
+    "plus": {
         "feature_dim": 20,
         "cross_attention_dim": 10,
         "tokens": 5,
@@ -161,20 +161,20 @@ def test_layer_weights_that_cannot_be(adapter, weight, layers, said):
 
 @pytest.mark.parametrize(
     "projection, width, named",
-    [("linear", 1024, "CLIP ViT-H/14"), ("mlp", 1280, "CLIP ViT-H/14"), ("linear", 77, "another")],
+    [("base", 1024, "CLIP ViT-H/14"), ("full", 1280, "CLIP ViT-H/14"), ("base", 77, "another")],
 )
 def test_an_encoder_that_does_not_fit_is_named(projection, width, named):
     sizes = {**KINDS[projection], "feature_dim": width}
     spec = AdapterSpec(projection, tuple(sizes.items()), DIMS)
     with pytest.raises(ValueError) as error:
         check_encoder(spec, prompt(1), "my adapter.bin")
-    found = 12 if projection == "linear" else 20
+    found = 12 if projection == "base" else 20
     for words in ("'my adapter.bin'", f"{width} wide", named, "a test encoder", f"{found} wide"):
         assert words in str(error.value)
 
 
 def test_the_encoder_in_the_adapters_metadata_is_named():
-    spec = AdapterSpec("linear", tuple({**KINDS["linear"], "feature_dim": 1024}.items()), DIMS)
+    spec = AdapterSpec("base", tuple({**KINDS["base"], "feature_dim": 1024}.items()), DIMS)
     with pytest.raises(ValueError, match="as my_tower gives, but"):
         check_encoder(spec, prompt(1), "adapter", trained_with="my_tower")
 
@@ -182,9 +182,9 @@ def test_the_encoder_in_the_adapters_metadata_is_named():
 @pytest.mark.parametrize(
     "projection, sizes, said",
     [
-        ("linear", {"embed": 0}, "reads the encoder's image embedding.*'visual_projection.weight'"),
+        ("base", {"embed": 0}, "reads the encoder's image embedding.*'visual_projection.weight'"),
         (
-            "resampler",
+            "plus",
             {"patches": 0, "hidden": 0},
             "reads the encoder's hidden states.*no vision transformer",
         ),
@@ -208,17 +208,17 @@ RN50 = {"embed": 1024, "hidden": 0, "patches": 0}
 @pytest.mark.parametrize(
     "projection, width, made_with, expected",
     [
-        ("linear", 1024, VIT_H, None),
-        ("linear", 1280, VIT_BIGG, None),
-        ("mlp", 1280, VIT_H, None),
-        ("mlp", 1280, {**VIT_H, "embed": 0}, None),
-        ("linear", 768, {**VIT_H, "embed": 768}, None),  # no published adapter reads that
-        ("linear", 1024, VIT_G, "CLIP ViT-H/14"),
-        ("linear", 1024, RN50, "CLIP ViT-H/14"),
-        ("linear", 1024, VIT_H_378, "CLIP ViT-H/14"),
-        ("linear", 1280, {**VIT_BIGG, "hidden": 1792}, "CLIP ViT-bigG/14"),
-        ("mlp", 1280, VIT_H_378, "CLIP ViT-H/14"),
-        ("mlp", 1280, {**VIT_H, "embed": 640}, "CLIP ViT-H/14"),
+        ("base", 1024, VIT_H, None),
+        ("base", 1280, VIT_BIGG, None),
+        ("full", 1280, VIT_H, None),
+        ("full", 1280, {**VIT_H, "embed": 0}, None),
+        ("base", 768, {**VIT_H, "embed": 768}, None),  # no published adapter reads that
+        ("base", 1024, VIT_G, "CLIP ViT-H/14"),
+        ("base", 1024, RN50, "CLIP ViT-H/14"),
+        ("base", 1024, VIT_H_378, "CLIP ViT-H/14"),
+        ("base", 1280, {**VIT_BIGG, "hidden": 1792}, "CLIP ViT-bigG/14"),
+        ("full", 1280, VIT_H_378, "CLIP ViT-H/14"),
+        ("full", 1280, {**VIT_H, "embed": 640}, "CLIP ViT-H/14"),
     ],
 )
 def test_another_encoder_of_the_same_width_is_told_once(
@@ -247,13 +247,13 @@ def test_another_encoder_of_the_same_width_is_told_once(
     ],
 )
 def test_so_it_is_where_the_adapter_names_a_published_one(trained_with, told, caplog):
-    spec = AdapterSpec("linear", tuple({**KINDS["linear"], "feature_dim": 1024}.items()), DIMS)
+    spec = AdapterSpec("base", tuple({**KINDS["base"], "feature_dim": 1024}.items()), DIMS)
     check_encoder(spec, prompt(1, **VIT_G), f"of {trained_with}", trained_with)
     assert len(caplog.messages) == told
 
 
 def test_quick_gelu_is_told_of_where_the_published_encoder_has_none(caplog):
-    spec = AdapterSpec("linear", tuple({**KINDS["linear"], "feature_dim": 1024}.items()), DIMS)
+    spec = AdapterSpec("base", tuple({**KINDS["base"], "feature_dim": 1024}.items()), DIMS)
     made = prompt(1, **VIT_H)
     for quick in (False, True):
         described = describe_encoder(made.positive, 224, quick)

@@ -239,7 +239,7 @@ def test_a_loaded_prompt_is_refused_by_an_adapter_of_another_encoder(path):
     save(prompt(), path)
     sizes = (("feature_dim", 1024), ("cross_attention_dim", 10), ("tokens", 4))
     with pytest.raises(ValueError) as error:
-        check_encoder(AdapterSpec("linear", sizes, (8,)), load(path), "adapter.bin")
+        check_encoder(AdapterSpec("base", sizes, (8,)), load(path), "adapter.bin")
     for words in ("'adapter.bin'", "CLIP ViT-H/14", TEXT, "12 wide"):
         assert words in str(error.value)
 

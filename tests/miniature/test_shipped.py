@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ip_adapter_core.variants import FEATURE_KINDS
 from miniature import base, build, files, image_encoder, setup, workflows
 from miniature.drawing import WORKFLOWS
 from miniature.metrics import distance
 from miniature.scenes import outlined, render, scenes
 from training.models.base import load_base
-from training.models.image_encoder import KINDS, ImageEncoder
+from training.models.image_encoder import ImageEncoder
 
 LIMIT = 32_000_000
 
@@ -90,7 +91,7 @@ def test_the_image_encoder_is_the_same_in_comfyui_open_clip_and_training(pack, w
     pixels = image_encoder.normalised(pictures)
     with torch.inference_mode():
         assert apart(out["image_embeds"], image_encoder.tower(path)(pixels)) < 1e-3
-        found = ImageEncoder.from_name(f"open_clip:{path}").features(pixels, KINDS)
+        found = ImageEncoder.from_name(f"open_clip:{path}").features(pixels, FEATURE_KINDS)
     assert apart(out["image_embeds"], found["image_embeds"]) < 1e-3
     assert apart(out["penultimate_hidden_states"], found["penultimate_hidden_states"]) < 1e-3
 

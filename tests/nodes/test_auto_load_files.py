@@ -46,7 +46,7 @@ def resampler(small):
     sizes = {"feature_dim": 64, "cross_attention_dim": small.CONTEXT, "tokens": 4, "dim": 64}
     sizes |= {"depth": 1, "heads": 1, "expansion": 2}
     widths = tuple(width for _, width in small.SD15_LAYERS)
-    module = IPAdapter(AdapterSpec("resampler", tuple(sizes.items()), widths))
+    module = IPAdapter(AdapterSpec("plus", tuple(sizes.items()), widths))
     small.fill(module.requires_grad_(False), seed=11)
     return module
 

@@ -68,7 +68,7 @@ def test_families_go_by_their_names(small, apply, family):
 
     width, layers, name = REAL[family]
     sizes = (("feature_dim", 1024), ("cross_attention_dim", width), ("tokens", 4))
-    module = IPAdapter(AdapterSpec("linear", sizes, layers), device="meta")
+    module = IPAdapter(AdapterSpec("base", sizes, layers), device="meta")
     with pytest.raises(ValueError) as error:
         apply(small.model(), HostAdapter("real.bin", module, None), small.images())
     says(error, "real.bin", name, width, len(layers), "64-wide", "16 cross-attention layers")

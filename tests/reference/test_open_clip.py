@@ -12,9 +12,10 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
 
+from ip_adapter_core.variants import FEATURE_KINDS
 from tests.support import small_frozen, small_training
 from training.errors import TrainingError
-from training.models.frozen import KINDS, ImageEncoder
+from training.models.frozen import ImageEncoder
 
 SIDE = small_frozen.SIDE
 COLOURS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
@@ -185,7 +186,7 @@ def test_training_reads_the_same_file(load, tmp_path):
     theirs = ImageEncoder.from_name(f"open_clip:{path}")
     images = pictures()
     out = load(path).encode_image(images)
-    found = theirs.features(normalised(images), KINDS)
+    found = theirs.features(normalised(images), FEATURE_KINDS)
     assert apart(out["image_embeds"], found["image_embeds"]) < 1e-3
     assert apart(out["penultimate_hidden_states"], found["penultimate_hidden_states"]) < 1e-3
     picture = Image.fromarray((images[0] * 255).round().byte().numpy())

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from ip_adapter_core.files import adapter_file as checkpoint
+from ip_adapter_core.variants import VARIANTS
 from tests.support import small_frozen, small_training
 
 TOLERANCE = 1e-4
-KINDS = {"base": "base", "fine-grained": "plus", "full": "full"}
 pytestmark = pytest.mark.usefixtures("arrow")
 
 
@@ -73,23 +73,23 @@ def trained(bases, pictures, tmp_path, accelerate_anew):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@pytest.mark.parametrize("variant", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_three_agree(bases, both, adapters, trained, family, variant):
     from training.unet import attach
 
-    path, kind = trained(family, variant), KINDS[variant]
+    path = trained(family, variant)
     encoder = adapters.Encoder(small_training.EMBED, small_training.STATES, patches=17)
     pair = both.Pair(bases[family][0], encoder)
-    pair._weights[kind] = {k: v.float() for k, v in load_file(path).items()}
+    pair._weights[variant] = {k: v.float() for k, v in load_file(path).items()}
     prompt = encoder.prompt(1, seed=0)
     adapter, weight = checkpoint.load(path).float(), 0.8
     unet, _ = pair.unet(())
-    for call in pair.comfy([both.Setting(kind, prompt, weight)], "model", (16, 24)):
+    for call in pair.comfy([both.Setting(variant, prompt, weight)], "model", (16, 24)):
         plain = pair.diffusers(call)
         scales = [[weight] * len(pair.family.widths)]
-        theirs = pair.diffusers(call, [kind], [prompt], scales)
+        theirs = pair.diffusers(call, [variant], [prompt], scales)
         attach(unet)
-        features = both.features(kind, prompt, call)[:, 0]
+        features = both.features(variant, prompt, call)[:, 0]
         keys_values = [(key, weight * value) for key, value in adapter(features)]
         added = None
         if pair.family.sdxl:

@@ -127,7 +127,7 @@ def adapter(family: str = "sd15", seed: int = 10, **sizes: int) -> HostAdapter:
     """A random base adapter for that model, as the loader would hand it over."""
     sizes = {"feature_dim": EMBED, "cross_attention_dim": CONTEXT, "tokens": TOKENS, **sizes}
     widths = tuple(width for _, width in LAYERS[family])
-    spec = AdapterSpec("linear", tuple(sizes.items()), widths)
+    spec = AdapterSpec("base", tuple(sizes.items()), widths)
     module = IPAdapter(spec, operations=comfy.ops.manual_cast).requires_grad_(False)
     fill(module, seed)
     patcher = comfy.model_patcher.CoreModelPatcher(module, load_device=CPU, offload_device=CPU)

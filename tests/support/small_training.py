@@ -31,9 +31,9 @@ from transformers import (
 )
 
 from ip_adapter_core.adapter import AdapterSpec, IPAdapter
+from ip_adapter_core.variants import Variant
 from training.unet import cross_attention_layers
 
-FAMILIES = ("sd15", "sdxl")
 HIDDEN, POOLED = 32, 24  # widths of one text encoder's states and of SDXL's pooled text
 EMBED, STATES = 40, 48  # widths of CLIP's common space and of its image encoder's states
 _LETTERS = "".join(map(chr, range(33, 127)))
@@ -148,19 +148,18 @@ def base(folder: Path, family: str) -> Any:
     return pipeline
 
 
-def adapter(family: str, projection: str, seed: int = 8, features: int | None = None) -> IPAdapter:
-    """One for `unet(family)` and `image_encoder`, of a kind in `adapter.PROJECTIONS`; or for an
-    encoder whose features are so wide."""
+def adapter(family: str, variant: Variant, seed: int = 8, features: int | None = None) -> IPAdapter:
+    """Build one for `unet(family)` and `image_encoder`, or for an encoder of `features`."""
     context = 2 * HIDDEN if family == "sdxl" else HIDDEN
-    sizes = {"feature_dim": features or (EMBED if projection == "linear" else STATES)}
+    sizes = {"feature_dim": features or (EMBED if variant == "base" else STATES)}
     sizes["cross_attention_dim"] = context
-    if projection == "linear":
+    if variant == "base":
         sizes["tokens"] = 4
-    if projection == "resampler":
+    if variant == "plus":
         sizes |= {"tokens": 5, "dim": 64, "depth": 4, "heads": 1, "expansion": 4}
     layers = cross_attention_layers(unet(family)).values()
     widths = tuple(layer.to_k.out_features for layer in layers)
-    made = fill(IPAdapter(AdapterSpec(projection, tuple(sizes.items()), widths)), seed)
+    made = fill(IPAdapter(AdapterSpec(variant, tuple(sizes.items()), widths)), seed)
     for layer in made.ip_adapter.values():
         layer.to_v_ip.weight.mul_(4)  # so that the picture is seen in the result
     return made

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ip_adapter_core.variants import FAMILIES
 from tests.support import small_frozen, small_training
 
 
@@ -13,7 +14,7 @@ from tests.support import small_frozen, small_training
 def frozen(tmp_path_factory) -> Path:
     """`sd15`, `sdxl`: diffusers folders; `encoder`: a CLIP vision model."""
     folder = tmp_path_factory.mktemp("frozen")
-    for family in small_training.FAMILIES:
+    for family in FAMILIES:
         small_frozen.base(folder / family, family)
     small_training.image_encoder(folder / "encoder")
     return folder

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+from ip_adapter_core.variants import FEATURE_KINDS
 from tests.support import small_frozen
 from training import cache
 from training.caching import writer as cache_writing
@@ -24,11 +25,11 @@ from training.data.dataset import RawDataset, collate
 from training.data.records import Record, open_source
 from training.errors import TrainingError
 from training.models.base import load_encoders
-from training.models.frozen import KINDS, FrozenEncoders, ImageEncoder, text_states
+from training.models.frozen import FrozenEncoders, ImageEncoder, text_states
 
 resource = pytest.importorskip("resource", reason="limits of a POSIX system")
 
-EMBEDS, HIDDEN = KINDS
+EMBEDS, HIDDEN = FEATURE_KINDS
 ROOT = Path(cache.__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("arrow", "accelerate_anew")
@@ -74,7 +75,7 @@ class TestContent:
         given = settings(family)
         dataset = cache.make(given)
         assert len(dataset) == 40
-        for kind in KINDS:
+        for kind in FEATURE_KINDS:
             encoders = encoders_of(given, kind)
             raw = RawDataset(
                 open_source(given.data),
@@ -184,7 +185,11 @@ class Shaped:
             EMBEDS: (1024,),
             HIDDEN: (257, 1280),
         }
-        return {k: torch.zeros(rows, *s) for k, s in shapes.items() if k not in KINDS or k in kinds}
+        return {
+            k: torch.zeros(rows, *s)
+            for k, s in shapes.items()
+            if k not in FEATURE_KINDS or k in kinds
+        }
 
 
 class Rows:
@@ -202,7 +207,7 @@ class Rows:
 
 @pytest.mark.parametrize(
     ("kinds", "expected"),
-    [((EMBEDS,), 65_536 + 118_272 + 2_048), (KINDS, 65_536 + 118_272 + 659_968)],
+    [((EMBEDS,), 65_536 + 118_272 + 2_048), (FEATURE_KINDS, 65_536 + 118_272 + 659_968)],
 )
 def test_bytes_of_a_sample_of_sd15(kinds, expected, tmp_path, pictures):
     tokens = (torch.zeros(77, dtype=torch.int64),)

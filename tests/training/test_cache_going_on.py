@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from ip_adapter_core.variants import FEATURE_KINDS
 from tests.support import small_frozen
 from tests.support.small_frozen import command
 from training import cache
 from training.caching.format import MANIFEST, shard_path
 from training.errors import TrainingError
-from training.models.frozen import KINDS
 
-EMBEDS, HIDDEN = KINDS
+EMBEDS, HIDDEN = FEATURE_KINDS
 ROOT = Path(cache.__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("arrow", "accelerate_anew")

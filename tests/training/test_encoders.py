@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from ip_adapter_core.variants import FAMILIES, FEATURE_KINDS
 from tests.support import small_frozen, small_training
 from tests.support.small_frozen import of_open_clip, of_transformers
 from training import fingerprints
@@ -17,10 +18,9 @@ from training.data.randomness import DrawSettings, draw
 from training.errors import TrainingError
 from training.models import image_towers
 from training.models.base import load_encoders
-from training.models.frozen import KINDS, FrozenEncoders, Tokenise
+from training.models.frozen import FrozenEncoders, Tokenise
 
-EMBEDS, HIDDEN = KINDS
-FAMILIES = small_training.FAMILIES
+EMBEDS, HIDDEN = FEATURE_KINDS
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def example(encoders, number):
 
 
 class TestFrozen:
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", FEATURE_KINDS)
     @pytest.mark.parametrize("family", FAMILIES)
     def test_it_encodes_as_diffusers_pipelines_do(self, family, kind, folders):
         encoders = loaded(folders[family], kind)

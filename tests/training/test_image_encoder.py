@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ip_adapter_core.variants import FEATURE_KINDS
 from tests.support import small_frozen, small_training
 from tests.support.small_frozen import of_open_clip, of_transformers
 from training.errors import TrainingError
 from training.models import image_towers
-from training.models.image_encoder import KINDS, ImageEncoder
+from training.models.image_encoder import ImageEncoder
 
-EMBEDS, HIDDEN = KINDS
+EMBEDS, HIDDEN = FEATURE_KINDS
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ class TestFeatures:
         reference = small_frozen.as_transformers(model.visual)
         assert (reference.config.hidden_size, reference.config.num_attention_heads) == (1280, 16)
         x = pixels(224, 1)
-        found = encoder.features(x, KINDS)
+        found = encoder.features(x, FEATURE_KINDS)
         assert found[EMBEDS].shape == (1, 1024)
         assert found[HIDDEN].shape == (1, 257, 1280)
         expected = reference(pixel_values=x, output_hidden_states=True)
@@ -89,8 +90,8 @@ class TestFeatures:
         else:
             encoder = of_transformers(small_frozen.as_transformers(model.visual))
         x = pixels(small_frozen.SIDE)
-        both = encoder.features(x, KINDS)
-        for kind in KINDS:
+        both = encoder.features(x, FEATURE_KINDS)
+        for kind in FEATURE_KINDS:
             alone = encoder.features(x, [kind])
             assert list(alone) == [kind]
             assert torch.equal(alone[kind], both[kind])

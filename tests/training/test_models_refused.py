@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import small_frozen, small_training
+from ip_adapter_core.variants import FAMILIES
+from tests.support import small_frozen
 from training.errors import TrainingError
 from training.models.base import load_base
-
-FAMILIES = small_training.FAMILIES
 
 
 @pytest.fixture(scope="module")

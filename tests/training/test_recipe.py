@@ -149,7 +149,7 @@ def test_twenty_steps_follow_the_plain_derivation(settings, losses, arrow, famil
         )
 
 
-@pytest.mark.parametrize("variant", ["base", "fine-grained", "full"])
+@pytest.mark.parametrize("variant", ["base", "plus", "full"])
 def test_nothing_else_changes_not_one_bit(settings, arrow, monkeypatch, variant):
     from training import train as script
 

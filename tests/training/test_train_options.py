@@ -47,7 +47,7 @@ def cached(settings, tmp_path):
     return cached
 
 
-@pytest.mark.parametrize("family, variant", [("sd15", "base"), ("sdxl", "fine-grained")])
+@pytest.mark.parametrize("family, variant", [("sd15", "base"), ("sdxl", "plus")])
 def test_from_a_cache_it_learns_the_same(settings, cached, family, variant):
     raw = settings(family, variant=variant)
     train(raw)
@@ -150,7 +150,7 @@ def test_half_precision_starts_from_the_weights_that_the_file_has(
 
 
 @pytest.mark.parametrize(
-    "precision, variant", [("bf16", "base"), ("bf16", "fine-grained"), ("fp16", "base")]
+    "precision, variant", [("bf16", "base"), ("bf16", "plus"), ("fp16", "base")]
 )
 def test_half_precision_keeps_the_adapter_in_full(
     settings, tmp_path, monkeypatch, precision, variant
@@ -259,7 +259,7 @@ def test_settings_from_a_file_and_the_command_line(tmp_path, capsys):
     (tmp_path / "my.yaml").write_text("base: a\nimage_encoder: b\nout: c\ndata: d\nseed: 3\n")
     found = parse(["--config", str(tmp_path / "my.yaml"), "--seed", "4", "--learning_rate", "1e-5"])
     assert (found.base, found.seed, found.learning_rate) == ("a", 4, 1e-5)
-    for wrong, said in (("--sed", "sed"), ("--variant=plus", "plus"), ("--steps=0", "steps is 0")):
+    for wrong, said in (("--sed", "sed"), ("--variant=fine", "fine"), ("--steps=0", "steps is 0")):
         with pytest.raises(SystemExit):
             parse(["--config", str(tmp_path / "my.yaml"), wrong])
         assert said in capsys.readouterr().err

@@ -8,10 +8,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
 from ip_adapter_core.files import adapter_file as checkpoint
+from ip_adapter_core.variants import FAMILIES
 from tests.support import small_training as small
 from training.unet import Variant, attach, cross_attention_layers, new_adapter
 
-READS = {"base": small.EMBED, "fine-grained": small.STATES, "full": small.STATES}
+READS = {"base": small.EMBED, "plus": small.STATES, "full": small.STATES}
 SD15 = {
     "sample_size": 64,
     "block_out_channels": (320, 640, 1280, 1280),
@@ -50,7 +51,7 @@ def inputs():
     return inputs
 
 
-@pytest.mark.parametrize("family", small.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_without_images_it_is_diffusers_attention(family, inputs):
     unet = small.unet(family)
     given = inputs(unet, family)
@@ -61,7 +62,7 @@ def test_without_images_it_is_diffusers_attention(family, inputs):
 
 
 @pytest.mark.parametrize("variant", READS)
-@pytest.mark.parametrize("family", small.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_with_images_it_is_diffusers_ip_adapter(family, variant: Variant, inputs):
     unet, theirs = small.unet(family), small.unet(family)
     given = inputs(unet, family)
@@ -89,7 +90,7 @@ def test_with_images_it_is_diffusers_ip_adapter(family, variant: Variant, inputs
     assert (found - expected.sample).norm() < 1e-4 * effect
 
 
-@pytest.mark.parametrize("family", small.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_training_starts_from_the_text_weights(family):
     unet = small.unet(family)
     adapter = new_adapter(unet, "base", small.EMBED)
@@ -109,10 +110,10 @@ def test_training_starts_from_the_text_weights(family):
     "config, variant, feature_dim, keys_values, projection",
     [
         (SD15, "base", 1024, 19_169_280, 3.15),
-        (SD15, "fine-grained", 1280, 19_169_280, 29.92),
+        (SD15, "plus", 1280, 19_169_280, 29.92),
         (SD15, "full", 1280, 19_169_280, 2.63),
         (SDXL, "base", 1280, 340_787_200, 10.50),
-        (SDXL, "fine-grained", 1280, 340_787_200, 82.96),
+        (SDXL, "plus", 1280, 340_787_200, 82.96),
     ],
 )
 def test_sizes_are_the_published_ones(config, variant, feature_dim, keys_values, projection):
@@ -128,7 +129,7 @@ def test_sizes_are_the_published_ones(config, variant, feature_dim, keys_values,
 def test_a_smaller_query_network(tmp_path):
     """Its size is in the file, so that every loader finds it."""
     unet = small.unet("sd15")
-    adapter = new_adapter(unet, "fine-grained", 48, resampler_dim=128, resampler_depth=2)
+    adapter = new_adapter(unet, "plus", 48, resampler_dim=128, resampler_depth=2)
     sizes = adapter.spec.sizes
     assert (sizes["dim"], sizes["depth"], sizes["heads"]) == (128, 2, 2)
     checkpoint.save(adapter, tmp_path / "a.safetensors", {})

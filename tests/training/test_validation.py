@@ -63,7 +63,7 @@ def clip(folder):
 
 @pytest.fixture(scope="module")
 def adapter():
-    return small.adapter("sd15", "linear")
+    return small.adapter("sd15", "base")
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_random_state_is_untouched(validation, accelerator, adapter, monkeypatch
 
 def test_training_goes_on_as_before(validation, accelerator, base):
     """Same step with and without a validation before it; mode and gradients stay."""
-    adapter = small.adapter("sd15", "linear").train().requires_grad_(True)
+    adapter = small.adapter("sd15", "base").train().requires_grad_(True)
     optimizer = torch.optim.AdamW(adapter.parameters())
 
     def step():
@@ -263,7 +263,7 @@ def test_a_full_disk_does_not_end_the_training(
 
 
 def test_a_diverged_adapter_does_not_end_the_training(validation, accelerator, tmp_path, caplog):
-    adapter = small.adapter("sd15", "linear")
+    adapter = small.adapter("sd15", "base")
     adapter.image_proj.proj.weight[0, 0] = float("nan")
     assert validation(accelerator, adapter, 1) == {}
     assert "diverged" in caplog.text
@@ -296,7 +296,7 @@ encoder = ImageEncoder.from_name(str(folder / "encoder"))
 clip = load_clip(str(folder / "clip"), torch.device("cpu"), batch=1)
 accelerator = Accelerator(cpu=True)
 validation = Validation(settings, base, encoder, "image_embeds", out, clip)
-values = validation(accelerator, small.adapter("sd15", "linear"), 1)
+values = validation(accelerator, small.adapter("sd15", "base"), 1)
 name = f"values-{{accelerator.num_processes}}-{{accelerator.process_index}}.json"
 (out / name).write_text(json.dumps(values))
 accelerator.end_training()  # a process group that is still there can abort a process that ends

@@ -31,7 +31,7 @@ class Subject:
 
     name: str
     digest: str
-    projection: str
+    variant: str
     parameters: int
 
 
@@ -62,7 +62,7 @@ def results(
             {
                 "name": subject.name,
                 "sha256": subject.digest,
-                "projection": subject.projection,
+                "variant": subject.variant,
                 "parameters": subject.parameters,
                 IMAGE_ONLY: measured[0],
                 WITH_TEXT: measured[1:],

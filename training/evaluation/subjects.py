@@ -33,7 +33,7 @@ def load(paths: Sequence[str]) -> list[tuple[Subject, IPAdapter]]:
             raise TrainingError(f"'{path}' is given twice, or is a copy of another of the files.")
         parameters = sum(parameter.numel() for parameter in adapter.parameters())
         shown = name if names.count(name) == 1 else str(path)
-        loaded.append((Subject(shown, digest, adapter.spec.projection, parameters), adapter))
+        loaded.append((Subject(shown, digest, adapter.spec.variant, parameters), adapter))
     return loaded
 
 

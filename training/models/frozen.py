@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ip_adapter_core.variants import FeatureKind
+
 from .. import fingerprints
 from ..data.buckets import LATENT_STEP
 from ..errors import TrainingError
 from ..loss import Dropped
 from .base import Encoders, Text
-from .image_encoder import KINDS, ImageEncoder, Kind
+from .image_encoder import ImageEncoder
 
-__all__ = ["KINDS", "FrozenEncoders", "ImageEncoder", "Kind", "Tokenise", "text_states"]
+__all__ = ["FrozenEncoders", "ImageEncoder", "Tokenise", "text_states"]
 
 _READ = ("pixels", "reference", "tokens")  # what encoding uses up
 
@@ -86,7 +88,7 @@ class FrozenEncoders:
         self,
         base: Encoders,
         image_encoder: ImageEncoder,
-        kind: Kind,
+        kind: FeatureKind,
         device: torch.device | str = "cpu",
     ) -> None:
         factor = 2 ** (len(base.vae.config.block_out_channels) - 1)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ip_adapter_core.variants import FEATURE_KINDS
+
 from .. import fingerprints
 from ..errors import TrainingError
 from .image_towers import OPEN_CLIP, Preprocess, Tower, open_clip_tower, transformers_tower
-
-Kind = Literal["image_embeds", "penultimate_hidden_states"]
-KINDS: tuple[Kind, ...] = ("image_embeds", "penultimate_hidden_states")
 
 
 class ImageEncoder(nn.Module):
@@ -83,8 +81,10 @@ class ImageEncoder(nn.Module):
     def features(self, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
         """The features of each of `kinds`, from one pass."""
         for kind in kinds:
-            if kind not in KINDS:
-                raise ValueError(f"There are no features {kind!r}; expected {' or '.join(KINDS)}.")
+            if kind not in FEATURE_KINDS:
+                raise ValueError(
+                    f"There are no features {kind!r}; expected {' or '.join(FEATURE_KINDS)}."
+                )
         return self.tower.features(pixels.to(self.device, self.dtype), kinds)
 
     def zero(self, kind: str) -> Tensor:
@@ -95,5 +95,5 @@ class ImageEncoder(nn.Module):
         """
         if kind not in self._zero:
             found = self(torch.zeros(1, 3, self.size, self.size), kind)
-            self._zero[kind] = torch.zeros_like(found) if kind == KINDS[0] else found
+            self._zero[kind] = torch.zeros_like(found) if kind == FEATURE_KINDS[0] else found
         return self._zero[kind].to(self.device, self.dtype)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
+
+from ip_adapter_core.variants import Family
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]
-Family = Literal["sd15", "sdxl"]
+
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."

@@ -28,9 +28,9 @@ def folder(tmp_path_factory):
     small.image_encoder(path / "encoder")
     small.clip(path / "clip")
     small.coco(path / "coco", PICTURES)
-    save_file(small.adapter("sd15", "linear").state_dict(), path / "one.safetensors")
+    save_file(small.adapter("sd15", "base").state_dict(), path / "one.safetensors")
     sections: dict = {"image_proj": {}, "ip_adapter": {}}
-    for key, value in small.adapter("sd15", "resampler", seed=9).state_dict().items():
+    for key, value in small.adapter("sd15", "plus", seed=9).state_dict().items():
         section, name = key.split(".", 1)
         sections[section][name] = value
     torch.save(sections, path / "two.bin")

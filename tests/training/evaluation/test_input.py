@@ -104,12 +104,12 @@ def test_an_incomplete_coco(settings, tmp_path, drawn, damage, told):
 
 
 def wrong_encoder(settings, tmp_path):
-    save_file(small.adapter("sd15", "linear", features=7).state_dict(), tmp_path / "a.safetensors")
+    save_file(small.adapter("sd15", "base", features=7).state_dict(), tmp_path / "a.safetensors")
     return {"adapter": [str(tmp_path / "a.safetensors")]}
 
 
 def wrong_base(settings, tmp_path):
-    save_file(small.adapter("sdxl", "linear").state_dict(), tmp_path / "a.safetensors")
+    save_file(small.adapter("sdxl", "base").state_dict(), tmp_path / "a.safetensors")
     return {"adapter": [str(tmp_path / "a.safetensors")]}
 
 

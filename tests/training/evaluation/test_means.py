@@ -34,7 +34,7 @@ def test_means_are_those_of_single_pictures(settings, folder):
     clip = load_clip(settings.clip, torch.device("cpu"))
     sampler = Sampler(base, settings.sampling)
     annotations = json.loads((folder / "coco/annotations/captions_val2017.json").read_text())
-    adapters = small.adapter("sd15", "linear"), small.adapter("sd15", "resampler", seed=9)
+    adapters = small.adapter("sd15", "base"), small.adapter("sd15", "plus", seed=9)
     for adapter, found in zip(adapters, results["adapters"], strict=True):
         for entry, text in ((found["image_only"], False), (found["with_text"][0], True)):
             like, true = [], []
@@ -150,7 +150,7 @@ def test_a_plain_folder_with_captions(settings, tmp_path):
 
 def test_sdxl(settings, tmp_path):
     small.base(tmp_path / "base", "sdxl")
-    save_file(small.adapter("sdxl", "linear").state_dict(), tmp_path / "xl.safetensors")
+    save_file(small.adapter("sdxl", "base").state_dict(), tmp_path / "xl.safetensors")
     chosen = {"base": str(tmp_path / "base"), "adapter": [str(tmp_path / "xl.safetensors")]}
     results = evaluate(changed(settings, limit=1, **chosen))
     assert results["adapters"][0]["with_text"][0]["samples"] == SAMPLES

@@ -1,0 +1,53 @@
+"""Variants, feature kinds and families: the words that nodes, core and training share.
+
+Users, file names and the paper say the same things differently: a "plus" adapter is one of
+fine-grained features (paper section 4.4.2), and its twin "plus-face" differs in its training alone.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Variant = Literal["base", "plus", "full"]
+"""What projects the image features: one linear layer, a resampler (fine-grained features), or an
+MLP that makes every hidden state a token."""
+FeatureKind = Literal["image_embeds", "penultimate_hidden_states"]
+"""What a projection reads of the image encoder: the fields of `ImageFeatures`."""
+Family = Literal["sd15", "sdxl"]
+"""What adapters are published for."""
+
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+FEATURE_KINDS: tuple[FeatureKind, ...] = get_args(FeatureKind)
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+VARIANT_LABELS: dict[Variant, str] = {
+    "base": "base",
+    "plus": "fine-grained (plus)",
+    "full": "full",
+}
+FAMILY_LABELS: dict[Family, str] = {"sd15": "SD1.5", "sdxl": "SDXL"}
+
+# Width of the text states and number of cross-attention layers.
+_SIZES: dict[tuple[int, int], Family] = {(768, 16): "sd15", (2048, 70): "sdxl"}
+_OTHER_MODELS = {(1024, 16): "SD2", (1280, 44): "SDXL Refiner"}
+
+
+def family(context_dim: int, layers: int) -> Family | None:
+    """Return the family with `layers` cross-attention layers over `context_dim`-wide text states.
+
+    None for sizes that no adapter is published for.
+    """
+    return _SIZES.get((context_dim, layers))
+
+
+def model_label(context_dim: int, layers: int) -> str | None:
+    """Return what people call a model of these sizes, or None where it has no name."""
+    known = family(context_dim, layers)
+    return FAMILY_LABELS[known] if known else _OTHER_MODELS.get((context_dim, layers))
+
+
+def describe_model(context_dim: int, layers: int) -> str:
+    """Return name and sizes of a model for messages, or its sizes alone."""
+    sizes = f"{layers} cross-attention layers over {context_dim}-wide text states"
+    label = model_label(context_dim, layers)
+    return f"{label} ({sizes})" if label else f"a model of {sizes}"
