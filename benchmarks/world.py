@@ -125,7 +125,7 @@ def _adapter(pack: Any, model: Any) -> Any:
 
 
 def _prompt() -> Any:
-    prompt = importlib.import_module(f"{host.PACK}.ip_adapter_core.prompt")
+    prompt = importlib.import_module(f"{host.PACK}.ip_adapter_core.image_prompt")
     generator = torch.Generator().manual_seed(2)
     image = prompt.ImageFeatures(
         torch.randn(1, 1024, generator=generator), torch.randn(1, 257, 1280, generator=generator)

@@ -1,23 +1,20 @@
 """Decoupled cross-attention (paper eq. 5) as pure functions: `Z = Attn(Q,K,V) + λ·Attn(Q,K',V')`.
 
-λ is not here: it is linear in V' and folded into it beforehand (`prompt.fold`).
+λ is not here: it is linear in V' and folded into it beforehand (`packing.fold`).
 """
 
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
 def image_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """`Attn(Q, K', V')`, `(B, L, C)`, for projected `query (B, L, C)`, `key, value (B, T, C)`."""
-
-    def split(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-    out = scaled_dot_product_attention(split(query), split(key), split(value))
-    return out.transpose(1, 2).flatten(2)
+    q, k, v = (rearrange(x, "b l (h d) -> b h l d", h=heads) for x in (query, key, value))
+    return rearrange(scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)")
 
 
 def add(text: Tensor, image: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .image_prompt import ImageFeatures, ImagePrompt
 from .latent_weights import plain
-from .prompt import ImageFeatures, ImagePrompt
 from .variants import FEATURE_KINDS
 
 METHODS = ("concat", "average", "norm_average", "add", "subtract")

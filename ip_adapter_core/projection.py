@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from .files.header import Shaped
@@ -59,7 +60,7 @@ class ImageProjection(Projection):
         }
 
     def forward(self, image_embeds: Tensor) -> Tensor:
-        return self.norm(self.proj(image_embeds).unflatten(-1, (self.tokens, -1)))
+        return self.norm(rearrange(self.proj(image_embeds), "n (t d) -> n t d", t=self.tokens))
 
 
 class MLPProjection(Projection):

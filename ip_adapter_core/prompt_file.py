@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from .prompt import DAMAGED_ENCODER, ImageFeatures, ImagePrompt
+from .image_prompt import DAMAGED_ENCODER, ImageFeatures, ImagePrompt
 from .variants import FEATURE_KINDS
 
 SUFFIX = ".safetensors"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .files.header import Shaped
@@ -33,16 +34,14 @@ class PerceiverAttention(nn.Module):
 
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
         features, latents = self.norm1(features), self.norm2(latents)
-        query = self._heads(self.to_q(latents))
-        key, value = self.to_kv(torch.cat([features, latents], dim=1)).chunk(2, dim=-1)
+        query = rearrange(self.to_q(latents), "b l (h d) -> b h l d", h=self.heads)
+        both = self.to_kv(torch.cat([features, latents], dim=1))
+        key, value = rearrange(both, "b l (two h d) -> two b h l d", two=2, h=self.heads)
         # Half of the scale on each side: in half precision q·k would overflow otherwise.
         scale = DIM_HEAD**-0.25
-        scores = (query * scale) @ (self._heads(key) * scale).transpose(-1, -2)
+        scores = (query * scale) @ (key * scale).transpose(-1, -2)
         weights = scores.float().softmax(dim=-1).to(scores.dtype)
-        return self.to_out((weights @ self._heads(value)).transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return self.to_out(rearrange(weights @ value, "b h l d -> b l (h d)"))
 
 
 class ResamplerLayer(nn.ModuleList):

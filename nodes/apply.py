@@ -13,7 +13,7 @@ from ..ip_adapter_core.comfyui.sampling import (
     for_conditionings,
     with_wrappers,
 )
-from ..ip_adapter_core.prompt import COMBINE
+from ..ip_adapter_core.packing import COMBINE
 from . import types
 
 

@@ -11,7 +11,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..ip_adapter_core import prompt_file
-from ..ip_adapter_core.prompt import ImagePrompt
+from ..ip_adapter_core.image_prompt import ImagePrompt
 from . import prompt_folders, types
 from .shown import show
 

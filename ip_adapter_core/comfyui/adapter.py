@@ -13,11 +13,11 @@ import comfy.ops
 import torch
 from torch import Tensor
 
-from .. import prompt
+from .. import packing
 from ..adapter import AdapterSpec, IPAdapter
 from ..files import adapter_file as checkpoint
 from ..files.header import read_safetensors
-from ..prompt import ImagePrompt
+from ..image_prompt import ImagePrompt
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class HostAdapter:
         """Packed K'/V' of the image and of its negative, `(R, T, 2·Σ widths)`, float32 on the CPU.
 
         `weights`: λ of each layer. The adapter must be `loaded`. Raises ValueError for what
-        `prompt.tokens` refuses.
+        `packing.tokens` refuses.
         """
         device = self.patcher.load_device
-        sides = prompt.tokens(self.module, image_prompt.to(device, torch.float32), combine)
+        sides = packing.tokens(self.module, image_prompt.to(device, torch.float32), combine)
         positive, negative = (
-            prompt.fold(self.module.keys_values(tokens), weights).cpu() for tokens in sides
+            packing.fold(self.module.keys_values(tokens), weights).cpu() for tokens in sides
         )
         return positive, negative
 

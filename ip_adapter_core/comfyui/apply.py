@@ -13,9 +13,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.input import CurveInput
 from torch import Tensor
 
-from ..prompt import ImagePrompt, check_encoder, layer_weights
+from ..compatibility import check_encoder, check_fits
+from ..image_prompt import ImagePrompt
+from ..packing import layer_weights
 from .adapter import HostAdapter
-from .layers import check_fits
+from .layers import cross_attention_layers
 from .masks import Masks
 from .prompt_rows import CompiledPrompt
 from .schedule import Schedule
@@ -148,7 +150,8 @@ def compile_prompts(model: ModelPatcher, several: Sequence[Settings]) -> list[Si
 
 def _weights(model: ModelPatcher, settings: Settings) -> list[float]:
     adapter = settings.adapter
-    check_fits(adapter.spec, adapter.name, model)
+    layers = cross_attention_layers(model.get_model_object("diffusion_model"))
+    check_fits(adapter.spec, adapter.name, type(model.model).__name__, layers)
     check_encoder(adapter.spec, settings.image_prompt, adapter.name, adapter.trained_with)
     return layer_weights(adapter.spec, settings.weight, settings.layer_weights)
 

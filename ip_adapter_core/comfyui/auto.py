@@ -12,12 +12,13 @@ import comfy.clip_vision
 from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 
+from ..compatibility import fits
 from ..files import catalogue
 from ..files.catalogue import AdapterFile, EncoderFile, File, Folder, Unusable
 from ..files.choice import PRESETS, Choice, Preset, choose
 from ..files.missing import Search, what
 from ..files.tower_config import ImageEncoderError
-from .layers import fits, layers_of
+from .layers import layers_of
 from .open_clip import load_image_encoder
 
 logger = logging.getLogger("comfyui_ip_adapter")

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate, pad
 
 from ..crops import checked
 from ..files.fingerprint import fingerprint
-from ..prompt import DAMAGED_ENCODER, ImageFeatures, ImagePrompt, describe_encoder
+from ..image_prompt import DAMAGED_ENCODER, ImageFeatures, ImagePrompt, describe_encoder
 from ..variants import FEATURE_KINDS
 
 CROPS = ("center", "pad", "none")

@@ -1,16 +1,13 @@
-"""The cross-attention layers of a UNet as ComfyUI builds it, and whether an adapter fits them."""
+"""The cross-attention layers of a UNet as ComfyUI builds it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.model_patcher import ModelPatcher
 from torch import nn
-
-from ..adapter import AdapterSpec
-from ..variants import describe_model
 
 
 @dataclass(frozen=True)
@@ -60,39 +57,3 @@ def _walk(unet: nn.Module) -> Iterator[Layer]:
                                 attention.heads * attention.dim_head,
                                 attention.to_k.in_features,
                             )
-
-
-def fits(spec: AdapterSpec, layers: Sequence[Layer]) -> bool:
-    """Whether the adapter has W'k, W'v for exactly these layers."""
-    return bool(layers) and (layers[0].context_dim, tuple(layer.dim for layer in layers)) == (
-        spec.cross_attention_dim,
-        spec.layer_dims,
-    )
-
-
-def check_fits(spec: AdapterSpec, adapter_name: str, model: ModelPatcher) -> None:
-    """Raise ValueError unless the adapter has W'k, W'v for exactly this model's layers."""
-    layers = cross_attention_layers(model.get_model_object("diffusion_model"))
-    made_for = describe_model(spec.cross_attention_dim, len(spec.layer_dims))
-    model_name = type(model.model).__name__
-    if not layers:
-        raise ValueError(
-            f"'{adapter_name}' was made for {made_for}, but the connected model ({model_name}) "
-            "has no UNet cross-attention layers. IP-Adapters work with models of the SD1.5 and "
-            "SDXL families."
-        )
-    context_dim = layers[0].context_dim
-    found = describe_model(context_dim, len(layers))
-    if (context_dim, len(layers)) != (spec.cross_attention_dim, len(spec.layer_dims)):
-        raise ValueError(
-            f"'{adapter_name}' was made for {made_for}, but the connected model ({model_name}) "
-            f"is {found}. Connect a model of the adapter's family, or load an adapter made for "
-            "this one."
-        )
-    for number, (layer, width) in enumerate(zip(layers, spec.layer_dims, strict=True)):
-        if layer.dim != width:
-            raise ValueError(
-                f"'{adapter_name}' does not fit the connected model ({model_name}): its layer "
-                f"{number} (tensor ip_adapter.{2 * number + 1}) is {width} wide, but the model's "
-                f"{layer.key} is {layer.dim} wide. Load an adapter made for this model."
-            )

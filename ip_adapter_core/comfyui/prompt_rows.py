@@ -23,7 +23,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..prompt import split_values
+from ..packing import split_values
 from .layers import Layer
 from .masks import Area, Masks, PreparedMasks, Size
 from .schedule import Moment, PreparedSchedule, Schedule

@@ -17,7 +17,7 @@ from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
 from ..attention import add, image_attention
-from ..prompt import unpack
+from ..packing import unpack
 from .layers import Layer, cross_attention_layers
 from .masks import Levels, Size, resize, split_levels
 from .prompt_rows import KEY, AttachedPrompts, CompiledPrompt, PromptRows, Run

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from .. import encoder_names
+from .. import compatibility
 from ..adapter import AdapterSpec
 from ..variants import Variant, family
 from . import origin, published
@@ -227,7 +227,7 @@ def _rivals(chosen: Best[AdapterFile] | Best[EncoderFile]) -> Iterable[str]:
 
 def _another(adapter: AdapterFile, encoder: EncoderFile) -> Iterable[str]:
     if not own(adapter, encoder):
-        noted = adapter.trained_with if encoder_names.words(adapter.trained_with) else None
+        noted = adapter.trained_with if compatibility.words(adapter.trained_with) else None
         yield (
             f"'{encoder.name}' gives features of the right width, but the encoder that "
             f"'{adapter.name}' was trained with is "

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from .. import encoder_names
+from .. import compatibility
 from ..adapter import AdapterSpec
-from ..prompt import encoder_name
 from . import published
 from .catalogue import AdapterFile, EncoderFile
 
@@ -19,29 +18,27 @@ def own(adapter: AdapterFile, encoder: EncoderFile) -> bool:
     wanted = expected(adapter)
     if wanted is not None:
         return is_of(encoder, wanted)
-    trained = encoder_names.words(adapter.trained_with)
-    return not trained or encoder_names.within(trained, encoder_names.words_of_file(encoder.name))
+    trained = compatibility.words(adapter.trained_with)
+    return not trained or compatibility.within(trained, compatibility.words_of_file(encoder.name))
 
 
 def expected(adapter: AdapterFile) -> published.Weights | None:
     """The published encoder that the adapter was trained with; None where it is another one, or
     nothing tells."""
-    return encoder_names.expected(adapter.trained_with, adapter.spec)
+    return compatibility.expected_encoder(adapter.spec, adapter.trained_with)
 
 
 def is_of(encoder: EncoderFile, weights: published.Weights) -> bool:
     """Whether it has sizes and activation of the published encoder; the projection may be left
     out."""
-    found = encoder.sizes
-    return not found.quick_gelu and any(
-        (found.hidden_dim, found.positions) == (hidden, positions) and found.embed_dim in (0, embed)
-        for (embed, hidden, positions), known in published.ENCODERS.items()
-        if known is weights
+    sizes = encoder.sizes
+    return not sizes.quick_gelu and published.has_sizes(
+        weights, sizes.embed_dim, sizes.hidden_dim, sizes.positions
     )
 
 
 def read_by(spec: AdapterSpec) -> str:
     """The features that an adapter reads."""
-    encoder = encoder_name(spec.features, spec.feature_dim)
+    encoder = published.encoder_label(spec.features, spec.feature_dim)
     width = f"{spec.features.replace('_', ' ')} {spec.feature_dim} wide"
     return f"{width} ({encoder})" if encoder else width

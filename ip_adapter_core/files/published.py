@@ -77,12 +77,32 @@ _STEMS = {
 # Widths of image_embeds and of hidden states, and positions (224 pixels), of the encoders that
 # published adapters were trained with.
 ENCODERS = {(1024, 1280, 257): VIT_H, (1280, 1664, 257): VIT_BIGG}
+VIT_L = "CLIP ViT-L/14"  # often taken for theirs; has quick GELU
+LABELS = {(768, 1024): VIT_L, **{sizes[:2]: known.label for sizes, known in ENCODERS.items()}}
 TAGS = {"laion2b_s32b_b79k": VIT_H, "laion2b_s39b_b160k": VIT_BIGG}  # open_clip's
 
 
 def is_name(name: str) -> bool:
     """Whether a file is called as one of them, in whatever folder and format."""
     return PurePath(name).stem in _STEMS
+
+
+def encoder_label(features: FeatureKind, width: int) -> str | None:
+    """Return what people call the encoder whose `features` are `width` wide."""
+    place = FEATURE_KINDS.index(features)
+    return next((label for widths, label in LABELS.items() if widths[place] == width), None)
+
+
+def has_sizes(weights: Weights, embed: int, hidden: int, positions: int) -> bool:
+    """Return whether an encoder has the sizes of these published `weights`.
+
+    `embed` is 0 where its file leaves the projection out.
+    """
+    return any(
+        (hidden, positions) == sizes[1:] and embed in (0, sizes[0])
+        for sizes, known in ENCODERS.items()
+        if known is weights
+    )
 
 
 def encoder(features: FeatureKind, width: int) -> Weights | None:

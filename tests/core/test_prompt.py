@@ -10,16 +10,13 @@ import pytest
 import torch
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
 from comfyui_ip_adapter.ip_adapter_core.attention import image_attention
-from comfyui_ip_adapter.ip_adapter_core.prompt import (
+from comfyui_ip_adapter.ip_adapter_core.compatibility import check_encoder
+from comfyui_ip_adapter.ip_adapter_core.image_prompt import (
     ImageFeatures,
     ImagePrompt,
-    check_encoder,
     describe_encoder,
-    fold,
-    layer_weights,
-    tokens,
-    unpack,
 )
+from comfyui_ip_adapter.ip_adapter_core.packing import fold, layer_weights, tokens, unpack
 
 DIMS = (8, 16, 8)
 KINDS = {

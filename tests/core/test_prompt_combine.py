@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_ip_adapter.ip_adapter_core.combine import METHODS, combine, parse_weights
-from comfyui_ip_adapter.ip_adapter_core.prompt import ImageFeatures, ImagePrompt
+from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImageFeatures, ImagePrompt
 
 KINDS = ("image_embeds", "penultimate_hidden_states")
 ARITHMETIC = [method for method in METHODS if method != "concat"]

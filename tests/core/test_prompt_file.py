@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec
-from comfyui_ip_adapter.ip_adapter_core.prompt import (
+from comfyui_ip_adapter.ip_adapter_core.compatibility import check_encoder
+from comfyui_ip_adapter.ip_adapter_core.image_prompt import (
     ImageFeatures,
     ImagePrompt,
-    check_encoder,
     describe_encoder,
 )
 from comfyui_ip_adapter.ip_adapter_core.prompt_file import KEYS, PromptFileError, load, save

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import HostAdapter, load_adapter
-from comfyui_ip_adapter.ip_adapter_core.prompt import ImageFeatures, ImagePrompt
+from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImageFeatures, ImagePrompt
 from ip_adapter_tests_unets import Family
 from safetensors.torch import save_file
 from torch import Tensor

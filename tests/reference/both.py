@@ -10,7 +10,7 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import HostAdapter
-from comfyui_ip_adapter.ip_adapter_core.prompt import ImagePrompt
+from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImagePrompt
 from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
 from diffusers import UNet2DConditionModel
 from ip_adapter_tests_adapters import Encoder, loaded, sections, weights

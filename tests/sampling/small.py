@@ -13,7 +13,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
 from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import HostAdapter
-from comfyui_ip_adapter.ip_adapter_core.prompt import ImageFeatures, ImagePrompt
+from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImageFeatures, ImagePrompt
 from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
 
 CPU = torch.device("cpu")
