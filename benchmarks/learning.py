@@ -25,7 +25,7 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tests.support import small_frozen, small_training
+from tests.support import small_models
 from tools.comfyui.install import ROOT
 from training import loss as recipe
 from training.config import Settings
@@ -41,8 +41,8 @@ OUTPUT = ROOT / "output" / "learning.json"
 
 def make(folder: Path, base_steps: int) -> None:
     """`base`, `encoder`, `pictures` and `held_out`; the base's UNet has learnt the pictures."""
-    small_frozen.base(folder / "base", "sd15")
-    small_training.image_encoder(folder / "encoder")
+    small_models.base(folder / "base", "sd15")
+    small_models.image_encoder(folder / "encoder")
     for name, numbers in (
         ("pictures", range(PICTURES)),
         ("held_out", range(PICTURES, PICTURES + HELD_OUT)),

@@ -23,7 +23,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from tests.support import small_training
+from tests.support import random_models, small_models
 from training.unet import attach, new_adapter
 
 SD15 = {"vae": 0.356, "image encoder": 0.107, "text": 0.004, "forward": 0.256, "backward": 0.276}
@@ -42,11 +42,11 @@ def vae() -> Any:
         norm_num_groups=8,
         sample_size=SIZE,
     )
-    return small_training.fill(made, 1)
+    return random_models.fill(made, 1)
 
 
 def text_encoder() -> Any:
-    tokenizer = small_training.tokenizer()
+    tokenizer = small_models.tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT,
@@ -57,7 +57,7 @@ def text_encoder() -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return small_training.fill(CLIPTextModel(config), 2)
+    return random_models.fill(CLIPTextModel(config), 2)
 
 
 def image_encoder() -> Any:
@@ -70,7 +70,7 @@ def image_encoder() -> Any:
         patch_size=8,
         projection_dim=EMBED,
     )
-    return small_training.fill(CLIPVisionModelWithProjection(config), 3)
+    return random_models.fill(CLIPVisionModelWithProjection(config), 3)
 
 
 def unet() -> Any:
@@ -81,7 +81,7 @@ def unet() -> Any:
         cross_attention_dim=TEXT,
         norm_num_groups=8,
     )
-    return small_training.fill(made, 4)
+    return random_models.fill(made, 4)
 
 
 def save(folder: Path) -> None:
@@ -98,7 +98,7 @@ def save(folder: Path) -> None:
         vae=vae(),
         unet=unet(),
         text_encoder=text_encoder(),
-        tokenizer=small_training.tokenizer(),
+        tokenizer=small_models.tokenizer(),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

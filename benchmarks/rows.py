@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support import small_frozen, small_training
+from tests.support import image_folders, small_models
 from tools.comfyui.install import ROOT
 
 FEW, MANY = 1_000, 1_000_000
@@ -23,10 +23,10 @@ PICTURES, BATCHES = 4, 48
 def growth(folder: Path) -> int:
     """Bytes by which a process with `MANY` rows is larger than one with `FEW`; all of them name
     the same pictures."""
-    small_frozen.base(folder / "base", "sd15")
-    small_training.image_encoder(folder / "encoder")
+    small_models.base(folder / "base", "sd15")
+    small_models.image_encoder(folder / "encoder")
     for number in range(PICTURES):
-        small_training.picture(number).save(folder / f"{number}.png")
+        image_folders.image(number).save(folder / f"{number}.png")
     return measured(folder, MANY) - measured(folder, FEW)
 
 

@@ -30,7 +30,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DConditionModel
 
 from ip_adapter_core.files import adapter_file as checkpoint
-from tests.support import small_frozen
+from tests.support import image_folders
 from training import cache
 from training import loss as recipe
 from training.config import Settings
@@ -82,7 +82,9 @@ def make(folder: Path) -> None:
             raise ValueError(f"{name} is {found:.1%} of a step; in SD1.5 it is {share:.1%}.")
     proportions.save(folder)
     side = proportions.SIZE
-    small_frozen.pictures(folder / "pictures", PICTURES, [(side * 5 // 4, side), (side, side)])
+    image_folders.with_metadata(
+        folder / "pictures", PICTURES, [(side * 5 // 4, side), (side, side)]
+    )
     fill_cache(folder)
 
 

@@ -102,10 +102,11 @@ def idle_transformer() -> State:
     """A transformer for the UNet's input block that passes on what it gets: its last projection is
     zeros. The base trains without one, but ComfyUI reads the context's width off the input blocks.
     """
-    layout = layouts._transformer("input_blocks.1.1", 1, layouts.SD15_MINI)
+    size = layouts.UNet(320, 768, (1,), (1,), (8,), blocks=1)
     return {
         key: torch.ones(shape) if "norm" in key and key.endswith("weight") else torch.zeros(shape)
-        for key, shape in layout.items()
+        for key, shape in layouts.unet(size).items()
+        if key.startswith("input_blocks.1.1.")
     }
 
 

@@ -6,7 +6,6 @@ others skip and say so; with ``CI`` set they fail.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if entry not in ("", str(ROOT), os.getcwd())]
 sys.path.append(str(ROOT))
 
-from tests.support import standins as miniature  # noqa: E402
+from tests.support import standins  # noqa: E402
 from tools.comfyui import browser  # noqa: E402
 from tools.comfyui import install as _host  # noqa: E402
 from tools.comfyui.server import Client, Server  # noqa: E402
@@ -82,7 +81,7 @@ def host_path() -> Path:
 def host(host_path: Path) -> Path:
     """ComfyUI, booted in this process: ``comfy``, ``nodes`` and so on can be imported."""
     _host.boot(host_path)
-    _register(miniature.base_directory())
+    _register(standins.base_directory())
     return host_path
 
 
@@ -99,7 +98,7 @@ def _register(base: Path) -> None:
 
 
 def _made(*names: str) -> Path:
-    base = miniature.ensure(*names)
+    base = standins.ensure(*names)
     _register(base)
     return base
 
@@ -141,27 +140,11 @@ def server_id(_started: tuple[Server, Client]) -> int:
 
 
 @pytest.fixture(scope="session")
-def helper() -> Callable[[str], ModuleType]:
-    """Loads ``tests/<name>.py`` as ``ip_adapter_tests_<its last part>``, once. Helpers import the
-    host, so that only fixtures can load them."""
-
-    def load(name: str) -> ModuleType:
-        path = ROOT / "tests" / f"{name}.py"
-        known = f"ip_adapter_tests_{path.stem}"
-        if known not in sys.modules:
-            spec = importlib.util.spec_from_file_location(known, path)
-            assert spec is not None and spec.loader is not None
-            module = sys.modules[known] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        return sys.modules[known]
-
-    return load
-
-
-@pytest.fixture(scope="session")
-def small(pack: ModuleType, helper: Callable[[str], ModuleType]) -> ModuleType:
+def small(pack: ModuleType) -> ModuleType:
     """Random models of few channels, and sampling with them."""
-    return helper("sampling/small")
+    from tests.sampling import small
+
+    return small
 
 
 @pytest.fixture(autouse=True)

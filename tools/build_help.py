@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support import standins as miniature
+from tests.support import standins
 from tools.build_texts import PREFIX
 from tools.build_workflows import WORKFLOWS
 from tools.comfyui import install as host
@@ -167,7 +167,7 @@ def write(info: ObjectInfo) -> Iterator[Path]:
 
 
 def main() -> None:
-    with Server(miniature.ensure(), host.require()) as client:
+    with Server(standins.ensure(), host.require()) as client:
         info = client.object_info()
     for path in write(info):
         print(path.relative_to(ROOT))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tests.support import standins as miniature
+from tests.support import standins
 from tools.comfyui import install as host
 from tools.comfyui.install import ROOT
 from tools.comfyui.server import Server
@@ -227,7 +227,7 @@ def build(info: ObjectInfo) -> dict[str, str]:
 
 
 def main() -> None:
-    with Server(miniature.ensure(), host.require()) as client:
+    with Server(standins.ensure(), host.require()) as client:
         info = client.object_info()
     FOLDER.mkdir(exist_ok=True)
     for name, text in build(info).items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.support import standins as miniature
+from tests.support import standins
 from tools.comfyui import install as host
 from tools.comfyui.install import ROOT
 from tools.comfyui.server import Server
@@ -50,7 +50,7 @@ def dump(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    with Server(miniature.ensure(), host.require()) as client:
+    with Server(standins.ensure(), host.require()) as client:
         info = client.object_info()
     target = LOCALES / "en" / "nodeDefs.json"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tests.support import standins as miniature
+from tests.support import standins
 from tools.comfyui import install as host
 from tools.comfyui.server import Client, Server
 from tools.workflows.editor import dump, to_editor
@@ -39,7 +39,7 @@ def main() -> None:
     if address:
         info = Client(address).object_info()
     else:
-        with Server(miniature.ensure(), host.require()) as client:
+        with Server(standins.ensure(), host.require()) as client:
             info = client.object_info()
     for path, text in build(info).items():
         file = WORKFLOWS / path

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from benchmarks import proportions, training
 from benchmarks.reference_loop import Reference
-from tests.support import small_frozen, small_training
+from tests.support import image_folders, small_models
 from training.caching.dataset import CachedDataset
 from training.metrics import Meter
 from training.setup import prepare
@@ -30,9 +30,9 @@ SIZE = 64
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
-    small_frozen.base(folder / "base", "sd15")
-    small_training.image_encoder(folder / "encoder")
-    small_frozen.pictures(folder / "pictures", 16, [(80, 64), (64, 64)])
+    small_models.base(folder / "base", "sd15")
+    small_models.image_encoder(folder / "encoder")
+    image_folders.with_metadata(folder / "pictures", 16, [(80, 64), (64, 64)])
     return folder
 
 

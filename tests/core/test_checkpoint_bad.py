@@ -12,7 +12,12 @@ import torch
 from comfyui_ip_adapter.ip_adapter_core.files.adapter_file import CheckpointError, load
 from safetensors.torch import save, save_file
 
-from tests.support.layouts_clip import full_projection, ip_adapter, linear_projection, resampler
+from tests.support.checkpoint_layouts import (
+    full_projection,
+    ip_adapter,
+    linear_projection,
+    resampler,
+)
 
 LINEAR = ip_adapter(linear_projection(24, 16), (8, 16, 8), 16)
 RESAMPLER = ip_adapter(resampler(24, 16, 64), (8, 16, 8), 16)

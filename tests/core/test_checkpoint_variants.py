@@ -11,7 +11,12 @@ from comfyui_ip_adapter.ip_adapter_core.files.adapter_file import infer_spec, lo
 from comfyui_ip_adapter.ip_adapter_core.files.unsupported import unsupported_kind
 from safetensors.torch import save, save_file
 
-from tests.support.layouts_clip import full_projection, ip_adapter, linear_projection, resampler
+from tests.support.checkpoint_layouts import (
+    full_projection,
+    ip_adapter,
+    linear_projection,
+    resampler,
+)
 
 SD15 = (320, 320, 640, 640, 1280, 1280, *[1280] * 3, *[640] * 3, *[320] * 3, 1280)
 SDXL = (*[640] * 4, *[1280] * 20, *[1280] * 30, *[640] * 6, *[1280] * 10)

@@ -12,7 +12,7 @@ from comfyui_ip_adapter.ip_adapter_core.files import encoder_file as image_tower
 from comfyui_ip_adapter.ip_adapter_core.files.tower_config import ImageEncoderError, describe
 from safetensors.torch import save_file
 
-from tests.support import small_frozen
+from tests.support import small_models
 from tests.support import sparse_files as sparse
 
 
@@ -132,9 +132,9 @@ def test_shapes_alone_leave_the_activation_open(tmp_path, caplog, name, variant)
 @pytest.mark.parametrize("where", ["metadata", "small.json", "open_clip_config.json"])
 def test_the_configuration_that_counts_goes_to_the_log(tmp_path, caplog, where):
     caplog.set_level(logging.INFO)
-    text = json.dumps(small_frozen.open_clip_config())
+    text = json.dumps(small_models.open_clip_config())
     metadata = {"open_clip_config": text} if where == "metadata" else None
-    state = small_frozen.open_clip_model().visual.state_dict()
+    state = small_models.open_clip_model().visual.state_dict()
     path = tmp_path / "small.safetensors"
     save_file({key: x.contiguous() for key, x in state.items()}, path, metadata)
     if where != "metadata":
@@ -145,10 +145,10 @@ def test_the_configuration_that_counts_goes_to_the_log(tmp_path, caplog, where):
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_files_of_torch_in_both_formats(tmp_path, legacy):
-    state = small_frozen.open_clip_model().state_dict()
+    state = small_models.open_clip_model().state_dict()
     path = tmp_path / "small.pt"
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
-    path.with_suffix(".json").write_text(json.dumps(small_frozen.open_clip_config()))
+    path.with_suffix(".json").write_text(json.dumps(small_models.open_clip_config()))
     _, found = image_tower.read(path)
     assert found and all(torch.equal(x, state[f"visual.{key}"]) for key, x in found.items())
 

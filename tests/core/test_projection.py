@@ -10,7 +10,7 @@ from comfyui_ip_adapter.ip_adapter_core.adapter import PROJECTIONS
 from diffusers import UNet2DConditionModel
 from torch.nn.functional import gelu, layer_norm
 
-from tests.support.layouts_clip import full_projection, linear_projection, resampler
+from tests.support.checkpoint_layouts import full_projection, linear_projection, resampler
 
 PUBLISHED = {
     "sd15": ("base", linear_projection(1024, 768)),

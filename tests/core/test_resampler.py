@@ -7,7 +7,7 @@ import torch
 from comfyui_ip_adapter.ip_adapter_core.resampler import DIM_HEAD, PerceiverAttention, Resampler
 from torch.nn.functional import gelu, layer_norm
 
-from tests.support.layouts_clip import resampler
+from tests.support.checkpoint_layouts import resampler
 
 
 def norm(x, w, name):

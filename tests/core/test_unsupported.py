@@ -8,8 +8,8 @@ import pytest
 import torch
 from comfyui_ip_adapter.ip_adapter_core.files.adapter_file import CheckpointError, load
 
-from tests.support.checkpoint_layouts import dense, norm, prefixed
-from tests.support.layouts_clip import ip_adapter, linear_projection, resampler
+from tests.support.checkpoint_layouts import dense, ip_adapter, linear_projection, norm, resampler
+from tests.support.random_models import under
 
 
 def face_projection(width, context, tokens=4):
@@ -34,7 +34,7 @@ def consecutive(width, context):
 
 
 WIDTHS = (8, 8)
-FACE_PLUS = face_projection(512, 16) | prefixed("perceiver_resampler.", resampler(12, 16, 64))
+FACE_PLUS = face_projection(512, 16) | under("perceiver_resampler.", resampler(12, 16, 64))
 KOLORS = {  # one of its four layers, for speed
     key: shape
     for key, shape in resampler(24, 16, 2048).items()
@@ -54,18 +54,18 @@ KINDS = {
     "Kolors": [ip_adapter(KOLORS, WIDTHS, 16)],
     "Flux": [
         dense("double_blocks.0.processor.ip_adapter_double_stream_k_proj", 8, 16),
-        prefixed("ip_adapter_proj_model.", linear_projection(24, 16)),
-        prefixed("image_proj.", face_projection(24, 16)) | consecutive(3072, 16),
+        under("ip_adapter_proj_model.", linear_projection(24, 16)),
+        under("image_proj.", face_projection(24, 16)) | consecutive(3072, 16),
     ],
     "SD3": [
-        prefixed("image_proj.", resampler(24, 16, 64))
+        under("image_proj.", resampler(24, 16, 64))
         | consecutive(2432, 16)
         | dense("image_proj.time_embedding.linear_1", 8, 8)
         | dense("ip_adapter.0.norm_ip.linear", 8, 8),
-        prefixed("image_proj.", resampler(24, 16, 64)) | consecutive(1536, 16),
+        under("image_proj.", resampler(24, 16, 64)) | consecutive(1536, 16),
     ],
     "transformer's (Flux, SD3, …)": [
-        prefixed("image_proj.", linear_projection(24, 16)) | consecutive(40, 16)
+        under("image_proj.", linear_projection(24, 16)) | consecutive(40, 16)
     ],
 }
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from miniature.autoencoder import Autoencoder
 from miniature.scenes import render, scenes
-from tests.support import random_models as weights
+from tests.support.random_models import under
 from training.models.frozen import _posterior
 from training.models.single_file import SingleFile
 
@@ -51,7 +51,7 @@ def test_comfyui_runs_it_as_its_own(host, thin, seen):
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_training_reads_it_from_a_checkpoint(thin, seen, tmp_path, prefix, suffix):
     path = tmp_path / f"vae{suffix}"
-    state = weights.under(prefix, thin.taesd())
+    state = under(prefix, thin.taesd())
     torch.save({"state_dict": state}, path) if suffix == ".ckpt" else save_file(state, path)
     vae = SingleFile(path).vae_alone("sd15")
     pictures, latents = seen

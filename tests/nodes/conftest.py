@@ -149,9 +149,11 @@ def put(folder, encoders):
 
 
 @pytest.fixture(scope="session")
-def real(small, helper):
+def real(host):
     """ModelPatchers of the families, in the host's real layouts and sizes, without weights."""
-    return helper("nodes/real").models()
+    from tests.nodes import real
+
+    return real.models()
 
 
 @pytest.fixture(autouse=True)

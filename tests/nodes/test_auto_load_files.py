@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support import small_frozen
+from tests.support import small_models
 from tests.support import sparse_files as sparse
 
-SIDE = small_frozen.SIDE
+SIDE = small_models.SIDE
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def tower(small, encoders):
     """Save a small open_clip model with its configuration inside, and return it."""
 
     def tower(name, width=64, embed=small.EMBED):
-        model = small_frozen.open_clip_model(width=width, embed=embed)
+        model = small_models.open_clip_model(width=width, embed=embed)
         model.load_state_dict({k: x.half().float() for k, x in model.state_dict().items()})
-        config = small_frozen.open_clip_config(width=width, embed=embed)
+        config = small_models.open_clip_config(width=width, embed=embed)
         state = {key: x.contiguous() for key, x in model.state_dict().items()}
         metadata = {"open_clip_config": json.dumps({"model_cfg": config})}
         save_file(state, encoders / name, metadata)
@@ -103,7 +103,7 @@ def test_the_tower_alone_with_its_configuration_beside(small, auto, folder, enco
     save_file(state, encoders / "e.safetensors")
     with pytest.raises(FileNotFoundError, match="brings no configuration"):
         auto.execute(small.model(), "standard")
-    config = small_frozen.open_clip_config(embed=small.EMBED)
+    config = small_models.open_clip_config(embed=small.EMBED)
     (encoders / "e.json").write_text(json.dumps(config))
     assert auto.execute(small.model(), "standard").args[1].image_size == SIDE
 
@@ -128,7 +128,7 @@ def test_files_of_torch(small, auto, folder, encoders, tower, legacy):
     how = {"_use_new_zipfile_serialization": not legacy}
     torch.save(tree, folder / "x.bin", **how)
     torch.save({"epoch": 3, "state_dict": model.state_dict()}, encoders / "e.pt")
-    config = small_frozen.open_clip_config(embed=small.EMBED)
+    config = small_models.open_clip_config(embed=small.EMBED)
     (encoders / "e.json").write_text(json.dumps(config))
     if legacy:
         with pytest.raises(FileNotFoundError, match=r"'x\.bin': .*before 1\.6"):

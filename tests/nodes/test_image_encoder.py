@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support import small_frozen
+from tests.support import small_models
 
 NAME = "small.safetensors"
 
@@ -20,10 +20,10 @@ def load(nodes):
 
 
 def write(path, seed=0):
-    model = small_frozen.open_clip_model()
+    model = small_models.open_clip_model()
     state = {key: (x + seed).contiguous() for key, x in model.state_dict().items()}
     save_file(state, path)
-    path.with_suffix(".json").write_text(json.dumps(small_frozen.open_clip_config()))
+    path.with_suffix(".json").write_text(json.dumps(small_models.open_clip_config()))
 
 
 def test_it_offers_the_hosts_image_encoders_and_loads_one(load, encoders):
@@ -31,7 +31,7 @@ def test_it_offers_the_hosts_image_encoders_and_loads_one(load, encoders):
     options = load.GET_NODE_INFO_V1()["input"]["required"]["encoder_name"][1]["options"]
     assert options == [NAME]
     (encoder,) = load.execute(NAME).args
-    assert (encoder.image_size, encoder.model_type) == (small_frozen.SIDE, "clip_vision_model")
+    assert (encoder.image_size, encoder.model_type) == (small_models.SIDE, "clip_vision_model")
 
 
 @pytest.mark.parametrize("which", [NAME, "small.json", "open_clip_config.json"])
@@ -60,7 +60,7 @@ def test_the_fingerprint_of_a_name_over_a_link(load, encoders):
 def test_a_file_of_torch_before_1_6(load, encoders):
     """Which the search of IPA_AutoLoad leaves to this node."""
     write(encoders / NAME)
-    state = small_frozen.open_clip_model().state_dict()
+    state = small_models.open_clip_model().state_dict()
     torch.save(state, encoders / "small.pt", _use_new_zipfile_serialization=False)
     (old,), (new,) = load.execute("small.pt").args, load.execute(NAME).args
     for key, weight in new.model.state_dict().items():
@@ -98,7 +98,7 @@ def test_short_memory_is_not_taken_for_an_unknown_size(load, encoders, monkeypat
 def test_a_folders_configuration_of_something_else(load, encoders, text):
     write(encoders / NAME)
     (encoders / "open_clip_config.json").write_text(text)
-    assert load.execute(NAME).args[0].image_size == small_frozen.SIDE
+    assert load.execute(NAME).args[0].image_size == small_models.SIDE
 
 
 def test_a_missing_file_names_the_folders_searched(load, encoders):

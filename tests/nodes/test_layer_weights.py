@@ -29,8 +29,9 @@ def test_a_preset_with_changes(layer_weights, small, family):
     assert "input 4: 2" in listed.splitlines() and "middle: 0.3" in listed.splitlines()
 
 
-def test_they_act_where_they_say(layer_weights, small, helper):
-    truth = helper("sampling/truth")
+def test_they_act_where_they_say(layer_weights, small):
+    from tests.sampling import truth
+
     weights = layer_weights("sd15", "style", "output 11: -0.5").args[0]
     model, adapter, prompt = small.model(), small.adapter(), small.images()
     texts = small.text(1), small.text(2)

@@ -9,12 +9,17 @@ from tempfile import TemporaryDirectory
 import torch
 from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import HostAdapter, load_adapter
 from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImageFeatures, ImagePrompt
-from ip_adapter_tests_unets import Family
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.support.checkpoint_layouts import Layout
-from tests.support.layouts_clip import full_projection, ip_adapter, linear_projection, resampler
+from tests.support.checkpoint_layouts import (
+    Layout,
+    UNet,
+    full_projection,
+    ip_adapter,
+    linear_projection,
+    resampler,
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def only(prompt: ImagePrompt, number: int) -> ImagePrompt:
     return ImagePrompt(one, prompt.negative, prompt.encoder)
 
 
-def layout(family: Family, encoder: Encoder, kind: str) -> Layout:
+def layout(family: UNet, encoder: Encoder, kind: str) -> Layout:
     """base, plus (fine-grained) or full, as published for this family."""
     published = 1280 if family.sdxl else 768
     projection = {
@@ -59,7 +64,7 @@ def layout(family: Family, encoder: Encoder, kind: str) -> Layout:
     return ip_adapter(projection, family.widths, family.context)
 
 
-def weights(family: Family, encoder: Encoder, kind: str) -> dict[str, Tensor]:
+def weights(family: UNet, encoder: Encoder, kind: str) -> dict[str, Tensor]:
     """Random, large enough for the image to change the noise by much."""
     generator = torch.Generator().manual_seed(sum(map(ord, kind)))
     state = {}

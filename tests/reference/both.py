@@ -13,9 +13,11 @@ from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import HostAdapter
 from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImagePrompt
 from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
 from diffusers import UNet2DConditionModel
-from ip_adapter_tests_adapters import Encoder, loaded, sections, weights
-from ip_adapter_tests_unets import POOLED, Family, comfy_model, diffusers_unet
 from torch import Tensor
+
+from tests.reference.adapters import Encoder, loaded, sections, weights
+from tests.reference.unets import comfy_model, diffusers_unet
+from tests.support.checkpoint_layouts import POOLED, UNet
 
 SIZES = {"width": 832, "height": 1216, "crop_w": 16, "crop_h": 32}
 SIZES |= {"target_width": 800, "target_height": 1200}
@@ -45,7 +47,7 @@ class Call:
     out: Tensor
 
 
-def text(family: Family, seed: int) -> list[Any]:
+def text(family: UNet, seed: int) -> list[Any]:
     """A random conditioning."""
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(1, 77, family.context, generator=generator)
@@ -58,7 +60,7 @@ def text(family: Family, seed: int) -> list[Any]:
 class Pair:
     """ComfyUI and diffusers around one UNet; what was loaded once is kept."""
 
-    family: Family
+    family: UNet
     encoder: Encoder
     _weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     _adapters: dict[str, HostAdapter] = field(default_factory=dict)

@@ -10,21 +10,27 @@ import torch
 
 
 @pytest.fixture(scope="session")
-def unets(pack, helper) -> ModuleType:
+def unets(pack) -> ModuleType:
     """ComfyUI's and diffusers' UNets around the same weights."""
-    return helper("reference/unets")
+    from tests.reference import unets
+
+    return unets
 
 
 @pytest.fixture(scope="session")
-def adapters(unets, helper) -> ModuleType:
+def adapters(pack) -> ModuleType:
     """Random adapters for those UNets, and prompts for those adapters."""
-    return helper("reference/adapters")
+    from tests.reference import adapters
+
+    return adapters
 
 
 @pytest.fixture(scope="session")
-def both(adapters, helper) -> ModuleType:
+def both(pack) -> ModuleType:
     """What ComfyUI with this pack's nodes, and what diffusers make of the same prompts."""
-    return helper("reference/both")
+    from tests.reference import both
+
+    return both
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +41,11 @@ def pairs(unets, adapters, both) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def encoders(pack, helper) -> ModuleType:
+def encoders(pack) -> ModuleType:
     """ComfyUI's and transformers' image encoders around the same weights."""
-    return helper("reference/encoders")
+    from tests.reference import encoders
+
+    return encoders
 
 
 @pytest.fixture(autouse=True)

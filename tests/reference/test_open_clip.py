@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ip_adapter_core.variants import FEATURE_KINDS
-from tests.support import small_frozen, small_training
+from tests.support import random_models, small_models
 from training.errors import TrainingError
 from training.models.frozen import ImageEncoder
 
-SIDE = small_frozen.SIDE
+SIDE = small_models.SIDE
 COLOURS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
 PLAIN: dict[str, dict[str, Any]] = {
     "usual": {},
@@ -37,13 +37,13 @@ ODD: dict[str, dict[str, Any]] = {  # open_clip's own only
 
 
 def config(quick_gelu: bool = False, vision: dict[str, Any] | None = None, **sizes) -> dict:
-    made = small_frozen.open_clip_config(**sizes)
+    made = small_models.open_clip_config(**sizes)
     made["vision_cfg"] |= vision or {}
     return made | ({"quick_gelu": True} if quick_gelu else {})
 
 
 def model(config: dict[str, Any]) -> Any:
-    made = small_training.fill(open_clip.model.CLIP(**config), 4)
+    made = random_models.fill(open_clip.model.CLIP(**config), 4)
     made.load_state_dict({k: x.half().float() for k, x in made.state_dict().items()})
     return made.eval().requires_grad_(False)
 
@@ -114,7 +114,7 @@ def test_open_clip_transformers_and_the_host_agree(load, tmp_path, kind, where):
     out = encoder.encode_image(images)
     pixels = normalised(images, {"mean": colours.mean, "std": colours.std})
     embeds, states = open_clips(made, pixels)
-    theirs = small_frozen.as_transformers(made.visual)(
+    theirs = small_models.as_transformers(made.visual)(
         pixel_values=pixels, output_hidden_states=True
     )
     for embeds_, states_ in ((embeds, states), (theirs.image_embeds, theirs.hidden_states[-2])):

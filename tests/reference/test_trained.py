@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from ip_adapter_core.files import adapter_file as checkpoint
 from ip_adapter_core.variants import VARIANTS
-from tests.support import small_frozen, small_training
+from tests.support import image_folders, small_models
+from tests.support.checkpoint_layouts import POOLED
 
 TOLERANCE = 1e-4
 pytestmark = pytest.mark.usefixtures("arrow")
@@ -23,13 +24,13 @@ def bases(unets, tmp_path_factory):
     """For each family a UNet with all of its layers, and a diffusers folder around it."""
     found = {}
     for name, family in unets.SMALL.items():
-        contexts = {"sd15": small_training.HIDDEN, "sdxl": 2 * small_training.HIDDEN}
+        contexts = {"sd15": small_models.HIDDEN, "sdxl": 2 * small_models.HIDDEN}
         family = dataclasses.replace(family, context=contexts[name])
         folder = tmp_path_factory.mktemp(name)
-        small_frozen.base(folder, name)
+        small_models.base(folder, name)
         unets.diffusers_unet(family).save_pretrained(folder / "unet")
         if family.sdxl:
-            second = small_training._text(4, projection=unets.POOLED)
+            second = small_models.second_text_encoder(POOLED)
             second.save_pretrained(folder / "text_encoder_2")
         found[name] = family, folder
     return found
@@ -39,9 +40,9 @@ def bases(unets, tmp_path_factory):
 def pictures(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(8):
-        small_training.picture(number, (80, 70)).save(folder / f"{number}.png")
+        image_folders.image(number, (80, 70)).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"picture {number}")
-    small_training.image_encoder(folder / "encoder")
+    small_models.image_encoder(folder / "encoder")
     return folder
 
 
@@ -78,7 +79,7 @@ def test_the_three_agree(bases, both, adapters, trained, family, variant):
     from training.unet import attach
 
     path = trained(family, variant)
-    encoder = adapters.Encoder(small_training.EMBED, small_training.STATES, patches=17)
+    encoder = adapters.Encoder(small_models.EMBED, small_models.STATES, patches=17)
     pair = both.Pair(bases[family][0], encoder)
     pair._weights[variant] = {k: v.float() for k, v in load_file(path).items()}
     prompt = encoder.prompt(1, seed=0)

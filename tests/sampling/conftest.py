@@ -29,18 +29,24 @@ LAYOUTS = (
 
 
 @pytest.fixture(scope="session")
-def truth(small, helper) -> ModuleType:
-    return helper("sampling/truth")
+def truth(pack) -> ModuleType:
+    from tests.sampling import truth
+
+    return truth
 
 
 @pytest.fixture(scope="session")
-def guidances(small, helper) -> ModuleType:
-    return helper("sampling/guidances")
+def guidances(pack) -> ModuleType:
+    from tests.sampling import guidances
+
+    return guidances
 
 
 @pytest.fixture(scope="session")
-def regions(helper) -> ModuleType:
-    return helper("sampling/regions")
+def regions() -> ModuleType:
+    from tests.sampling import regions
+
+    return regions
 
 
 @pytest.fixture(params=GUIDANCES)

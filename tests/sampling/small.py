@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import comfy.model_base
 import comfy.model_patcher
@@ -16,53 +17,25 @@ from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import HostAdapter
 from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImageFeatures, ImagePrompt
 from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
 
+from tests.support import checkpoint_layouts as layouts
+from tests.support.random_models import fill
+
 CPU = torch.device("cpu")
 CONTEXT, EMBED, HIDDEN, TOKENS = 64, 24, 20, 4
-COMMON = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "context_dim": CONTEXT,
-    "use_spatial_transformer": True,
-    "legacy": False,
-}
-SD15 = {
-    **COMMON,
-    "num_res_blocks": [2, 2, 2, 2],
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "channel_mult": [1, 2, 4, 4],
-    "transformer_depth_middle": 1,
-    "transformer_depth_output": [1] * 9 + [0] * 3,
-    "use_linear_in_transformer": False,
-    "num_heads": 4,
-    "adm_in_channels": None,
-}
-SDXL = {
-    **COMMON,
-    "num_res_blocks": [2, 2, 2],
-    "transformer_depth": [0, 0, 1, 1, 2, 2],
-    "channel_mult": [1, 2, 4],
-    "transformer_depth_middle": 2,
-    "transformer_depth_output": [0] * 3 + [1] * 3 + [2] * 3,
-    "use_linear_in_transformer": True,
-    "num_head_channels": 16,
-    "adm_in_channels": 2816,
-    "num_classes": "sequential",
-}
-SDXL70 = {  # as deep as SDXL itself, for what has to be seen on all of its layers
-    **SDXL,
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_middle": 10,
-    "transformer_depth_output": [0] * 3 + [2] * 3 + [10] * 3,
-}
+LEVEL = {"channels": 32, "context": CONTEXT}
+SD15 = replace(layouts.SD15, **LEVEL, heads=(4, 4, 4, 4))
+SDXL70 = replace(layouts.SDXL, **LEVEL, heads=(2, 4, 8))  # as deep as SDXL, for all of its layers
+SDXL = replace(SDXL70, depths=(0, 1, 2))
 TINY = {  # for what takes long for every layer
-    **SD15,
-    "num_res_blocks": [1],
-    "transformer_depth": [1],
-    "channel_mult": [1],
+    **replace(SD15, multipliers=(1,), depths=(1,), blocks=1).comfy_config(),
     "transformer_depth_middle": -2,  # none
     "transformer_depth_output": [1, 0],
+}
+CONFIGS = {
+    "sd15": SD15.comfy_config(),
+    "sdxl": SDXL.comfy_config(),
+    "sdxl70": SDXL70.comfy_config(),
+    "tiny": TINY,
 }
 # In checkpoint order, written out: (place in the host's attention patches, width).
 SD15_LAYERS = [
@@ -94,18 +67,6 @@ LAYERS = {
 }
 
 
-def fill(module: torch.nn.Module, seed: int) -> None:
-    """Random weights that keep activations near 1: fan-in scaling, normalisations around 1."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in module.named_parameters():
-        noise = torch.randn(weight.shape, generator=generator)
-        if weight.ndim > 1:
-            noise = noise / weight[0].numel() ** 0.5
-        else:
-            noise = noise * 0.1 + name.endswith("weight")
-        weight.data = noise.to(weight.dtype)
-
-
 def model(family: str = "sd15", dtype: torch.dtype = torch.float32, cast=None, seed: int = 0):
     """A ModelPatcher of its own around a UNet that all calls with these arguments share."""
     return _model(family, dtype, cast, seed).clone()
@@ -113,10 +74,9 @@ def model(family: str = "sd15", dtype: torch.dtype = torch.float32, cast=None, s
 
 @functools.cache
 def _model(family, dtype, cast, seed):
-    layout = {"sd15": SD15, "sdxl": SDXL, "sdxl70": SDXL70, "tiny": TINY}[family]
     models = comfy.supported_models
     config = (models.SDXL if family.startswith("sdxl") else models.SD15)({})
-    config.unet_config = {**layout, "dtype": dtype}
+    config.unet_config = {**CONFIGS[family], "dtype": dtype}
     config.manual_cast_dtype = cast
     built = config.get_model({}, device=CPU)
     fill(built.diffusion_model, seed)

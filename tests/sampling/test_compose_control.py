@@ -10,7 +10,7 @@ def controlnet(small, **_):
     import comfy.cldm.cldm
     import comfy.controlnet
 
-    layout = {k: v for k, v in small.SD15.items() if k != "out_channels"}
+    layout = {k: v for k, v in small.CONFIGS["sd15"].items() if k != "out_channels"}
     layout["transformer_depth"] = layout["transformer_depth"][:]  # it takes them off the list
     net = comfy.cldm.cldm.ControlNet(**layout, hint_channels=3)
     small.fill(net.requires_grad_(False), seed=30)

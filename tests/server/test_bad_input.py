@@ -11,15 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import layouts_clip
-from tests.support import random_models as weights
-from tests.support import standins as miniature
-from tests.support.checkpoint_layouts import SD15_MINI, Layout, dense, norm
+from tests.support import checkpoint_layouts as layouts
+from tests.support import standins
+from tests.support.checkpoint_layouts import Layout, dense, norm
 from tools.comfyui.client import PromptError
 
-CONTEXT, WIDTHS = SD15_MINI.context, [SD15_MINI.width] * SD15_MINI.layers
+CONTEXT, WIDTHS = standins.SD15.context, standins.SD15.widths
 FACE = dense("proj.0", 1024, 512) | dense("proj.2", 4 * CONTEXT, 1024) | norm("norm", CONTEXT)
-KOLORS = layouts_clip.resampler(1024, CONTEXT, width=2048)
+KOLORS = layouts.resampler(1024, CONTEXT, width=2048)
 # No UNet: what the host knows an SD3 by; the rest of it is missing, but it never runs.
 SD3 = dense("x_embedder.proj", 64, 16, 2, 2)
 SD3 |= dense("joint_blocks.0.context_block.attn.qkv", 192, 64)
@@ -92,8 +91,8 @@ def hostile(path: Path) -> None:
 
 def of(projection: Layout) -> Callable[[Path], None]:
     """An adapter of that projection, with layers that fit."""
-    layout = layouts_clip.ip_adapter(projection, WIDTHS, CONTEXT)
-    return lambda path: save_file(weights.fill(layout, seed=0), path)
+    layout = layouts.ip_adapter(projection, WIDTHS, CONTEXT)
+    return lambda path: save_file(standins.half(layout, 0), path)
 
 
 def file(change: Callable[[Path], None], suffix: str = ".safetensors") -> Case:
@@ -101,7 +100,7 @@ def file(change: Callable[[Path], None], suffix: str = ".safetensors") -> Case:
 
     def case(made: Any, files: Files) -> None:
         path = files.new("models/ipadapter", suffix)
-        path.write_bytes(miniature.path("adapter").read_bytes())
+        path.write_bytes(standins.path("adapter").read_bytes())
         change(path)
         made.set("IPA_LoadAdapter", adapter_name=path.name)
 
@@ -113,13 +112,13 @@ def knobs(**values: Any) -> Case:
 
 
 def of_another_family(made: Any, files: Files) -> None:
-    miniature.ensure("adapter_sdxl")
+    standins.ensure("adapter_sdxl")
     made.set("IPA_LoadAdapter", adapter_name="ip-adapter_sdxl.safetensors")
 
 
 def model_without_cross_attention(made: Any, files: Files) -> None:
     path = files.new("models/diffusion_models", ".safetensors")
-    save_file(weights.fill(SD3, seed=0), path)
+    save_file(standins.half(SD3, 0), path)
     model = made.add("UNETLoader", unet_name=path.name, weight_dtype="default")
     made.set("IPA_Apply", model=model)
 
@@ -165,7 +164,7 @@ CASES: dict[str, tuple[Case, str, str]] = {
         r"connected model \(SD3\) has no UNet cross-attention layers",
     ),
     "encoder": (
-        file(of(layouts_clip.linear_projection(1280, CONTEXT))),
+        file(of(layouts.linear_projection(1280, CONTEXT))),
         "IPA_Apply",
         "1280.*768",
     ),

@@ -1,186 +1,292 @@
-"""Keys and shapes of the public checkpoints, written down, so that nothing must be imported.
+"""Names and shapes of the published checkpoints, `{name: shape}`.
 
-Every function returns ``{key: shape}`` in the layout that ComfyUI's loaders read. Linear
-and convolution weights are ``(out, in, ...)``; a bias follows its weight.
+Base models' come from diffusers' and transformers' own modules on the meta device, renamed as
+the files name them. Adapters' are written down: what is published, the pack is tested against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tests.support.random_models import under
 
 Layout = dict[str, tuple[int, ...]]
-HINT_WIDTHS = (3, 16, 16, 32, 32, 96, 96, 256)
+VOCABULARY, POSITIONS = 49408, 77  # CLIP's tokens, and how many it reads
+POOLED, SIZE_ID = 1280, 256  # widths of SDXL's pooled text and of one number of its sizes
 
 
 @dataclass(frozen=True)
 class UNet:
-    """A UNet of the Stable Diffusion family whose levels are all ``width`` channels wide.
+    """A UNet of the Stable Diffusion family at some size.
 
-    ``depths``: transformer blocks per residual block, one tuple a level (0 is no transformer).
+    `depths`: transformer blocks after each residual block of a level, 0 for none. `heads`: their
+    number at each level. `vector`: width of SDXL's pooled text and sizes together.
     """
 
-    depths: tuple[tuple[int, ...], ...]
-    middle: int
+    channels: int
     context: int
+    multipliers: tuple[int, ...]
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
     linear: bool = False
     vector: int | None = None
-    width: int = 320
+    blocks: int = 2
 
     @property
-    def layers(self) -> int:
-        """Cross-attention layers: down, up (one residual block more a level), middle."""
-        return sum(sum(level) + sum(level) + level[-1] for level in self.depths) + self.middle
+    def sdxl(self) -> bool:
+        return self.vector is not None
+
+    @property
+    def middle(self) -> int:
+        """Transformer blocks in the middle."""
+        return max(1, self.depths[-1])
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths of the cross-attention layers: down, up (one residual block more), middle."""
+        levels = [
+            (self.channels * m, depth)
+            for m, depth in zip(self.multipliers, self.depths, strict=True)
+        ]
+        down = [width for width, depth in levels for _ in range(self.blocks * depth)]
+        up = [width for width, depth in levels[::-1] for _ in range((self.blocks + 1) * depth)]
+        return (*down, *up, *[levels[-1][0]] * self.middle)
+
+    def comfy_config(self) -> dict[str, Any]:
+        """Return what ComfyUI's model_detection makes of such a file."""
+        per_head = self.channels * self.multipliers[-1] // self.heads[-1]
+        heads = {"num_head_channels": per_head} if self.linear else {"num_heads": self.heads[0]}
+        return {
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": self.channels,
+            "num_res_blocks": [self.blocks] * len(self.depths),
+            "transformer_depth": [d for d in self.depths for _ in range(self.blocks)],
+            "transformer_depth_output": [d for d in self.depths for _ in range(self.blocks + 1)],
+            "transformer_depth_middle": self.middle,
+            "channel_mult": list(self.multipliers),
+            "use_linear_in_transformer": self.linear,
+            "context_dim": self.context,
+            "use_spatial_transformer": True,
+            "legacy": False,
+            "adm_in_channels": self.vector,
+            **({"num_classes": "sequential"} if self.vector else {}),
+            **heads,
+        }
+
+    def diffusers_config(self) -> dict[str, Any]:
+        """Return the arguments of `UNet2DConditionModel`."""
+        vector = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": SIZE_ID,
+            "projection_class_embeddings_input_dim": self.vector,
+        }
+        up = tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in self.depths[::-1])
+        return {
+            "block_out_channels": tuple(self.channels * m for m in self.multipliers),
+            "down_block_types": tuple(name.replace("Up", "Down") for name in up[::-1]),
+            "up_block_types": up,
+            "layers_per_block": self.blocks,
+            "transformer_layers_per_block": tuple(max(1, depth) for depth in self.depths),
+            "attention_head_dim": self.heads,  # by an old slip, diffusers means their number
+            "cross_attention_dim": self.context,
+            "use_linear_projection": self.linear,
+            **(vector if self.vector else {}),
+        }
 
 
-SD15_MINI = UNet(depths=((1,),), middle=1, context=768)
-SDXL_MINI = UNet(((0, 0), (2, 2), (10, 10)), middle=10, context=2048, linear=True, vector=2816)
+SD15 = UNet(320, 768, (1, 2, 4, 4), (1, 1, 1, 0), (8, 8, 8, 8))
+SD2 = UNet(320, 1024, (1, 2, 4, 4), (1, 1, 1, 0), (5, 10, 20, 20), linear=True)
+SDXL = UNet(320, 2048, (1, 2, 4), (0, 2, 10), (5, 10, 20), linear=True, vector=POOLED + 6 * SIZE_ID)
 
 
 def dense(name: str, out: int, *rest: int, bias: bool = True) -> Layout:
-    """A linear layer or convolution."""
+    """Return a linear layer or convolution."""
     weight: Layout = {f"{name}.weight": (out, *rest)}
     return {**weight, f"{name}.bias": (out,)} if bias else weight
 
 
 def norm(name: str, width: int) -> Layout:
-    """A layer or group normalisation."""
+    """Return a layer or group normalisation."""
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def prefixed(prefix: str, layout: Layout) -> Layout:
-    """The same layout with ``prefix`` before every key."""
-    return {prefix + key: shape for key, shape in layout.items()}
+def of(make: Callable[[], Any]) -> Layout:
+    """Return the layout of the module that `make` makes; it takes no memory."""
+    with torch.device("meta"):
+        return {key: tuple(x.shape) for key, x in make().state_dict().items()}
 
 
-def _merge(parts: Iterable[Layout]) -> Layout:
-    return {key: shape for part in parts for key, shape in part.items()}
+_RESIDUAL = {
+    ".norm1.": ".in_layers.0.",
+    ".conv1.": ".in_layers.2.",
+    ".norm2.": ".out_layers.0.",
+    ".conv2.": ".out_layers.3.",
+    ".time_emb_proj.": ".emb_layers.1.",
+    ".conv_shortcut.": ".skip_connection.",
+}
+_AROUND = {
+    "time_embedding.linear_1.": "time_embed.0.",
+    "time_embedding.linear_2.": "time_embed.2.",
+    "add_embedding.linear_1.": "label_emb.0.0.",
+    "add_embedding.linear_2.": "label_emb.0.2.",
+    "conv_in.": "input_blocks.0.0.",
+    "conv_norm_out.": "out.0.",
+    "conv_out.": "out.2.",
+    "mid_block.resnets.0.": "middle_block.0.",
+    "mid_block.attentions.0.": "middle_block.1.",
+    "mid_block.resnets.1.": "middle_block.2.",
+    "controlnet_cond_embedding.conv_in.": "input_hint_block.0.",
+    "controlnet_cond_embedding.conv_out.": "input_hint_block.14.",
+    "controlnet_mid_block.": "middle_block_out.0.",
+}
+_IN_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|\w+samplers)\.(\d+)\.(.+)")
 
 
-def _residual(name: str, into: int, out: int, time: int) -> Layout:
-    parts = [
-        norm(f"{name}.in_layers.0", into),
-        dense(f"{name}.in_layers.2", out, into, 3, 3),
-        dense(f"{name}.emb_layers.1", out, time),
-        norm(f"{name}.out_layers.0", out),
-        dense(f"{name}.out_layers.3", out, out, 3, 3),
-    ]
-    if into != out:
-        parts.append(dense(f"{name}.skip_connection", out, into, 1, 1))
-    return _merge(parts)
+def _published(key: str, size: UNet) -> str:
+    """Return a published UNet's or ControlNet's name of what diffusers calls `key`."""
+    if ".resnets." in key:
+        for theirs, ours in _RESIDUAL.items():
+            key = key.replace(theirs, ours)
+    for theirs, ours in _AROUND.items():
+        if key.startswith(theirs):
+            return key.replace(theirs, ours, 1)
+    if match := re.match(r"controlnet_cond_embedding\.blocks\.(\d+)(.+)", key):
+        return f"input_hint_block.{2 * int(match[1]) + 2}{match[2]}"
+    if match := re.match(r"controlnet_down_blocks\.(\d+)(.+)", key):
+        return f"zero_convs.{match[1]}.0{match[2]}"
+    if (match := _IN_BLOCK.fullmatch(key)) is None:
+        return key
+    side, level, part, number, rest = match.groups()
+    before, of_level = int(level) * (size.blocks + 1), int(part == "attentions")
+    if part == "downsamplers":
+        return f"input_blocks.{before + size.blocks + 1}.0.{rest.replace('conv', 'op')}"
+    if part == "upsamplers":
+        last = 2 if size.depths[-1 - int(level)] else 1
+        return f"output_blocks.{before + size.blocks}.{last}.{rest}"
+    if side == "down":
+        return f"input_blocks.{before + int(number) + 1}.{of_level}.{rest}"
+    return f"output_blocks.{before + int(number)}.{of_level}.{rest}"
 
 
-def _transformer(name: str, depth: int, spec: UNet) -> Layout:
-    width, window = spec.width, () if spec.linear else (1, 1)
-    parts = [norm(f"{name}.norm", width), dense(f"{name}.proj_in", width, width, *window)]
-    for i in range(depth):
-        block = f"{name}.transformer_blocks.{i}"
-        for attention, context in (("attn1", width), ("attn2", spec.context)):
-            parts += [
-                dense(f"{block}.{attention}.to_q", width, width, bias=False),
-                dense(f"{block}.{attention}.to_k", width, context, bias=False),
-                dense(f"{block}.{attention}.to_v", width, context, bias=False),
-                dense(f"{block}.{attention}.to_out.0", width, width),
-            ]
-        parts += [
-            dense(f"{block}.ff.net.0.proj", 8 * width, width),
-            dense(f"{block}.ff.net.2", width, 4 * width),
-            *(norm(f"{block}.norm{n}", width) for n in (1, 2, 3)),
-        ]
-    return _merge([*parts, dense(f"{name}.proj_out", width, width, *window)])
+def unet(size: UNet) -> Layout:
+    """Return a published UNet, without the `model.diffusion_model.` prefix."""
+    from diffusers import UNet2DConditionModel
+
+    found = of(lambda: UNet2DConditionModel(**size.diffusers_config()))
+    return {_published(key, size): shape for key, shape in found.items()}
 
 
-def _encoder(spec: UNet) -> tuple[Layout, int]:
-    """Time embedding, input blocks and middle block, and how many input blocks there are."""
-    width, time = spec.width, 4 * spec.width
-    parts = [dense("time_embed.0", time, width), dense("time_embed.2", time, time)]
-    if spec.vector:
-        parts.append(dense("label_emb.0.0", time, spec.vector))
-        parts.append(dense("label_emb.0.2", time, time))
-    parts.append(dense("input_blocks.0.0", width, 4, 3, 3))
-    count = 1
-    for n, level in enumerate(spec.depths):
-        if n:
-            parts.append(dense(f"input_blocks.{count}.0.op", width, width, 3, 3))
-            count += 1
-        for depth in level:
-            parts.append(_residual(f"input_blocks.{count}.0", width, width, time))
-            if depth:
-                parts.append(_transformer(f"input_blocks.{count}.1", depth, spec))
-            count += 1
-    parts += [
-        _residual("middle_block.0", width, width, time),
-        _transformer("middle_block.1", spec.middle, spec),
-        _residual("middle_block.2", width, width, time),
-    ]
-    return _merge(parts), count
+def controlnet(size: UNet) -> Layout:
+    """Return a published ControlNet for that UNet."""
+    from diffusers import ControlNetModel
+
+    given = {k: v for k, v in size.diffusers_config().items() if k != "up_block_types"}
+    found = of(lambda: ControlNetModel(**given))
+    return {_published(key, size): shape for key, shape in found.items()}
 
 
-def unet(spec: UNet) -> Layout:
-    """ComfyUI's ``UNetModel``, without the ``model.diffusion_model.`` prefix."""
-    encoder, _ = _encoder(spec)
-    parts, count, width = [encoder], 0, spec.width
-    for n, level in reversed(list(enumerate(spec.depths))):
-        depths = [*level, level[-1]]
-        for i, depth in enumerate(depths):
-            parts.append(_residual(f"output_blocks.{count}.0", 2 * width, width, 4 * width))
-            if depth:
-                parts.append(_transformer(f"output_blocks.{count}.1", depth, spec))
-            if n and i == len(depths) - 1:
-                up = f"output_blocks.{count}.{2 if depth else 1}.conv"
-                parts.append(dense(up, width, width, 3, 3))
-            count += 1
-    return _merge([*parts, norm("out.0", width), dense("out.2", 4, width, 3, 3)])
+_VAE = {
+    "down_blocks.": "down.",
+    ".resnets.": ".block.",
+    "mid_block.block.0.": "mid.block_1.",
+    "mid_block.block.1.": "mid.block_2.",
+    "mid_block.attentions.0.": "mid.attn_1.",
+    "downsamplers.0.": "downsample.",
+    "upsamplers.0.": "upsample.",
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+    "group_norm": "norm",
+    ".to_q.": ".q.",
+    ".to_k.": ".k.",
+    ".to_v.": ".v.",
+    ".to_out.0.": ".proj_out.",
+}
 
 
-def controlnet(spec: UNet) -> Layout:
-    """ComfyUI's ``ControlNet`` for that UNet: its encoder, the hint's, and an output each."""
-    encoder, count = _encoder(spec)
-    widths = [*HINT_WIDTHS, spec.width]
-    hint = [
-        dense(f"input_hint_block.{2 * i}", widths[i + 1], widths[i], 3, 3)
-        for i in range(len(HINT_WIDTHS))
-    ]
-    zero = [dense(f"zero_convs.{i}.0", spec.width, spec.width, 1, 1) for i in range(count)]
-    out = dense("middle_block_out.0", spec.width, spec.width, 1, 1)
-    return _merge([encoder, *hint, *zero, out])
+def vae(widths: Sequence[int] = (128, 256, 512, 512), blocks: int = 2) -> Layout:
+    """Return Stable Diffusion's autoencoder, without the `first_stage_model.` prefix."""
+    from diffusers import AutoencoderKL
 
-
-def _vae_side(name: str, ends: tuple[int, int], widths: Sequence[int], blocks: int) -> Layout:
-    """Encoder (``down``) or decoder (``up``); ``widths`` in the order of the data's way."""
-    up = name == "decoder"
-    into, top = widths[0], widths[-1]
-    parts, levels = [dense(f"{name}.conv_in", into, ends[0], 3, 3)], len(widths)
-
-    def residual(key: str, into: int, out: int) -> None:
-        parts.extend((norm(f"{key}.norm1", into), dense(f"{key}.conv1", out, into, 3, 3)))
-        parts.extend((norm(f"{key}.norm2", out), dense(f"{key}.conv2", out, out, 3, 3)))
-        if into != out:
-            parts.append(dense(f"{key}.nin_shortcut", out, into, 1, 1))
-
-    for n, width in enumerate(widths):
-        level = f"{name}.up.{levels - 1 - n}" if up else f"{name}.down.{n}"
-        for i in range(blocks):
-            residual(f"{level}.block.{i}", into, width)
-            into = width
-        if n < levels - 1:
-            parts.append(dense(f"{level}.{'up' if up else 'down'}sample.conv", into, into, 3, 3))
-    middle = widths[0] if up else top
-    residual(f"{name}.mid.block_1", middle, middle)
-    residual(f"{name}.mid.block_2", middle, middle)
-    parts.append(norm(f"{name}.mid.attn_1.norm", middle))
-    for key in ("q", "k", "v", "proj_out"):
-        parts.append(dense(f"{name}.mid.attn_1.{key}", middle, middle, 1, 1))
-    parts += [norm(f"{name}.norm_out", top), dense(f"{name}.conv_out", ends[1], top, 3, 3)]
-    return _merge(parts)
-
-
-def vae() -> Layout:
-    """Stable Diffusion's autoencoder, without the ``first_stage_model.`` prefix."""
-    widths = (128, 256, 512, 512)
-    return {
-        **_vae_side("encoder", (3, 8), widths, blocks=2),
-        **_vae_side("decoder", (4, 3), widths[::-1], blocks=3),
-        **dense("quant_conv", 8, 8, 1, 1),
-        **dense("post_quant_conv", 4, 4, 1, 1),
+    levels = len(widths)
+    config = {
+        "block_out_channels": tuple(widths),
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": blocks,
     }
+    layout: Layout = {}
+    for key, shape in of(lambda: AutoencoderKL(**config)).items():
+        key = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", key)
+        for theirs, ours in _VAE.items():
+            key = key.replace(theirs, ours)
+        linear = ".attn_1." in key and len(shape) == 2
+        layout[key] = (*shape, 1, 1) if linear else shape
+    return layout
+
+
+def clip_text_l(width: int = 768, layers: int = 12) -> Layout:
+    """Return CLIP ViT-L's text encoder (SD1.5's, SDXL's first), beginning with `text_model.`."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+    )
+    found = of(lambda: CLIPTextModel(config))  # transformers 5 has no text_model
+    return {f"text_model.{key.removeprefix('text_model.')}": x for key, x in found.items()}
+
+
+def linear_projection(features: int, context: int, tokens: int = 4) -> Layout:
+    """Return `image_proj` of a base adapter: features (image_embeds) to tokens of `context`."""
+    return dense("proj", tokens * context, features) | norm("norm", context)
+
+
+def full_projection(features: int, context: int) -> Layout:
+    """Return `image_proj` of a full adapter: every hidden state becomes a token."""
+    return (
+        dense("proj.0", features, features)
+        | dense("proj.2", context, features)
+        | norm("proj.3", context)
+    )
+
+
+def resampler(features: int, context: int, width: int, tokens: int = 16) -> Layout:
+    """Return `image_proj` of a plus (fine-grained) adapter: 4 layers, heads of 64."""
+    inner = width // 64 * 64
+    layout: Layout = {
+        "latents": (1, tokens, width),
+        **dense("proj_in", width, features),
+        **dense("proj_out", context, width),
+        **norm("norm_out", context),
+    }
+    for i in range(4):
+        layout |= {
+            **norm(f"layers.{i}.0.norm1", width),
+            **norm(f"layers.{i}.0.norm2", width),
+            **dense(f"layers.{i}.0.to_q", inner, width, bias=False),
+            **dense(f"layers.{i}.0.to_kv", 2 * inner, width, bias=False),
+            **dense(f"layers.{i}.0.to_out", width, inner, bias=False),
+            **norm(f"layers.{i}.1.0", width),
+            **dense(f"layers.{i}.1.1", 4 * width, width, bias=False),
+            **dense(f"layers.{i}.1.3", width, 4 * width, bias=False),
+        }
+    return layout
+
+
+def ip_adapter(projection: Layout, widths: Sequence[int], context: int) -> Layout:
+    """Return a whole file: the projection, then W'k and W'v a layer, numbered 1, 3, 5, …"""
+    layout: Layout = under("image_proj.", projection)
+    for i, width in enumerate(widths):
+        for name in ("to_k_ip", "to_v_ip"):
+            layout |= dense(f"ip_adapter.{2 * i + 1}.{name}", width, context, bias=False)
+    return layout

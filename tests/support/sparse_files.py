@@ -24,8 +24,14 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tests.support.checkpoint_layouts import Layout, prefixed
-from tests.support.layouts_clip import full_projection, ip_adapter, linear_projection, resampler
+from tests.support.checkpoint_layouts import (
+    Layout,
+    full_projection,
+    ip_adapter,
+    linear_projection,
+    resampler,
+)
+from tests.support.random_models import under
 
 SD15 = (*[320] * 2, *[640] * 2, *[1280] * 5, *[640] * 3, *[320] * 3, 1280)
 SDXL = (*[640] * 4, *[1280] * 50, *[640] * 6, *[1280] * 10)
@@ -98,7 +104,7 @@ def siglip() -> Layout:
         image_size=384,
     )
     found = _of(lambda: SiglipVisionModel(config))
-    return found if "vision_model" in next(iter(found)) else prefixed("vision_model.", found)
+    return found if "vision_model" in next(iter(found)) else under("vision_model.", found)
 
 
 def config(name: str) -> dict[str, Any]:
@@ -118,4 +124,4 @@ def clip(name: str = "ViT-H-14") -> Layout:
 def tower(name: str = "ViT-H-14", prefix: str = "") -> Layout:
     """Its image tower alone."""
     found = {k.removeprefix("visual."): x for k, x in clip(name).items() if k[:7] == "visual."}
-    return prefixed(prefix, found)
+    return under(prefix, found)

@@ -3,10 +3,10 @@
 They lie in a ComfyUI base directory under the public names that the workflows ask for, so
 workflows run unmodified; nothing but the weights, the UNet's size (one level of 320
 channels; SDXL: three, with all 70 cross-attention layers) and the image encoder (CLIP
-ViT-L in place of ViT-H and ViT-bigG) differs from the real ones. Untrained: pictures are
-soft fields of colour that text, image and λ visibly change, no more.
+ViT-L in place of ViT-H and ViT-bigG) differs from the real ones. Untrained: images are
+soft fields of color that text, image and λ visibly change, no more.
 
-``python -m tests.support.standins [group or model …]`` makes them and prints where they lie.
+`python -m tests.support.standins [group or model …]` makes them and prints where they lie.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,32 +25,194 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 
-from tests.support.random_models import State
-from tests.support.standin_files import GROUPS, MODELS, PUBLIC_NAMES
+from ip_adapter_core.files.atomic import atomic
+from tests.support import checkpoint_layouts as layouts
+from tests.support.checkpoint_layouts import Layout, UNet
+from tests.support.random_models import State, under, weights
 from tools import pictures
 from tools.comfyui.install import ROOT
 
-__all__ = ["GROUPS", "INPUTS", "MODELS", "PUBLIC_NAMES", "base_directory", "ensure", "path"]
 logger = logging.getLogger("comfyui_ip_adapter.tools")
 
 VERSION = 1  # raise it when a file's content changes: files of other versions are made anew
-FOLDER_VARIABLE = "IP_ADAPTER_MINIATURE"
-INPUTS = tuple(pictures.SCENES)  # what lies in input/
+FOLDER_VARIABLE = "IP_ADAPTER_STANDINS"
+SD15 = UNet(320, 768, (1,), (1,), (8,), blocks=1)
+SDXL = UNet(320, 2048, (1, 1, 1), (0, 2, 10), (5, 5, 5), linear=True, vector=layouts.SDXL.vector)
+VISION_WIDTH, VISION_EMBEDDING = 1024, 768  # CLIP ViT-L: hidden states, image_embeds
+_LATENT = 4
+_GROUP = 10  # channels of one group of the UNet's last normalisation: 320 / 32
+
+
+def half(layout: Layout, seed: int, gains: dict[str, float] | None = None) -> State:
+    """Make weights in half precision, unit gain unless a name ends as `gains` says."""
+    return weights(layout, seed, gains, torch.float16)
+
+
+def _unet(size: UNet, seed: int) -> State:
+    """Make a UNet that returns its input, normalised, plus a soft random field.
+
+    A denoiser must return its input for the sampling to converge: its first channels carry +x
+    and −x of the 4 latent channels through the outermost skip connection;
+    SiLU(x) − SiLU(−x) = x, so the last convolution reads x back.
+    """
+    gains = {
+        "attn2.to_q.weight": 3.0,
+        "attn2.to_out.0.weight": 2.0,
+        "attn1.to_out.0.weight": 0.5,
+        "ff.net.2.weight": 0.5,
+        "out_layers.3.weight": 0.5,
+        "out.2.weight": 0.5,
+    }
+    state = half(layouts.unet(size), seed, gains)
+    last = max(int(key.split(".")[1]) for key in state if key.startswith("output_blocks."))
+    carried, width = 2 * _LATENT, size.channels
+    silenced = [f"output_blocks.{last}.0.out_layers.3", f"output_blocks.{last}.1.proj_out"]
+    silenced += [f"output_blocks.{last}.0.skip_connection", "input_blocks.0.0"]
+    for name in silenced:
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in state:
+                state[key][:carried] = 0
+    state["out.0.weight"][:_GROUP] = 1
+    state["out.0.bias"][:_GROUP] = 0
+    out = state["out.2.weight"]
+    out -= out.mean(dim=1, keepdim=True)  # no uniform color: SiLU's mean cancels out
+    out[:, :_GROUP] = 0
+    for i in range(_LATENT):
+        for sign, channel in ((1.0, i), (-1.0, _LATENT + i)):
+            state["input_blocks.0.0.weight"][channel, i, 1, 1] = sign
+            state[f"output_blocks.{last}.0.skip_connection.weight"][channel, width + channel] = 1
+            state["out.2.weight"][i, channel, 1, 1] = sign
+    return under("model.diffusion_model.", state)
+
+
+def _vae() -> State:
+    """Make an autoencoder whose images are soft, balanced in color and rarely saturated."""
+    state = half(layouts.vae(), 0, {"decoder.conv_out.weight": 1.2})
+    out = state["decoder.conv_out.weight"]
+    out -= out.mean(dim=1, keepdim=True)
+    return under("first_stage_model.", state)
+
+
+def _checkpoint(seed: int) -> State:
+    text = half(layouts.clip_text_l(), 0)
+    return _unet(SD15, seed) | under("cond_stage_model.transformer.", text) | _vae()
+
+
+def _checkpoint_sdxl() -> State:
+    from tests.support import sparse_files
+
+    text_g = {k: x for k, x in sparse_files.clip("ViT-bigG-14").items() if k[:7] != "visual."}
+    return {
+        **_unet(SDXL, 2),
+        **under("conditioner.embedders.0.transformer.", half(layouts.clip_text_l(), 0)),
+        **under("conditioner.embedders.1.model.", half(text_g, 0)),
+        **_vae(),
+    }
+
+
+def _vision() -> State:
+    from tests.support import sparse_files
+
+    gains = {"q_proj.weight": 2.0, "patch_embedding.weight": 2.0}
+    return half(sparse_files.vision("ViT-L"), 0, gains)
+
+
+def _adapter(size: UNet, projection: Layout) -> State:
+    layout = layouts.ip_adapter(projection, size.widths, size.context)
+    return half(layout, 0, {"to_k_ip.weight": 2.0, "to_v_ip.weight": 1.5})
+
+
+def _controlnet() -> State:
+    return half(layouts.controlnet(SD15), 0, {"zero_convs.0.0.weight": 0.5})
+
+
+@dataclass(frozen=True)
+class Model:
+    """A stand-in: where it lies below `models/`, its group, and what makes its tensors."""
+
+    path: str
+    group: str
+    build: Callable[[], State]
+    also: tuple[str, ...] = ()  # further public names of the same file
+
+
+def _models() -> dict[str, Model]:
+    base = layouts.linear_projection(VISION_EMBEDDING, SD15.context)
+    plus = layouts.resampler(VISION_WIDTH, SD15.context, width=768)
+    full = layouts.full_projection(VISION_WIDTH, SD15.context)
+    base_xl = layouts.linear_projection(VISION_EMBEDDING, SDXL.context)
+    plus_xl = layouts.resampler(VISION_WIDTH, SDXL.context, width=1280)
+    return {
+        "checkpoint": Model(
+            "checkpoints/v1-5-pruned-emaonly-fp16.safetensors", "sd15", partial(_checkpoint, 0)
+        ),
+        "checkpoint_other": Model(
+            "checkpoints/DreamShaper_8_pruned.safetensors", "other", partial(_checkpoint, 1)
+        ),
+        "checkpoint_sdxl": Model(
+            "checkpoints/sd_xl_base_1.0.safetensors", "sdxl", _checkpoint_sdxl
+        ),
+        "clip_vision": Model(
+            "clip_vision/CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
+            "vision",
+            _vision,
+            also=("clip_vision/CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors",),
+        ),
+        "adapter": Model(
+            "ipadapter/ip-adapter_sd15.safetensors", "sd15", partial(_adapter, SD15, base)
+        ),
+        "adapter_bin": Model(
+            "ipadapter/ip-adapter_sd15.bin", "sd15", partial(_adapter, SD15, base)
+        ),
+        "adapter_plus": Model(
+            "ipadapter/ip-adapter-plus_sd15.safetensors",
+            "sd15",
+            partial(_adapter, SD15, plus),
+            also=("ipadapter/ip-adapter-plus-face_sd15.safetensors",),
+        ),
+        "adapter_full": Model(
+            "ipadapter/ip-adapter-full-face_sd15.safetensors", "sd15", partial(_adapter, SD15, full)
+        ),
+        "adapter_sdxl": Model(
+            "ipadapter/ip-adapter_sdxl.safetensors",
+            "sdxl",
+            partial(_adapter, SDXL, base_xl),
+            also=("ipadapter/ip-adapter_sdxl_vit-h.safetensors",),
+        ),
+        "adapter_plus_sdxl": Model(
+            "ipadapter/ip-adapter-plus_sdxl_vit-h.safetensors",
+            "sdxl",
+            partial(_adapter, SDXL, plus_xl),
+        ),
+        "controlnet": Model(
+            "controlnet/control_v11p_sd15_canny_fp16.safetensors", "control", _controlnet
+        ),
+    }
+
+
+MODELS = _models()
+GROUPS: dict[str, tuple[str, ...]] = {
+    "sd15": ("sd15", "vision"),
+    "sdxl": ("sdxl", "vision"),
+    "control": ("control",),
+    "other": ("other",),
+    "workflows": ("sd15", "sdxl", "vision", "control", "other"),
+}
 
 
 def base_directory() -> Path:
-    """The ComfyUI base directory of the stand-ins; IP_ADAPTER_MINIATURE moves it."""
+    """Return the ComfyUI base directory of the stand-ins; IP_ADAPTER_STANDINS moves it."""
     chosen = os.environ.get(FOLDER_VARIABLE)
-    return Path(chosen).expanduser().absolute() if chosen else ROOT / ".cache" / "miniature"
+    return Path(chosen).expanduser().absolute() if chosen else ROOT / ".cache" / "standins"
 
 
 def path(name: str) -> Path:
-    """Where the stand-in ``name`` (a key of MODELS) lies, made or not."""
+    """Return where the stand-in `name` (a key of MODELS) lies, made or not."""
     return base_directory() / "models" / MODELS[name].path
 
 
 def _nested(state: State) -> dict[str, State]:
-    """The two-level dict of published ``.bin`` files."""
+    """Return the two-level dict of published `.bin` files."""
     nested: dict[str, State] = {}
     for key, tensor in state.items():
         group, _, rest = key.partition(".")
@@ -57,38 +220,21 @@ def _nested(state: State) -> dict[str, State]:
     return nested
 
 
-def _write(target: Path, write: Callable[[Path], object]) -> None:
-    """Write beside ``target`` and rename, so that no half-written file bears its name."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(target.name + ".partial")
-    write(unfinished)
-    os.replace(unfinished, target)
-
-
-def _draw(target: Path) -> None:
-    picture = pictures.picture(target.name)
-    _write(target, lambda unfinished: picture.save(unfinished, format="PNG"))
-
-
-def _save(target: Path, build: Callable[[], State]) -> None:
-    state = build()
-    if target.suffix == ".bin":
-        _write(target, lambda unfinished: torch.save(_nested(state), unfinished))
+def _save(target: Path, model: Model) -> None:
+    if model.path.endswith(".bin"):
+        with target.open("wb") as file:  # a path's name would be in the bytes
+            torch.save(_nested(model.build()), file)
     else:
-        _write(target, lambda unfinished: save_file(state, unfinished, metadata={"format": "pt"}))
+        save_file(model.build(), target, metadata={"format": "pt"})
 
 
 def _link(target: Path, source: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
-
-    def link(unfinished: Path) -> None:
-        unfinished.unlink(missing_ok=True)
-        try:
-            os.link(source, unfinished)
-        except OSError:
-            shutil.copyfile(source, unfinished)
-
-    _write(target, link)
+    """Make a hard link, or a copy where the file system has none."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _selected(names: Sequence[str]) -> list[str]:
@@ -112,23 +258,26 @@ def ensure(*names: str) -> Path:
     base = base_directory()
     for folder in ("checkpoints", "clip_vision", "controlnet", "ipadapter"):
         (base / "models" / folder).mkdir(parents=True, exist_ok=True)
+    (base / "input").mkdir(exist_ok=True)
     with FileLock(base / "making.lock"):
         manifest = base / "manifest.json"
         made: dict[str, int] = json.loads(manifest.read_text()) if manifest.exists() else {}
 
-        def make(relative: str, write: Callable[[Path], None]) -> None:
+        def make(relative: str, write: Callable[[Path], object]) -> None:
             if made.get(relative) == VERSION and (base / relative).exists():
                 return
             logger.info("making the stand-in %s", relative)
-            write(base / relative)
+            with atomic(base / relative) as temporary:
+                write(temporary)
             made[relative] = VERSION
-            _write(manifest, lambda unfinished: unfinished.write_text(json.dumps(made, indent=1)))
+            with atomic(manifest) as temporary:
+                temporary.write_text(json.dumps(made, indent=1))
 
         for name in pictures.SCENES:
-            make(f"input/{name}", _draw)
+            make(f"input/{name}", partial(pictures.picture(name).save, format="PNG"))
         for name in selected:
             model = MODELS[name]
-            make(f"models/{model.path}", partial(_save, build=model.build))
+            make(f"models/{model.path}", partial(_save, model=model))
             for alias in model.also:
                 make(f"models/{alias}", partial(_link, source=path(name)))
     return base

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ip_adapter_core.variants import FAMILIES
-from tests.support import small_frozen, small_training
+from tests.support import image_folders, small_models
 
 
 @pytest.fixture(scope="session")
@@ -15,8 +15,8 @@ def frozen(tmp_path_factory) -> Path:
     """`sd15`, `sdxl`: diffusers folders; `encoder`: a CLIP vision model."""
     folder = tmp_path_factory.mktemp("frozen")
     for family in FAMILIES:
-        small_frozen.base(folder / family, family)
-    small_training.image_encoder(folder / "encoder")
+        small_models.base(folder / family, family)
+    small_models.image_encoder(folder / "encoder")
     return folder
 
 
@@ -25,7 +25,7 @@ def pictures(tmp_path_factory) -> Path:
     """Forty pictures with captions beside them."""
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(40):
-        small_training.picture(number, (80, 70)).save(folder / f"{number:02}.png")
+        image_folders.image(number, (80, 70)).save(folder / f"{number:02}.png")
         (folder / f"{number:02}.txt").write_text(f"picture {number}")
     return folder
 

@@ -15,7 +15,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from ip_adapter_core.variants import FEATURE_KINDS
-from tests.support import small_frozen
+from tests.support import image_folders, small_models
 from training import cache
 from training.caching import writer as cache_writing
 from training.caching.dataset import CachedDataset
@@ -105,7 +105,7 @@ class TestContent:
 
     def test_of_buckets(self, settings, tmp_path):
         data = tmp_path / "data"
-        small_frozen.pictures(data, 30, sizes=((80, 80), (160, 80), (80, 160)), broken=2)
+        image_folders.with_metadata(data, 30, sizes=((80, 80), (160, 80), (80, 160)), broken=2)
         dataset = cache.make(settings(data=str(data), buckets=True, size=192, shard_rows=7))
         left = range(2, 30)
         assert len(dataset) == len(left)
@@ -135,10 +135,10 @@ class TestContent:
         assert rows[0, 0]["mean"].dtype == torch.bfloat16
 
     def test_broken_pictures_are_left_out_and_named(self, settings, tmp_path, caplog):
-        small_frozen.pictures(tmp_path / "data", 30, broken=9)
+        image_folders.with_metadata(tmp_path / "data", 30, broken=9)
         arguments = ["--data", str(tmp_path / "data")]
         with caplog.at_level(logging.INFO):
-            cache.main([*small_frozen.command(settings()), *arguments])
+            cache.main([*small_models.command(settings()), *arguments])
         dataset = CachedDataset(settings().out, EMBEDS, cache.NO_DRAWS)
         assert len(dataset) == 21
         assert "9 pictures could not be read and are left out: 0000.png: " in caplog.text
@@ -147,7 +147,7 @@ class TestContent:
         assert "21 rows" in caplog.text
 
     def test_nothing_but_broken_pictures(self, settings, tmp_path):
-        small_frozen.pictures(tmp_path / "data", 3, broken=3)
+        image_folders.with_metadata(tmp_path / "data", 3, broken=3)
         with pytest.raises(TrainingError, match="none of its 3 pictures"):
             cache.make(settings(data=str(tmp_path / "data")))
 
@@ -288,7 +288,7 @@ class TestCommandLine:
         found = cache.parse(["--config", str(config), "--batch_size", "2"])
         assert (found.shard_rows, found.batch_size) == (5, 2)
         assert found.base == settings().base
-        assert cache.parse(small_frozen.command(settings())) == settings()
+        assert cache.parse(small_models.command(settings())) == settings()
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
@@ -300,13 +300,13 @@ class TestCommandLine:
     )
     def test_a_value_that_cannot_be(self, arguments, said, settings, capsys):
         with pytest.raises(SystemExit) as error:
-            cache.parse([*small_frozen.command(settings()), *arguments])
+            cache.parse([*small_models.command(settings()), *arguments])
         assert error.value.code == 2
         assert said in capsys.readouterr().err
 
     def test_errors_are_messages(self, settings):
         with pytest.raises(SystemExit, match=r"cache\.py: There is no '/nowhere'"):
-            cache.main([*small_frozen.command(settings()), "--data", "/nowhere"])
+            cache.main([*small_models.command(settings()), "--data", "/nowhere"])
 
     def test_shards_to_stream_are_refused(self, settings):
         with pytest.raises(TrainingError, match="WebDataset shards"):

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from ip_adapter_core.variants import FEATURE_KINDS
-from tests.support import small_frozen
-from tests.support.small_frozen import command
+from tests.support import image_folders
+from tests.support.small_models import command
 from training import cache
 from training.caching.format import MANIFEST, shard_path
 from training.errors import TrainingError
@@ -133,7 +133,7 @@ class TestGoingOn:
         assert contents(settings().out) == before
 
     def test_other_pictures_are_refused(self, settings, tmp_path):
-        small_frozen.pictures(tmp_path / "data", 40)
+        image_folders.with_metadata(tmp_path / "data", 40)
         cache.make(settings())
         with pytest.raises(TrainingError, match=r"data \(there .*pictures.*, now .*data\)"):
             cache.make(settings(data=str(tmp_path / "data")))

@@ -10,8 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from ip_adapter_core.variants import FAMILIES, FEATURE_KINDS
-from tests.support import small_frozen, small_training
-from tests.support.small_frozen import of_open_clip, of_transformers
+from tests.support import small_models
+from tests.support.small_models import of_open_clip, of_transformers
 from training import fingerprints
 from training.data.dataset import collate
 from training.data.randomness import DrawSettings, draw
@@ -35,13 +35,13 @@ def folders(frozen):
 
 
 def loaded(folder, kind=EMBEDS, dtype=torch.float32):
-    encoder = of_open_clip(small_frozen.open_clip_model()).to(dtype)
+    encoder = of_open_clip(small_models.open_clip_model()).to(dtype)
     return FrozenEncoders(load_encoders(str(folder), dtype), encoder, kind)
 
 
 def example(encoders, number):
     generator = torch.Generator().manual_seed(number)
-    side = small_frozen.SIDE
+    side = small_models.SIDE
     return {
         "pixels": torch.randn(3, 64, 48, generator=generator),
         "reference": torch.randn(3, side, side, generator=generator),
@@ -113,7 +113,7 @@ class TestFrozen:
         assert all(map(torch.equal, sent("a b"), encoders.tokenise("a b")))
 
     def test_a_vae_of_another_scale(self, folders, tmp_path):
-        small_training.base(tmp_path, "sd15")
+        small_models.base(tmp_path, "sd15", levels=2)
         with pytest.raises(TrainingError, match="one latent of 2 × 2 pixels"):
             loaded(tmp_path)
 
@@ -135,7 +135,7 @@ class TestFingerprint:
     def test_it_names_the_part_that_is_another(self, folders):
         before = loaded(folders["sd15"])
         assert set(before.fingerprints) == {"vae", "text encoder", "image encoder"}
-        other = small_frozen.open_clip_model()
+        other = small_models.open_clip_model()
         other.visual.ln_pre.bias.data[0] += 1e-6
         base = load_encoders(str(folders["sd15"]))
         after = FrozenEncoders(base, of_open_clip(other), EMBEDS)
@@ -144,12 +144,12 @@ class TestFingerprint:
         assert before.fingerprint != after.fingerprint
 
     def test_preprocessing_and_activation_count(self):
-        plain = of_open_clip(small_frozen.open_clip_model())
-        assert plain.weights == of_open_clip(small_frozen.open_clip_model()).weights
-        assert plain.weights != of_open_clip(small_frozen.open_clip_model(quick_gelu=True)).weights
-        other = small_frozen.preprocessed(small_frozen.open_clip_model(), mean=(0.5, 0.5, 0.5))
+        plain = of_open_clip(small_models.open_clip_model())
+        assert plain.weights == of_open_clip(small_models.open_clip_model()).weights
+        assert plain.weights != of_open_clip(small_models.open_clip_model(quick_gelu=True)).weights
+        other = small_models.preprocessed(small_models.open_clip_model(), mean=(0.5, 0.5, 0.5))
         assert plain.weights != of_open_clip(other).weights
-        model = small_frozen.as_transformers(small_frozen.open_clip_model().visual)
+        model = small_models.as_transformers(small_models.open_clip_model().visual)
         first = of_transformers(model)
         rescaled = image_towers.Processor(
             size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
@@ -171,7 +171,7 @@ class TestFingerprint:
 
     def test_text_towers_do_not_count(self):
         """Only the image tower shapes the features."""
-        other = small_frozen.open_clip_model()
+        other = small_models.open_clip_model()
         other.ln_final.bias.data += 1
-        plain = of_open_clip(small_frozen.open_clip_model())
+        plain = of_open_clip(small_models.open_clip_model())
         assert of_open_clip(other).weights == plain.weights

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ip_adapter_core.variants import FEATURE_KINDS
-from tests.support import small_frozen, small_training
-from tests.support.small_frozen import of_open_clip, of_transformers
+from tests.support import image_folders, random_models, small_models
+from tests.support.small_models import of_open_clip, of_transformers
 from training.errors import TrainingError
 from training.models import image_towers
 from training.models.image_encoder import ImageEncoder
@@ -36,12 +36,12 @@ def pixels(side, count=2):
 def registered(monkeypatch, tmp_path):
     """A small model among open_clip's, with weights under two tags that ask for either GELU."""
     config = tmp_path / "small.json"
-    config.write_text(json.dumps(small_frozen.open_clip_config()))
+    config.write_text(json.dumps(small_models.open_clip_config()))
     known = dict(open_clip.factory._MODEL_CONFIGS)
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", known)
     known["small"] = json.loads(config.read_text())
     weights = tmp_path / "small.safetensors"
-    model = small_frozen.open_clip_model()
+    model = small_models.open_clip_model()
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights)
     tags = {
         "plain": {"file": str(weights), "mean": (0.1, 0.2, 0.3)},
@@ -54,10 +54,10 @@ def registered(monkeypatch, tmp_path):
 class TestFeatures:
     @pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick_gelu"])
     def test_both_libraries_give_the_same(self, quick_gelu):
-        model = small_frozen.open_clip_model(quick_gelu=quick_gelu)
-        reference = small_frozen.as_transformers(model.visual)
+        model = small_models.open_clip_model(quick_gelu=quick_gelu)
+        reference = small_models.as_transformers(model.visual)
         mine, theirs = of_open_clip(model), of_transformers(reference)
-        x = pixels(small_frozen.SIDE)
+        x = pixels(small_models.SIDE)
         expected = reference(pixel_values=x, output_hidden_states=True)
         for encoder in (mine, theirs):
             assert close(encoder(x, EMBEDS), expected.image_embeds)
@@ -70,9 +70,9 @@ class TestFeatures:
         config = copy.deepcopy(open_clip.get_model_config("ViT-H-14"))
         config["vision_cfg"]["layers"] = 2
         config["text_cfg"] |= {"layers": 1, "vocab_size": 8}
-        model = small_training.fill(open_clip.model.CLIP(**config), 0)
-        encoder = of_open_clip(small_frozen.preprocessed(model))
-        reference = small_frozen.as_transformers(model.visual)
+        model = random_models.fill(open_clip.model.CLIP(**config), 0)
+        encoder = of_open_clip(small_models.preprocessed(model))
+        reference = small_models.as_transformers(model.visual)
         assert (reference.config.hidden_size, reference.config.num_attention_heads) == (1280, 16)
         x = pixels(224, 1)
         found = encoder.features(x, FEATURE_KINDS)
@@ -84,12 +84,12 @@ class TestFeatures:
 
     @pytest.mark.parametrize("library", ["open_clip", "transformers"])
     def test_both_kinds_at_once_are_those_of_each_alone(self, library):
-        model = small_frozen.open_clip_model()
+        model = small_models.open_clip_model()
         if library == "open_clip":
             encoder = of_open_clip(model)
         else:
-            encoder = of_transformers(small_frozen.as_transformers(model.visual))
-        x = pixels(small_frozen.SIDE)
+            encoder = of_transformers(small_models.as_transformers(model.visual))
+        x = pixels(small_models.SIDE)
         both = encoder.features(x, FEATURE_KINDS)
         for kind in FEATURE_KINDS:
             alone = encoder.features(x, [kind])
@@ -97,34 +97,34 @@ class TestFeatures:
             assert torch.equal(alone[kind], both[kind])
 
     def test_a_kind_that_there_is_not(self):
-        encoder = of_open_clip(small_frozen.open_clip_model())
+        encoder = of_open_clip(small_models.open_clip_model())
         with pytest.raises(ValueError, match="image_embeds or penultimate_hidden_states"):
-            encoder(pixels(small_frozen.SIDE), "hidden_states")
+            encoder(pixels(small_models.SIDE), "hidden_states")
 
     def test_a_dropped_image(self):
-        encoder = of_open_clip(small_frozen.open_clip_model())
+        encoder = of_open_clip(small_models.open_clip_model())
         assert torch.equal(encoder.zero(EMBEDS), torch.zeros(1, 48))
-        black = torch.zeros(1, 3, small_frozen.SIDE, small_frozen.SIDE)
+        black = torch.zeros(1, 3, small_models.SIDE, small_models.SIDE)
         assert torch.equal(encoder.zero(HIDDEN), encoder(black, HIDDEN))
         assert encoder.zero(HIDDEN).abs().sum() > 0
         assert (encoder.feature_dim(EMBEDS), encoder.feature_dim(HIDDEN)) == (48, 64)
 
     def test_it_stays_frozen(self):
-        encoder = of_open_clip(small_frozen.open_clip_model()).to(torch.bfloat16)
+        encoder = of_open_clip(small_models.open_clip_model()).to(torch.bfloat16)
         assert not encoder.train().training
         assert not any(part.training for part in encoder.modules())
-        out = encoder(pixels(small_frozen.SIDE), HIDDEN)
+        out = encoder(pixels(small_models.SIDE), HIDDEN)
         assert (out.dtype, out.requires_grad) == (torch.bfloat16, False)
         assert encoder.zero(EMBEDS).dtype == torch.bfloat16
 
     def test_a_tower_without_such_states(self):
-        config = small_frozen.open_clip_config()
+        config = small_models.open_clip_config()
         config["vision_cfg"] |= {"layers": [1, 1, 1, 1], "width": 16}
         model = open_clip.model.CLIP(**config).eval()
-        encoder = of_open_clip(small_frozen.preprocessed(model))
-        assert encoder(pixels(small_frozen.SIDE), EMBEDS).shape == (2, 48)
+        encoder = of_open_clip(small_models.preprocessed(model))
+        assert encoder(pixels(small_models.SIDE), EMBEDS).shape == (2, 48)
         with pytest.raises(TrainingError, match="ModifiedResNet"):
-            encoder(pixels(small_frozen.SIDE), HIDDEN)
+            encoder(pixels(small_models.SIDE), HIDDEN)
 
 
 class TestPreprocess:
@@ -137,7 +137,7 @@ class TestPreprocess:
         noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
         picture = Image.fromarray(noise)
         config = {"size": 224, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
-        model = small_frozen.preprocessed(small_frozen.open_clip_model(), **config)
+        model = small_models.preprocessed(small_models.open_clip_model(), **config)
         _, mine = image_towers.of_open_clip(model)
         processor = image_towers.Processor(
             size={"shortest_edge": 224},
@@ -146,7 +146,7 @@ class TestPreprocess:
             image_std=config["std"],
         )
         _, theirs = image_towers.of_transformers(
-            small_frozen.as_transformers(model.visual), processor
+            small_models.as_transformers(model.visual), processor
         )
         a, b = mine(picture), theirs(picture)
         assert a.shape == b.shape == (3, 224, 224)
@@ -159,19 +159,19 @@ class TestPreprocess:
         assert (a - b).abs().max() < 1e-5
 
     def test_greyscale_and_palette(self):
-        encoder = of_open_clip(small_frozen.open_clip_model())
+        encoder = of_open_clip(small_models.open_clip_model())
         grey = Image.new("L", (50, 40), 130)
         assert torch.equal(encoder.preprocess(grey), encoder.preprocess(grey.convert("RGB")))
 
     @pytest.mark.parametrize("library", ["open_clip", "transformers"])
     def test_it_goes_to_other_processes_without_the_weights(self, library):
-        model = small_frozen.open_clip_model()
+        model = small_models.open_clip_model()
         encoder = of_open_clip(model)
         if library == "transformers":
-            encoder = of_transformers(small_frozen.as_transformers(model.visual))
+            encoder = of_transformers(small_models.as_transformers(model.visual))
         sent = pickle.dumps(encoder.preprocess)
         assert len(sent) < 10_000
-        picture = small_training.picture(0)
+        picture = image_folders.image(0)
         assert torch.equal(pickle.loads(sent)(picture), encoder.preprocess(picture))
 
 
@@ -180,16 +180,16 @@ class TestByName:
         model, _ = registered
         encoder = ImageEncoder.from_name("open_clip:small/plain", torch.bfloat16)
         assert encoder.dtype == torch.bfloat16
-        x = pixels(small_frozen.SIDE)
+        x = pixels(small_models.SIDE)
         wide = encoder.to(torch.float32)
         assert close(wide(x, EMBEDS), model.visual(x), 1e-2)
         assert encoder.preprocess.settings["mean"] == (0.1, 0.2, 0.3)
 
     def test_weights_decide_about_the_activation(self, registered, recwarn):
-        x = pixels(small_frozen.SIDE)
+        x = pixels(small_models.SIDE)
         plain = ImageEncoder.from_name("open_clip:small/plain")
         quick = ImageEncoder.from_name("open_clip:small/quick")
-        reference = small_frozen.open_clip_model(quick_gelu=True)
+        reference = small_models.open_clip_model(quick_gelu=True)
         assert torch.equal(quick(x, EMBEDS), reference.visual(x))
         assert not torch.equal(quick(x, EMBEDS), plain(x, EMBEDS))
         assert quick.weights != plain.weights
@@ -208,36 +208,36 @@ class TestByName:
     def test_open_clip_weights_of_a_file(self, registered):
         model, weights = registered
         encoder = ImageEncoder.from_name(f"open_clip:small@{weights}")
-        x = pixels(small_frozen.SIDE)
+        x = pixels(small_models.SIDE)
         assert torch.equal(encoder(x, HIDDEN), of_open_clip(model)(x, HIDDEN))
 
     def test_open_clips_own_folders(self, registered, tmp_path):
         model, weights = registered
         folder = tmp_path / "folder"
         folder.mkdir()
-        config = {"model_cfg": small_frozen.open_clip_config(), "preprocess_cfg": {}}
+        config = {"model_cfg": small_models.open_clip_config(), "preprocess_cfg": {}}
         (folder / "open_clip_config.json").write_text(json.dumps(config))
         (folder / "open_clip_model.safetensors").write_bytes(weights.read_bytes())
         encoder = ImageEncoder.from_name(f"open_clip:local-dir:{folder}")
-        x = pixels(small_frozen.SIDE)
+        x = pixels(small_models.SIDE)
         assert torch.equal(encoder(x, EMBEDS), model.visual(x))
 
     def test_a_transformers_folder(self, tmp_path):
-        small_training.image_encoder(tmp_path)
+        small_models.image_encoder(tmp_path)
         encoder = ImageEncoder.from_name(str(tmp_path), torch.float16)
         assert (encoder.dtype, encoder.size) == (torch.float16, 32)
-        assert encoder.feature_dim(EMBEDS) == small_training.EMBED
-        assert encoder.feature_dim(HIDDEN) == small_training.STATES
+        assert encoder.feature_dim(EMBEDS) == small_models.EMBED
+        assert encoder.feature_dim(HIDDEN) == small_models.STATES
 
     def test_a_folder_with_both_towers(self, tmp_path):
-        small_training.clip(tmp_path)
-        assert ImageEncoder.from_name(str(tmp_path)).feature_dim(EMBEDS) == small_training.EMBED
+        small_models.clip(tmp_path)
+        assert ImageEncoder.from_name(str(tmp_path)).feature_dim(EMBEDS) == small_models.EMBED
 
     def test_without_a_processor_its_size_is_the_models(self, tmp_path):
-        small_training.image_encoder(tmp_path / "with")
-        small_training.image_encoder(tmp_path / "without")
+        small_models.image_encoder(tmp_path / "with")
+        small_models.image_encoder(tmp_path / "without")
         (tmp_path / "without" / "preprocessor_config.json").unlink()
-        picture = small_training.picture(1)
+        picture = image_folders.image(1)
         found = [ImageEncoder.from_name(str(tmp_path / x)).preprocess for x in ("with", "without")]
         assert torch.equal(found[0](picture), found[1](picture))
 
@@ -258,14 +258,14 @@ class TestByName:
             ImageEncoder.from_name(name)
 
     def test_weights_of_another_model(self, registered, tmp_path):
-        other = small_frozen.open_clip_model(width=32)
+        other = small_models.open_clip_model(width=32)
         path = tmp_path / "other.safetensors"
         save_file({k: v.contiguous() for k, v in other.state_dict().items()}, path)
         with pytest.raises(TrainingError, match=r"cannot be loaded by open_clip.*size mismatch"):
             ImageEncoder.from_name(f"open_clip:small@{path}")
 
     def test_a_model_without_projection(self, tmp_path):
-        small_training.image_encoder(tmp_path)
+        small_models.image_encoder(tmp_path)
         (path,) = tmp_path.glob("*.safetensors")
         state = load_file(path)
         del state["visual_projection.weight"]
@@ -274,11 +274,11 @@ class TestByName:
             ImageEncoder.from_name(str(tmp_path))
 
     def test_a_model_of_another_type(self, tmp_path):
-        small_training._text(0, projection=24).save_pretrained(tmp_path)
+        small_models.second_text_encoder().save_pretrained(tmp_path)
         with pytest.raises(TrainingError, match="type 'clip_text_model'"):
             ImageEncoder.from_name(str(tmp_path))
 
     def test_preprocessing_of_another_size(self):
-        reference = small_frozen.as_transformers(small_frozen.open_clip_model().visual)
+        reference = small_models.as_transformers(small_models.open_clip_model().visual)
         with pytest.raises(TrainingError, match="reads pictures of 32 pixels"):
             of_transformers(reference, image_towers.Processor())

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from tests.support import small_training as small
+from tests.support import image_folders
+from tests.support import small_models as small
 from training.errors import TrainingError
 from training.evaluation.clip_score import clip_i, clip_t, load_clip
 
@@ -26,7 +27,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def pictures():
-    return [small.picture(seed, (50 + 9 * seed, 40)) for seed in range(len(CAPTIONS))]
+    return [image_folders.image(seed, (50 + 9 * seed, 40)) for seed in range(len(CAPTIONS))]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ip_adapter_core.variants import FAMILIES
-from tests.support import small_frozen
+from tests.support import small_models
 from training.errors import TrainingError
 from training.models import clip_tokenizer as clip_vocabulary
 from training.models import layout
@@ -31,7 +31,7 @@ def files(tmp_path_factory):
     found = {}
     for family in FAMILIES:
         found[family] = folder / f"{family}.safetensors"
-        save_file(small_frozen.single_file(family), found[family])
+        save_file(small_models.single_file(family), found[family])
     return found
 
 
@@ -135,8 +135,8 @@ def test_a_single_files_second_text_encoder_is_open_clips(files):
     """Heads, activation and projection are not in the file; open_clip's own model knows them."""
     prefix = layout.TEXT_G
     state = {k.removeprefix(prefix): v.float() for k, v in load_file(files["sdxl"]).items()}
-    width = small_frozen.TEXT_G
-    reference = small_frozen.open_clip_model(text_width=width, embed=width)
+    width = small_models.TEXT_G
+    reference = small_models.open_clip_model(text_width=width, embed=width)
     reference.load_state_dict(state, strict=False)
     tokenizer, encoder = load_base(str(files["sdxl"])).text[1]
     texts = ["a cat", "two small birds on a wire"]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ip_adapter_core.variants import FAMILIES
-from tests.support import small_frozen
+from tests.support import small_models
 from training.errors import TrainingError
 from training.models.base import load_base
 
@@ -28,7 +28,7 @@ def files(tmp_path_factory):
     found = {}
     for family in FAMILIES:
         found[family] = folder / f"{family}.safetensors"
-        save_file(small_frozen.single_file(family), found[family])
+        save_file(small_models.single_file(family), found[family])
     return found
 
 

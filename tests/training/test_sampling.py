@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import save_file
 
 from ip_adapter_core.variants import FAMILIES
-from tests.support import small_training as small
+from tests.support import small_models as small
 from training.models.base import load_base
 from training.sampling import (
     NotFinite,
@@ -36,7 +36,7 @@ def family(request):
 @pytest.fixture(scope="module")
 def folder(family, tmp_path_factory):
     path = tmp_path_factory.mktemp(family)
-    small.base(path, family)
+    small.base(path, family, levels=2)
     return path
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support import small_training
+from tests.support import image_folders, random_models, small_models
 from training.errors import TrainingError
 from training.train import train
 
@@ -62,9 +62,9 @@ def test_from_a_cache_it_learns_the_same(settings, cached, family, variant):
 def test_a_cache_of_another_encoder(settings, cached, tmp_path):
     given = cached()
     torch.manual_seed(1)
-    model = small_training.CLIPVisionModelWithProjection(small_training._vision_config())
-    small_training.fill(model, 99).save_pretrained(tmp_path / "other")
-    small_training._processor().save_pretrained(tmp_path / "other")
+    model = small_models.CLIPVisionModelWithProjection(small_models.vision_config())
+    random_models.fill(model, 99).save_pretrained(tmp_path / "other")
+    small_models.processor().save_pretrained(tmp_path / "other")
     with pytest.raises(TrainingError, match="image encoder") as error:
         train(settings(cache=given.cache, data=None, image_encoder=str(tmp_path / "other")))
     assert "was not made for this run" in str(error.value)
@@ -74,7 +74,7 @@ def test_aspect_ratios_are_kept(settings, pictures, tmp_path):
     data = tmp_path / "wide"
     data.mkdir()
     for number in range(12):
-        small_training.picture(number, (256, 128) if number % 2 else (192, 192)).save(
+        image_folders.image(number, (256, 128) if number % 2 else (192, 192)).save(
             data / f"{number}.png"
         )
         (data / f"{number}.txt").write_text("a picture")
@@ -181,8 +181,8 @@ def test_the_8_bit_optimiser_is_missed_by_name(settings):
 
 
 def test_samples_and_curves_leave_training_as_it_is(settings, frozen, tmp_path):
-    small_training.clip(tmp_path / "clip")
-    small_training.picture(99).save(tmp_path / "reference.png")
+    small_models.clip(tmp_path / "clip")
+    image_folders.image(99).save(tmp_path / "reference.png")
     plain = settings()
     train(plain)
     watched = settings(

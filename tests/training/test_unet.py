@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
 from ip_adapter_core.files import adapter_file as checkpoint
 from ip_adapter_core.variants import FAMILIES
-from tests.support import small_training as small
+from tests.support import small_models as small
 from training.unet import Variant, attach, cross_attention_layers, new_adapter
 
 READS = {"base": small.EMBED, "plus": small.STATES, "full": small.STATES}

@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support import small_training as small
+from tests.support import image_folders
+from tests.support import small_models as small
 from training.errors import TrainingError
 from training.evaluation.clip_score import clip_i, clip_t, load_clip
 from training.models.base import load_base
@@ -36,11 +37,11 @@ WEIGHTS = (0.0, 0.5, 1.0)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models")
-    small.base(path / "base", "sd15")
+    small.base(path / "base", "sd15", levels=2)
     small.image_encoder(path / "encoder")
     small.clip(path / "clip")
     for seed in range(2):
-        small.picture(seed, (32, 64)).save(path / f"{seed}.png")  # fits a cell in height
+        image_folders.image(seed, (32, 64)).save(path / f"{seed}.png")  # fits a cell in height
     return path
 
 
@@ -277,7 +278,7 @@ from pathlib import Path
 sys.path.append({root!r})
 import torch
 from accelerate import Accelerator
-from tools import small_training as small
+from tools import small_models as small
 from training.models.image_encoder import ImageEncoder
 from training.evaluation.clip_score import load_clip
 from training.models.base import load_base

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support import standins as miniature
+from tests.support import standins
 from tools.comfyui.server import Client, Result
 from tools.workflows.tasks import TASKS
 
@@ -64,7 +64,7 @@ def reading() -> Callable[[str], Workflow]:
 @pytest.fixture(scope="session")
 def client(server: Client) -> Client:
     """The server, with every stand-in and every saved prompt that a workflow names."""
-    miniature.ensure("workflows")
+    standins.ensure("workflows")
     server.run(_needed(read("save_prompt").api, "IPA_SavePrompt"))
     return server
 

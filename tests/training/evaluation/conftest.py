@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support import small_training as small
+from tests.support import image_folders
+from tests.support import small_models as small
 from training.evaluate import EvaluationSettings
 from training.sampling import Sampler
 
@@ -24,10 +25,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 def folder(tmp_path_factory):
     """Models, adapters as .safetensors and as .bin, and COCO."""
     path = tmp_path_factory.mktemp("evaluation")
-    small.base(path / "base", "sd15")
+    small.base(path / "base", "sd15", levels=2)
     small.image_encoder(path / "encoder")
     small.clip(path / "clip")
-    small.coco(path / "coco", PICTURES)
+    image_folders.coco(path / "coco", PICTURES)
     save_file(small.adapter("sd15", "base").state_dict(), path / "one.safetensors")
     sections: dict = {"image_proj": {}, "ip_adapter": {}}
     for key, value in small.adapter("sd15", "plus", seed=9).state_dict().items():

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import small_training as small
+from tests.support import image_folders
+from tests.support import small_models as small
 from training import evaluate as script
 from training.errors import TrainingError
 from training.evaluate import evaluate, parse
@@ -38,7 +39,7 @@ def test_models_are_told_apart_by_their_weights(settings, folder, tmp_path):
     evaluate(changed(settings, limit=1, weights=()))
     (tmp_path / "moved").symlink_to(folder / "base")
     evaluate(changed(settings, limit=1, weights=(), base=str(tmp_path / "moved")))
-    pipeline = small.base(tmp_path / "other", "sd15")
+    pipeline = small.base(tmp_path / "other", "sd15", levels=2)
     pipeline.unet.conv_out.weight.mul_(2)
     pipeline.save_pretrained(tmp_path / "other")
     with pytest.raises(TrainingError, match=r"base: .*other"):
@@ -47,7 +48,7 @@ def test_models_are_told_apart_by_their_weights(settings, folder, tmp_path):
 
 def test_other_captions_are_not_mixed_in(settings, folder, tmp_path):
     evaluate(changed(settings, limit=1, weights=()))
-    small.coco(tmp_path / "coco", PICTURES + 1)
+    image_folders.coco(tmp_path / "coco", PICTURES + 1)
     with pytest.raises(TrainingError, match="data: "):
         evaluate(changed(settings, limit=1, weights=(), coco=str(tmp_path / "coco")))
 
@@ -96,7 +97,7 @@ def no_lists(root):
     ],
 )
 def test_an_incomplete_coco(settings, tmp_path, drawn, damage, told):
-    small.coco(tmp_path / "coco", PICTURES)
+    image_folders.coco(tmp_path / "coco", PICTURES)
     damage(tmp_path)
     with pytest.raises(TrainingError, match=told):
         evaluate(changed(settings, coco=str(tmp_path / "coco")))
@@ -165,7 +166,7 @@ def test_models_are_not_loaded_for_nothing(settings, tmp_path, monkeypatch):
 
 
 def test_a_diverged_base_is_named(settings, tmp_path):
-    pipeline = small.base(tmp_path / "base", "sd15")
+    pipeline = small.base(tmp_path / "base", "sd15", levels=2)
     pipeline.unet.conv_out.weight.mul_(float("inf"))
     pipeline.save_pretrained(tmp_path / "base")
     with pytest.raises(NotFinite, match="NaN or infinite"):

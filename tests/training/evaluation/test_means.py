@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.support import small_training as small
+from tests.support import image_folders
+from tests.support import small_models as small
 from training.evaluate import evaluate
 from training.evaluation import report, scores
 from training.evaluation.clip_score import clip_i, clip_t, load_clip
@@ -119,7 +120,7 @@ def test_image_only(settings, drawn):
 
 
 def test_broken_pictures_are_left_out_and_named(settings, tmp_path, drawn):
-    small.coco(tmp_path / "coco", PICTURES)
+    image_folders.coco(tmp_path / "coco", PICTURES)
     (tmp_path / "coco/val2017/000000000001.png").write_bytes(b"\x89PNG")
     given = changed(settings, coco=str(tmp_path / "coco"), weights=())
     results = evaluate(given)
@@ -141,7 +142,7 @@ def test_a_plain_folder_with_captions(settings, tmp_path):
     folder.mkdir()
     rows = []
     for number in range(2):
-        small.picture(number).save(folder / f"{number}.png")
+        image_folders.image(number).save(folder / f"{number}.png")
         rows.append({"file_name": f"{number}.png", "text": f"caption {number}"})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     results = evaluate(changed(settings, coco=str(folder)))
@@ -149,7 +150,7 @@ def test_a_plain_folder_with_captions(settings, tmp_path):
 
 
 def test_sdxl(settings, tmp_path):
-    small.base(tmp_path / "base", "sdxl")
+    small.base(tmp_path / "base", "sdxl", levels=2)
     save_file(small.adapter("sdxl", "base").state_dict(), tmp_path / "xl.safetensors")
     chosen = {"base": str(tmp_path / "base"), "adapter": [str(tmp_path / "xl.safetensors")]}
     results = evaluate(changed(settings, limit=1, **chosen))

@@ -11,29 +11,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.support import (
-    checkpoint_layouts as layouts,
-)
-from tests.support import (
-    layouts_clip,
-)
-from tests.support import (
-    random_models as weights,
-)
-from tests.support import (
-    standins as miniature,
-)
-from tests.support.standin_files import Model
+from tests.support import checkpoint_layouts as layouts
+from tests.support import standins
+from tests.support.standins import Model
 from tools import pictures
 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and small stand-ins to fill it with."""
-    monkeypatch.setenv(miniature.FOLDER_VARIABLE, str(tmp_path))
-    small = layouts_clip.linear_projection(8, 4)
-    adapter = layouts_clip.ip_adapter(small, [6, 6], 4)
-    build = lambda: weights.fill(adapter, seed=0)  # noqa: E731
+    monkeypatch.setenv(standins.FOLDER_VARIABLE, str(tmp_path))
+    small = layouts.linear_projection(8, 4)
+    adapter = layouts.ip_adapter(small, [6, 6], 4)
+    build = lambda: standins.half(adapter, 0)  # noqa: E731
     models = {
         "one": Model(
             "ipadapter/one.safetensors", "few", build, also=("ipadapter/same.safetensors",)
@@ -41,8 +31,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "two": Model("ipadapter/two.bin", "few", build),
         "three": Model("ipadapter/three.safetensors", "other", build),
     }
-    monkeypatch.setattr(miniature, "MODELS", models)
-    monkeypatch.setattr(miniature, "GROUPS", {"few": ("few",)})
+    monkeypatch.setattr(standins, "MODELS", models)
+    monkeypatch.setattr(standins, "GROUPS", {"few": ("few",)})
     return tmp_path
 
 
@@ -52,22 +42,22 @@ def digests(base: Path) -> dict[str, str]:
 
 
 def test_made_twice_the_bytes_are_the_same(elsewhere, monkeypatch):
-    first = digests(miniature.ensure("few"))
+    first = digests(standins.ensure("few"))
     assert set(first) == {"one.safetensors", "same.safetensors", "two.bin", *pictures.SCENES}
-    monkeypatch.setattr(miniature, "VERSION", miniature.VERSION + 1)
-    assert digests(miniature.ensure("few")) == first
+    monkeypatch.setattr(standins, "VERSION", standins.VERSION + 1)
+    assert digests(standins.ensure("few")) == first
 
 
 def test_only_what_is_missing_or_of_another_version_is_made(elsewhere, monkeypatch):
-    base = miniature.ensure("one")
+    base = standins.ensure("one")
     file = base / "models" / "ipadapter" / "one.safetensors"
     file.write_bytes(b"kept")
-    miniature.ensure("few")
+    standins.ensure("few")
     assert file.read_bytes() == b"kept"
-    monkeypatch.setattr(miniature, "VERSION", miniature.VERSION + 1)
-    miniature.ensure("one")
+    monkeypatch.setattr(standins, "VERSION", standins.VERSION + 1)
+    standins.ensure("one")
     assert len(load_file(file)) == 8
-    assert not list(base.rglob("*.partial"))
+    assert not list(base.rglob("*.tmp"))
 
 
 def test_an_interrupted_file_is_not_taken_for_a_whole_one(elsewhere, monkeypatch):
@@ -76,21 +66,21 @@ def test_an_interrupted_file_is_not_taken_for_a_whole_one(elsewhere, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(miniature, "save_file", interrupted)
-        miniature.ensure("one")
-    assert not miniature.path("one").exists()
-    miniature.ensure("one")
-    assert len(load_file(miniature.path("one"))) == 8
+        patched.setattr(standins, "save_file", interrupted)
+        standins.ensure("one")
+    assert not standins.path("one").exists()
+    standins.ensure("one")
+    assert len(load_file(standins.path("one"))) == 8
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(elsewhere):
     with pytest.raises(KeyError, match=r"no stand-in model or group 'sd9'.*few, one, two"):
-        miniature.ensure("sd9")
+        standins.ensure("sd9")
 
 
 def test_the_bin_file_holds_the_same_in_two_levels(models):
-    flat = load_file(miniature.path("adapter"))
-    nested = torch.load(miniature.path("adapter_bin"), weights_only=True)
+    flat = load_file(standins.path("adapter"))
+    nested = torch.load(standins.path("adapter_bin"), weights_only=True)
     assert set(nested) == {"image_proj", "ip_adapter"}
     for key, tensor in flat.items():
         group, _, rest = key.partition(".")
@@ -99,7 +89,7 @@ def test_the_bin_file_holds_the_same_in_two_levels(models):
 
 @pytest.mark.parametrize("name", ["adapter", "adapter_plus", "adapter_full"])
 def test_adapters_have_published_keys_and_four_layers(models, name):
-    with safe_open(miniature.path(name), "pt") as file:
+    with safe_open(standins.path(name), "pt") as file:
         layers = {key for key in file.keys() if key.startswith("ip_adapter.")}  # noqa: SIM118
         assert all(file.get_tensor(key).dtype == torch.float16 for key in file.keys())  # noqa: SIM118
     expected = {f"ip_adapter.{n}.to_{x}_ip.weight" for n in (1, 3, 5, 7) for x in "kv"}
@@ -107,8 +97,8 @@ def test_adapters_have_published_keys_and_four_layers(models, name):
 
 
 def test_layer_counts_are_those_of_the_families():
-    assert layouts.SD15_MINI.layers == 4
-    assert layouts.SDXL_MINI.layers == 70
+    assert len(standins.SD15.widths) == 4
+    assert len(standins.SDXL.widths) == 70
 
 
 class TestHostLoads:
@@ -118,7 +108,7 @@ class TestHostLoads:
     def loaded(self, host, models):
         import nodes
 
-        name = miniature.PUBLIC_NAMES["checkpoint"][1]
+        name = standins.path("checkpoint").name
         return nodes.CheckpointLoaderSimple().load_checkpoint(name)
 
     @pytest.fixture(autouse=True)
@@ -148,7 +138,7 @@ class TestHostLoads:
 
         import nodes
 
-        name = miniature.PUBLIC_NAMES["clip_vision"][1]
+        name = standins.path("clip_vision").name
         encoder = nodes.CLIPVisionLoader().load_clip(name)[0]
         scenes = [np.asarray(pictures.picture(f"reference{n}.png")) for n in ("", "_2")]
         images = torch.from_numpy(np.stack(scenes)).float() / 255
@@ -159,6 +149,6 @@ class TestHostLoads:
     def test_controlnet(self, host, models):
         import nodes
 
-        name = miniature.PUBLIC_NAMES["controlnet"][1]
+        name = standins.path("controlnet").name
         control = nodes.ControlNetLoader().load_controlnet(name)[0]
         assert len(control.control_model.zero_convs) == 2
