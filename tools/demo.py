@@ -160,7 +160,9 @@ def with_host(comfyui: Path, ask: Ask, models: Path | None) -> list[list[Image.I
         if models is None:
             workflow = workflows.on_miniature(workflow, "")
         print("Starting ComfyUI …", flush=True)
-        with Server(base, comfyui, arguments, prompt_timeout=PATIENCE) as client:
+        threads = None if models else 1
+        server = Server(base, comfyui, arguments, prompt_timeout=PATIENCE, threads=threads)
+        with server as client:
             for row in ask.rows:
                 print(row.title, flush=True)
                 drawn: list[Image.Image] = []

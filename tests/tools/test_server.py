@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tools.comfyui import watched
 from tools.comfyui.client import Progress, PromptError, PromptInterrupted
-from tools.comfyui.server import Server, ServerError
+from tools.comfyui.server import WATCHED, Server, ServerError
 
 Prompt = dict[str, dict]
 STEPS = 300
@@ -162,7 +161,7 @@ def test_the_server_ends_with_its_parent(tmp_path: Path):
     script = tmp_path / "main.py"
     script.write_text("import time; print('up', flush=True); time.sleep(60)")
     process = subprocess.Popen(
-        [sys.executable, watched.__file__, str(script)],
+        [sys.executable, "-c", WATCHED, str(script)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

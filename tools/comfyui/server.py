@@ -19,13 +19,29 @@ from tools.comfyui.install import PACK, ROOT, flags
 __all__ = ["Client", "Progress", "PromptError", "PromptInterrupted", "Result", "Server"]
 logger = logging.getLogger("comfyui_ip_adapter.tools")
 
+WATCHED = """
+import os, runpy, sys, threading
+
+def end_with_parent():
+    while os.read(0, 4096):  # not sys.stdin: its lock would stand in the way of a normal end
+        pass
+    os._exit(1)
+
+del sys.argv[0]
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+threading.Thread(target=end_with_parent, daemon=True).start()
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Run a script (`python -c WATCHED main.py …`) that ends when its parent does: the parent keeps
+standard input open, and whichever way it goes, the pipe closes. So no server is left behind."""
+
 
 class ServerError(RuntimeError):
-    """The server did not start or ended early; the message holds the end of its log."""
+    """Say that the server did not start or ended early, with the end of its log."""
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
+    """Return a TCP port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -50,7 +66,7 @@ def link_pack(base_directory: Path) -> Path:
 
 
 class Server:
-    """ComfyUI ``host`` as a subprocess, with the models and inputs of ``base_directory``.
+    """Run ComfyUI as a subprocess, with this pack and the models and inputs of a base directory.
 
     What it writes (outputs, temporary files, settings) goes to a folder of its own, which
     ends with it; so servers may share a base directory. ``with Server(base, host) as client``.
@@ -63,10 +79,20 @@ class Server:
         arguments: tuple[str, ...] = (),
         start_timeout: float = 180.0,
         prompt_timeout: float = 600.0,
-        threads: int | None = None,
+        threads: int | None = 1,
     ) -> None:
-        """``arguments``: further flags for ComfyUI; timeouts in seconds; ``threads``: of the
-        processor that it computes with, torch's choice by default."""
+        """Set the server up; `start` starts it.
+
+        Args:
+            base_directory: holds ``models/`` and ``input/``.
+            host: ComfyUI's folder.
+            arguments: further flags for ComfyUI.
+            start_timeout: in seconds.
+            prompt_timeout: in seconds.
+            threads: CPU threads of the computation where ``OMP_NUM_THREADS`` is not set. Layers of
+                small models wait for each other with more than one, above all beside another busy
+                process. None leaves the choice to torch.
+        """
         self.base_directory = base_directory
         self.host = host
         self.arguments = arguments
@@ -93,7 +119,7 @@ class Server:
             folders += [f"--{name}-directory", str(run / name)]
         return [
             sys.executable,
-            str(Path(__file__).with_name("watched.py")),
+            *("-c", WATCHED),
             str(self.host / "main.py"),
             *flags(),
             "--disable-auto-launch",
@@ -117,7 +143,7 @@ class Server:
         # Not the environment's: PYTHONPATH may hold the repository, whose nodes/ would shadow.
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         if self.threads is not None:
-            environment["OMP_NUM_THREADS"] = str(self.threads)
+            environment.setdefault("OMP_NUM_THREADS", str(self.threads))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self._command(port, run),
@@ -153,7 +179,7 @@ class Server:
         )
 
     def tail(self, lines: int = 40) -> str:
-        """The end of the server's log."""
+        """Return the end of the server's log."""
         text = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(["The end of its log:", *text[-lines:]])
 
