@@ -11,7 +11,7 @@ from torch import Tensor
 
 from miniature.scenes import KINDS, caption
 from miniature.setup import as_image
-from tools.ask import Row, Shot
+from tools.demo import DemoRow, Render
 from tools.sheet import contact_sheet
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def _sheet(drawn: Mapping[str, Tensor], task: Task) -> Image.Image:
     rows, pictures = [], []
     for number in range(min(SHOWN, len(task.rows))):
         text = caption(int(task.told[number]))
-        shots = tuple(Shot(float(name.split()[1]), text) for name in columns)
+        shots = tuple(Render(float(name.split()[1]), text) for name in columns)
         reference = as_image(task.pictures[number])
-        rows.append(Row(f'"{text}"', "", reference, shots))
+        rows.append(DemoRow(f'"{text}"', "", reference, shots))
         pictures.append([as_image(drawn[name][number, 0]) for name in columns])
     return contact_sheet(rows, pictures)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from miniature import files, low_rank, text, workflows
 from miniature.control import Control
 from miniature.scenes import Scenes, render, scenes
-from tools import pictures
+from tools import reference_images
 from tools.comfyui.install import ROOT
 
 FOLDER_VARIABLE = "IP_ADAPTER_WORLD"
@@ -117,7 +117,7 @@ def _picture(rows: Scenes) -> Callable[[Path], object]:
 
 
 def _drawn(name: str) -> Callable[[Path], object]:
-    return lambda target: pictures.picture(name).save(target, format="PNG")
+    return lambda target: reference_images.draw(name).save(target, format="PNG")
 
 
 def _write(target: Path, write: Callable[[Path], object]) -> None:

@@ -14,14 +14,14 @@ from miniature.metrics import Similarity, displacement, overlap, share
 from miniature.pairs import partners
 from miniature.scenes import KINDS, outlines
 from miniature.workflows import SIDE, Api, given
-from tools import pictures
+from tools import reference_images
 
 Figures = dict[str, Any]
 
 
 def mask() -> Tensor:
     """The workflows' mask, a disc, as booleans `(SIDE, SIDE)`."""
-    drawn = pictures.picture("mask.png").resize((SIDE, SIDE))
+    drawn = reference_images.draw("mask.png").resize((SIDE, SIDE))
     return as_tensor(drawn)[0] > 0.5
 
 

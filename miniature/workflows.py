@@ -6,9 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from tools.workflows.parts import DEFECTS
-from tools.workflows.public import DREAMSHAPER, PUBLIC
-from tools.workflows.smaller import smaller
+from tools.workflows.api import DEFECTS, DREAMSHAPER, PUBLIC, smaller
 
 SIDE, STEPS, GUIDANCE = 64, 20, 4.0  # steps: a divisor of 1,000, else ddim_uniform adds one
 CHECKPOINT, ENCODER = "miniature.safetensors", "miniature.safetensors"

@@ -1,14 +1,14 @@
-"""The demo's pictures without ComfyUI: the same files in diffusers, through its own pipeline and
-its own IP-Adapter, from the same noise and at the same steps of the schedule.
+"""Render the demo's images without ComfyUI: the same files in diffusers, from the same noise.
 
-A second road to the same pictures: what the two differ by is rounding.
+diffusers' own pipeline and IP-Adapter take the same steps of the schedule, so that this is a second
+road to the same images: what the two differ by is rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -18,16 +18,18 @@ from torch import Tensor
 
 from miniature import setup, workflows
 from miniature.ddim import ddim, starting_noise
-from tools.ask import Ask, Shot
 from training.models.base import load_base
 from training.models.image_encoder import ImageEncoder
+
+if TYPE_CHECKING:
+    from tools.demo import DemoRequest, Render
 
 _LATENT_SIDE = 8  # pixels
 _KIND = "image_embeds"
 
 
 def _pipeline(adapter: dict[str, Tensor]) -> Any:
-    """diffusers' pipeline on the miniature's checkpoint, with the adapter in its UNet."""
+    """Return diffusers' pipeline on the miniature's checkpoint, with the adapter in its UNet."""
     base = load_base(str(setup.base_directory() / "models" / "checkpoints" / workflows.CHECKPOINT))
     (text,) = base.text
     scheduler = ddim(base.scheduler)
@@ -44,35 +46,37 @@ def _pipeline(adapter: dict[str, Tensor]) -> Any:
 
 
 @torch.inference_mode()
-def pictures(ask: Ask, on_step: Callable[..., None]) -> list[list[Image.Image]]:
-    """The pictures of every row; ``on_step(shot, step, steps)`` after each step."""
+def draw(request: DemoRequest, on_step: Callable[..., None]) -> list[list[Image.Image]]:
+    """Return the images of each row; `on_step(render, step, steps)` is called after each step."""
     models = setup.base_directory() / "models"
     adapter = load_file(models / "ipadapter" / workflows.ADAPTERS["base"])
     pipeline = _pipeline(adapter)
     encoder = ImageEncoder.from_name(f"open_clip:{models / 'clip_vision' / workflows.ENCODER}")
-    noise = starting_noise(pipeline.scheduler, ask.seed, ask.steps, ask.size // _LATENT_SIDE)
+    noise = starting_noise(
+        pipeline.scheduler, request.seed, request.steps, request.size // _LATENT_SIDE
+    )
 
-    def told(_: Any, step: int, time: Any, given: dict[str, Any], shot: Shot) -> dict[str, Any]:
-        on_step(shot, step + 1, ask.steps)
+    def after(_: Any, step: int, time: Any, given: Any, render: Render) -> Any:
+        on_step(render, step + 1, request.steps)
         return given
 
     made = []
-    for row in ask.rows:
+    for row in request.rows:
         embeds = encoder(encoder.preprocess(row.reference)[None], _KIND)
         both = torch.cat([encoder.zero(_KIND), embeds])[:, None]
         drawn = []
-        for shot in row.shots:
-            pipeline.set_ip_adapter_scale(shot.weight)
+        for render in row.renders:
+            pipeline.set_ip_adapter_scale(render.weight)
             (image,) = pipeline(
-                shot.text,
-                negative_prompt=ask.negative,
-                height=ask.size,
-                width=ask.size,
-                num_inference_steps=ask.steps,
-                guidance_scale=ask.guidance,
+                render.text,
+                negative_prompt=request.negative,
+                height=request.size,
+                width=request.size,
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance,
                 latents=noise.clone(),
                 ip_adapter_image_embeds=[both],
-                callback_on_step_end=partial(told, shot=shot),
+                callback_on_step_end=partial(after, render=render),
             ).images
             drawn.append(image)
         made.append(drawn)

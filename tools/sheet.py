@@ -1,12 +1,14 @@
-"""A contact sheet: references down, and beside each what becomes of it from shot to shot."""
+"""A contact sheet: references down, and beside each what becomes of it from render to render."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tools.ask import Row
+if TYPE_CHECKING:
+    from tools.demo import DemoRow
 
 CELL, GAP, MARGIN, HEAD, TITLE, LABEL, FOOT = 200, 16, 40, 84, 34, 44, 26
 PAPER, INK, FAINT, RULE = (250, 249, 246), (32, 33, 36), (120, 120, 124), (222, 220, 214)
@@ -42,13 +44,15 @@ def _placed(sheet: Image.Image, picture: Image.Image, left: int, top: int) -> No
 
 
 def contact_sheet(
-    rows: Sequence[Row],
+    rows: Sequence[DemoRow],
     pictures: Sequence[Sequence[Image.Image]],
     notes: Sequence[str] = (),
 ) -> Image.Image:
-    """Each row's title, reference and ``pictures``, one a shot, over λ where that changes and over
-    the text where that does; ``notes`` stand below."""
-    most = max(len(row.shots) for row in rows)
+    """Draw each row's title, reference and `pictures`, one a render; `notes` stand below.
+
+    Under an image stands λ where that changes, and the text where that does.
+    """
+    most = max(len(row.renders) for row in rows)
     width = 2 * MARGIN + (1 + most) * (CELL + GAP) + GAP
     each = TITLE + CELL + LABEL
     sheet = Image.new("RGB", (width, HEAD + each * len(rows) + FOOT * len(notes) + 24), PAPER)
@@ -62,16 +66,16 @@ def contact_sheet(
         _text(draw, (MARGIN + CELL / 2, top + CELL + 8), "reference", 20, anchor="ma")
         rule = MARGIN + CELL + GAP
         draw.line((rule, top, rule, top + CELL), fill=RULE, width=2)
-        by_text = len({shot.text for shot in row.shots}) > 1
-        for i, (shot, picture) in enumerate(zip(row.shots, drawn, strict=True)):
+        by_text = len({render.text for render in row.renders}) > 1
+        for i, (render, picture) in enumerate(zip(row.renders, drawn, strict=True)):
             left = MARGIN + (i + 1) * (CELL + GAP) + GAP
             _placed(sheet, picture, left, top)
             centre = left + CELL / 2
             if by_text:
-                text = f'"{shot.text}"' if shot.text else "no text"
+                text = f'"{render.text}"' if render.text else "no text"
                 _text(draw, (centre, top + CELL + 8), text, 20, anchor="ma")
             else:
-                _weight(draw, centre, top + CELL + 8, shot.weight)
+                _weight(draw, centre, top + CELL + 8, render.weight)
     for i, note in enumerate(notes):
         _text(draw, (MARGIN, HEAD + each * len(rows) + 4 + FOOT * i), note, 16, fill=FAINT)
     return sheet

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tools.workflows.smaller import smaller
+from tools.workflows.api import smaller
 
 API = Path(__file__).parents[2] / "workflows" / "api"
 

@@ -29,7 +29,7 @@ from ip_adapter_core.files.atomic import atomic
 from tests.support import checkpoint_layouts as layouts
 from tests.support.checkpoint_layouts import Layout, UNet
 from tests.support.random_models import State, under, weights
-from tools import pictures
+from tools import reference_images
 from tools.comfyui.install import ROOT
 
 logger = logging.getLogger("comfyui_ip_adapter.tools")
@@ -273,8 +273,8 @@ def ensure(*names: str) -> Path:
             with atomic(manifest) as temporary:
                 temporary.write_text(json.dumps(made, indent=1))
 
-        for name in pictures.SCENES:
-            make(f"input/{name}", partial(pictures.picture(name).save, format="PNG"))
+        for name in reference_images.SCENES:
+            make(f"input/{name}", partial(reference_images.draw(name).save, format="PNG"))
         for name in selected:
             model = MODELS[name]
             make(f"models/{model.path}", partial(_save, model=model))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.support import checkpoint_layouts as layouts
 from tests.support import standins
 from tests.support.standins import Model
-from tools import pictures
+from tools import reference_images
 
 
 @pytest.fixture
@@ -43,7 +43,12 @@ def digests(base: Path) -> dict[str, str]:
 
 def test_made_twice_the_bytes_are_the_same(elsewhere, monkeypatch):
     first = digests(standins.ensure("few"))
-    assert set(first) == {"one.safetensors", "same.safetensors", "two.bin", *pictures.SCENES}
+    assert set(first) == {
+        "one.safetensors",
+        "same.safetensors",
+        "two.bin",
+        *reference_images.SCENES,
+    }
     monkeypatch.setattr(standins, "VERSION", standins.VERSION + 1)
     assert digests(standins.ensure("few")) == first
 
@@ -140,7 +145,7 @@ class TestHostLoads:
 
         name = standins.path("clip_vision").name
         encoder = nodes.CLIPVisionLoader().load_clip(name)[0]
-        scenes = [np.asarray(pictures.picture(f"reference{n}.png")) for n in ("", "_2")]
+        scenes = [np.asarray(reference_images.draw(f"reference{n}.png")) for n in ("", "_2")]
         images = torch.from_numpy(np.stack(scenes)).float() / 255
         embeds = encoder.encode_image(images)["image_embeds"]
         assert embeds.shape == (2, 768)

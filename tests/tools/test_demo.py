@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,34 +15,35 @@ from PIL import Image
 from miniature import setup
 from miniature.scenes import scenes
 from tools import demo
-from tools.ask import Ask, Row, Shot
+from tools.demo import DemoRequest, DemoRow, Render
 from tools.sheet import contact_sheet
+from tools.workflows.api import of_class, read
 
 
 @pytest.fixture
 def row():
     picture = setup.as_image(setup.render(setup.scenes(1, 1))[0])
-    return Row("a title", "some.png", picture, (Shot(0.5, "a boat"),))
+    return DemoRow("a title", "some.png", picture, (Render(0.5, "a boat"),))
 
 
 @pytest.fixture
 def ask(row):
-    return Ask((row,), "blurred", size=64, steps=3, guidance=5.0, seed=9)
+    return DemoRequest((row,), "blurred", size=64, steps=3, guidance=5.0, seed=9)
 
 
 @pytest.fixture
 def workflow():
-    return json.loads(demo.WORKFLOW.read_text("utf-8"))
+    return read(demo.WORKFLOW)
 
 
 def test_the_workflow_gets_the_demos_values_and_stays_itself(workflow, ask, row):
     before = json.dumps(workflow)
-    prompt = demo.adjusted(workflow, ask, row, row.shots[0])
+    prompt = demo.adjusted(workflow, ask, row, row.renders[0])
     assert json.dumps(workflow) == before
-    assert [x["weight"] for x in demo.of_class(prompt, "IPA_Apply")] == [0.5]
-    assert [(x["steps"], x["seed"]) for x in demo.of_class(prompt, "KSampler")] == [(3, 9)]
-    assert [x["width"] for x in demo.of_class(prompt, "EmptyLatentImage")] == [64]
-    assert [x["image"] for x in demo.of_class(prompt, "LoadImage")] == ["some.png"]
+    assert [x["weight"] for x in of_class(prompt, "IPA_Apply")] == [0.5]
+    assert [(x["steps"], x["seed"]) for x in of_class(prompt, "KSampler")] == [(3, 9)]
+    assert [x["width"] for x in of_class(prompt, "EmptyLatentImage")] == [64]
+    assert [x["image"] for x in of_class(prompt, "LoadImage")] == ["some.png"]
     assert demo.texts(prompt) == ("a boat", "blurred")
     assert prompt.keys() == workflow.keys()
 
@@ -48,22 +51,28 @@ def test_the_workflow_gets_the_demos_values_and_stays_itself(workflow, ask, row)
 def test_with_published_models_the_texts_are_the_workflows(workflow):
     positive, negative = demo.texts(workflow)
     assert positive and negative and positive != negative
-    ask = demo.on_published(workflow, 1, None, None)
-    assert {shot.text for row in ask.rows for shot in row.shots} == {positive}
+    ask = demo.published_request(workflow, 1, None, None)
+    assert {render.text for row in ask.rows for render in row.renders} == {positive}
     assert (ask.negative, ask.size, ask.steps, ask.guidance) == (negative, 512, 50, 7.5)
 
 
 def test_the_sheet_shows_every_reference_and_every_picture():
     colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
     cells = [Image.new("RGB", (80, 60), colour) for colour in colours]
-    growing = Row("one", "", cells[0], (Shot(0.0, "a boat"), Shot(1.0, "a boat")))
-    told = Row("two", "", cells[1], (Shot(1.0, "a boat"), Shot(1.0, "")))
+    growing = DemoRow("one", "", cells[0], (Render(0.0, "a boat"), Render(1.0, "a boat")))
+    told = DemoRow("two", "", cells[1], (Render(1.0, "a boat"), Render(1.0, "")))
     sheet = contact_sheet([growing, told], [[cells[2], cells[3]]] * 2, ["a note"])
     shown = {colour for _, colour in sheet.getcolors(1 << 24)}
     assert shown.issuperset(colours)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--no-host"]], ids=["host", "no host"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param([], id="host", marks=pytest.mark.nightly),
+        pytest.param(["--no-host"], id="no host"),
+    ],
+)
 def test_the_demo_draws_its_sheet(request, tmp_path, monkeypatch, capsys, arguments):
     if not arguments:
         request.getfixturevalue("host_path")  # skips where there is none
@@ -74,15 +83,42 @@ def test_the_demo_draws_its_sheet(request, tmp_path, monkeypatch, capsys, argume
     assert Image.open(demo.OUTPUT).width > 1200
 
 
+def test_published_models_are_drawn_by_a_server_that_finds_them(
+    server, models, tmp_path, monkeypatch, capsys
+):
+    """On stand-ins of the same names, by the server that runs already."""
+    started = []
+
+    @contextmanager
+    def running(base, host, arguments, **options):
+        (input_,) = (base / "input").iterdir()
+        paths = json.loads(Path(arguments[1]).read_text("utf-8"))["demo"]
+        started.append((input_.name, arguments[0], paths["base_path"], options["threads"]))
+        yield server
+
+    monkeypatch.setattr(demo, "Server", running)
+    out = tmp_path / "a folder" / "sheet.png"
+    given = ["--models", str(models / "models"), "--steps", "1", "--size", "64", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["demo", *given])
+    demo.main()
+    assert started == [
+        ("reference.png", "--extra-model-paths-config", str(models / "models"), None)
+    ]
+    *_, told, last = capsys.readouterr().out.splitlines()
+    assert last == str(out) and told.startswith("5 images in ")
+    assert Image.open(out).width > 1200
+
+
+@pytest.mark.nightly
 def test_comfyui_and_diffusers_draw_the_same_pictures(host_path):
     """From the same noise and at the same steps: to two 8-bit levels in the mean."""
-    asked = demo.on_miniature(seed=3, size=None, steps=None)
+    asked = demo.miniature_request(seed=3, size=None, steps=None)
     rows = tuple(
-        Row(row.title, row.file, row.reference, row.shots[:1] + row.shots[-1:])
+        DemoRow(row.title, row.file, row.reference, row.renders[:1] + row.renders[-1:])
         for row in (asked.rows[0], asked.rows[1], asked.rows[-1])
     )
-    ask = Ask(rows, asked.negative, asked.size, asked.steps, asked.guidance, asked.seed)
-    hosts, theirs = demo.with_host(host_path, ask, None), demo.without_host(ask)
+    ask = DemoRequest(rows, asked.negative, asked.size, asked.steps, asked.guidance, asked.seed)
+    hosts, theirs = demo.render_with_comfyui(host_path, ask, None), demo.render_with_diffusers(ask)
     for one, other in zip(chain(*hosts), chain(*theirs), strict=True):
         apart = np.abs(np.asarray(one, float) - np.asarray(other, float))
         assert apart.mean() < 2, apart.mean()
@@ -91,10 +127,10 @@ def test_comfyui_and_diffusers_draw_the_same_pictures(host_path):
 
 
 def test_no_text_names_the_shape_of_its_reference():
-    ask = demo.on_miniature(seed=0, size=None, steps=None)
+    ask = demo.miniature_request(seed=0, size=None, steps=None)
     for row in ask.rows:
         shown = scenes(setup.SHOWN, 1, setup.REFERENCES[row.file]).captions[0]
-        assert shown not in {shot.text for shot in row.shots}
+        assert shown not in {render.text for render in row.renders}
 
 
 def test_steps_that_comfyui_would_count_otherwise_are_refused(monkeypatch, capsys):
@@ -102,20 +138,6 @@ def test_steps_that_comfyui_would_count_otherwise_are_refused(monkeypatch, capsy
     with pytest.raises(SystemExit):
         demo.main()
     assert "ddim_uniform would draw 31" in capsys.readouterr().err
-
-
-def test_the_sheet_goes_where_it_is_asked_to(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "a folder" / "sheet.png"
-    picture = Image.new("RGB", (64, 64))
-    ask = demo.on_miniature(seed=0, size=None, steps=None)
-    monkeypatch.setattr(
-        demo, "without_host", lambda _: [[picture] * len(r.shots) for r in ask.rows]
-    )
-    monkeypatch.setattr(sys, "argv", ["demo", "--no-host", "--out", str(out)])
-    demo.main()
-    assert Image.open(out).width > 1000
-    *_, told, last = capsys.readouterr().out.splitlines()
-    assert last == str(out) and told.startswith("20 pictures in ")
 
 
 def test_steps_are_counted_as_comfyui_counts_them(pack):

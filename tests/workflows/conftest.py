@@ -15,10 +15,7 @@ from PIL import Image
 
 from tests.support import standins
 from tools.comfyui.server import Client, Result
-from tools.workflows.tasks import TASKS
-
-FOLDER = Path(__file__).resolve().parents[2] / "workflows"
-NAMES = [task.__name__ for task in TASKS]
+from tools.workflows.api import FOLDER, NAMES
 
 
 @dataclass(frozen=True)

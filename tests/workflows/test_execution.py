@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tools.comfyui.server import Progress, PromptInterrupted
-from tools.workflows.smaller import smaller
+from tools.workflows.api import smaller
 
 STEPS = 300  # more than any server takes before an interrupt reaches it
 APPLY = ("IPA_Apply", "IPA_ApplyConditioning")

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from ip_adapter_core.files import published
-from tools.workflows.public import PUBLIC
-from tools.workflows.tasks import TASKS
+from tools.workflows.api import NAMES, PUBLIC, of_class
 
 FOLDER_OF = {
     "ckpt_name": "checkpoints",
@@ -28,7 +27,7 @@ TITLE_BAR = 30
 
 
 def test_every_task_and_nothing_else_has_files(folder):
-    names = {task.__name__ for task in TASKS}
+    names = set(NAMES)
     assert {path.stem for path in folder.glob("*.json")} == names
     assert {path.stem for path in (folder / "api").glob("*.json")} == names
     assert all(re.fullmatch("[a-z][a-z_]*", name) for name in names)
@@ -157,10 +156,7 @@ def test_paper_settings(workflow):
     assert weights == {1.0} if texts == {""} else max(weights) < 1
 
 
-def test_per_latent_has_one_latent_for_each_picture():
-    from tools.workflows.several import several_images_per_latent
-
-    graph = several_images_per_latent()
-    pictures = sum(node.type == "LoadImage" for node in graph.nodes)
-    (latent,) = (node for node in graph.nodes if node.type == "EmptyLatentImage")
-    assert latent.inputs["batch_size"] == pictures
+def test_per_latent_has_one_latent_for_each_picture(reading):
+    api = reading("several_images_per_latent").api
+    (latent,) = of_class(api, "EmptyLatentImage")
+    assert latent["batch_size"] == len([*of_class(api, "LoadImage")])

@@ -8,11 +8,10 @@ from urllib import error, request
 
 import pytest
 
-from tools.build_help import DOCS, PICTURES, PROSE, build, pictures
-from tools.build_texts import PREFIX
-from tools.build_workflows import WORKFLOWS
+from tools.docs.help import DOCS, IMAGES, PAGES, PREFIX, build
+from tools.generated import out_of_step
 
-PAGES = sorted(path.stem for path in PROSE.glob("*.md"))
+NAMES = sorted(path.stem for path in PAGES.glob("*.md"))
 IN_NO_WORKFLOW = {"IPA_LoadImageEncoder"}
 """Its page shows the picture of a workflow that it can be put into."""
 
@@ -29,20 +28,17 @@ def table(page: str, heading: str) -> dict[str, tuple[str, str]]:
     return {name: (what, meaning) for name, what, meaning in rows}
 
 
-def test_pages_are_what_the_prose_and_the_nodes_give(object_info):
-    made = build(object_info)
-    assert sorted(path.name for path in DOCS.glob("*.md")) == sorted(made)
-    for path, text in made.items():
-        assert (DOCS / path).read_text("utf-8") == text, (
-            f"web/docs/{path} is out of step: run `python -m tools.build_help`"
-        )
+def test_pages_and_images_are_what_the_prose_the_nodes_and_the_workflows_give(object_info):
+    files = build(object_info)
+    assert out_of_step(files) == [], "run `python -m tools.docs.help`"
+    assert {path for path in DOCS.rglob("*") if path.is_file()} == set(files)
 
 
 def test_every_node_has_a_page(object_info):
-    assert sorted(name for name in object_info if name.startswith(PREFIX)) == PAGES
+    assert sorted(name for name in object_info if name.startswith(PREFIX)) == NAMES
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_page_names_every_input_and_output_and_says_what_it_is(name, object_info):
     page, node = read(name), object_info[name]
     assert page.startswith(f"# {node['display_name']}\n")
@@ -51,7 +47,7 @@ def test_a_page_names_every_input_and_output_and_says_what_it_is(name, object_in
     assert list(table(page, "Outputs")) == node["output_name"]
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_page_says_what_to_do_when_it_fails(name):
     assert re.search(r"^## When it fails\n\n\S", read(name), re.M)
 
@@ -74,27 +70,18 @@ def test_no_page_lists_the_files_of_a_machine(object_info):
         assert file not in read("IPA_LoadImageEncoder")
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_page_shows_and_names_a_workflow_with_the_node(name, reading):
     page = read(name)
-    (shown,) = re.findall(rf"^!\[[^]]+\]\({PICTURES}/(\w+)\.jpg\)$", page, re.M)
+    (shown,) = re.findall(rf"^!\[[^]]+\]\({IMAGES}/(\w+)\.jpg\)$", page, re.M)
     assert f"**{shown}**" in page
     nodes = {node["class_type"] for node in reading(shown).api.values()}
     assert (name in nodes) != (name in IN_NO_WORKFLOW)
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_left_of_the_placeholders(name):
     assert not re.search(r"[{}]", read(name))
-
-
-def test_pictures_are_the_workflows_own():
-    folder = DOCS / PICTURES
-    assert sorted(path.name for path in folder.iterdir()) == [path.name for path in pictures()]
-    for path in folder.iterdir():
-        assert path.read_bytes() == (WORKFLOWS / path.name).read_bytes(), (
-            f"{path.name} is out of step: run `python -m tools.build_help`"
-        )
 
 
 def test_the_host_serves_pages_and_pictures_where_the_panel_looks(client, object_info):
@@ -102,7 +89,7 @@ def test_the_host_serves_pages_and_pictures_where_the_panel_looks(client, object
     language first, and must get nothing there."""
     direct = request.build_opener(request.ProxyHandler({}))
     base = f"http://{client.address}/extensions"
-    for name in PAGES:
+    for name in NAMES:
         folder, pack = object_info[name]["python_module"].split(".")
         assert folder == "custom_nodes"
         with pytest.raises(error.HTTPError, match="404"):
@@ -110,8 +97,8 @@ def test_the_host_serves_pages_and_pictures_where_the_panel_looks(client, object
         with direct.open(f"{base}/{pack}/docs/{name}.md") as answer:
             assert "html" not in answer.headers["Content-Type"]  # the panel would not show it
             assert answer.read().decode("utf-8") == read(name)
-    for path in (DOCS / PICTURES).iterdir():
-        with direct.open(f"{base}/{pack}/docs/{PICTURES}/{path.name}") as answer:
+    for path in (DOCS / IMAGES).iterdir():
+        with direct.open(f"{base}/{pack}/docs/{IMAGES}/{path.name}") as answer:
             assert answer.headers["Content-Type"] == "image/jpeg"
             assert answer.read() == path.read_bytes()
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tools.build_texts import LOCALES, dump, texts
+from tools.docs.locales import LOCALES, build
+from tools.generated import out_of_step
 
 LANGUAGES = {
     "zh": r"[\u4e00-\u9fff]",
@@ -34,8 +35,8 @@ def read(language: str) -> dict[str, Any]:
 
 
 def test_english_is_what_the_nodes_say(object_info):
-    assert (LOCALES / "en" / "nodeDefs.json").read_text("utf-8") == dump(texts(object_info)), (
-        "locales/en is out of step: run `python -m tools.build_texts`, and translate what changed"
+    assert out_of_step(build(object_info)) == [], (
+        "run `python -m tools.docs.locales`, and translate what changed"
     )
 
 

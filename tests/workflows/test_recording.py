@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tools.workflows.smaller import smaller
+from tools.workflows.api import smaller
 
 SETTINGS = {"blocks": "all", "start_at": 0.0, "end_at": 1.0, "prompt_number": 0, "opacity": 0.6}
 

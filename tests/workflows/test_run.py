@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.pictures import picture as scene
-from tools.workflows.smaller import smaller
+from tools.reference_images import draw as scene
+from tools.workflows.api import smaller
 
 STEPS, SIDE = 2, 128
 Pictures = list[np.ndarray]

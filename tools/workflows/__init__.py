@@ -1,1 +1,1 @@
-"""The example workflows, each described once; `tools/build_workflows.py` writes the files."""
+"""The example workflows: what they are made from, and what draws their images."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from tools.workflow_pictures import LIMIT, in_order, jpeg
-from tools.workflows.sketch import SIDE, draw, pictures_of, stages_of
+from tools.workflows.pictures import LIMIT, SIDE, draw, images_of, in_order, jpeg, stages_of
 
 
 def test_every_picture_leads_into_a_stage_and_every_adapter_is_one(workflow):
     stages = stages_of(workflow.api)
     assert {file for stage in stages for file in stage.files} == set(
-        pictures_of(workflow.api).values()
+        images_of(workflow.api).values()
     )
     adapters = [stage for stage in stages if stage.label.startswith("IP-Adapter")]
     classes = [node["class_type"] for node in workflow.api.values()]
@@ -25,7 +24,7 @@ def test_every_picture_leads_into_a_stage_and_every_adapter_is_one(workflow):
 
 def test_inputs_and_results_are_in_it(workflow):
     colours = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]
-    files = list(dict.fromkeys(pictures_of(workflow.api).values()))
+    files = list(dict.fromkeys(images_of(workflow.api).values()))
     loaded = {
         file: Image.new("RGB", (64, 48), colour)
         for file, colour in zip(files, colours, strict=False)

@@ -1,8 +1,8 @@
-"""Write the pages of ComfyUI's help panel, one a node: web/docs/<id>.md, and their pictures.
+"""Write the pages of ComfyUI's help panel, one a node: web/docs/<id>.md, and their images.
 
-    python -m tools.build_help
+    python -m tools.docs.help [--check]
 
-`tools/help/<id>.md` is the prose. The line `{inputs}` in it becomes the table that the node's
+`tools/docs/pages/<id>.md` is the prose. The line `{inputs}` in it becomes the table that the node's
 schema gives, so that no page goes stale; `{outputs}` the same, with the meanings that stand in the
 lines behind it as `name: meaning`; `{picture regions}` the picture of the workflow of that name.
 """
@@ -10,22 +10,17 @@ lines behind it as `name: meaning`; `{picture regions}` the picture of the workf
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tests.support import standins
-from tools.build_texts import PREFIX
-from tools.build_workflows import WORKFLOWS
-from tools.comfyui import install as host
 from tools.comfyui.install import ROOT
-from tools.comfyui.server import Server
-from tools.workflows.graph import ObjectInfo
+from tools.generated import Files, ObjectInfo, command
 
-PROSE = ROOT / "tools" / "help"
+WORKFLOWS = ROOT / "workflows"
+PAGES = ROOT / "tools" / "docs" / "pages"
 DOCS = ROOT / "web" / "docs"
-PICTURES = "pictures"  # beside the pages, whose links are relative to their own folder
+IMAGES = "pictures"  # beside the pages, whose links are relative to their own folder
+PREFIX = "IPA_"  # of the ids of this pack's nodes
 
 _INPUTS = re.compile(r"^\{inputs\}$", re.M)
 _OUTPUTS = re.compile(r"^\{outputs\}\n((?:\w+: .+\n?)*)", re.M)
@@ -34,41 +29,33 @@ _CHOICE = re.compile(r"(?:^|(?<=\. ))([^.:,]+):")  # a sentence on one, in a too
 _MARKS = re.compile(r"([\\`*|<\[]|\b_|_\b)")  # that markdown would take for its own
 
 
-def build(info: ObjectInfo) -> dict[str, str]:
-    """Every page's text by its name below `web/docs/`."""
-    ids = sorted(name for name in info if name.startswith(PREFIX))
-    return {f"{name}.md": _page(info[name], _prose(name)) for name in ids}
+def build(info: ObjectInfo) -> Files:
+    """Return every page, and the images that the pages show."""
+    nodes = {name: node for name, node in sorted(info.items()) if name.startswith(PREFIX)}
+    prose = {name: (PAGES / f"{name}.md").read_text(encoding="utf-8") for name in nodes}
+    files = {DOCS / f"{name}.md": _page(nodes[name], prose[name]).encode() for name in nodes}
+    shown = {f"{name}.jpg" for text in prose.values() for name in _PICTURE.findall(text)}
+    return files | {DOCS / IMAGES / name: (WORKFLOWS / name).read_bytes() for name in shown}
 
 
-def pictures() -> list[Path]:
-    """The workflows' pictures that the pages show."""
-    texts = (file.read_text(encoding="utf-8") for file in PROSE.glob("*.md"))
-    names = {name for text in texts for name in _PICTURE.findall(text)}
-    return [WORKFLOWS / f"{name}.jpg" for name in sorted(names)]
+def _page(node: Mapping[str, Any], prose: str) -> str:
+    """Fill the prose in.
 
-
-def _prose(name: str) -> str:
-    return (PROSE / f"{name}.md").read_text(encoding="utf-8")
-
-
-def _page(node: dict[str, Any], prose: str) -> str:
-    """Raises ValueError where the prose lacks a table, or does not say what an output is."""
+    Raises:
+        ValueError: the prose lacks a table, or does not say what an output is.
+    """
     name = node["name"]
     outputs = _OUTPUTS.search(prose)
     if outputs is None or not _INPUTS.search(prose):
-        raise ValueError(f"tools/help/{name}.md lacks the line {{inputs}} or {{outputs}}.")
+        raise ValueError(f"tools/docs/pages/{name}.md lacks the line {{inputs}} or {{outputs}}.")
     text = f"# {node['display_name']}\n\n{prose}"
     text = text.replace(outputs[0], _outputs(node, outputs[1]) + "\n", 1)
     # Functions: a replacement's backslashes would be read again.
     text = _INPUTS.sub(lambda _: _inputs(node), text)
-    return _PICTURE.sub(lambda found: _picture(found[1]), text)
+    return _PICTURE.sub(rf"![The workflow \1 and its result]({IMAGES}/\1.jpg)", text)
 
 
-def _picture(workflow: str) -> str:
-    return f"![The workflow {workflow} and its result]({PICTURES}/{workflow}.jpg)"
-
-
-def _inputs(node: dict[str, Any]) -> str:
+def _inputs(node: Mapping[str, Any]) -> str:
     rows = []
     for kind in ("required", "optional"):
         for name, (type_, *rest) in node["input"].get(kind, {}).items():
@@ -78,12 +65,13 @@ def _inputs(node: dict[str, Any]) -> str:
     return _table("Input", rows)
 
 
-def _outputs(node: dict[str, Any], lines: str) -> str:
+def _outputs(node: Mapping[str, Any], lines: str) -> str:
     meanings = dict(line.split(": ", 1) for line in lines.splitlines())
     if list(meanings) != node["output_name"]:
         raise ValueError(
-            f"tools/help/{node['name']}.md says what the outputs {', '.join(meanings) or '(none)'} "
-            f"are; the node has {', '.join(node['output_name'])}, in this order."
+            f"tools/docs/pages/{node['name']}.md says what the outputs "
+            f"{', '.join(meanings) or '(none)'} are; the node has "
+            f"{', '.join(node['output_name'])}, in this order."
         )
     listed = ("list of " if several else "" for several in node["output_is_list"])
     types = (some + type_ for some, type_ in zip(listed, node["output"], strict=True))
@@ -91,8 +79,8 @@ def _outputs(node: dict[str, Any], lines: str) -> str:
     return _table("Output", rows)
 
 
-def _meaning(options: dict[str, Any]) -> str:
-    """The tooltips of an input, and of the entries that a growing one is made of."""
+def _meaning(options: Mapping[str, Any]) -> str:
+    """Return the tooltips of an input, and of the entries that a growing one is made of."""
     entries = options.get("template", {}).get("input", {}).get("required", {}).values()
     tooltips = [own.get("tooltip", "") for own in (options, *(entry[1] for entry in entries))]
     text = _escaped(" ".join(filter(None, tooltips)))
@@ -101,14 +89,14 @@ def _meaning(options: dict[str, Any]) -> str:
     return text
 
 
-def _explained(options: dict[str, Any]) -> bool:
-    """Whether the tooltip has a sentence on each choice, which then need not be listed."""
+def _explained(options: Mapping[str, Any]) -> bool:
+    """Return whether the tooltip has a sentence on each choice, which then need not be listed."""
     choices = options.get("options", ())
     return bool(choices) and {*choices} <= {*_CHOICE.findall(options.get("tooltip", ""))}
 
 
-def _type(type_: str, options: dict[str, Any]) -> str:
-    """Type, range and default of an input, for people."""
+def _type(type_: str, options: Mapping[str, Any]) -> str:
+    """Return type, range and default of an input, for people."""
     if type_ == "COMFY_AUTOGROW_V3":
         template = options["template"]
         ((entry, *_),) = template["input"]["required"].values()
@@ -124,8 +112,8 @@ def _type(type_: str, options: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _choices(options: dict[str, Any]) -> str:
-    """Lists of files have no default; what is in them is another thing on every machine."""
+def _choices(options: Mapping[str, Any]) -> str:
+    """Return the choices, but of lists of files, which have no default: they differ by machine."""
     if "default" not in options:
         return "a file from the list"
     default = options["default"]
@@ -146,32 +134,15 @@ def _number(value: float) -> str:
 
 
 def _escaped(text: str) -> str:
-    """As words in a table's cell."""
+    """Return the text as words in a table's cell."""
     return _MARKS.sub(r"\\\1", " ".join(text.split()))
 
 
 def _table(head: str, rows: Iterable[Sequence[str]]) -> str:
-    """Two columns, name and the rest: the panel has no room for more."""
+    """Return a table of two columns, name and the rest: the panel has no room for more."""
     lines = [f"| `{name}` | *{what}*<br>{meaning} |" for name, what, meaning in rows]
     return "\n".join([f"## {head}s", "", f"| {head} | Meaning |", "| --- | --- |", *lines])
 
 
-def write(info: ObjectInfo) -> Iterator[Path]:
-    """Write pages and pictures; what was written."""
-    (DOCS / PICTURES).mkdir(parents=True, exist_ok=True)
-    for name, text in build(info).items():
-        (DOCS / name).write_text(text, encoding="utf-8")
-        yield DOCS / name
-    for picture in pictures():
-        yield Path(shutil.copyfile(picture, DOCS / PICTURES / picture.name))
-
-
-def main() -> None:
-    with Server(standins.ensure(), host.require()) as client:
-        info = client.object_info()
-    for path in write(info):
-        print(path.relative_to(ROOT))
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, build)

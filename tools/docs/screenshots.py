@@ -1,6 +1,6 @@
-"""Draw docs/graph.png, help.png and templates.png: the pack in ComfyUI's editor, on the miniature.
+"""Take docs/graph.png, help.png and templates.png: the pack in ComfyUI's editor, on the miniature.
 
-    python -m tools.editor_picture [--workflow text_and_image] [--text "a star"]
+    python -m tools.docs.screenshots [--workflow text_and_image] [--text "a star"]
 
 Needs `pip install playwright` and a Chromium (CHROMIUM_PATH, or `chromium` on the path).
 """
@@ -14,8 +14,7 @@ from typing import Any
 
 from miniature import setup
 from miniature.workflows import in_editor
-from tools.comfyui import browser
-from tools.comfyui import install as host
+from tools.comfyui import browser, install
 from tools.comfyui.server import Server
 
 LOAD = """async (workflow) => {
@@ -39,7 +38,7 @@ GRAPH: Any = {"x": 205, "y": 212, "width": 1292, "height": 378}  # where the fit
 
 
 def graph(page: Any, workflow: dict[str, Any], target: Path) -> None:
-    """The workflow after it has run."""
+    """Take the workflow after it has run."""
     page.evaluate(LOAD, workflow)
     page.wait_for_function(DONE, timeout=600_000, polling=1000)
     page.evaluate(FIT)
@@ -48,7 +47,7 @@ def graph(page: Any, workflow: dict[str, Any], target: Path) -> None:
 
 
 def help_panel(page: Any, node: str, target: Path) -> None:
-    """A node of the loaded workflow, and its page beside it."""
+    """Take a node of the loaded workflow, and its page beside it."""
     page.evaluate(SELECT, node)
     page.wait_for_timeout(1000)
     page.get_by_role("button", name="Node Info").click()
@@ -57,7 +56,7 @@ def help_panel(page: Any, node: str, target: Path) -> None:
 
 
 def templates(page: Any, target: Path) -> None:
-    """The template browser with the pack's workflows."""
+    """Take the template browser with the pack's workflows."""
     page.get_by_role("button", name="Templates").click()
     page.get_by_role("dialog").get_by_text("ip_adapter").first.click()
     page.wait_for_timeout(3000)
@@ -65,11 +64,11 @@ def templates(page: Any, target: Path) -> None:
 
 
 def draw(workflow: dict[str, Any], node: str, folder: Path) -> list[Path]:
-    """All pictures. Returns their files."""
+    """Take all of them, and return their files."""
     folder.mkdir(exist_ok=True)
     targets = [folder / f"{name}.png" for name in ("graph", "help", "templates")]
     options = {"viewport": {"width": 1700, "height": 800}, "device_scale_factor": 1.5}
-    server = Server(setup.ensure(), host.require())
+    server = Server(setup.ensure(), install.require())
     with server as client, browser.editor(client, **options) as page:
         page.wait_for_timeout(3000)
         page.keyboard.press("Escape")
@@ -87,9 +86,9 @@ def main() -> None:
     parser.add_argument("--text", default="a star")
     parser.add_argument("--node", default="IPA_Apply", help="whose help page is shown")
     given = parser.parse_args()
-    source = host.ROOT / "workflows" / f"{given.workflow}.json"
+    source = install.ROOT / "workflows" / f"{given.workflow}.json"
     workflow = in_editor(json.loads(source.read_text(encoding="utf-8")), given.text)
-    for target in draw(workflow, given.node, host.ROOT / "docs"):
+    for target in draw(workflow, given.node, install.ROOT / "docs"):
         print(target)
 
 

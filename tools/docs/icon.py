@@ -1,6 +1,6 @@
-"""Draw docs/icon.png, the pack's icon in the registry: a picture, and one that follows it.
+"""Draw docs/icon.png, the pack's icon in the registry: an image, and one that follows it.
 
-python -m tools.icon
+python -m tools.docs.icon
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GROUND, INK = "#1e2127", "#f2f2f2"
 
 
 def _tile(shape: str) -> Image.Image:
-    """A scene of the miniature's world that differs in its shape alone."""
+    """Draw a scene of the miniature's that differs in its shape alone."""
     numbers = {"colour": [*COLOURS].index("orange"), "texture": TEXTURES.index("plain")}
     numbers |= {"background": [*BACKGROUNDS].index("sky"), "shape": SHAPES.index(shape)}
     row = replace(scenes(0, 1), **{name: torch.tensor([n]) for name, n in numbers.items()})

@@ -1,0 +1,73 @@
+"""The example workflows as `POST /prompt` takes them, and the public models that they name.
+
+`workflows/api/<name>.json` is the source of everything else that there is of a workflow.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ip_adapter_core.files.published import BASE, BASE_SDXL_VIT_H, PLUS, PLUS_FACE, VIT_H, Weights
+from tools.comfyui.install import ROOT
+
+FOLDER = ROOT / "workflows"
+NAMES = sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
+DEFECTS = "monochrome, lowres, bad anatomy, worst quality, low quality"
+"""The negative text of the authors' own code."""
+
+Api = Mapping[str, Mapping[str, Any]]
+_HUB = "https://huggingface.co"
+
+
+def _checkpoint(repository: str, name: str, label: str) -> Weights:
+    return Weights(name, f"{_HUB}/{repository}/resolve/main/{name}", "checkpoints", label)
+
+
+SD15 = _checkpoint(
+    "Comfy-Org/stable-diffusion-v1-5-archive", "v1-5-pruned-emaonly-fp16.safetensors", "SD 1.5"
+)
+DREAMSHAPER = _checkpoint("Lykon/DreamShaper", "DreamShaper_8_pruned.safetensors", "DreamShaper 8")
+SDXL = _checkpoint("stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors", "SDXL")
+CANNY = Weights(
+    "control_v11p_sd15_canny_fp16.safetensors",
+    f"{_HUB}/comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/"
+    "control_v11p_sd15_canny_fp16.safetensors",
+    "controlnet",
+)
+PUBLIC = {
+    weights.name: weights
+    for weights in (SD15, DREAMSHAPER, SDXL, VIT_H, BASE, PLUS, PLUS_FACE, BASE_SDXL_VIT_H, CANNY)
+}
+
+
+def read(name: str) -> dict[str, Any]:
+    """Read a workflow."""
+    return dict(json.loads((FOLDER / "api" / f"{name}.json").read_text("utf-8")))
+
+
+def of_class(api: Api, *classes: str) -> Iterator[dict[str, Any]]:
+    """Yield the inputs of every node of these classes."""
+    return (node["inputs"] for node in api.values() if node["class_type"] in classes)
+
+
+def is_link(value: Any) -> bool:
+    """Return whether an input's value is another node's output, `[node, number]`."""
+    return isinstance(value, list)
+
+
+def smaller(api: Api, steps: int, side: int) -> dict[str, Any]:
+    """Return a copy with `steps` steps, every size scaled until the shortest is `side` pixels."""
+    made = copy.deepcopy(dict(api))
+    inputs_of = [node["inputs"] for node in made.values()]
+    sized = [inputs for inputs in inputs_of if isinstance(inputs.get("height"), int)]
+    shortest = min(min(inputs["width"], inputs["height"]) for inputs in sized)
+    for inputs in sized:
+        for name in ("width", "height"):
+            inputs[name] = inputs[name] * side // shortest
+    for inputs in inputs_of:
+        if "steps" in inputs:
+            inputs["steps"] = steps
+    return made

@@ -1,0 +1,278 @@
+"""Draw the pictures beside the example workflows: what goes in, through what, and what comes out.
+
+    python -m tools.workflows.pictures                            # with the miniature
+    python -m tools.workflows.pictures --server 127.0.0.1:8188    # with a server's own models
+
+Every workflow runs. The miniature's images are small and say what drew them; a server's models
+run as the workflow says, on the server's own input images. The template browser shows a square of
+about 250 pixels and covers the upper left corner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from miniature import setup
+from miniature.workflows import on_miniature
+from tools.comfyui import install
+from tools.comfyui.server import Client, Server
+from tools.workflows.api import FOLDER, NAMES, PUBLIC, Api, is_link, of_class, read
+
+SIDE = 512
+LIMIT = 60 * 1024
+"""Bytes of a picture: the browser of templates loads all of them at once."""
+TOP, BOTTOM, GAP = 56, 420, 12
+GROUND, INK, FAINT, BOX = "#1e2127", "#f2f2f2", "#9aa4b2", "#2f6f73"
+TILES, BOXES, RESULTS = (12, 142), (162, 284), (304, 500)
+"""Left and right edges of the three columns."""
+REMARK = "drawn by the miniature models of the repository"
+TEXT = "a star"
+BEFORE = {"load_prompt": ("save_prompt",)}
+"""Workflows that another's run must come before."""
+LOADERS = {
+    "CheckpointLoaderSimple": "ckpt_name",
+    "ControlNetLoader": "control_net_name",
+    "IPA_LoadAdapter": "adapter_name",
+}
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A labelled box, and the files of the images that lead into it."""
+
+    label: str
+    files: tuple[str, ...]
+
+
+def images_of(api: Api) -> dict[str, str]:
+    """Return the image files that the workflow loads, by the node that loads them."""
+    return {
+        id_: node["inputs"]["image"]
+        for id_, node in api.items()
+        if node["class_type"] in ("LoadImage", "LoadImageMask")
+    }
+
+
+def stages_of(api: Api) -> list[Stage]:
+    """Return what each image passes through on its way to the sampler, in the graph's order."""
+    saved = [id_ for id_, node in api.items() if node["class_type"] == "IPA_LoadPrompt"]
+    files: dict[str, list[str]] = {}
+    for id_, file in (images_of(api) | dict.fromkeys(saved)).items():
+        for label in _first_labels(api, id_):
+            files.setdefault(label, []).extend([file] if file else [])
+    return [
+        Stage(label.partition("#")[0], tuple(dict.fromkeys(own))) for label, own in files.items()
+    ]
+
+
+def _first_labels(api: Api, id_: str) -> Iterator[str]:
+    """Yield labels of the first stages downstream; `#` and an id tells equal ones apart."""
+    for next_, node in api.items():
+        if any(is_link(value) and value[0] == id_ for value in node["inputs"].values()):
+            label = _label(api, next_, node)
+            if label is None:
+                yield from _first_labels(api, next_)
+            elif label:
+                yield label
+
+
+def _label(api: Api, id_: str, node: Mapping[str, Any]) -> str | None:
+    """Return a stage's label, None for a node to look past, "" for one where nothing begins."""
+    inputs = node["inputs"]
+    match node["class_type"]:
+        case "IPA_Apply" | "IPA_ApplyConditioning":
+            weight = inputs["weight"]
+            shown = "weights" if is_link(weight) else f"weight {weight:g}"
+            before = set(_upstream(api, inputs))
+            more = f"\n{inputs['combine']}" if "BatchImagesNode" in before else ""
+            more += "\nfrom a file" if "IPA_LoadPrompt" in before else ""
+            return f"IP-Adapter\n{shown}{more}#{id_}"
+        case "IPA_ApplyRegions":
+            return f"IP-Adapter\nregions#{id_}"
+        case "ControlNetApplyAdvanced":
+            return f"ControlNet\nedges#{id_}"
+        case "VAEEncode" | "SetLatentNoiseMask":
+            (sampler,) = of_class(api, "KSampler")
+            kind = "Inpaint" if any(of_class(api, "SetLatentNoiseMask")) else "Start"
+            return f"{kind}\ndenoise {sampler['denoise']:g}"
+        case "ImageCompositeMasked":
+            return ""
+    return None
+
+
+def _upstream(api: Api, inputs: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the classes of the nodes that an image prompt comes from."""
+    source = inputs.get("image_prompt") or inputs.get("image")
+    if is_link(source):
+        yield api[source[0]]["class_type"]
+        yield from _upstream(api, api[source[0]]["inputs"])
+
+
+def _text_of(api: Api) -> str:
+    """Return what the workflow's positive texts say."""
+    words = [
+        node["inputs"]["text"]
+        for node in api.values()
+        if node["class_type"] == "CLIPTextEncode" and "Positive" in node["_meta"]["title"]
+    ]
+    text = " / ".join(dict.fromkeys(filter(None, words)))
+    return f"“{text}”" if text else "no text"
+
+
+def _checkpoint_of(api: Api) -> str:
+    """Return what people call the checkpoint; of one that is not published, its name."""
+    (loader,) = of_class(api, "CheckpointLoaderSimple")
+    name = loader["ckpt_name"]
+    return PUBLIC[name].label if name in PUBLIC else str(name).partition(".")[0]
+
+
+def draw(
+    api: Api, images: Mapping[str, Image.Image], results: Sequence[Image.Image], remark: str = ""
+) -> Image.Image:
+    """Draw a square of `SIDE` pixels. `images` holds the loaded ones by file name."""
+    sheet = Image.new("RGB", (SIDE, SIDE), GROUND)
+    pen = ImageDraw.Draw(sheet)
+    files = list(dict.fromkeys(images_of(api).values()))
+    tiles = dict(zip(files, _squares(TILES, len(files), align=1.0), strict=True))
+    places = _squares(RESULTS, len(results), align=0.0)
+    stages = stages_of(api)
+    left, right = BOXES
+    boxes = [(left, top, right, top + 84) for top in _tops(len(stages), 84, 3 * GAP)]
+    for stage, box in zip(stages, boxes, strict=True):
+        for start, end in [
+            *((tiles[file], box) for file in stage.files),
+            *((box, place) for place in places),
+        ]:
+            middles = (start[1] + start[3]) // 2, (end[1] + end[3]) // 2
+            pen.line([(start[2], middles[0]), (end[0], middles[1])], FAINT, 3)
+    for file, tile in tiles.items():
+        _paste(sheet, images[file], tile)
+    for stage, box in zip(stages, boxes, strict=True):
+        pen.rounded_rectangle(box, 10, BOX)
+        middle = ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)
+        pen.multiline_text(middle, stage.label, INK, _font(21), "mm", 3, "center")
+    for result, place in zip(results, places, strict=True):
+        _paste(sheet, result, place)
+    pen.text((SIDE - 12, 30), _checkpoint_of(api), FAINT, _font(24), "rm")
+    text = _wrapped(_text_of(api), _font(22), SIDE - 24)
+    pen.multiline_text((SIDE // 2, 454), text, INK, _font(22), "mm", 4, "center")
+    pen.text((SIDE // 2, 496), remark, FAINT, _font(18), "mm")
+    return sheet
+
+
+def _squares(column: tuple[int, int], count: int, align: float) -> list[Box]:
+    """Stack squares, at the column's left (`align` 0) or right (1) edge."""
+    if not count:
+        return []
+    side = min(column[1] - column[0], (BOTTOM - TOP - GAP * (count - 1)) // count)
+    left = column[0] + round(align * (column[1] - column[0] - side))
+    return [(left, top, left + side, top + side) for top in _tops(count, side)]
+
+
+def _tops(count: int, height: int, gap: int = GAP) -> list[int]:
+    """Return the upper edges of a stack in the middle between `TOP` and `BOTTOM`."""
+    top = (TOP + BOTTOM - count * height - gap * (count - 1)) // 2
+    return [top + index * (height + gap) for index in range(count)]
+
+
+def _paste(sheet: Image.Image, image: Image.Image, box: Box) -> None:
+    """Paste the whole image, as large as fits, into the middle of the box."""
+    room = box[2] - box[0], box[3] - box[1]
+    fitted = ImageOps.contain(image.convert("RGB"), room, Image.Resampling.LANCZOS)
+    sheet.paste(
+        fitted, (box[0] + (room[0] - fitted.width) // 2, box[1] + (room[1] - fitted.height) // 2)
+    )
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Break the text into lines no wider than `width`."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    return font
+
+
+def run_and_draw(client: Client, api: Api, remark: str) -> Image.Image:
+    """Run a workflow and draw it. Raises PromptError if it fails."""
+    loaded = {
+        file: _open(client.view({"filename": file, "type": "input"}))
+        for file in images_of(api).values()
+    }
+    images = client.run(api).images
+    saved = (id_ for id_, node in api.items() if node["class_type"] == "SaveImage")
+    results = [_open(image) for id_ in saved for image in images[id_]]  # previews are no results
+    return draw(api, loaded, results, remark)
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """Return the image as a JPEG in the best quality that keeps within `LIMIT`."""
+    for quality in range(92, 20, -4):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality, optimize=True)
+        if buffer.tell() <= LIMIT:
+            return buffer.getvalue()
+    raise ValueError(f"no JPEG of {image.width} x {image.height} fits into {LIMIT} bytes")
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return the workflows, each once, with those that must run before one of them."""
+    return list(dict.fromkeys(one for name in names for one in (*BEFORE.get(name, ()), name)))
+
+
+def _lacking(client: Client, api: Api) -> list[str]:
+    """Return the model files that the workflow names and the server's loaders do not offer."""
+    lacking: set[str] = set()
+    for class_, name in LOADERS.items():
+        choice = client.object_info(class_)[class_]["input"]["required"][name]
+        offered = choice[0] if isinstance(choice[0], list) else choice[1]["options"]
+        lacking |= {inputs[name] for inputs in of_class(api, class_)} - {*offered}
+    return sorted(lacking)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help=f"workflows to draw; all by default: {NAMES}")
+    parser.add_argument("--server", help="a running ComfyUI with the weights, 127.0.0.1:8188")
+    arguments = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        if arguments.server:
+            client = Client(arguments.server)
+        else:
+            client = stack.enter_context(Server(setup.ensure(), install.require()))
+        for name in in_order(arguments.names or NAMES):
+            api = read(name)
+            if not arguments.server:
+                api = on_miniature(api, TEXT)
+                if lacking := _lacking(client, api):
+                    print(f"{name}: left as it is, the miniature has no {', '.join(lacking)}")
+                    continue
+            data = jpeg(run_and_draw(client, api, "" if arguments.server else REMARK))
+            (FOLDER / f"{name}.jpg").write_bytes(data)
+            print(f"workflows/{name}.jpg: {len(data) / 1024:.0f} KB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
