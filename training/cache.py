@@ -34,9 +34,9 @@ from training.caching.dataset import CachedDataset
 from training.caching.format import Manifest
 from training.data.buckets import LATENT_STEP, by_aspect, square
 from training.data.dataset import RawDataset
-from training.data.randomness import DrawSettings
-from training.data.records import Columns, open_source
-from training.data.shards import is_stream
+from training.data.randomness import NoiseSettings
+from training.data.sources import Columns, open_source
+from training.data.webdataset import is_stream
 from training.errors import TrainingError
 from training.launch import begin
 from training.models.base import load_encoders
@@ -46,7 +46,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 logger = logging.getLogger("training")
 
 PATIENCE = timedelta(days=7)  # processes share the shards by number, not by how fast they are
-NO_DRAWS = DrawSettings(0, 0.0, 0.0, 0.0, 1, 0.0)  # what training draws, it draws anew
+NO_DRAWS = NoiseSettings(0, 0.0, 0.0, 0.0, 1, 0.0)  # what training draws, it draws anew
 
 
 @dataclass(frozen=True)

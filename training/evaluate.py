@@ -32,7 +32,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from training import fingerprints
-from training.data.image import BrokenPictureError, open_picture
+from training.data.image import BrokenImageError, open_image
 from training.errors import TrainingError
 from training.evaluation import captions, report, scores, subjects
 from training.evaluation.clip_score import Clip, clip_i, clip_t, load_clip
@@ -153,9 +153,9 @@ class Evaluation:
         rows, pictures = [], []
         for row in block:
             try:
-                pictures.append(open_picture(self.rows[row].image))
+                pictures.append(open_image(self.rows[row].image))
                 rows.append(row)
-            except BrokenPictureError as error:
+            except BrokenImageError as error:
                 logger.warning("'%s' is left out: %s", self.rows[row].name, error)
                 writer.broken(row, str(error))
         if not rows:

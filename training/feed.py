@@ -14,11 +14,10 @@ from .caching.dataset import CachedDataset
 from .config import Settings
 from .data.buckets import Buckets, bucket_sizes, by_aspect, square
 from .data.dataset import Examples, RawDataset, loader
-from .data.randomness import DrawSettings
-from .data.records import Columns, open_source
-from .data.sampler import ProcessBatches
-from .data.shards import ShardReader, expand_shards, is_stream
-from .data.stream import StreamDataset
+from .data.randomness import NoiseSettings
+from .data.sampler import RankBatchSampler
+from .data.sources import Columns, open_source
+from .data.webdataset import ShardReader, StreamDataset, expand_shards, is_stream
 from .loss import Batch, Dropped
 from .models.frozen import FrozenEncoders
 
@@ -62,7 +61,7 @@ class Place:
 
 def open_feed(settings: Settings, encoders: FrozenEncoders, timesteps: int, place: Place) -> Feed:
     """Raises TrainingError for data or a cache that cannot be trained on."""
-    draws = DrawSettings(
+    draws = NoiseSettings(
         seed=settings.seed,
         drop_image=settings.drop_image,
         drop_text=settings.drop_text,
@@ -79,7 +78,7 @@ def open_feed(settings: Settings, encoders: FrozenEncoders, timesteps: int, plac
 
 
 def _cached(
-    settings: Settings, encoders: FrozenEncoders, draws: DrawSettings, place: Place
+    settings: Settings, encoders: FrozenEncoders, draws: NoiseSettings, place: Place
 ) -> Feed:
     assert settings.cache is not None
     given = [name for name in DECIDED_BY_CACHE if getattr(settings, name) != _DEFAULTS[name]]
@@ -98,7 +97,7 @@ def _cached(
     return Feed(batches, dataset.dropped(), lambda batch: batch, False, f"{data} {order}", sizes[0])
 
 
-def _rows(settings: Settings, encoders: FrozenEncoders, draws: DrawSettings, place: Place) -> Feed:
+def _rows(settings: Settings, encoders: FrozenEncoders, draws: NoiseSettings, place: Place) -> Feed:
     assert settings.data is not None
     source = open_source(
         settings.data,
@@ -116,7 +115,7 @@ def _rows(settings: Settings, encoders: FrozenEncoders, draws: DrawSettings, pla
 
 
 def _stream(
-    settings: Settings, encoders: FrozenEncoders, draws: DrawSettings, place: Place
+    settings: Settings, encoders: FrozenEncoders, draws: NoiseSettings, place: Place
 ) -> Feed:
     assert settings.data is not None
     size = settings.size
@@ -142,6 +141,6 @@ def _stream(
 def _batches(
     dataset: Any, buckets: Buckets, rows: int, settings: Settings, place: Place
 ) -> tuple[Iterable[Batch], str]:
-    order = buckets.order(rows, place.batch, settings.seed)
-    sampler = ProcessBatches(order, place.rank, place.world, place.step)
+    order = buckets.sampler(rows, place.batch, settings.seed)
+    sampler = RankBatchSampler(order, place.rank, place.world, place.step)
     return loader(dataset, sampler, settings.workers), order.fingerprint

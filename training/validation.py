@@ -20,7 +20,7 @@ from PIL import Image
 
 from ip_adapter_core.adapter import IPAdapter
 
-from .data.image import BrokenPictureError, open_picture
+from .data.image import BrokenImageError, open_image
 from .errors import TrainingError
 from .evaluation.clip_score import Clip, clip_i, clip_t
 from .folders import make_writable
@@ -187,8 +187,8 @@ def _opened(paths: Sequence[str]) -> list[Image.Image]:
     pictures, failed = [], []
     for path in paths:
         try:
-            pictures.append(open_picture(Path(path)))
-        except BrokenPictureError as error:
+            pictures.append(open_image(Path(path)))
+        except BrokenImageError as error:
             failed.append(f"'{path}' ({error})")
     if failed:
         raise TrainingError(

@@ -22,7 +22,7 @@ from training.caching.dataset import CachedDataset
 from training.caching.format import Manifest, is_whole, read_header, shard_path
 from training.data.buckets import square
 from training.data.dataset import RawDataset, collate
-from training.data.records import Record, open_source
+from training.data.sources import Record, open_source
 from training.errors import TrainingError
 from training.models.base import load_encoders
 from training.models.frozen import FrozenEncoders, ImageEncoder, text_states

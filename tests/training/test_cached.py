@@ -26,12 +26,12 @@ from training.caching.format import (
     write_tensors,
 )
 from training.data.dataset import collate, loader
-from training.data.randomness import DrawSettings, draw
-from training.data.sampler import ProcessBatches
+from training.data.randomness import NoiseSettings, sample_noise
+from training.data.sampler import RankBatchSampler
 from training.errors import TrainingError
 
 EMBEDS, HIDDEN = "image_embeds", "penultimate_hidden_states"
-DRAWS = DrawSettings(3, 0.1, 0.1, 0.1, 1000, 0.05)
+DRAWS = NoiseSettings(3, 0.1, 0.1, 0.1, 1000, 0.05)
 SIZES = ((64, 64), (64, 128), (128, 64))
 
 
@@ -93,7 +93,7 @@ def check_row(example, number, row, bucket, kind, pooled=False):
     for name in ("mean", "log_variance", "states", "features", "time_ids", "pooled"):
         if name in expected:
             assert torch.equal(example[name], expected[name]), name
-    draws = draw(DRAWS, number, tuple(expected["mean"].shape[1:]))
+    draws = sample_noise(DRAWS, number, tuple(expected["mean"].shape[1:]))
     assert torch.equal(example["draws"].noise, draws.noise)
     assert (example["weight"], example["broken"]) == (1.0, "")
 
@@ -162,8 +162,8 @@ class TestRows:
         buckets = np.arange(48) % 3
         write(tmp_path, rows=48, buckets=buckets)
         dataset = CachedDataset(tmp_path, EMBEDS, DRAWS)
-        order = dataset.buckets.order(len(dataset), 4, seed=1)
-        batches = iter(loader(dataset, ProcessBatches(order), workers))
+        order = dataset.buckets.sampler(len(dataset), 4, seed=1)
+        batches = iter(loader(dataset, RankBatchSampler(order), workers))
         seen = []
         for step in range(order.steps_per_epoch):
             batch, (numbers, rows) = next(batches), order.batch(step)

@@ -14,7 +14,7 @@ from tests.support import small_models
 from tests.support.small_models import of_open_clip, of_transformers
 from training import fingerprints
 from training.data.dataset import collate
-from training.data.randomness import DrawSettings, draw
+from training.data.randomness import NoiseSettings, sample_noise
 from training.errors import TrainingError
 from training.models import image_towers
 from training.models.base import load_encoders
@@ -47,7 +47,7 @@ def example(encoders, number):
         "reference": torch.randn(3, side, side, generator=generator),
         "tokens": encoders.tokenise(f"number {number}"),
         "time_ids": torch.arange(6.0),
-        "draws": draw(DrawSettings(0, 0.1, 0.1, 0.1, 1000, 0.0), number, (8, 6)),
+        "draws": sample_noise(NoiseSettings(0, 0.1, 0.1, 0.1, 1000, 0.0), number, (8, 6)),
         "weight": 1.0,
         "broken": "",
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.buckets import LATENT_STEP, Buckets
-from ..data.randomness import DrawSettings, draw
+from ..data.randomness import NoiseSettings, sample_noise
 from ..errors import TrainingError
 from ..loss import Dropped
 from .format import DROPPED, Header, Manifest, Where, read_header, read_manifest, shard_path
@@ -46,7 +46,7 @@ class CachedDataset(Dataset[Example]):
         self,
         folder: str | Path,
         kind: str,
-        draw_settings: DrawSettings,
+        draw_settings: NoiseSettings,
         expected: Mapping[str, str] | None = None,
         names: Mapping[str, str] | None = None,
     ) -> None:
@@ -96,7 +96,7 @@ class CachedDataset(Dataset[Example]):
                 example["features"] = _read_row(file, tensors[self.kind], place)
         except (OSError, EOFError) as error:
             raise self._unreadable(shard, error) from error
-        draws = draw(self._draw_settings, number, (height, width))
+        draws = sample_noise(self._draw_settings, number, (height, width))
         return example | {"draws": draws, "weight": 1.0, "broken": ""}
 
     def dropped(self) -> Dropped:

@@ -13,9 +13,9 @@ import numpy as np
 from filelock import FileLock
 
 from ..errors import TrainingError
-from .image import BrokenPictureError, upright_size
-from .records import Source
-from .sampler import Order
+from .image import BrokenImageError, upright_size
+from .sampler import BucketBatchSampler
+from .sources import Source
 
 STEP = 64  # pixels; the UNet halves latents three times
 LATENT_STEP = 8  # pixels of the VAE's latents
@@ -39,12 +39,12 @@ class Buckets:
         """Height and width that this row's picture is fitted to."""
         return self.sizes[0 if self.of_row is None else int(self.of_row[row])]
 
-    def order(self, rows: int, batch: int, seed: int) -> Order:
+    def sampler(self, rows: int, batch: int, seed: int) -> BucketBatchSampler:
         """The order of batches of `batch` samples. Names the buckets that never fill one.
 
         Raises TrainingError if no bucket does.
         """
-        order = Order(self.of_row, rows, batch, seed)
+        order = BucketBatchSampler(self.of_row, rows, batch, seed)
         if self.of_row is not None:
             counts = _counts(self.of_row, len(self.sizes))
             for (height, width), count in zip(self.sizes, counts, strict=True):
@@ -149,7 +149,7 @@ def _read_headers(source: Source, sizes: np.ndarray, rows: np.ndarray) -> np.nda
             try:
                 if not record.broken:
                     sizes[row] = upright_size(record.image)
-            except BrokenPictureError as error:
+            except BrokenImageError as error:
                 logger.debug("%s: %s", record.name, error)
 
     blocks = (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .buckets import LATENT_STEP, Buckets
-from .image import BrokenPictureError, fit, open_picture
-from .randomness import Draws, DrawSettings, draw
-from .records import Record, Source
-from .sampler import ProcessBatches
+from .image import BrokenImageError, fit, open_image
+from .randomness import NoiseSettings, SampleNoise, sample_noise
+from .sampler import RankBatchSampler
+from .sources import Record, Source
 
 Example = dict[str, Any]
 Tokenise = Callable[[str], tuple[Tensor, ...]]
@@ -38,7 +38,7 @@ class Examples:
         self,
         tokenise: Tokenise,
         preprocess_reference: PreprocessReference,
-        draw_settings: DrawSettings,
+        draw_settings: NoiseSettings,
     ) -> None:
         self._tokenise, self._preprocess = tokenise, preprocess_reference
         self._draw_settings = draw_settings
@@ -56,16 +56,16 @@ class Examples:
         latent_size = height // LATENT_STEP, width // LATENT_STEP
         example: Example = {
             "tokens": self._tokenise(record.text),
-            "draws": draw(self._draw_settings, number, latent_size),
+            "draws": sample_noise(self._draw_settings, number, latent_size),
         }
         try:
             if record.broken:
-                raise BrokenPictureError(record.broken)
-            picture = open_picture(record.image)
+                raise BrokenImageError(record.broken)
+            picture = open_image(record.image)
             reference = picture
             if record.reference is not None:
                 reference = _open_reference(record)
-        except BrokenPictureError as error:
+        except BrokenImageError as error:
             return example | {
                 "pixels": torch.zeros(3, height, width),
                 "reference": self._no_reference.clone(),
@@ -87,9 +87,9 @@ class Examples:
 def _open_reference(record: Record) -> Image.Image:
     assert record.reference is not None
     try:
-        return open_picture(record.reference)
-    except BrokenPictureError as error:
-        raise BrokenPictureError(f"its reference picture: {error}") from error
+        return open_image(record.reference)
+    except BrokenImageError as error:
+        raise BrokenImageError(f"its reference picture: {error}") from error
 
 
 class RawDataset(Dataset[Example]):
@@ -101,7 +101,7 @@ class RawDataset(Dataset[Example]):
         tokenise: Tokenise,
         preprocess_reference: PreprocessReference,
         buckets: Buckets,
-        draw_settings: DrawSettings,
+        draw_settings: NoiseSettings,
     ) -> None:
         self.source, self.buckets = source, buckets
         self._examples = Examples(tokenise, preprocess_reference, draw_settings)
@@ -125,7 +125,9 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         elif key == "tokens":
             batch[key] = tuple(torch.stack(one) for one in zip(*values, strict=True))
         elif key == "draws":
-            batch |= {name: _stack([getattr(v, name) for v in values]) for name in Draws._fields}
+            batch |= {
+                name: _stack([getattr(v, name) for v in values]) for name in SampleNoise._fields
+            }
         else:
             batch[key] = _stack(values)
     return batch
@@ -136,7 +138,7 @@ def _stack(values: list[Any]) -> Tensor:
 
 
 def loader(
-    dataset: Dataset[Any], batches: ProcessBatches | None, workers: int, prefetch: int = 2
+    dataset: Dataset[Any], batches: RankBatchSampler | None, workers: int, prefetch: int = 2
 ) -> DataLoader[Any]:
     """A loader of collated batches, read ahead by `workers` processes (0: in this one).
 

@@ -12,21 +12,21 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-Picture = Path | bytes | Image.Image
+ImageData = Path | bytes | Image.Image
 
 MAX_ASPECT = 32  # beyond, the shortest side's enlargement alone would fill the memory
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _DEEP = 65535  # white of a 16-bit picture
 
 
-class BrokenPictureError(Exception):
+class BrokenImageError(Exception):
     """A picture that cannot be used; the message says why, not which."""
 
 
-def open_picture(picture: Picture) -> Image.Image:
+def open_image(picture: ImageData) -> Image.Image:
     """An upright RGB copy, transparency over white, the first frame of an animation.
 
-    Raises BrokenPictureError for what cannot be read: missing, cut short, no picture at all,
+    Raises BrokenImageError for what cannot be read: missing, cut short, no picture at all,
     larger than Pillow's decompression-bomb limit, of floating-point numbers, or a mere strip.
     """
     try:
@@ -34,16 +34,16 @@ def open_picture(picture: Picture) -> Image.Image:
             image.load()
             _turn_upright(image)
             return _rgb(image)
-    except BrokenPictureError:
+    except BrokenImageError:
         raise
     except Exception as error:  # Pillow's plugins raise a dozen kinds for damaged files
-        raise BrokenPictureError(_reason(error)) from error
+        raise BrokenImageError(_reason(error)) from error
 
 
-def upright_size(picture: Picture) -> tuple[int, int]:
-    """(height, width) as `open_picture` will give it, from the header: no pixels are decoded.
+def upright_size(picture: ImageData) -> tuple[int, int]:
+    """(height, width) as `open_image` will give it, from the header: no pixels are decoded.
 
-    Raises BrokenPictureError for what cannot be read.
+    Raises BrokenImageError for what cannot be read.
     """
     try:
         with _opened(picture) as image:
@@ -52,10 +52,10 @@ def upright_size(picture: Picture) -> tuple[int, int]:
             # size as it will be turned.
             tells = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
             sideways = tells and _orientation(image) in _SIDEWAYS
-    except BrokenPictureError:
+    except BrokenImageError:
         raise
     except Exception as error:
-        raise BrokenPictureError(_reason(error)) from error
+        raise BrokenImageError(_reason(error)) from error
     return (width, height) if sideways else (height, width)
 
 
@@ -87,20 +87,20 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Fitted:
     return Fitted(pixels.div_(127.5).sub_(1), top, left)
 
 
-def _opened(picture: Picture) -> Image.Image:
+def _opened(picture: ImageData) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture.copy()  # the caller's stays open
     if isinstance(picture, bytes) and not picture:
-        raise BrokenPictureError("it is empty (0 bytes)")
+        raise BrokenImageError("it is empty (0 bytes)")
     image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise BrokenPictureError(f"a strip of {image.width} × {image.height} pixels")
+        raise BrokenImageError(f"a strip of {image.width} × {image.height} pixels")
     return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise BrokenPictureError("floating-point pixels, whose range is not known")
+        raise BrokenImageError("floating-point pixels, whose range is not known")
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _from_deep(image)
     if not image.has_transparency_data:
@@ -114,7 +114,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
     # Pillow's own conversion clips at 255 instead of scaling.
     values = np.asarray(image.convert("I"))
     if values.min() < 0 or values.max() > _DEEP:
-        raise BrokenPictureError("pixels of more than 16 bits, whose range is not known")
+        raise BrokenImageError("pixels of more than 16 bits, whose range is not known")
     grey = np.rint(values * (255 / _DEEP)).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +17,18 @@ LATENT_CHANNELS = 4
 MAX_SEED = 2**63 - 1
 
 
+def counted(seed: int, *key: int) -> np.random.RandomState:
+    """Return the random numbers that belong to a key in a run: of an epoch, a bucket, a lane.
+
+    Counter-based (Philox), so that any key's can be had without those before. RandomState, not
+    Generator: numpy promises that its streams never change (NEP 19), so a run resumed under
+    another numpy keeps its order.
+    """
+    return np.random.RandomState(np.random.Philox(np.random.SeedSequence((seed, *key))))
+
+
 @dataclass(frozen=True)
-class DrawSettings:
+class NoiseSettings:
     """What is drawn. Raises TrainingError for shares or counts that cannot be.
 
     `drop_image`, `drop_text` and `drop_both` are shares of the samples; `timesteps` are the
@@ -44,7 +55,7 @@ class DrawSettings:
             raise TrainingError(f"seed is {self.seed}; expected 0 to {MAX_SEED}.")
 
 
-class Draws(NamedTuple):
+class SampleNoise(NamedTuple):
     """Of one sample. `timestep` in [0, timesteps); `noise` and `latent_noise` (4, h, w) float32:
     what is added to the latents, and the sample of the VAE's posterior."""
 
@@ -55,7 +66,7 @@ class Draws(NamedTuple):
     drop_text: bool
 
 
-def draw(settings: DrawSettings, number: int, latent_size: tuple[int, int]) -> Draws:
+def sample_noise(settings: NoiseSettings, number: int, latent_size: tuple[int, int]) -> SampleNoise:
     """The draws of sample `number` of the run, for latents of `(h, w)`.
 
     One uniform number decides the drop, as the reference does (tencent-ailab/IP-Adapter,
@@ -73,7 +84,7 @@ def draw(settings: DrawSettings, number: int, latent_size: tuple[int, int]) -> D
     image_only = settings.drop_image
     text_only = image_only + settings.drop_text
     both = text_only + settings.drop_both
-    return Draws(
+    return SampleNoise(
         timestep=int(time * settings.timesteps),
         noise=noise,
         latent_noise=latent_noise,

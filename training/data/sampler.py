@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..errors import TrainingError
+from .randomness import counted
 
 
-class Order:
+class BucketBatchSampler:
     """Global batches of rows, epoch after epoch without end; a batch holds one bucket only.
 
     Each epoch is a permutation that follows from (seed, epoch, bucket) alone. What does not fill
@@ -46,7 +47,9 @@ class Order:
     @property
     def fingerprint(self) -> str:
         """Changes with everything that the order depends on."""
-        digest = hashlib.blake2b(repr((self.batch_size, self.seed)).encode(), digest_size=16)
+        digest = hashlib.blake2b(
+            repr(("philox", self.batch_size, self.seed)).encode(), digest_size=16
+        )
         digest.update(self._ends.astype("<i8").tobytes())
         digest.update(self._grouped.astype("<i4").tobytes())
         return digest.hexdigest()
@@ -65,16 +68,16 @@ class Order:
         filled = 0
         for bucket, (end, batches) in enumerate(zip(self._ends, self._batches, strict=True)):
             rows = self._grouped[self._ends[bucket - 1] if bucket else 0 : end].copy()
-            _random(self.seed, epoch, bucket).shuffle(rows)
+            counted(self.seed, epoch, bucket).shuffle(rows)
             used = int(batches) * self.batch_size
             self._permuted[filled : filled + used] = rows[:used]
             filled += used
         self._batch_order = np.arange(self.steps_per_epoch, dtype=np.int32)
-        _random(self.seed, epoch, len(self._ends)).shuffle(self._batch_order)
+        counted(self.seed, epoch, len(self._ends)).shuffle(self._batch_order)
         self._epoch = epoch
 
 
-class ProcessBatches:
+class RankBatchSampler:
     """This process's part of every global batch from `first_step` on, without end.
 
     A `batch_sampler` for torch's DataLoader: lists of (number, row). Process `rank` of `world`
@@ -82,7 +85,9 @@ class ProcessBatches:
     side by side are what one process alone would see.
     """
 
-    def __init__(self, order: Order, rank: int = 0, world: int = 1, first_step: int = 0) -> None:
+    def __init__(
+        self, order: BucketBatchSampler, rank: int = 0, world: int = 1, first_step: int = 0
+    ) -> None:
         if order.batch_size % world:
             raise ValueError(
                 f"A global batch of {order.batch_size} cannot be split over {world} processes."
@@ -110,9 +115,3 @@ def _grouped(bucket_of_row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows[filled : filled + len(found)] = found
         filled += len(found)
     return rows, counts
-
-
-def _random(*key: int) -> np.random.RandomState:
-    # RandomState, not Generator: numpy promises that its streams never change (NEP 19), so a run
-    # resumed under another numpy keeps its order.
-    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ..data.records import Record, Source, open_source
+from ..data.sources import Record, Source, open_source
 from ..errors import TrainingError
 
 Rows = list[Record] | Source

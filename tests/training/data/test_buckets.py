@@ -11,7 +11,7 @@ from PIL import Image
 
 from training.data import buckets
 from training.data.buckets import Buckets, bucket_sizes, by_aspect, nearest, picture_sizes, square
-from training.data.records import Record
+from training.data.sources import Record
 from training.errors import TrainingError
 
 
@@ -147,7 +147,7 @@ def test_small_buckets_are_named(caplog):
     sizes = bucket_sizes(512)
     found = Buckets(sizes, np.array([0] * 9 + [1] * 3 + [3] * 4, np.int16))
     with caplog.at_level(logging.WARNING):
-        order = found.order(16, batch=4, seed=0)
+        order = found.sampler(16, batch=4, seed=0)
     assert order.steps_per_epoch == 3
     (message,) = [record.getMessage() for record in caplog.records]
     assert "640 × 384" in message
@@ -158,14 +158,14 @@ def test_small_buckets_are_named(caplog):
 def test_no_bucket_fills_a_batch():
     found = Buckets(bucket_sizes(512), np.array([0, 1, 1], np.int16))
     with pytest.raises(TrainingError, match=r"no bucket fills a batch.*smaller batch_size"):
-        found.order(3, batch=4, seed=0)
+        found.sampler(3, batch=4, seed=0)
 
 
 def test_one_square():
     found = square(520)
     assert found.sizes == ((520, 520),)
     assert found.size_of(7) == (520, 520)
-    assert found.order(9, batch=4, seed=0).steps_per_epoch == 2
+    assert found.sampler(9, batch=4, seed=0).steps_per_epoch == 2
 
 
 @pytest.mark.parametrize("size", [0, -64, 511, 516])

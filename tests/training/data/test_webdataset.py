@@ -14,8 +14,8 @@ from functools import partial
 import pytest
 from PIL import Image
 
-from training.data.records import Columns, Record
-from training.data.shards import ShardReader, expand_shards, is_stream
+from training.data.sources import Columns, Record
+from training.data.webdataset import ShardReader, expand_shards, is_stream
 from training.errors import TrainingError
 
 

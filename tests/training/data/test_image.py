@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from training.data.image import BrokenPictureError, fit, open_picture, upright_size
+from training.data.image import BrokenImageError, fit, open_image, upright_size
 
 
 def noise(height, width, channels=3, seed=0):
@@ -118,19 +118,19 @@ def half(mode):
     ],
 )
 def test_modes(picture, expected):
-    opened = open_picture(picture)
+    opened = open_image(picture)
     assert opened.mode == "RGB"
     assert np.asarray(opened).reshape(-1, 3).tolist() == [list(colour) for colour in expected]
 
 
 def test_sixteen_bit_keeps_its_shades():
     ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
-    opened = open_picture(encoded(Image.fromarray(ramp)))
+    opened = open_image(encoded(Image.fromarray(ramp)))
     assert np.array_equal(np.asarray(opened)[..., 0].ravel(), np.arange(256))
 
 
 def test_cmyk_jpeg():
-    opened = open_picture(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
+    opened = open_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
     assert np.allclose(np.asarray(opened), (255, 0, 0), atol=4)
 
 
@@ -138,7 +138,7 @@ def test_cmyk_jpeg():
 def test_animations_give_their_first_frame(kind):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
-    assert np.allclose(np.asarray(open_picture(data)), (255, 0, 0), atol=3)
+    assert np.allclose(np.asarray(open_image(data)), (255, 0, 0), atol=3)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -152,7 +152,7 @@ def test_exif_orientation(kind, orientation):
     tagged = image.copy()
     tagged.info["exif"] = exif.tobytes()
     expected = ImageOps.exif_transpose(tagged)
-    opened = open_picture(data)
+    opened = open_image(data)
     assert opened.size == expected.size
     assert np.allclose(np.asarray(opened), np.asarray(expected), atol=40)
     assert upright_size(data) == (opened.height, opened.width)
@@ -164,14 +164,14 @@ def test_exif_orientation_of_other_modes(mode):
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(image, exif=exif)
-    assert open_picture(data).size == image.size[::-1]
+    assert open_image(data).size == image.size[::-1]
     assert upright_size(data) == image.size
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
 def test_damaged_exif_beside_sound_pixels(kind):
     data = encoded(noise(8, 8), kind, exif=b"Exif\0\0damaged")
-    assert open_picture(data).size == (8, 8)
+    assert open_image(data).size == (8, 8)
     assert upright_size(data) == (8, 8)
 
 
@@ -179,7 +179,7 @@ def test_a_picture_that_is_open_stays_so():
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.open(io.BytesIO(encoded(noise(8, 10, 4), exif=exif)))
-    assert open_picture(image).size == (8, 10)
+    assert open_image(image).size == (8, 10)
     assert upright_size(image) == (10, 8)
     assert (image.mode, image.size) == ("RGBA", (10, 8))
     assert image.getexif()[0x0112] == 6
@@ -204,8 +204,8 @@ def jpeg_of(height, width):
     ],
 )
 def test_broken_pictures(picture, reason):
-    with pytest.raises(BrokenPictureError) as error:
-        open_picture(picture)
+    with pytest.raises(BrokenImageError) as error:
+        open_image(picture)
     assert reason in str(error.value)
     assert str(error.value)
     assert "0x" not in str(error.value)
@@ -214,22 +214,22 @@ def test_broken_pictures(picture, reason):
 def test_damage_in_the_middle():
     data = bytearray(encoded(noise(64, 64)))
     data[3000:3040] = bytes(40)
-    with pytest.raises(BrokenPictureError):
-        open_picture(bytes(data))
+    with pytest.raises(BrokenImageError):
+        open_image(bytes(data))
 
 
 def test_missing_files_and_folders(tmp_path):
     for wrong, said in ((tmp_path / "a.jpg", "no such file"), (tmp_path, "directory")):
-        for function in (open_picture, upright_size):
-            with pytest.raises(BrokenPictureError, match=said):
+        for function in (open_image, upright_size):
+            with pytest.raises(BrokenImageError, match=said):
                 function(wrong)
 
 
 def test_decompression_bombs(monkeypatch):
     data = encoded(Image.new("L", (100, 100)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
-    for function in (open_picture, upright_size):
-        with pytest.raises(BrokenPictureError, match="decompression bomb"):
+    for function in (open_image, upright_size):
+        with pytest.raises(BrokenImageError, match="decompression bomb"):
             function(data)
 
 
@@ -250,7 +250,7 @@ def test_sizes_need_no_pixels(kind, monkeypatch):
 def test_damaged_png_header_is_broken():
     data = bytearray(encoded(noise(8, 8)))
     data[16:24] = struct.pack(">II", 0, 8)
-    with pytest.raises(BrokenPictureError):
+    with pytest.raises(BrokenImageError):
         upright_size(bytes(data))
 
 
@@ -261,11 +261,11 @@ def test_no_file_stays_open(tmp_path):
     bad.write_bytes(encoded(noise(64, 64))[:-2000])
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
-        open_picture(good)
+        open_image(good)
         upright_size(good)
         upright_size(bad)
-        with pytest.raises(BrokenPictureError):
-            open_picture(bad)
+        with pytest.raises(BrokenImageError):
+            open_image(bad)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -273,5 +273,5 @@ def test_files_are_not_changed(tmp_path):
     path = tmp_path / "a.jpg"
     path.write_bytes(jpeg_of(8, 8))
     before = path.stat().st_mtime_ns, path.read_bytes()
-    open_picture(path)
+    open_image(path)
     assert before == (path.stat().st_mtime_ns, path.read_bytes())

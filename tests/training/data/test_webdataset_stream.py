@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import io
 import logging
-import random
 import tarfile
 from itertools import islice, pairwise
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from training.data import dataset, lanes, stream
+from training.data import dataset, webdataset
 from training.data.buckets import Buckets, bucket_sizes, square
 from training.data.dataset import Examples, loader
-from training.data.randomness import DrawSettings, draw
-from training.data.shards import ShardReader
-from training.data.stream import LANES, StreamDataset
+from training.data.randomness import NoiseSettings, sample_noise
+from training.data.webdataset import (
+    BUFFER,
+    LANES,
+    BucketCounts,
+    Lane,
+    LaneSampler,
+    ShardReader,
+    StreamDataset,
+)
 from training.errors import TrainingError
 
-SETTINGS = DrawSettings(
+SETTINGS = NoiseSettings(
     seed=1, drop_image=0.1, drop_text=0.1, drop_both=0.1, timesteps=1000, noise_offset=0.0
 )
 
@@ -88,20 +95,20 @@ def test_an_epoch_holds_every_sample_once(shards):
 
 
 def test_the_buffer_mixes_and_loses_nothing():
-    found = list(lanes._shuffled(iter(range(1000)), random.Random(0)))
+    found = list(webdataset._shuffled(iter(range(1000)), np.random.RandomState(0)))
     assert sorted(found) == list(range(1000))
     descents = sum(a > b for a, b in pairwise(found[:500]))
     assert descents > 150
-    assert max(abs(place - item) for place, item in enumerate(found)) > lanes.BUFFER
-    few = list(lanes._shuffled(iter(range(9)), random.Random(0)))
+    assert max(abs(place - item) for place, item in enumerate(found)) > BUFFER
+    few = list(webdataset._shuffled(iter(range(9)), np.random.RandomState(0)))
     assert sorted(few) == list(range(9)) != few
 
 
 def test_each_epoch_and_seed_has_an_order_of_its_own(shards):
     def order(seed):
-        split = lanes.Split(tuple(shards(1, 30)), 1, seed)
-        counts = lanes.Counts(None, square(8))
-        lane = lanes.Lane(0, split, ShardReader(), square(8), 1, counts)
+        split = LaneSampler(tuple(shards(1, 30)), 1, seed)
+        counts = BucketCounts(None, square(8))
+        lane = Lane(0, split, ShardReader(), square(8), 1, counts)
         found = [records[0].text for records, _ in islice(lane.batches(0), 60)]
         return found[:30], found[30:]
 
@@ -111,8 +118,8 @@ def test_each_epoch_and_seed_has_an_order_of_its_own(shards):
 
 
 def test_shuffled_beyond_a_lanes_shards(shards, monkeypatch):
-    monkeypatch.setattr(lanes, "BUFFER", 4)
-    lane = lanes.Split(tuple(shards(16, 8)), 1, 0)
+    monkeypatch.setattr(webdataset, "BUFFER", 4)
+    lane = LaneSampler(tuple(shards(16, 8)), 1, 0)
     orders = [[unit.shard for unit in lane.units(epoch, 0)] for epoch in range(2)]
     assert orders[0] != orders[1]
     assert sorted(orders[0]) == sorted(orders[1])
@@ -123,7 +130,7 @@ def test_shuffled_beyond_a_lanes_shards(shards, monkeypatch):
 @pytest.mark.parametrize("count", [1, 3, 8, 11, 16, 40])
 @pytest.mark.parametrize("world", [1, 2])
 def test_no_sample_belongs_to_two_readers(count, world):
-    split = lanes.Split(tuple(f"{n}.tar" for n in range(count)), world * LANES, 0)
+    split = LaneSampler(tuple(f"{n}.tar" for n in range(count)), world * LANES, 0)
     for epoch in range(3):
         dealt = [split.units(epoch, lane) for lane in range(split.lanes)]
         assert all(dealt)
@@ -160,18 +167,18 @@ def test_resuming_decodes_nothing_and_passes_over_known_epochs(shards, tmp_path,
     paths = shards(16, 8)
     straight = numbers(islice(opened(paths, folder=tmp_path), 128 * 3 + 20))
     decoded, read = [], []
-    open_picture, records = dataset.open_picture, ShardReader.records
+    open_image, records = dataset.open_image, ShardReader.records
 
     def counting_open(picture):
         decoded.append(picture)
-        return open_picture(picture)
+        return open_image(picture)
 
     def counting_records(self, path):
         read.append(path)
         return records(self, path)
 
     resumed = opened(paths, folder=tmp_path, first_step=128 * 3 + 8)
-    monkeypatch.setattr(dataset, "open_picture", counting_open)
+    monkeypatch.setattr(dataset, "open_image", counting_open)
     monkeypatch.setattr(ShardReader, "records", counting_records)
     assert numbers(islice(resumed, 12)) == straight[-12:]
     assert len(decoded) == 12
@@ -197,7 +204,7 @@ def test_processes_share_an_epoch(shards):
 def test_draws_are_of_the_samples_number(shards):
     found = list(islice(opened(shards(16, 8), batch=4, rank=1, world=2, first_step=5), 3))
     for step, batch in enumerate(found, 5):
-        expected = [draw(SETTINGS, step * 4 + 2 + place, (1, 1)) for place in range(2)]
+        expected = [sample_noise(SETTINGS, step * 4 + 2 + place, (1, 1)) for place in range(2)]
         assert torch.equal(batch["noise"], torch.stack([one.noise for one in expected]))
         assert batch["timestep"].tolist() == [one.timestep for one in expected]
 
@@ -326,4 +333,4 @@ def test_fingerprint(shards, tmp_path):
 def test_the_loader_of_a_stream_uses_a_fitting_number_of_workers(shards):
     found = loader(opened(shards(1, 8)), None, 7)
     assert found.num_workers == 4
-    assert stream.LANES % found.num_workers == 0
+    assert LANES % found.num_workers == 0

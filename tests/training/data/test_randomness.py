@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from training.data.randomness import DrawSettings, draw, sample_seed
+from training.data.randomness import NoiseSettings, sample_noise, sample_seed
 from training.errors import TrainingError
 
-SETTINGS = DrawSettings(
+SETTINGS = NoiseSettings(
     seed=7, drop_image=0.05, drop_text=0.1, drop_both=0.2, timesteps=1000, noise_offset=0.0
 )
 SAMPLES = 20_000
@@ -19,7 +19,7 @@ SMALL = (2, 2)
 
 @pytest.fixture(scope="module")
 def many():
-    return [draw(SETTINGS, number, SMALL) for number in range(SAMPLES)]
+    return [sample_noise(SETTINGS, number, SMALL) for number in range(SAMPLES)]
 
 
 def near(count, share, samples=SAMPLES):
@@ -37,8 +37,8 @@ def test_extreme_shares():
     nothing = replace(SETTINGS, drop_image=0, drop_text=0, drop_both=0)
     everything = replace(nothing, drop_both=1.0)
     for number in range(200):
-        assert not any(draw(nothing, number, SMALL)[-2:])
-        assert all(draw(everything, number, SMALL)[-2:])
+        assert not any(sample_noise(nothing, number, SMALL)[-2:])
+        assert all(sample_noise(everything, number, SMALL)[-2:])
 
 
 def test_timesteps_are_uniform(many):
@@ -46,13 +46,13 @@ def test_timesteps_are_uniform(many):
     assert len(tenths) == 10
     assert all(near(int(count), 0.1) for count in tenths)
     few = replace(SETTINGS, timesteps=3)
-    assert {draw(few, number, SMALL).timestep for number in range(100)} == {0, 1, 2}
+    assert {sample_noise(few, number, SMALL).timestep for number in range(100)} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("size", [(2, 2), (3, 5), (64, 64)])
 def test_noise_is_normal(size):
     samples = max(4, 40_000 // (4 * size[0] * size[1]))
-    drawn = [draw(SETTINGS, number, size) for number in range(samples)]
+    drawn = [sample_noise(SETTINGS, number, size) for number in range(samples)]
     noise, latent = (
         torch.stack([getattr(one, name) for one in drawn]) for name in ("noise", "latent_noise")
     )
@@ -75,17 +75,17 @@ def same(left, right):
 
 def test_same_whatever_was_drawn_before():
     torch.manual_seed(1)
-    first = draw(SETTINGS, 123, (8, 8))
+    first = sample_noise(SETTINGS, 123, (8, 8))
     torch.manual_seed(2)
-    draw(SETTINGS, 5, (8, 8))
+    sample_noise(SETTINGS, 5, (8, 8))
     state = torch.get_rng_state()
-    assert same(first, draw(SETTINGS, 123, (8, 8)))
+    assert same(first, sample_noise(SETTINGS, 123, (8, 8)))
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_numbers_and_seeds_differ():
     drawn = [
-        draw(replace(SETTINGS, seed=seed), number, SMALL)
+        sample_noise(replace(SETTINGS, seed=seed), number, SMALL)
         for seed in (0, 1, 2**32, 2**62)
         for number in (0, 1, 2, 2**31, 2**32 - 1)
     ]
@@ -99,11 +99,11 @@ def test_no_two_samples_of_a_run_share_a_seed():
 
 
 def test_no_setting_changes_what_others_draw():
-    plain = draw(SETTINGS, 9, (8, 8))
-    other = draw(replace(SETTINGS, drop_both=0.9, drop_text=0.1, drop_image=0), 9, (8, 8))
+    plain = sample_noise(SETTINGS, 9, (8, 8))
+    other = sample_noise(replace(SETTINGS, drop_both=0.9, drop_text=0.1, drop_image=0), 9, (8, 8))
     assert torch.equal(plain.noise, other.noise)
     assert plain.timestep == other.timestep
-    longer = draw(replace(SETTINGS, timesteps=10), 9, (8, 8))
+    longer = sample_noise(replace(SETTINGS, timesteps=10), 9, (8, 8))
     assert torch.equal(plain.latent_noise, longer.latent_noise)
     assert longer.timestep == plain.timestep // 100
 
@@ -111,8 +111,8 @@ def test_no_setting_changes_what_others_draw():
 def test_noise_offset_moves_channels_as_a_whole():
     shifts = []
     for number in range(2000):
-        plain = draw(SETTINGS, number, SMALL)
-        offset = draw(replace(SETTINGS, noise_offset=0.5), number, SMALL)
+        plain = sample_noise(SETTINGS, number, SMALL)
+        offset = sample_noise(replace(SETTINGS, noise_offset=0.5), number, SMALL)
         assert torch.equal(plain.latent_noise, offset.latent_noise)
         moved = offset.noise - plain.noise
         assert torch.allclose(moved, moved[:, :1, :1].expand_as(moved), atol=1e-6)

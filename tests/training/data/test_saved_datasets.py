@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.data.image import open_picture
-from training.data.records import Columns, open_source
+from training.data.image import open_image
+from training.data.sources import Columns, open_source
 from training.errors import TrainingError
 
 
@@ -48,8 +48,8 @@ def refused(path, **options):
 
 def colours(source):
     return [
-        open_picture(source[row].image).getpixel((0, 0))
-        == open_picture(picture(colour)).getpixel((0, 0))
+        open_image(source[row].image).getpixel((0, 0))
+        == open_image(picture(colour)).getpixel((0, 0))
         for row, colour in enumerate(COLOURS)
     ]
 
@@ -85,7 +85,7 @@ def test_encoded_bytes_and_paths(saved, tmp_path):
     path = saved(paths)
     assert all(colours(open_source(path, image_root=tmp_path)))
     assert open_source(path)[0].image == path / "red.png"
-    assert open_source(path)[0].name == "row 0 (red.png)"
+    assert open_source(path)[0].name == "red.png"
 
 
 def test_references_sizes_and_names(saved):
@@ -108,7 +108,7 @@ def test_references_sizes_and_names(saved):
     source = open_source(
         saved(rows, features=features), columns=Columns("Bild", "Titel", "Vorbild")
     )
-    assert open_picture(source[0].reference).getpixel((0, 0)) == (0, 0, 0)
+    assert open_image(source[0].reference).getpixel((0, 0)) == (0, 0, 0)
     assert source[1].reference is None
     assert source[3].text == TEXTS[3]
     assert source.sizes().tolist() == [[8, 9], [16, 17], [0, 8], [0, 25]]

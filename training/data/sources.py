@@ -1,0 +1,417 @@
+"""Rows of images and captions, by number, whatever they lie in; no image is decoded here.
+
+Every kind of data becomes a `datasets.Dataset`, whose rows are read through a memory map: one that
+`save_to_disk` wrote is read where it lies, lists and folders are written to Hugging Face's cache
+folder once, and again when their files change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Features, Image, Value, config, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from ..errors import TrainingError
+from .image import ImageData
+from .listings import FIRST, Values, find_metadata, folder_state, read_folder, read_listing
+
+MARKS = ("state.json", "dataset_dict.json")  # of a folder that `save_to_disk` wrote
+VERSION = 2  # of the rows that are written to the cache folder: another number makes them anew
+PROBED = 16  # rows whose files are looked for before anything else
+BLOCK = 4096  # rows in memory at a time
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row. `name` is for messages; `reference` a reference image other than the target.
+
+    `broken` says what is known to be wrong with it before anything is decoded, or is empty.
+    """
+
+    name: str
+    image: ImageData
+    text: str
+    reference: ImageData | None = None
+    broken: str = ""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of columns, or None: the first of the usual names that is there."""
+
+    image: str | None = None
+    text: str | None = None
+    reference: str | None = None
+
+
+USUAL = Columns(
+    image="file_name image_file image file path",
+    text="text caption prompt",
+    reference="reference_file_name reference_file reference_image reference",
+)
+ROWS = Columns("image", "text", "reference")  # of what is written to the cache folder
+_ROLES = {"image": "pictures", "text": "captions", "reference": "reference pictures"}
+
+
+class Source(Protocol):
+    """Rows by number. `fingerprint` identifies them all, for a cache and for resuming."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Record: ...
+
+    def sizes(self) -> np.ndarray | None:
+        """Return height and width as the data tells them: (rows, 2) int32, 0 where it does not;
+        None if it tells none."""
+
+
+def open_source(
+    data: str | os.PathLike[str],
+    *,
+    image_root: str | os.PathLike[str] | None = None,
+    columns: Columns = Columns(),
+    default_caption: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Source:
+    """Open the rows of `data`: of which kind it is follows from what lies there.
+
+    - a folder with `metadata.jsonl`, `.csv` or `.parquet` (Hugging Face's imagefolder), or such a
+      file itself: `file_name` is relative to it, or to `image_root`;
+    - a folder of images, folders in it included, with a `.txt` beside each;
+    - a JSON file of the reference scripts: `[{"image_file": …, "text": …}]`;
+    - a folder that `datasets.Dataset.save_to_disk` wrote (of a DatasetDict: `train`).
+
+    `default_caption` is the caption of images that have none. `cache_dir`: default Hugging Face's.
+
+    Raises:
+        TrainingError: Nothing usable lies there, or captions are missing.
+    """
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise TrainingError(_not_found(path))
+    root = Path(image_root).expanduser() if image_root else path
+    if path.is_dir() and any((path / mark).is_file() for mark in MARKS):
+        dataset = _load_saved(path)
+        return RowSource(dataset, dataset._fingerprint, columns, default_caption, root)
+    listing = find_metadata(path) if path.is_dir() else path
+    if listing is None:
+        how = "Write the caption of a.jpg to a.txt beside it, or all to a metadata.jsonl"
+        dataset = _cached(read_folder, path, folder_state(path), ROWS, cache_dir)
+    else:
+        how = f"Write captions to '{listing}'"
+        root = root if image_root else listing.parent
+        stat = listing.stat()
+        columns = _columns_of_listing(listing, columns, default_caption)
+        state = f"{stat.st_size} {stat.st_mtime_ns}"
+        dataset = _cached(read_listing, listing, state, columns, cache_dir)
+    source = RowSource(dataset, _hash(dataset), ROWS, default_caption, root, how)
+    source.check_files(path)
+    return source
+
+
+class RowSource:
+    """Rows of a `datasets.Dataset`; its images are `datasets.Image`, encoded bytes, or paths
+    relative to `root`.
+
+    Raises:
+        TrainingError: Columns of other kinds, or missing captions; `how` says how to give them.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        state: str,
+        columns: Columns,
+        default_caption: str | None,
+        root: Path,
+        how: str = "",
+    ) -> None:
+        where = f"'{root}'"
+        if not len(dataset):
+            raise TrainingError(f"{where} holds no rows. Expected a row for each picture.")
+        names = dataset.column_names
+        self._columns = columns = pick_columns(columns, names, where, default_caption)
+        self._default_caption, self._root = default_caption, root
+        key = repr((state, columns, default_caption))
+        self.fingerprint = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        for column in filter(None, (columns.image, columns.reference)):
+            _check_images(dataset.features[column], column, where)
+        self._has_sizes = all(
+            "int" in str(getattr(dataset.features.get(name), "dtype", ""))
+            for name in ("height", "width")
+        )
+        used = {*vars(columns).values(), *(("height", "width") if self._has_sizes else ())}
+        # As Arrow, so that images stay encoded bytes.
+        kept = [name for name in names if name in used]
+        self._rows = dataset.select_columns(kept).with_format("arrow")
+        if columns.text is not None:
+            self._check_captions(columns.text, where, how or f"Fill column '{columns.text}'")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Record:
+        values: dict[str, Any] = self._rows[int(row)].to_pylist()[0]
+        image, text, reference = (
+            None if name is None else values[name] for name in vars(self._columns).values()
+        )
+        name = image if isinstance(image, str) else f"row {row}"
+        if isinstance(image, dict) and image["path"]:
+            name += f" ({os.path.basename(image['path'])})"
+        return Record(
+            name=name,
+            image=self._image(image) or b"",
+            text=(text or "").strip() or self._default_caption or "",
+            reference=self._image(reference) or None,
+        )
+
+    def _image(self, value: Any) -> ImageData | None:
+        if isinstance(value, dict):
+            value = value["bytes"] or value["path"]
+        return self._root / value if value and isinstance(value, str) else value
+
+    def sizes(self) -> np.ndarray | None:
+        """Return height and width where the data tells them, (rows, 2) int32; None if it tells
+        none."""
+        if not self._has_sizes:
+            return None
+        sizes = np.zeros((len(self), 2), np.int32)
+        for place, name in enumerate(("height", "width")):
+            for start, chunk in self._chunks(name):
+                known = pc.fill_null(chunk, 0).to_numpy().clip(0)
+                sizes[start : start + len(chunk), place] = known
+        return sizes if sizes.any() else None
+
+    def check_files(self, data: Path) -> None:
+        """Raise TrainingError if none of some files, from the first row to the last, is there."""
+        rows = np.unique(np.linspace(0, len(self) - 1, PROBED).astype(int))
+        tried = [self[row].image for row in rows]
+        if not any(isinstance(image, Path) and image.is_file() for image in tried):
+            raise TrainingError(
+                f"None of {len(tried)} pictures that '{data}' lists, tried from its first to its "
+                f"last row, is there: looked for '{tried[0]}'. File names are relative to "
+                f"'{self._root}'; set image_root to the folder that they are relative to."
+            )
+
+    def _chunks(self, column: str) -> Iterator[tuple[int, Any]]:
+        start = 0
+        for chunk in self._rows.data.column(column).chunks:  # one at a time: copies stay small
+            yield start, chunk
+            start += len(chunk)
+
+    def _check_captions(self, column: str, where: str, how: str) -> None:
+        feature = self._rows.features[column]
+        if getattr(feature, "dtype", None) not in ("string", "large_string"):
+            raise TrainingError(
+                f"{where}: column '{column}' holds {feature}; expected one caption as a text in "
+                "each row."
+            )
+        if self._default_caption is not None:
+            return
+        count, first = 0, []
+        for start, chunk in self._chunks(column):
+            blank = pc.equal(pc.utf8_trim_whitespace(chunk), "")
+            places = pc.indices_nonzero(pc.fill_null(blank, True)).to_numpy()
+            count += len(places)
+            first += [self[start + int(place)].name for place in places[: FIRST - len(first)]]
+        if count:
+            more = ", …" if count > len(first) else ""
+            raise TrainingError(
+                f"{count} of {len(self)} pictures have no caption: {', '.join(first)}{more}. {how},"
+                " leave these pictures out, or set a default caption (an empty one trains without "
+                "text)."
+            )
+
+
+def _check_images(feature: Any, column: str, where: str) -> None:
+    kind = getattr(feature, "dtype", type(feature).__name__)
+    expected = "string", "large_string", "binary", "large_binary"
+    if not isinstance(feature, Image) and kind not in expected:
+        raise TrainingError(
+            f"{where}: column '{column}' holds {kind}; expected pictures (`datasets.Image`), "
+            "encoded bytes, or paths. Name another column, or cast it with "
+            f"dataset.cast_column('{column}', datasets.Image())."
+        )
+
+
+def pick_columns(
+    columns: Columns, present: list[str], where: str, default_caption: str | None
+) -> Columns:
+    """Choose the columns to read. None for references, if there are none, and for captions, if
+    there are none and a default caption is given.
+
+    Raises:
+        TrainingError: A column was asked for that is not there, or no usual name of the images or
+            the captions is; the message names those that are.
+    """
+    picked = {}
+    for role in ("image", "text", "reference"):
+        asked, usual = getattr(columns, role), getattr(USUAL, role).split()
+        if asked is not None and asked not in present:
+            raise TrainingError(
+                f"{where} has no column '{asked}' for the {_ROLES[role]}; its columns are "
+                f"{', '.join(present) or 'none'}. Name one of these."
+            )
+        picked[role] = asked or next((name for name in usual if name in present), None)
+        optional = role == "reference" or (role == "text" and default_caption is not None)
+        if picked[role] is None and not optional:
+            raise TrainingError(
+                f"{where} has no column for the {_ROLES[role]} (looked for {', '.join(usual)}); "
+                f"its columns are {', '.join(present) or 'none'}. Rename one, or name it in the "
+                "settings."
+            )
+    return Columns(**picked)
+
+
+def _not_found(path: Path) -> str:
+    path = path.absolute()
+    parent = next(p for p in path.parents if p.is_dir())
+    try:
+        names = sorted(entry.name for entry in os.scandir(parent))
+    except OSError:
+        names = []
+    listing = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
+    return (
+        f"There is no '{path}'. Expected a folder of pictures and captions, a JSON of the "
+        "reference scripts, a `datasets` folder, or WebDataset shards (.tar). In "
+        f"'{parent}' lies: {listing}."
+    )
+
+
+# A folder that `datasets` wrote.
+
+
+def _load_saved(folder: Path) -> Dataset:
+    try:
+        dataset = load_from_disk(str(folder))
+    except IndexError:  # `datasets` 5 fails so for one without rows
+        raise TrainingError(f"'{folder}' holds no rows. Expected a row for each picture.") from None
+    except Exception as error:  # of many kinds, for damaged files
+        raise TrainingError(
+            f"'{folder}' looks like a dataset that `save_to_disk` wrote, but cannot be loaded "
+            f"({type(error).__name__}: {error}). Save it again."
+        ) from error
+    if isinstance(dataset, DatasetDict):
+        splits = list(dataset)
+        chosen = "train" if "train" in splits else splits[0] if len(splits) == 1 else None
+        if chosen is None:
+            raise TrainingError(
+                f"'{folder}' has the splits {', '.join(splits)}, none of them 'train'. Give the "
+                f"folder of one: '{folder / splits[0]}'."
+            )
+        dataset = dataset[chosen]
+    return dataset
+
+
+# Rows that are written to the cache folder: of a list, or of a folder of images and texts.
+
+_FEATURES = Features(
+    image=Value("string"),
+    text=Value("string"),
+    reference=Value("string"),
+    height=Value("int32"),
+    width=Value("int32"),
+)
+
+
+def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return where lists of images are kept: `cache_dir`, or a folder in Hugging Face's."""
+    return Path(cache_dir or Path(config.HF_DATASETS_CACHE) / "ip_adapter_training")
+
+
+def _cached(
+    read: Callable[[Path], Iterator[Values]],
+    path: Path,
+    state: str,
+    columns: Columns,
+    cache_dir: str | os.PathLike[str] | None,
+) -> Dataset:
+    """Return the rows that `read` gives, from the cache folder if they were read before.
+
+    `state` changes with the files that are read. One process writes, others wait.
+    """
+    folder = cache_folder(cache_dir)
+    key = repr((VERSION, str(path.absolute()), state, columns))
+    try:
+        return Dataset.from_generator(
+            _rows,
+            features=_FEATURES,
+            cache_dir=str(folder),
+            gen_kwargs={"read": read, "path": path, "columns": columns},
+            fingerprint=hashlib.blake2b(key.encode(), digest_size=16).hexdigest(),
+        )
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, OSError):
+            raise TrainingError(
+                f"The list of pictures could not be written to '{folder}': {cause.strerror}. Make "
+                "room there, or name a folder that can be written in the environment variable "
+                "HF_DATASETS_CACHE."
+            ) from error
+        raise cause or error from None
+
+
+def _hash(dataset: Dataset) -> str:
+    """Return a hash of what the rows say, the same wherever they lie."""
+    digest = hashlib.blake2b(digest_size=16)
+    rows = dataset.select_columns(["image", "text", "reference"]).with_format("arrow")
+    for block in rows.iter(BLOCK):
+        digest.update(json.dumps([*block.to_pydict().values()]).encode())
+    return digest.hexdigest()
+
+
+def _columns_of_listing(path: Path, columns: Columns, default_caption: str | None) -> Columns:
+    first = next(read_listing(path), None)
+    if first is None:
+        raise TrainingError(f"'{path}' lists no pictures. Expected a row for each picture.")
+    return pick_columns(columns, list(map(str, first)), f"'{path}'", default_caption)
+
+
+def _rows(
+    read: Callable[[Path], Iterator[Values]], path: Path, columns: Columns
+) -> Iterator[Values]:
+    for number, values in enumerate(read(path), 1):
+        yield _row(values, columns, f"'{path}', row {number}")
+
+
+def _row(values: Values, columns: Columns, where: str) -> Values:
+    image, text = values.get(str(columns.image)), values.get(str(columns.text))
+    reference = values.get(str(columns.reference))
+    if not isinstance(image, str) or not image:
+        raise TrainingError(
+            f"{where}: '{columns.image}' is {image!r}; expected the file name of a picture."
+        )
+    if not isinstance(reference, (str, NoneType)):
+        raise TrainingError(
+            f"{where}: '{columns.reference}' is {reference!r}; expected the file name of a "
+            "picture, or nothing."
+        )
+    if isinstance(text, (list, dict)):
+        raise TrainingError(
+            f"{where}: '{columns.text}' is {text!r}; expected one caption as a text."
+        )
+    caption = "" if text is None else str(text).strip()
+    height, width = _pixels(values.get("height")), _pixels(values.get("width"))
+    return dict(zip(_FEATURES, (image, caption, reference, height, width), strict=True))
+
+
+def _pixels(value: Any) -> int:
+    try:
+        return max(0, int(value))
+    except (TypeError, ValueError):
+        return 0  # not told: the image's header is read
