@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from io import FileIO
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.buckets import LATENT_STEP, Buckets
 from ..data.randomness import NoiseSettings, sample_noise
 from ..errors import TrainingError
 from ..loss import Dropped
-from .format import DROPPED, Header, Manifest, Where, read_header, read_manifest, shard_path
-
-HEADERS = 256  # shards whose headers are kept, some KB each
+from .format import DROPPED, Manifest, open_tensors, read_manifest, shard_path
 
 Example = dict[str, Any]
 
@@ -32,9 +27,8 @@ class CachedDataset(Dataset[Example]):
     `kind`, all as they were stored; `time_ids` (6,), `draws`, `weight` 1, `broken` empty. Rows are
     those whose pictures could be read, in the source's order; `buckets` has their sizes.
 
-    Rows are read with positioned reads, not mapped: pages of a map would count as this process's
-    memory, and a file cut short would end it. Besides two bytes a row (with buckets) nothing grows
-    with the number of rows.
+    A row's file is opened for that row alone: its mapped pages go with it, and a file cut short is
+    refused. Besides two bytes a row (with buckets) nothing grows with the number of rows.
 
     `expected`: fingerprints of the run's parts (`FrozenEncoders.fingerprints`, `data`); `names`:
     where those came from, for the message.
@@ -51,18 +45,16 @@ class CachedDataset(Dataset[Example]):
         names: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.kind = Path(folder), kind
-        self.manifest = _opened(self.folder, kind, expected or {}, names or {})
+        self.manifest = _checked(self.folder, kind, expected or {}, names or {})
         self._draw_settings = draw_settings
-        self._headers: dict[int, Header] = {}
         counts, buckets = np.zeros(self.manifest.shards, np.int64), []
         self.broken: list[str] = []
         for shard in range(self.manifest.shards):
-            header = self._read_header(shard)
-            counts[shard] = header.tensors["row"].shape[0]
-            self.broken += header.about["broken"]
-            if len(self.manifest.sizes) > 1:
-                with shard_path(self.folder, shard).open("rb", buffering=0) as file:
-                    buckets.append(_read(file, header.tensors["bucket"]).numpy())
+            with self._opened(shard) as (file, about):
+                counts[shard] = file.get_slice("row").get_shape()[0]
+                self.broken += about["broken"]
+                if len(self.manifest.sizes) > 1:
+                    buckets.append(file.get_tensor("bucket").numpy())
         self._ends = counts.cumsum()
         if not len(self):
             raise TrainingError(
@@ -83,24 +75,21 @@ class CachedDataset(Dataset[Example]):
         first = int(self._ends[shard - 1]) if shard else 0
         place, place_in_bucket = self._place(first, int(self._ends[shard]), row)
         height, width = (side // LATENT_STEP for side in self.buckets.size_of(row))
-        tensors = self._header(shard).tensors
-        example: Example = {}
-        try:
-            with shard_path(self.folder, shard).open("rb", buffering=0) as file:
-                for name in ("mean", "log_variance"):
-                    where = tensors[f"{name}.{height}x{width}"]
-                    example[name] = _read_row(file, where, place_in_bucket)
-                for name in ("states", "pooled", "time_ids"):
-                    if name in tensors:
-                        example[name] = _read_row(file, tensors[name], place)
-                example["features"] = _read_row(file, tensors[self.kind], place)
-        except (OSError, EOFError) as error:
-            raise self._unreadable(shard, error) from error
+        with self._opened(shard) as (file, _):
+            example: Example = {
+                name: file.get_slice(f"{name}.{height}x{width}")[place_in_bucket]
+                for name in ("mean", "log_variance")
+            }
+            present = file.keys()
+            for name in ("states", "pooled", "time_ids"):
+                if name in present:
+                    example[name] = file.get_slice(name)[place]
+            example["features"] = file.get_slice(self.kind)[place]
         draws = sample_noise(self._draw_settings, number, (height, width))
         return example | {"draws": draws, "weight": 1.0, "broken": ""}
 
     def dropped(self) -> Dropped:
-        """What stands in for dropped conditions, as the encoders gave it."""
+        """Return what stands in for dropped conditions, as the encoders gave it."""
         found = load_file(self.folder / DROPPED)
         return Dropped(found[self.kind], found["states"], found.get("pooled"))
 
@@ -118,28 +107,20 @@ class CachedDataset(Dataset[Example]):
         in_bucket = int(np.count_nonzero(buckets[: row - first] == mine))
         return int(np.count_nonzero(buckets < mine)) + in_bucket, in_bucket
 
-    def _header(self, shard: int) -> Header:
-        header = self._headers.get(shard)
-        if header is None:
-            if len(self._headers) >= HEADERS:
-                self._headers.clear()
-            self._headers[shard] = header = self._read_header(shard)
-        return header
-
-    def _read_header(self, shard: int) -> Header:
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+        path = shard_path(self.folder, shard)
         try:
-            return read_header(shard_path(self.folder, shard))
-        except (OSError, ValueError, KeyError) as error:
-            raise self._unreadable(shard, error) from error
-
-    def _unreadable(self, shard: int, error: Exception) -> TrainingError:
-        return TrainingError(
-            f"'{shard_path(self.folder, shard)}' cannot be read: {error}. Run the "
-            "training/cache.py command that made the cache again: it writes what is missing."
-        )
+            with open_tensors(path) as opened:
+                yield opened
+        except OSError as error:
+            raise TrainingError(
+                f"'{path}' cannot be read: {error}. Run the training/cache.py command that made "
+                "the cache again: it writes what is missing."
+            ) from error
 
 
-def _opened(
+def _checked(
     folder: Path, kind: str, expected: Mapping[str, str], names: Mapping[str, str]
 ) -> Manifest:
     manifest = read_manifest(folder)
@@ -177,19 +158,3 @@ def _opened(
 def _told(names: Mapping[str, str], parts: Mapping[str, str], part: str) -> str:
     value = parts.get(part, "unknown")
     return f"'{names[part]}' ({value[:8]})" if part in names else f"'{value}'"
-
-
-def _read_row(file: FileIO, where: Where, row: int) -> Tensor:
-    shape = where.shape[1:]
-    begin = where.begin + row * math.prod(shape) * where.dtype.itemsize
-    return _read(file, Where(where.dtype, shape, begin))
-
-
-def _read(file: FileIO, where: Where) -> Tensor:
-    tensor = torch.empty(where.shape, dtype=where.dtype)
-    if tensor.numel():
-        buffer = tensor.flatten().view(torch.uint8).numpy().data
-        file.seek(where.begin)
-        if file.readinto(buffer) != buffer.nbytes:
-            raise EOFError("it ends before its tensors do")
-    return tensor

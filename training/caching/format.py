@@ -1,4 +1,4 @@
-"""The cache on the disk: what its files hold, writing one whole or not at all, reading a header.
+"""The cache on the disk: what its files hold, writing opening one.
 
     cache.json                  whose outputs these are, and of which rows (`Manifest`)
     dropped.safetensors         what stands in for a dropped text or image
@@ -13,26 +13,23 @@ source's order; and sorted by bucket, rows of one in the source's order, `states
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from ip_adapter_core.files.atomic import atomic
 
 from ..errors import TrainingError
 
 MANIFEST, DROPPED = "cache.json", "dropped.safetensors"
 FORMAT = 1  # to be raised when files change their meaning
-TEMPORARY = ".tmp"
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16}
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,11 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """None if there is none. Raises TrainingError for one that is no manifest, or too new."""
+    """Return what a folder's cache was made of, None if it holds none.
+
+    Raises:
+        TrainingError: `cache.json` is no manifest, or of another format.
+    """
     path = folder / MANIFEST
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -100,35 +101,28 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Whole or not at all."""
-    temporary = folder / (MANIFEST + TEMPORARY)
-    temporary.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    """Write `cache.json`, whole or not at all."""
+    with atomic(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
 
 
 def shard_path(folder: Path, shard: int) -> Path:
+    """Return where a shard lies."""
     return folder / f"shard-{shard:05}.safetensors"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Whole or not at all. Equal tensors give equal bytes.
+    """Write a file whole or not at all. Equal tensors give equal bytes.
 
     `about` goes into the metadata. Raises TrainingError if it cannot be written, and then leaves
     nothing behind.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
     # One key only: safetensors writes several in no certain order.
     metadata = {"cache": json.dumps(about, ensure_ascii=False, sort_keys=True)}
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(dict(tensors), temporary, metadata)
-        os.chmod(temporary, mode)  # safetensors lets nobody but the user read it
-        _to_disk(temporary)
-        os.replace(temporary, path)
-        _to_disk(path.parent)
+        with atomic(path, durable=True) as temporary:
+            save_file(dict(tensors), temporary, metadata)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         needed = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
         free = shutil.disk_usage(path.parent).free / 2**20
         raise TrainingError(
@@ -138,59 +132,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
         ) from error
 
 
-def _to_disk(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+@contextmanager
+def open_tensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Open a file that `write_tensors` wrote: a `safetensors.safe_open`, and its `about`.
 
-
-@dataclass(frozen=True)
-class Where:
-    """A tensor in a file: its type, its shape, and the byte where it begins."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file of tensors holds. `about` is what `write_tensors` was given."""
-
-    tensors: Mapping[str, Where]
-    about: Mapping[str, Any]
-
-
-def read_header(path: Path) -> Header:
-    """Of a safetensors file, no tensor being read.
-
-    Raises OSError if it cannot be opened, ValueError if it is cut short or none of ours.
+    Raises:
+        OSError: It cannot be opened, or is cut short, or none of ours.
     """
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        size = os.fstat(file.fileno()).st_size
-        if not 0 < length <= size - 8:
-            raise ValueError("it is no safetensors file, or cut short")
-        entries = json.loads(file.read(length))
-    about = json.loads(entries.pop("__metadata__")["cache"])
-    ends = [entry["data_offsets"][1] for entry in entries.values()]
-    if 8 + length + max(ends, default=0) != size:
-        raise ValueError("it is cut short")
-    tensors = {
-        name: Where(DTYPES[e["dtype"]], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
-        for name, e in entries.items()
-    }
-    return Header(tensors, about)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file, json.loads(file.metadata()["cache"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise OSError(f"it is no file of tensors of this cache, or cut short ({error})") from error
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file is there and complete."""
+    """Return whether a file is there and complete."""
     try:
-        read_header(path)
-    except (OSError, ValueError, KeyError):
+        with open_tensors(path):
+            return True
+    except OSError:
         return False
-    return True

@@ -22,7 +22,6 @@ from ..models.frozen import FrozenEncoders
 from .format import (
     DROPPED,
     MANIFEST,
-    TEMPORARY,
     Manifest,
     is_whole,
     read_manifest,
@@ -81,7 +80,7 @@ def begin(folder: Path, manifest: Manifest, encoders: FrozenEncoders) -> None:
             f"'{folder}' holds the cache of another run. It differs in: {'; '.join(differing)}. "
             "Choose another --out, or delete that folder."
         )
-    for leftover in (*folder.glob(f"*{TEMPORARY}"), *folder.glob(".tmp*")):  # safetensors' own
+    for leftover in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):  # safetensors' own
         leftover.unlink()
     if not is_whole(folder / DROPPED):
         _write_dropped(folder, manifest, encoders)

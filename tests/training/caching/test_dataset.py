@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import random
 
 import numpy as np
 import psutil
@@ -12,14 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.caching import dataset as cached
 from training.caching.dataset import CachedDataset
 from training.caching.format import (
     DROPPED,
     MANIFEST,
     Manifest,
     is_whole,
-    read_header,
+    open_tensors,
     read_manifest,
     shard_path,
     write_manifest,
@@ -198,14 +196,6 @@ class TestMemory:
             dataset[0, row]
         assert process.memory_info().rss - before < 2**20 * 20
 
-    def test_headers_do_not_pile_up(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(cached, "HEADERS", 3)
-        write(tmp_path, rows=10, shard_rows=1)
-        dataset = CachedDataset(tmp_path, EMBEDS, DRAWS)
-        for row in random.Random(0).choices(range(10), k=40):
-            check_row(dataset[0, row], 0, row, 0, EMBEDS)
-            assert len(dataset._headers) <= 3
-
 
 class TestRefused:
     def test_no_cache(self, tmp_path):
@@ -290,7 +280,8 @@ class TestFiles:
         write_tensors(tmp_path / "a", tensors, {"broken": ["é"], "x": 1})
         write_tensors(tmp_path / "b", dict(sorted(tensors.items())), {"x": 1, "broken": ["é"]})
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-        assert read_header(tmp_path / "a").about == {"broken": ["é"], "x": 1}
+        with open_tensors(tmp_path / "a") as (_, about):
+            assert about == {"broken": ["é"], "x": 1}
 
     def test_others_may_read_what_they_may_read_elsewhere(self, tmp_path):
         (tmp_path / "plain").touch()
