@@ -34,7 +34,7 @@ from ip_adapter_core.adapter import AdapterSpec, IPAdapter
 from ip_adapter_core.variants import Variant
 from tests.support import checkpoint_layouts as layouts
 from tests.support.random_models import State, fill, under, weights
-from training.models import image_towers
+from training.models import image_encoder as encoders
 from training.models.image_encoder import ImageEncoder
 from training.unet import cross_attention_layers
 
@@ -308,7 +308,7 @@ def as_transformers(visual: Any) -> CLIPVisionModelWithProjection:
 
 def of_open_clip(model: CLIP, name: str = "small") -> ImageEncoder:
     """Load its image tower as training has it."""
-    return ImageEncoder(*image_towers.of_open_clip(model), name)
+    return ImageEncoder(*encoders.of_open_clip(model), name)
 
 
 def of_transformers(
@@ -316,8 +316,8 @@ def of_transformers(
 ) -> ImageEncoder:
     """Load a model as training has it, with CLIP's usual preprocessing if no other is given."""
     config: Any = model.config
-    given = preprocessing or processor(config.image_size, image_towers.Processor)
-    return ImageEncoder(*image_towers.of_transformers(model, given), name)
+    given = preprocessing or processor(config.image_size, encoders.Processor)
+    return ImageEncoder(*encoders.of_transformers(model, given), name)
 
 
 def command(settings: Any) -> list[str]:

@@ -16,7 +16,7 @@ from training import fingerprints
 from training.data.dataset import collate
 from training.data.randomness import NoiseSettings, sample_noise
 from training.errors import TrainingError
-from training.models import image_towers
+from training.models import image_encoder
 from training.models.base import load_encoders
 from training.models.frozen import FrozenEncoders, Tokenise
 
@@ -151,7 +151,7 @@ class TestFingerprint:
         assert plain.weights != of_open_clip(other).weights
         model = small_models.as_transformers(small_models.open_clip_model().visual)
         first = of_transformers(model)
-        rescaled = image_towers.Processor(
+        rescaled = image_encoder.Processor(
             size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
         )
         assert first.weights != of_transformers(model, rescaled).weights

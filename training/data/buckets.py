@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from ip_adapter_core.files.atomic import atomic
+
 from ..errors import TrainingError
 from .image import BrokenImageError, upright_size
 from .sampler import BucketBatchSampler
@@ -132,10 +134,8 @@ def picture_sizes(source: Source, folder: Path) -> np.ndarray:
         unknown = np.flatnonzero(np.min(found, axis=1) == 0)  # broken ones are tried again
         if len(unknown):
             found = _read_headers(source, found.copy(), unknown)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            with temporary.open("wb") as file:
+            with atomic(path) as temporary, temporary.open("wb") as file:
                 np.save(file, found)
-            os.replace(temporary, path)
     return found
 
 

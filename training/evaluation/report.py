@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ip_adapter_core.files.atomic import atomic
 
 from .scores import IMAGE_ONLY, WITH_TEXT, Condition, Found, replace_text
 
@@ -179,9 +180,8 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     title = "with text; dashed: image only, λ = 1"
     figure.legend(handles, labels, title=title, loc="outside lower center", ncols=2)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def write(found: Mapping[str, Any], folder: Path) -> None:

@@ -17,7 +17,7 @@ from ip_adapter_core.variants import FEATURE_KINDS
 from tests.support import image_folders, random_models, small_models
 from tests.support.small_models import of_open_clip, of_transformers
 from training.errors import TrainingError
-from training.models import image_towers
+from training.models import image_encoder
 from training.models.image_encoder import ImageEncoder
 
 EMBEDS, HIDDEN = FEATURE_KINDS
@@ -138,14 +138,14 @@ class TestPreprocess:
         picture = Image.fromarray(noise)
         config = {"size": 224, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
         model = small_models.preprocessed(small_models.open_clip_model(), **config)
-        _, mine = image_towers.of_open_clip(model)
-        processor = image_towers.Processor(
+        _, mine = image_encoder.of_open_clip(model)
+        processor = image_encoder.Processor(
             size={"shortest_edge": 224},
             crop_size={"height": 224, "width": 224},
             image_mean=config["mean"],
             image_std=config["std"],
         )
-        _, theirs = image_towers.of_transformers(
+        _, theirs = image_encoder.of_transformers(
             small_models.as_transformers(model.visual), processor
         )
         a, b = mine(picture), theirs(picture)
@@ -202,7 +202,7 @@ class TestByName:
             ("ViT-H-14/laion2b_s32b_b79k", False),
             ("ViT-bigG-14/laion2b_s39b_b160k", False),
         ):
-            model, tag, settings = image_towers.parsed_name(f"open_clip:{name}")
+            model, tag, settings = image_encoder.parsed_name(f"open_clip:{name}")
             assert (f"{model}/{tag}", settings) == (name, {"quick_gelu": quick})
 
     def test_open_clip_weights_of_a_file(self, registered):
@@ -281,4 +281,4 @@ class TestByName:
     def test_preprocessing_of_another_size(self):
         reference = small_models.as_transformers(small_models.open_clip_model().visual)
         with pytest.raises(TrainingError, match="reads pictures of 32 pixels"):
-            of_transformers(reference, image_towers.Processor())
+            of_transformers(reference, image_encoder.Processor())
