@@ -1,6 +1,8 @@
 """`nox -s bench`: measures, prints a table, writes output/bench.json.
 
 python -m benchmarks [--rounds 15] [--peer PATH_OF_ComfyUI_IPAdapter_plus]
+python -m benchmarks --device cuda [--peer PATH]   seconds a step on a GPU, see `on_device`
+python -m benchmarks --device cpu --small          the same measurement, to try it without one
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from pathlib import Path
 
 from tools.comfyui import install as host
 
-from . import budget, overhead, report, share, training
-from .world import World
+from . import budget, on_device, overhead, peer, report, share, training
+from .full_size import Setup
 
 LIMITS: dict[str, float | str] = {
     "kernels_per_layer": 2.5,
@@ -30,24 +32,33 @@ LIMITS: dict[str, float | str] = {
 }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="timed runs of each variant")
     parser.add_argument("--peer", type=Path, help="folder of ComfyUI_IPAdapter_plus to compare")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="time sampling steps there, and nothing else"
+    )
+    parser.add_argument("--small", action="store_true", help="with --device: small models")
+    given = parser.parse_args(arguments)
+    if given.device:
+        try:
+            on_device.run(given.device, given.small, given.rounds, given.peer)
+        except ValueError as error:
+            parser.error(str(error))
+        return
 
     host.require()  # what follows would be minutes for nothing
-    trained = training.measure(max(20, arguments.rounds), report.progress)
-    world = World.build()
-    results = budget.measure(world)
-    models = overhead.variants(world.model, world.apply)
-    if arguments.peer:
-        from . import peer
-
-        results |= peer.counts(world, arguments.peer)
-        models |= peer.variants(world, arguments.peer)
-    results |= overhead.measure(world.model, models, arguments.rounds, report.progress)
-    results |= share.measure(world, rounds=min(arguments.rounds, 5))
+    trained = training.measure(max(20, given.rounds), report.progress)
+    setup = Setup.build()
+    results = budget.measure(setup)
+    models = {f"ratio_{name}": model for name, model in setup.variants().items()}
+    if given.peer:
+        theirs = peer.variants(setup, given.peer)
+        results |= peer.counts(setup, theirs)
+        models |= {f"peer_ratio_{name}": model for name, model in theirs.items()}
+    results |= overhead.measure(setup, models, given.rounds, report.progress)
+    results |= share.measure(setup, rounds=min(given.rounds, 5))
     results |= trained
 
     report.write(results)

@@ -7,18 +7,17 @@ out. Counts are differences: with the prompt minus without, N + 1 steps minus N.
 from __future__ import annotations
 
 import gc
-import importlib
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from types import FunctionType, ModuleType
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .world import World, sample, thirds
+from .full_size import Setup, thirds
 
-SIZE = 16  # latents; counts do not depend on it
-LAYERS = 16
+SIDE = 16  # of the latents; counts do not depend on it
 SYNC = "_local_scalar_dense"  # .item(), float(), bool(): the host waits for the device
 VIEWS = {
     *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze"),
@@ -28,7 +27,7 @@ VIEWS = {
 
 
 class Trace(TorchDispatchMode):
-    """Counts every operation that reaches the dispatcher."""
+    """Count every operation that reaches the dispatcher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,69 +38,80 @@ class Trace(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def per_step(model: Any) -> Counter[str]:
-    """Operations of one sampling step, without what a run costs once."""
-    counts = []
+def per_step(setup: Setup, model: Any) -> Counter[str]:
+    """Count the operations of one sampling step, without what a run costs once."""
+    counts, small = [], replace(setup, side=min(SIDE, setup.side))
     for steps in (2, 3):
         with Trace() as trace:
-            sample(model, steps, SIZE)
+            small.sample(model, steps)
         counts.append(trace.calls)
     return Counter({k: n - counts[0][k] for k, n in counts[1].items()})
 
 
-def added(with_prompt: Counter[str], without: Counter[str]) -> tuple[int, int]:
-    """(kernels, synchronisations) that the prompt adds to a step."""
-    names = with_prompt.keys() | without.keys()
-    difference = {name: with_prompt[name] - without[name] for name in names}
-    syncs = difference.pop(SYNC, 0)
-    return sum(n for name, n in difference.items() if name not in VIEWS), syncs
+def added(setup: Setup, *models: Any) -> list[tuple[int, int]]:
+    """Count (kernels, synchronisations) that the prompt of each model adds to a step."""
+    without, found = per_step(setup, setup.model), []
+    for model in models:
+        with_prompt = per_step(setup, model)
+        names = with_prompt.keys() | without.keys()
+        difference = {name: with_prompt[name] - without[name] for name in names}
+        syncs = difference.pop(SYNC, 0)
+        found.append((sum(n for name, n in difference.items() if name not in VIEWS), syncs))
+    return found
 
 
-def measure(world: World) -> dict[str, float]:
-    base = per_step(world.model)
-    one, syncs = added(per_step(world.apply(world.model)), base)
-    masked, mask_syncs = added(per_step(world.apply(world.model, mask=thirds()[0])), base)
-    curve = {"weight_curve": [[i / 10, (i % 3) / 2] for i in range(11)]}  # ten pieces
-    curved, curve_syncs = added(per_step(world.apply(world.model, **curve)), base)
-    window = {"start_at": 1.0, "end_at": 1.0}
-    outside, window_syncs = added(per_step(world.apply(world.model, **window)), base)
+def measure(setup: Setup) -> dict[str, float]:
+    """Count what a prompt adds: in all, with a mask, a curve of ten pieces or a window."""
+    settings: list[dict[str, Any]] = [
+        {},
+        {"mask": thirds()[0]},
+        {"weight_curve": [[i / 10, (i % 3) / 2] for i in range(11)]},
+        {"start_at": 1.0, "end_at": 1.0},
+    ]
+    models = [setup.apply(setup.model, **given) for given in settings]
+    *within, (outside, window_syncs) = added(setup, *models)
+    one, mask, curve = (kernels / len(setup.size.widths) for kernels, _ in within)
     return {
-        "kernels_per_layer": one / LAYERS,
-        "kernels_per_layer_mask": masked / LAYERS,
-        "kernels_per_layer_curve": curved / LAYERS,
-        "syncs_per_step": max(syncs, mask_syncs, curve_syncs),
+        "kernels_per_layer": one,
+        "kernels_per_layer_mask": mask,
+        "kernels_per_layer_curve": curve,
+        "syncs_per_step": max(syncs for _, syncs in within),
         "syncs_per_step_windowed": window_syncs,
         "kernels_outside_window": outside,
-        "resident_adapter_parameters": resident_parameters(world),
+        "resident_adapter_parameters": resident_parameters(setup),
     }
 
 
-def resident_parameters(world: World) -> int:
-    """Adapter parameters that the sampled model or one that the host keeps loaded can reach, seen
-    from within a UNet call and after sampling."""
-    sizes = {id(p): p.numel() for p in world.adapter.module.parameters()}
-    management = importlib.import_module("comfy.model_management")
-    model = world.apply(world.model)
+def resident_parameters(setup: Setup) -> int:
+    """Count adapter parameters that the sampled model or one that the host keeps loaded can reach,
+    seen from within a UNet call and after sampling."""
+    from comfy import model_management
+    from comfy.patcher_extension import WrappersMP
+
+    sizes = {id(p): p.numel() for p in setup.adapter.module.parameters()}
+    model = setup.apply(setup.model)
     found: list[int] = []
 
     def count() -> None:
-        loaded = [entry.model for entry in management.current_loaded_models]
+        loaded = [entry.model for entry in model_management.current_loaded_models]
         found.append(sum(sizes.get(id(thing), 0) for thing in reachable(model, *loaded)))
 
     def look(executor: Any, *args: Any, **kwargs: Any) -> Any:  # holds nothing of the adapter
         count()
         return executor(*args, **kwargs)
 
-    wrappers = importlib.import_module("comfy.patcher_extension").WrappersMP
-    model.add_wrapper_with_key(wrappers.DIFFUSION_MODEL, "benchmark", look)
-    sample(model, 1, SIZE)
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "benchmark", look)
+    replace(setup, side=min(SIDE, setup.side)).sample(model)
     count()
     return max(found)
 
 
 def reachable(*roots: Any) -> Iterable[Any]:
-    """Everything that these objects hold, as the garbage collector sees it. Not through modules,
-    classes and functions' globals: by way of those, everything reaches everything."""
+    """Return everything that these objects hold, as the garbage collector sees it.
+
+    Not through modules, classes and functions' globals: by way of those, everything reaches
+    everything.
+    """
     seen: dict[int, Any] = {}
     queue = list(roots)
     while queue:

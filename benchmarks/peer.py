@@ -1,4 +1,4 @@
-"""The same measurements of ComfyUI_IPAdapter_plus, from a folder that the caller names."""
+"""ComfyUI_IPAdapter_plus, from a folder that the caller names, in place of this pack."""
 
 from __future__ import annotations
 
@@ -11,43 +11,40 @@ from typing import Any
 
 import torch
 
-from . import overhead
-from .budget import LAYERS, added, per_step
-from .world import World, thirds
+from . import budget
+from .full_size import Setup
 
 
-def counts(world: World, folder: Path) -> dict[str, float]:
-    """What the peer adds to a step: kernels a layer, those with a mask, synchronisations."""
-    base = per_step(world.model)
-    kernels, syncs = added(per_step(_apply(world, folder, world.model)), base)
-    masked, _ = added(per_step(_apply(world, folder, world.model, thirds()[0])), base)
+def counts(setup: Setup, models: dict[str, Any]) -> dict[str, float]:
+    """Count what the peer adds to a step: kernels a layer, those with a mask, synchronisations."""
+    (kernels, syncs), (masked, _) = budget.added(setup, models["one"], models["mask"])
+    layers = len(setup.size.widths)
     return {
-        "peer_kernels_per_layer": kernels / LAYERS,
-        "peer_kernels_per_layer_mask": masked / LAYERS,
+        "peer_kernels_per_layer": kernels / layers,
+        "peer_kernels_per_layer_mask": masked / layers,
         "peer_syncs_per_step": syncs,
     }
 
 
-def variants(world: World, folder: Path) -> dict[str, Any]:
-    """The same models to time, the peer's nodes in place of ours."""
-    return overhead.variants(world.model, partial(_apply, world, folder), "peer_")
+def variants(setup: Setup, folder: Path) -> dict[str, Any]:
+    """Return the models of `Setup.variants`, the peer's nodes in place of ours."""
+    return setup.variants(partial(_apply, setup, _load(folder).IPAdapterEmbeds()))
 
 
-def _apply(world: World, folder: Path, model: Any, mask: torch.Tensor | None = None) -> Any:
+def _apply(setup: Setup, node: Any, model: Any, mask: torch.Tensor | None = None) -> Any:
     weights: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    for key, value in world.adapter.module.state_dict().items():
+    for key, value in setup.adapter.module.state_dict().items():
         part, name = key.split(".", 1)
         weights[part][name] = value
-    node = _load(folder).IPAdapterEmbeds()
     patched, *_ = node.apply_ipadapter(
         model,
         weights,
-        world.prompt.positive.image_embeds,
+        setup.prompt.positive.image_embeds,
         1.0,
         "linear",
         0.0,
         1.0,
-        neg_embed=world.prompt.negative.image_embeds,
+        neg_embed=setup.prompt.negative.image_embeds,
         attn_mask=mask,
     )
     return patched

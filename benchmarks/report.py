@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tools.comfyui.install import ROOT
@@ -26,10 +27,10 @@ def read() -> dict[str, Any]:
     return json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
 
 
-def write(results: Mapping[str, float]) -> None:
+def write(results: Mapping[str, Any], path: Path = OUTPUT) -> None:
     """Make these the file's whole content."""
-    OUTPUT.parent.mkdir(exist_ok=True)
-    OUTPUT.write_text(json.dumps(dict(results), indent=2) + "\n")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(dict(results), indent=2) + "\n")
 
 
 def progress(line: str) -> None:

@@ -16,8 +16,7 @@ from typing import Any
 
 from tools.comfyui import install as host
 
-from .overhead import SIZE, variants
-from .world import World, sample
+from .full_size import Setup
 
 WRAPPERS = ("prepare_run", "keep_in_force", "lay_over_attention")
 ROWS = ("process_cond", "can_concat", "size", "concat")  # methods that the host calls
@@ -91,22 +90,20 @@ def timed(clock: Clock) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def measure(world: World, rounds: int) -> dict[str, float]:
-    """Median of sampling time over sampling time less the pack's own: `own_one` and so on."""
+def measure(setup: Setup, rounds: int) -> dict[str, float]:
+    """Return the median of sampling time over sampling time less the pack's own: `own_one` etc."""
     clock = Clock()
+
+    def ratio(model: Any) -> float:
+        clock.own, start = 0.0, time.process_time()
+        setup.sample(model)
+        took = time.process_time() - start
+        return took / (took - clock.own)
+
     with timed(clock):
-        models = variants(world.model, world.apply)
-        sample(world.model, 1, SIZE)  # warm-up
+        models = setup.variants()
+        setup.sample(setup.model)  # warm-up
         return {
-            name.replace("ratio", "own"): statistics.median(
-                _ratio(clock, model) for _ in range(rounds)
-            )
+            f"own_{name}": statistics.median(ratio(model) for _ in range(rounds))
             for name, model in models.items()
         }
-
-
-def _ratio(clock: Clock, model: Any) -> float:
-    clock.own, start = 0.0, time.process_time()
-    sample(model, 1, SIZE)
-    took = time.process_time() - start
-    return took / (took - clock.own)

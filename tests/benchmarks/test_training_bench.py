@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from benchmarks import proportions, training
 from benchmarks.reference_loop import Reference
 from tests.support import image_folders, small_models
+from tests.support.reference_training import dropped
 from training.caching.dataset import CachedDataset
 from training.metrics import Meter
 from training.setup import prepare
@@ -112,17 +113,19 @@ def test_the_reference_computes_the_loss_of_train_py(folder):
     )
     run = prepare(given)
     weights = {name: w.clone() for name, w in run.sampled().state_dict().items()}
-    reference = Reference(given, folder / "pictures", weights)
+    reference = Reference(given, folder / "pictures", weights).model
     batch: dict[str, Any] = dict(next(run.batches))
     assert 0 < batch["drop_image"].sum() < 8 and 0 < batch["drop_text"].sum() < 8
-    empty = run.encode.__self__.tokenise("")[0]  # type: ignore[attr-defined]
-    tokens = torch.where(batch["drop_text"][:, None], empty, batch["tokens"][0])
+    empty = run.encode.__self__.tokenise("")  # type: ignore[attr-defined]
+    tokens = dropped(batch["tokens"], empty, batch["drop_text"])
     expected = training_loss(run, batch)
-    found = reference.loss({**batch, "tokens": tokens}, drawn=batch)
+    latents = reference.latents(batch["pixels"], batch["latent_noise"])
+    given = {**batch, "tokens": tokens}
+    found = reference.loss(given, latents, batch["noise"], batch["timestep"])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     expected.backward()
     found.backward()
-    theirs = sum(p.grad.square().sum() for p in reference.unet.parameters() if p.requires_grad)
+    theirs = sum(p.grad.square().sum() for p in reference.trained.values() if p.grad is not None)
     ours = sum(p.grad.square().sum() for p in run.adapter.parameters() if p.requires_grad)
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=0)
 

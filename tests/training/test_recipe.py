@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from diffusers import DDIMScheduler, DDPMScheduler
 
+from tests.support.reference_training import ReferenceStep, dropped
 from training import loss as recipe
 from training.errors import TrainingError
 from training.loss import Recipe
@@ -43,34 +43,12 @@ def batches(settings):
 
 
 class Plain:
-    """The reference's training step as its scripts have it, from diffusers' own parts."""
+    """The reference's loop as its scripts have it."""
 
     def __init__(self, settings, start):
-        load = {"pretrained_model_name_or_path": settings.base}
-        self.sdxl = "sdxl" in settings.base
-        self.unet = UNet2DConditionModel.from_pretrained(**load, subfolder="unet")
-        self.vae = AutoencoderKL.from_pretrained(**load, subfolder="vae")
-        kinds = [CLIPTextModel, CLIPTextModelWithProjection] if self.sdxl else [CLIPTextModel]
-        self.texts = [
-            kind.from_pretrained(**load, subfolder=name)
-            for kind, name in zip(kinds, ("text_encoder", "text_encoder_2"), strict=False)
-        ]
-        self.vision = CLIPVisionModelWithProjection.from_pretrained(settings.image_encoder)
-        self.vision.eval()
-        for frozen in (self.unet, self.vae, self.vision, *self.texts):
-            frozen.requires_grad_(False)
-        state: dict = {"image_proj": {}, "ip_adapter": {}}
-        for key, value in start.items():
-            part, name = key.split(".", 1)
-            state[part][name] = value.clone()
-        self.unet._load_ip_adapter_weights([state])
-        trained = {
-            name: p
-            for name, p in self.unet.named_parameters()
-            if "_ip." in name or "encoder_hid_proj" in name
-        }
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
+        sdxl = "sdxl" in settings.base
+        self.model = ReferenceStep(settings.base, settings.image_encoder, start, sdxl)
+        trained = self.trained = self.model.trained
         flat = [p for n, p in trained.items() if n.endswith("bias") or "norm" in n]
         rest = [p for p in trained.values() if all(p is not q for q in flat)]
         self.optimizer = torch.optim.AdamW(
@@ -79,39 +57,11 @@ class Plain:
             weight_decay=settings.weight_decay,
             foreach=False,
         )
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        self.signal = torch.cumprod(1 - betas, 0).float()
-        self.trained = trained
-
-    def text(self, tokens, empty, drop):
-        tokens = [
-            torch.where(drop[:, None], e[None], t) for t, e in zip(tokens, empty, strict=True)
-        ]
-        if not self.sdxl:
-            return self.texts[0](tokens[0])[0], None
-        outputs = [
-            encoder(ids, output_hidden_states=True)
-            for encoder, ids in zip(self.texts, tokens, strict=True)
-        ]
-        return torch.cat([o.hidden_states[-2] for o in outputs], -1), outputs[1].text_embeds
 
     def step(self, batch, empty):
-        posterior = self.vae.encode(batch["pixels"]).latent_dist
-        latents = (posterior.mean + posterior.std * batch["latent_noise"]) * 0.18215
-        if self.sdxl:
-            latents = latents / 0.18215 * self.vae.config.scaling_factor
-        signal = self.signal[batch["timestep"]].view(-1, 1, 1, 1)
-        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * batch["noise"]
-        states, pooled = self.text(batch["tokens"], empty, batch["drop_text"])
-        embeds = self.vision(batch["reference"]).image_embeds
-        embeds = torch.stack(
-            [x * 0 if drop else x for x, drop in zip(embeds, batch["drop_image"], strict=True)]
-        )
-        added = {"image_embeds": [embeds[:, None]]}
-        if self.sdxl:
-            added |= {"text_embeds": pooled, "time_ids": batch["time_ids"]}
-        predicted = self.unet(noisy, batch["timestep"], states, added_cond_kwargs=added).sample
-        loss = torch.nn.functional.mse_loss(predicted, batch["noise"])
+        given = {**batch, "tokens": dropped(batch["tokens"], empty, batch["drop_text"])}
+        latents = self.model.latents(batch["pixels"], batch["latent_noise"])
+        loss = self.model.loss(given, latents, batch["noise"], batch["timestep"])
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -278,7 +278,7 @@ from pathlib import Path
 sys.path.append({root!r})
 import torch
 from accelerate import Accelerator
-from tools import small_models as small
+from tests.support import small_models as small
 from training.models.image_encoder import ImageEncoder
 from training.evaluation.clip_score import load_clip
 from training.models.base import load_base
