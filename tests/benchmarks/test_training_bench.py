@@ -84,12 +84,14 @@ def test_what_the_loop_adds_is_its_overhead(folder, takes):
     assert training.loop_overhead(folder, rounds=3) == 1.1
 
 
+@pytest.mark.nightly
 def test_reading_a_row_is_the_loops_too(folder, takes):
     takes(UNet2DConditionModel, "forward", 10)
     takes(CachedDataset, "__getitem__", 1)
     assert training.loop_overhead(folder, rounds=3) == 1 + training.BATCH / 10
 
 
+@pytest.mark.nightly
 def test_what_a_cache_spares_is_its_speedup(folder, takes):
     takes(UNet2DConditionModel, "forward", 10)
     assert training.cache_speedup(folder, rounds=3) == 1
@@ -97,10 +99,11 @@ def test_what_a_cache_spares_is_its_speedup(folder, takes):
     assert training.cache_speedup(folder, rounds=3) == 3
 
 
+@pytest.mark.nightly
 def test_the_bare_step_trains_as_the_loop_does(folder):
-    run = prepare(training.config(folder))
+    run = prepare(training.settings(folder))
     training.bare_step(run, next(run.batches))
-    given = training.config(folder, steps=1)
+    given = training.settings(folder, steps=1)
     train(given)
     trained = load_file(Path(given.out, "checkpoints", "step-0000001", "model.safetensors"))
     torch.testing.assert_close(dict(run.sampled().state_dict()), trained)
@@ -108,7 +111,7 @@ def test_the_bare_step_trains_as_the_loop_does(folder):
 
 def test_the_reference_computes_the_loss_of_train_py(folder):
     drops = {"drop_image": 0.3, "drop_text": 0.3, "drop_both": 0.0}
-    given = training.config(
+    given = training.settings(
         folder, cache=None, data=str(folder / "pictures"), batch_size=8, **drops
     )
     run = prepare(given)
@@ -130,8 +133,9 @@ def test_the_reference_computes_the_loss_of_train_py(folder):
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=0)
 
 
+@pytest.mark.nightly
 def test_the_reference_sees_the_same_pixels(folder):
-    given = training.config(folder, cache=None, data=str(folder / "pictures"))
+    given = training.settings(folder, cache=None, data=str(folder / "pictures"))
     run = prepare(given)
     reference = Reference(given, folder / "pictures", run.sampled().state_dict())
     theirs = torch.stack([row["pixels"] for row in reference.dataset])
@@ -139,6 +143,7 @@ def test_the_reference_sees_the_same_pixels(folder):
         assert (theirs == pixels).flatten(1).all(1).sum() == 1
 
 
+@pytest.mark.nightly
 def test_a_slow_disk_is_waited_for(folder, monkeypatch):
     before = CachedDataset.__getitem__
 
@@ -150,6 +155,7 @@ def test_a_slow_disk_is_waited_for(folder, monkeypatch):
     assert training.waiting_for_data(folder, rounds=4) > 0.3
 
 
+@pytest.mark.nightly
 def test_a_checkpoint_is_two_bytes_a_weight(tmp_path):
     assert 0 < training.checkpoint_bytes(tmp_path) - 2 * 22_319_616 < 10_000
 
@@ -172,6 +178,7 @@ with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_REA
 """
 
 
+@pytest.mark.nightly
 def test_own_memory_is_what_lies_in_no_file(tmp_path):
     """In a process of its own: one that has freed memory takes no new for its next needs."""
     command = [sys.executable, "-c", ALONE, str(tmp_path / "mapped"), str(ROOT)]

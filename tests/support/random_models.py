@@ -65,9 +65,13 @@ def weights(
 
 
 def fill(module: Any, seed: int) -> Any:
-    """Give a module such `weights`, each in its parameter's dtype, and return it frozen."""
+    """Give a module such `weights`, each in its parameter's dtype, and return it frozen.
+
+    On the meta device there is nothing to fill.
+    """
     for name, parameter in module.named_parameters():
-        parameter.data = _values(name, tuple(parameter.shape), seed).to(parameter.dtype)
+        if not parameter.is_meta:
+            parameter.data = _values(name, tuple(parameter.shape), seed).to(parameter.dtype)
     return module.eval().requires_grad_(False)
 
 
