@@ -9,31 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ip_adapter_core.variants import FAMILIES
-from tests.support import small_models
 from training.errors import TrainingError
 from training.models.base import load_base
-
-
-@pytest.fixture(scope="module")
-def folders(frozen):
-    """A diffusers folder of each family."""
-    return {family: frozen / family for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A file of each family."""
-    folder = tmp_path_factory.mktemp("files")
-    found = {}
-    for family in FAMILIES:
-        found[family] = folder / f"{family}.safetensors"
-        save_file(small_models.single_file(family), found[family])
-    return found
-
-
-def copied(folder, tmp_path):
-    return shutil.copytree(folder, tmp_path / "copy")
 
 
 def with_config(folder, part, **changes):
@@ -60,16 +37,16 @@ def test_a_folder_of_something_else(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler"])
-def test_a_part_is_missing(part, folders, tmp_path):
-    folder = copied(folders["sd15"], tmp_path)
+def test_a_part_is_missing(part, folders, copied):
+    folder = copied(folders["sd15"])
     shutil.rmtree(folder / part)
     with pytest.raises(TrainingError, match=part):
         load_base(str(folder))
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_a_part_lacks_a_tensor(part, folders, tmp_path):
-    folder = copied(folders["sd15"], tmp_path)
+def test_a_part_lacks_a_tensor(part, folders, copied):
+    folder = copied(folders["sd15"])
     (path,) = (folder / part).glob("*.safetensors")
     state = load_file(path)
     lost = next(key for key in state if key.endswith("norm1.weight"))
@@ -78,8 +55,8 @@ def test_a_part_lacks_a_tensor(part, folders, tmp_path):
         load_base(str(folder))
 
 
-def test_a_folder_of_another_family(folders, tmp_path):
-    folder = copied(folders["sd15"], tmp_path)
+def test_a_folder_of_another_family(folders, copied):
+    folder = copied(folders["sd15"])
     with_config(folder, "unet", cross_attention_dim=1024)
     with pytest.raises(TrainingError, match="Stable Diffusion 2"):
         load_base(str(folder))

@@ -18,23 +18,6 @@ from training.models import layout
 from training.models.base import load_base, load_encoders
 
 
-@pytest.fixture(scope="module")
-def folders(frozen):
-    """A diffusers folder of each family."""
-    return {family: frozen / family for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A file of each family."""
-    folder = tmp_path_factory.mktemp("files")
-    found = {}
-    for family in FAMILIES:
-        found[family] = folder / f"{family}.safetensors"
-        save_file(small_models.single_file(family), found[family])
-    return found
-
-
 @pytest.fixture
 def offline(monkeypatch):
     def refuse(*_, **__):
@@ -42,10 +25,6 @@ def offline(monkeypatch):
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setattr("socket.getaddrinfo", refuse)
-
-
-def copied(folder, tmp_path):
-    return shutil.copytree(folder, tmp_path / "copy")
 
 
 def parts(base):
@@ -72,8 +51,8 @@ def test_a_folder_gives_the_weights_that_are_in_it(folders):
     assert all(torch.equal(stored[k], v) for k, v in base.unet.state_dict().items())
 
 
-def test_without_the_unet_the_rest_is_the_same(folders, tmp_path):
-    folder = copied(folders["sd15"], tmp_path)
+def test_without_the_unet_the_rest_is_the_same(folders, copied):
+    folder = copied(folders["sd15"])
     whole = load_base(str(folder))
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     rest = load_encoders(str(folder))
@@ -81,8 +60,8 @@ def test_without_the_unet_the_rest_is_the_same(folders, tmp_path):
     assert not hasattr(rest, "unet")
 
 
-def test_a_folder_with_half_precision_files_only(folders, tmp_path):
-    folder = copied(folders["sd15"], tmp_path)
+def test_a_folder_with_half_precision_files_only(folders, copied):
+    folder = copied(folders["sd15"])
     for old, new in (
         ("unet/diffusion_pytorch_model", "unet/diffusion_pytorch_model.fp16"),
         ("vae/diffusion_pytorch_model", "vae/diffusion_pytorch_model.fp16"),
@@ -103,7 +82,7 @@ def test_weights_hash_alike_whatever_dtype_and_container(family, files, tmp_path
         assert load_base(str(path), dtype or torch.float32).weights == base.weights
 
 
-def test_one_other_weight_or_setting_hashes_otherwise(files, folders, tmp_path):
+def test_one_other_weight_or_setting_hashes_otherwise(files, folders, tmp_path, copied):
     state = load_file(files["sd15"])
     before = load_encoders(str(files["sd15"])).weights
     for key, part in (
@@ -115,7 +94,7 @@ def test_one_other_weight_or_setting_hashes_otherwise(files, folders, tmp_path):
         save_file(changed, tmp_path / "changed.safetensors")
         after = load_encoders(str(tmp_path / "changed.safetensors")).weights
         assert {name for name in after if after[name] != before[name]} == {part}
-    folder = copied(folders["sd15"], tmp_path)
+    folder = copied(folders["sd15"])
     config = folder / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace("quick_gelu", "gelu"))
     before = load_encoders(str(folders["sd15"])).weights
@@ -236,8 +215,8 @@ class TestVAE:
             assert load_encoders(str(path), torch.bfloat16).vae.dtype == torch.bfloat16
         assert load_encoders(str(folders["sd15"]), torch.float16).vae.dtype == torch.float16
 
-    def test_a_corrected_one_goes_to_float16(self, folders, tmp_path):
-        folder = copied(folders["sdxl"], tmp_path)
+    def test_a_corrected_one_goes_to_float16(self, folders, copied):
+        folder = copied(folders["sdxl"])
         config = folder / "vae" / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": False}))
         assert load_encoders(str(folder), torch.float16).vae.dtype == torch.float16
@@ -286,16 +265,16 @@ class TestTokenizer:
         first, second = (tokenizer for tokenizer, _ in load_encoders(str(files["sdxl"])).text)
         assert (first.pad_token_id, second.pad_token_id) == (49407, 0)
 
-    def test_a_folder_without_one_gets_clips(self, folders, files, tmp_path, offline):
-        folder = copied(folders["sd15"], tmp_path)
+    def test_a_folder_without_one_gets_clips(self, folders, files, offline, copied):
+        folder = copied(folders["sd15"])
         shutil.rmtree(folder / "tokenizer")
         (_, encoder), *_ = load_encoders(str(files["sd15"])).text
         encoder.save_pretrained(folder / "text_encoder")
         ((tokenizer, _),) = load_encoders(str(folder)).text
         assert tokenizer("a cat").input_ids == [49406, 320, 2368, 49407]
 
-    def test_one_of_another_model_is_refused(self, folders, tmp_path):
-        folder = copied(folders["sd15"], tmp_path)
+    def test_one_of_another_model_is_refused(self, folders, copied):
+        folder = copied(folders["sd15"])
         shutil.rmtree(folder / "tokenizer")
         with pytest.raises(TrainingError, match="49408 tokens, its text encoder only 190"):
             load_encoders(str(folder))

@@ -18,7 +18,7 @@ from training.data.randomness import NoiseSettings, sample_noise
 from training.errors import TrainingError
 from training.models import image_encoder
 from training.models.base import load_encoders
-from training.models.frozen import FrozenEncoders, Tokenise
+from training.models.frozen import FrozenEncoders, Tokenise, text_states
 
 EMBEDS, HIDDEN = FEATURE_KINDS
 
@@ -26,12 +26,6 @@ EMBEDS, HIDDEN = FEATURE_KINDS
 @torch.no_grad()
 def close(a, b, tolerance=1e-5):
     return float((a - b).norm() / b.norm()) < tolerance
-
-
-@pytest.fixture(scope="module")
-def folders(frozen):
-    """A diffusers folder of each family."""
-    return {family: frozen / family for family in FAMILIES}
 
 
 def loaded(folder, kind=EMBEDS, dtype=torch.float32):
@@ -122,6 +116,29 @@ class TestFrozen:
         short = [(tokenizer, copy.deepcopy(encoder)) for tokenizer, encoder in text]
         short[0][1].config.max_position_embeddings = 12
         assert Tokenise(short)("word")[0].shape == (12,)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_captions_of_a_batch_are_read_once(family, folders):
+    base = load_encoders(str(folders[family]))
+    tokenise = Tokenise(base.text)
+    captions = ["a b", "c", "a b", "", "c", "a b"]
+    tokens = [torch.stack(ids) for ids in zip(*map(tokenise, captions), strict=True)]
+    rows = []
+    hooks = [
+        encoder.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+        for _, encoder in base.text
+    ]
+    states, pooled = text_states(base.text, tokens)
+    for hook in hooks:
+        hook.remove()
+    assert rows == [3] * len(base.text)
+    for i in range(len(captions)):
+        alone, alone_pooled = text_states(base.text, [ids[i : i + 1] for ids in tokens])
+        assert torch.allclose(states[i], alone[0], atol=1e-5)
+        assert (pooled is None) == (alone_pooled is None) == (family == "sd15")
+        if pooled is not None:
+            assert torch.allclose(pooled[i], alone_pooled[0], atol=1e-5)
 
 
 class TestFingerprint:
