@@ -151,7 +151,7 @@ def miniature(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"])
 def bench(session: nox.Session) -> None:
-    """Measure what an image prompt adds to sampling."""
+    """Measure what an image prompt adds to sampling; -- --device cuda times it on a GPU."""
     run(session, "benchmarks", *session.posargs)
 
 

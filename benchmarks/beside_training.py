@@ -36,8 +36,11 @@ def one_thread() -> Iterator[None]:
 
 
 def side_by_side(given: Settings, partner: Partner) -> list[tuple[float, float]]:
-    """CPU seconds of each step of train.py's loop but the first ones, and of `partner` with the
-    same batch: the mean of a call before and one after the step."""
+    """Time each step of train.py's loop but the first ones beside `partner` with the same batch.
+
+    Returns:
+        CPU seconds of a step, and the mean of the partner's call before and the one after it.
+    """
     ours: list[float] = []
     theirs: list[float] = []
     batches: list[Batch] = []

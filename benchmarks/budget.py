@@ -83,8 +83,10 @@ def measure(setup: Setup) -> dict[str, float]:
 
 
 def resident_parameters(setup: Setup) -> int:
-    """Count adapter parameters that the sampled model or one that the host keeps loaded can reach,
-    seen from within a UNet call and after sampling."""
+    """Count adapter parameters that the sampled model, or one that the host keeps, can reach.
+
+    Seen from within a UNet call and after sampling.
+    """
     from comfy import model_management
     from comfy.patcher_extension import WrappersMP
 

@@ -113,8 +113,7 @@ def _model(size: UNet, dtype: torch.dtype) -> Any:
 
 
 def _adapter(size: UNet) -> Any:
-    """Make a base adapter, through a file and the host's memory management as
-    `IPA_LoadAdapter`."""
+    """Make a base adapter, through a file and the host's memory management."""
     from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import load_adapter
     from safetensors.torch import save_file
 

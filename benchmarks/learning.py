@@ -40,7 +40,7 @@ OUTPUT = ROOT / "output" / "learning.json"
 
 
 def make(folder: Path, base_steps: int) -> None:
-    """`base`, `encoder`, `pictures` and `held_out`; the base's UNet has learnt the pictures."""
+    """Make `base`, whose UNet has learnt the images, `encoder`, `pictures` and `held_out`."""
     small_models.base(folder / "base", "sd15")
     small_models.image_encoder(folder / "encoder")
     for name, numbers in (
@@ -67,7 +67,7 @@ def make(folder: Path, base_steps: int) -> None:
 
 
 def picture(number: int) -> Image.Image:
-    """A disc before a background, both of any colour."""
+    """Draw a disc before a background, both of any color."""
     chance = random.Random(number)
     behind, before = (tuple(chance.randrange(256) for _ in "rgb") for _ in range(2))
     made = Image.new("RGB", (SIDE, SIDE), behind)
@@ -77,8 +77,10 @@ def picture(number: int) -> Image.Image:
 
 
 def _sharpen(folder: Path) -> None:
-    """A random VAE's posterior is all noise: give it a trained one's small variance, and latents of
-    unit size by its scaling factor."""
+    """Give the VAE's posterior a trained one's small variance, and latents of unit size.
+
+    A random one's is all noise.
+    """
     path = folder / "base" / "vae"
     vae = AutoencoderKL.from_pretrained(path)
     moments = vae.quant_conv

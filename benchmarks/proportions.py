@@ -12,18 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
+from transformers import CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from tests.support import random_models, small_models
+from tests.support import small_models
+from tests.support.random_models import fill
 from training.unet import attach, new_adapter
 
 SD15 = {"vae": 0.356, "image encoder": 0.107, "text": 0.004, "forward": 0.256, "backward": 0.276}
@@ -33,31 +28,11 @@ TEXT, EMBED = 64, 128  # widths of text states and image embedding
 
 
 def vae() -> Any:
-    made = AutoencoderKL(
-        block_out_channels=(24, 48, 96, 96),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=SIZE,
-    )
-    return random_models.fill(made, 1)
+    return small_models.vae((24, 48, 96, 96), blocks=2)
 
 
 def text_encoder() -> Any:
-    tokenizer = small_models.tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT,
-        intermediate_size=4 * TEXT,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return random_models.fill(CLIPTextModel(config), 2)
+    return fill(CLIPTextModel(small_models.text_config(TEXT, factor=4)), 2)
 
 
 def image_encoder() -> Any:
@@ -70,7 +45,7 @@ def image_encoder() -> Any:
         patch_size=8,
         projection_dim=EMBED,
     )
-    return random_models.fill(CLIPVisionModelWithProjection(config), 3)
+    return fill(CLIPVisionModelWithProjection(config), 3)
 
 
 def unet() -> Any:
@@ -81,38 +56,19 @@ def unet() -> Any:
         cross_attention_dim=TEXT,
         norm_num_groups=8,
     )
-    return random_models.fill(made, 4)
+    return fill(made, 4)
 
 
 def save(folder: Path) -> None:
-    """`base`, a diffusers folder, and `encoder`, a transformers one."""
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    pipeline: Any = StableDiffusionPipeline(
-        vae=vae(),
-        unet=unet(),
-        text_encoder=text_encoder(),
-        tokenizer=small_models.tokenizer(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder / "base")
+    """Save `base`, a diffusers folder, and `encoder`, a transformers one."""
+    parts = {"vae": vae(), "unet": unet(), "text_encoder": text_encoder()}
+    small_models.pipeline("sd15", **parts).save_pretrained(folder / "base")
     image_encoder().save_pretrained(folder / "encoder")
-    CLIPImageProcessor(
-        size={"shortest_edge": SEEN}, crop_size={"height": SEEN, "width": SEEN}
-    ).save_pretrained(folder / "encoder")
+    small_models.processor(SEEN).save_pretrained(folder / "encoder")
 
 
 def counted() -> dict[str, int]:
-    """Floating-point operations of each part of a step on one picture; nothing is computed."""
+    """Count the operations of each part of a step on one image; nothing is computed."""
     with torch.device("meta"):
         diffusion = unet()
         attach(diffusion)

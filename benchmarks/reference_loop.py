@@ -62,8 +62,7 @@ class Pictures(Dataset[dict[str, Any]]):
 
 
 class Reference:
-    """The loop with the modules of `settings` and an adapter that starts from `weights`, keys as
-    `IPAdapter.state_dict` has them."""
+    """The loop with the modules of `settings` and an adapter that starts from `weights`."""
 
     def __init__(self, settings: Settings, pictures: Path, weights: Mapping[str, Tensor]) -> None:
         self.model = ReferenceStep(settings.base, settings.image_encoder, weights, sdxl=False)

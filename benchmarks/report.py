@@ -23,7 +23,7 @@ def table(results: Mapping[str, float], limits: Mapping[str, float | str]) -> No
 
 
 def read() -> dict[str, Any]:
-    """What the file holds."""
+    """Return what the file holds."""
     return json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
 
 

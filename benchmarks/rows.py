@@ -1,5 +1,6 @@
-"""Memory of a training process by the number of its rows: what is its own, not pages of the
-mapped table, which the system takes back whenever it wants to.
+"""Memory of a training process by the number of its rows.
+
+What is its own, not pages of the mapped table, which the system takes back whenever it wants to.
 
 python -m benchmarks.rows FOLDER   bytes of a process that trains on FOLDER
 """
@@ -21,8 +22,10 @@ PICTURES, BATCHES = 4, 48
 
 
 def growth(folder: Path) -> int:
-    """Bytes by which a process with `MANY` rows is larger than one with `FEW`; all of them name
-    the same pictures."""
+    """Return the bytes by which a process with `MANY` rows is larger than one with `FEW`.
+
+    All of them name the same images.
+    """
     small_models.base(folder / "base", "sd15")
     small_models.image_encoder(folder / "encoder")
     for number in range(PICTURES):
@@ -31,7 +34,7 @@ def growth(folder: Path) -> int:
 
 
 def measured(folder: Path, rows: int) -> int:
-    """Bytes of a process of its own that trains on so many rows."""
+    """Return the bytes of a process of its own that trains on so many rows."""
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(
             f'{{"file_name": "{row % PICTURES}.png", "text": "caption of picture {row}"}}\n'
@@ -67,8 +70,10 @@ def main() -> None:
 
 
 def own_memory() -> int:
-    """Bytes of this process that lie in no file: Linux tells them apart, elsewhere what no other
-    process shares has to do."""
+    """Return the bytes of this process that lie in no file.
+
+    Linux tells them apart; elsewhere what no other process shares has to do.
+    """
     memory = psutil.Process().memory_full_info()
     return memory.rss - memory.shared if psutil.LINUX else memory.uss
 

@@ -73,8 +73,11 @@ def measure(rounds: int, progress: Callable[[str], None]) -> dict[str, float]:
 
 
 def make(folder: Path) -> None:
-    """`base`, `encoder`, `pictures` and their `cache`. Raises ValueError if the models' work is
-    not divided as SD1.5's."""
+    """Make `base`, `encoder`, `pictures` and their `cache`.
+
+    Raises:
+        ValueError: The models' work is not divided as SD1.5's.
+    """
     operations = proportions.counted()
     for name, share in proportions.SD15.items():
         found = operations[name] / sum(operations.values())
@@ -126,8 +129,7 @@ def loop_overhead(folder: Path, rounds: int) -> float:
 
 
 def bare_step(run: Run, batch: Batch) -> float:
-    """Seconds of forward, backward and optimiser, by torch alone, on what the loop computed them
-    on."""
+    """Return the seconds of forward, backward and optimizer by torch alone, on the loop's batch."""
     clean = recipe.latents(batch, run.scaling, run.shift)
     seen, target = recipe.noised(run.noise_schedule, clean, batch)
     features, states, _ = recipe.conditions(batch, run.dropped)
@@ -160,7 +162,7 @@ def cache_speedup(folder: Path, rounds: int) -> float:
 
 
 def waiting_for_data(folder: Path, rounds: int) -> float:
-    """What the loop itself tells of its waiting, once it is under way."""
+    """Return what the loop itself logs of its waiting, once it is under way."""
     told: list[dict[str, float]] = []
 
     def log(accelerator: Accelerator, values: dict[str, float], **_: Any) -> None:
@@ -172,7 +174,7 @@ def waiting_for_data(folder: Path, rounds: int) -> float:
 
 
 def checkpoint_bytes(folder: Path) -> int:
-    """The file of an adapter for SD1.5's UNet, whose weights alone are made."""
+    """Return the size of the file of an adapter for SD1.5's UNet, whose weights alone are made."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
         adapter = new_adapter(unet, "base", feature_dim=1024)

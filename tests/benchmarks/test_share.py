@@ -22,7 +22,7 @@ class Work:
         self.done += seconds
 
     def before(self, function: Callable[..., Any], seconds: int) -> Callable[..., Any]:
-        """`function`, and that it takes so long."""
+        """Let `function` take so long."""
 
         def working(*args: Any, **kwargs: Any) -> Any:
             self(seconds)
@@ -33,7 +33,7 @@ class Work:
 
 @pytest.fixture
 def work(monkeypatch) -> Work:
-    """The only thing that takes time."""
+    """Let nothing else take time."""
     work = Work()
     monkeypatch.setattr(share.time, "process_time", lambda: work.done)
     return work

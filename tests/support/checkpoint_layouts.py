@@ -284,7 +284,7 @@ def resampler(features: int, context: int, width: int, tokens: int = 16) -> Layo
 
 
 def ip_adapter(projection: Layout, widths: Sequence[int], context: int) -> Layout:
-    """Return a whole file: the projection, then W'k and W'v a layer, numbered 1, 3, 5, …"""
+    """Return a whole file: the projection, then W'k and W'v a layer, numbered 1, 3, 5 and on."""
     layout: Layout = under("image_proj.", projection)
     for i, width in enumerate(widths):
         for name in ("to_k_ip", "to_v_ip"):

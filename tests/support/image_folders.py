@@ -20,8 +20,10 @@ def image(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
 def with_metadata(
     folder: Path, count: int, sizes: Sequence[tuple[int, int]] = ((40, 32),), broken: int = 0
 ) -> None:
-    """Write `count` images and metadata.jsonl; of `sizes` (width, height) in turn, the first
-    `broken` no images at all."""
+    """Write `count` images and metadata.jsonl.
+
+    Of `sizes` (width, height) in turn, the first `broken` no images at all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(count):

@@ -1,5 +1,8 @@
-"""The reference's training step, derived anew from tencent-ailab/IP-Adapter's tutorial_train.py and
-tutorial_train_sdxl.py with diffusers' and transformers' parts; it shares nothing with ours."""
+"""The reference's training step, derived anew; it shares nothing with ours.
+
+What tencent-ailab/IP-Adapter's tutorial_train.py and tutorial_train_sdxl.py do, with the parts of
+diffusers and transformers.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,10 @@ TIMESTEPS = 1000
 
 
 class ReferenceStep:
-    """The models of a base and an image encoder, with an adapter that starts from `start`, keys as
-    `IPAdapter.state_dict` has them."""
+    """Models of a base, an image encoder and an adapter.
+
+    `start`: the adapter's weights, keys as `IPAdapter.state_dict` has them.
+    """
 
     def __init__(self, base: str, image_encoder: str, start: Mapping[str, Tensor], sdxl: bool):
         self.unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")

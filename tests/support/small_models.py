@@ -1,5 +1,7 @@
-"""Models small enough to train and evaluate within tests, of random weights, in the published
-layouts: of diffusers, transformers and open_clip, as folders and as single files."""
+"""Models of random weights in the published layouts, small enough to train within tests.
+
+Of diffusers, transformers and open_clip, as folders and as single files.
+"""
 
 from __future__ import annotations
 
@@ -54,14 +56,14 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
-def text_config(width: int = HIDDEN, heads: int = 2, projection: int = EMBED) -> CLIPTextConfig:
-    """Configure a text encoder for that tokenizer."""
+def text_config(width: int = HIDDEN, factor: int = 2, projection: int = EMBED) -> CLIPTextConfig:
+    """Configure a text encoder for that tokenizer; `factor`: of its inner layers' width."""
     return CLIPTextConfig(
         vocab_size=_END + 1,
         hidden_size=width,
-        intermediate_size=2 * width,
+        intermediate_size=factor * width,
         num_hidden_layers=3,
-        num_attention_heads=heads,
+        num_attention_heads=2,
         bos_token_id=_START,
         eos_token_id=_END,
         pad_token_id=_END,

@@ -8,12 +8,11 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.model import CLIP
 from transformers import (
     CLIPConfig,
@@ -25,24 +24,25 @@ from transformers import (
 )
 
 from tests.support.checkpoint_layouts import (
+    SD15,
+    SDXL,
     Layout,
     full_projection,
     ip_adapter,
     linear_projection,
+    of,
     resampler,
 )
 from tests.support.random_models import under
 
-SD15 = (*[320] * 2, *[640] * 2, *[1280] * 5, *[640] * 3, *[320] * 3, 1280)
-SDXL = (*[640] * 4, *[1280] * 50, *[640] * 6, *[1280] * 10)
 ADAPTERS: dict[str, Layout] = {
-    "sd15": ip_adapter(linear_projection(1024, 768), SD15, 768),
-    "sd15_vit-G": ip_adapter(linear_projection(1280, 768), SD15, 768),
-    "sd15_plus": ip_adapter(resampler(1280, 768, 768), SD15, 768),
-    "sd15_full": ip_adapter(full_projection(1280, 768), SD15, 768),
-    "sdxl": ip_adapter(linear_projection(1280, 2048), SDXL, 2048),
-    "sdxl_vit-h": ip_adapter(linear_projection(1024, 2048), SDXL, 2048),
-    "sdxl_plus": ip_adapter(resampler(1280, 2048, 1280), SDXL, 2048),
+    "sd15": ip_adapter(linear_projection(1024, 768), SD15.widths, 768),
+    "sd15_vit-G": ip_adapter(linear_projection(1280, 768), SD15.widths, 768),
+    "sd15_plus": ip_adapter(resampler(1280, 768, 768), SD15.widths, 768),
+    "sd15_full": ip_adapter(full_projection(1280, 768), SD15.widths, 768),
+    "sdxl": ip_adapter(linear_projection(1280, 2048), SDXL.widths, 2048),
+    "sdxl_vit-h": ip_adapter(linear_projection(1024, 2048), SDXL.widths, 2048),
+    "sdxl_plus": ip_adapter(resampler(1280, 2048, 1280), SDXL.widths, 2048),
 }
 # Width, layers, heads, MLP's width, embedding, pixels.
 VIT_L, VIT_H = (1024, 24, 16, 4096, 768, 224), (1280, 32, 16, 5120, 1024, 224)
@@ -51,7 +51,7 @@ SIZES = {"ViT-L": VIT_L, "ViT-L-336": VIT_L_336, "ViT-H": VIT_H, "ViT-bigG": VIT
 
 
 def write(path: Path, layout: Mapping[str, tuple[int, ...]], metadata: Any = None) -> Path:
-    """A .safetensors file, float16."""
+    """Write a .safetensors file, float16."""
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for key, shape in layout.items():
@@ -65,11 +65,6 @@ def write(path: Path, layout: Mapping[str, tuple[int, ...]], metadata: Any = Non
     return path
 
 
-def _of(make: Callable[[], Any]) -> Layout:
-    with torch.device("meta"):
-        return {key: tuple(x.shape) for key, x in make().state_dict().items()}
-
-
 def _vision(name: str) -> dict[str, Any]:
     names = "hidden_size num_hidden_layers num_attention_heads intermediate_size projection_dim"
     return dict(zip([*names.split(), "image_size"], SIZES[name], strict=True)) | {"patch_size": 14}
@@ -77,19 +72,19 @@ def _vision(name: str) -> dict[str, Any]:
 
 @functools.cache
 def vision(name: str = "ViT-H", **changes: int) -> Layout:
-    """An image encoder of transformers."""
-    return _of(lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**_vision(name) | changes)))
+    """Return an image encoder of transformers."""
+    return of(lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**_vision(name) | changes)))
 
 
 @functools.cache
 def both_towers(name: str = "ViT-H") -> Layout:
-    """A whole CLIP of transformers, its text tower small."""
+    """Return a whole CLIP of transformers, its text tower small."""
     sizes = _vision(name)
     text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
     config = CLIPConfig(
         text_config=text, vision_config=sizes, projection_dim=sizes["projection_dim"]
     )
-    return _of(lambda: CLIPModel(config))
+    return of(lambda: CLIPModel(config))
 
 
 @functools.cache
@@ -103,7 +98,7 @@ def siglip() -> Layout:
         patch_size=14,
         image_size=384,
     )
-    found = _of(lambda: SiglipVisionModel(config))
+    found = of(lambda: SiglipVisionModel(config))
     return found if "vision_model" in next(iter(found)) else under("vision_model.", found)
 
 
@@ -117,8 +112,8 @@ def config(name: str) -> dict[str, Any]:
 
 @functools.cache
 def clip(name: str = "ViT-H-14") -> Layout:
-    """A whole model of open_clip."""
-    return _of(lambda: CLIP(**config(name)))
+    """Return a whole model of open_clip."""
+    return of(lambda: CLIP(**config(name)))
 
 
 def tower(name: str = "ViT-H-14", prefix: str = "") -> Layout:

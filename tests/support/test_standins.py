@@ -19,7 +19,7 @@ from tools import reference_images
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and small stand-ins to fill it with."""
+    """Use an empty cache, and small stand-ins to fill it with."""
     monkeypatch.setenv(standins.FOLDER_VARIABLE, str(tmp_path))
     small = layouts.linear_projection(8, 4)
     adapter = layouts.ip_adapter(small, [6, 6], 4)
