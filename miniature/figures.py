@@ -11,8 +11,7 @@ from torch import Tensor
 
 from miniature.scenes import KINDS, caption
 from miniature.setup import as_image
-from tools.demo import DemoRow, Render
-from tools.sheet import contact_sheet
+from tools.demo import DemoRow, Render, draw_sheet
 
 if TYPE_CHECKING:
     from miniature.drawing import Task
@@ -67,4 +66,4 @@ def _sheet(drawn: Mapping[str, Tensor], task: Task) -> Image.Image:
         reference = as_image(task.pictures[number])
         rows.append(DemoRow(f'"{text}"', "", reference, shots))
         pictures.append([as_image(drawn[name][number, 0]) for name in columns])
-    return contact_sheet(rows, pictures)
+    return draw_sheet(rows, pictures)

@@ -18,6 +18,7 @@ import logging
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,12 @@ from typing import Any
 
 from PIL import Image
 
+from ip_adapter_core.contact_sheet import Layout, Row, contact_sheet
 from miniature import setup, workflows
 from miniature.scenes import SHAPES, caption
 from tools import reference_images
 from tools.comfyui import install
 from tools.comfyui.server import Progress, Server
-from tools.sheet import contact_sheet
 from tools.workflows.api import of_class, read
 
 WORKFLOW = "text_and_image"
@@ -224,6 +225,24 @@ def render_with_diffusers(request: DemoRequest) -> list[list[Image.Image]]:
     return demo_diffusers.draw(request, show)
 
 
+def draw_sheet(
+    rows: Sequence[DemoRow], images: Sequence[Sequence[Image.Image]], notes: Sequence[str] = ()
+) -> Image.Image:
+    """Draw each row's reference, and beside it `images`, one a render; `notes` stand below.
+
+    Under an image stands its weight where that changes, and its text where that does.
+    """
+    sheet_rows = []
+    for row, drawn in zip(rows, images, strict=True):
+        if len({render.text for render in row.renders}) > 1:
+            captions = [f'"{render.text}"' if render.text else "no text" for render in row.renders]
+        else:
+            captions = [f"weight {render.weight:g}" for render in row.renders]
+        sheet_rows.append(Row(row.title, [row.reference, *drawn], ["reference", *captions]))
+    title = "IP-Adapter: an image as a prompt"
+    return contact_sheet(sheet_rows, title=title, notes=notes, layout=Layout((216, 216)))
+
+
 def _path(name: str) -> Path:
     return Path(name).expanduser().resolve()
 
@@ -271,7 +290,7 @@ def main() -> None:
         made = render_with_diffusers(request)
         notes.append("Drawn by diffusers from the same files, in place of ComfyUI.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(request.rows, made, notes).save(out)
+    draw_sheet(request.rows, made, notes).save(out)
     print(f"{sum(map(len, made))} images in {time.monotonic() - begun:.0f} s, start included")
     print(out)
 

@@ -14,11 +14,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
 from ip_adapter_core.adapter import IPAdapter
+from ip_adapter_core.contact_sheet import Column, Row, contact_sheet
+from ip_adapter_core.files.atomic import atomic
 
 from .data.image import BrokenImageError, open_image
 from .errors import TrainingError
@@ -29,7 +32,6 @@ from .models.image_encoder import ImageEncoder
 from .prompts import Prompts, encode_pictures, encode_text
 from .random_state import untouched_random_state
 from .sampling import NotFinite, Sampler, SamplingSettings
-from .sheet import Column, Row, contact_sheet, save, show
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +117,8 @@ class Validation:
         accelerator.log(values, step=step)
         if accelerator.is_main_process:
             sheet = self._sheet([_Drawn(*x).picture for x in drawn], values, step)
-            save(sheet, self.folder / f"step-{step:06d}.png")
-            show(sheet, accelerator, step)
+            _save(sheet, self.folder / f"step-{step:06d}.png")
+            _show(sheet, accelerator, step)
         return values
 
     def _parts(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -176,11 +178,30 @@ class Validation:
             label += f'"{text}"' if text else "image only"
             drawn = pictures[number * wide : (number + 1) * wide]
             rows.append(Row(label, [self._pictures[reference], *drawn]))
-        return contact_sheet(f"step {step}", columns, rows)
+        return contact_sheet(rows, columns, title=f"step {step}")
 
 
 def _curve(name: str, weight: float) -> str:
     return f"validation/{name}/weight_{weight:g}"
+
+
+def _save(sheet: Image.Image, path: Path) -> None:
+    """Write a PNG. A full disk is reported in the log: it must not end a training."""
+    try:
+        with atomic(path) as temporary:
+            sheet.save(temporary, format="PNG")
+    except OSError as error:
+        logger.error("The contact sheet '%s' could not be written: %s", path, error)
+
+
+def _show(sheet: Image.Image, accelerator: Accelerator, step: int) -> None:
+    """Give the sheet to those of a run's trackers that take images."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            pixels = np.asarray(sheet)[None]
+            tracker.log_images({"validation": pixels}, step=step, dataformats="NHWC")
+        elif tracker.name in ("wandb", "swanlab"):
+            tracker.log_images({"validation": [sheet]}, step=step)
 
 
 def _opened(paths: Sequence[str]) -> list[Image.Image]:

@@ -16,7 +16,6 @@ from miniature import setup
 from miniature.scenes import scenes
 from tools import demo
 from tools.demo import DemoRequest, DemoRow, Render
-from tools.sheet import contact_sheet
 from tools.workflows.api import of_class, read
 
 
@@ -61,7 +60,7 @@ def test_the_sheet_shows_every_reference_and_every_picture():
     cells = [Image.new("RGB", (80, 60), colour) for colour in colours]
     growing = DemoRow("one", "", cells[0], (Render(0.0, "a boat"), Render(1.0, "a boat")))
     told = DemoRow("two", "", cells[1], (Render(1.0, "a boat"), Render(1.0, "")))
-    sheet = contact_sheet([growing, told], [[cells[2], cells[3]]] * 2, ["a note"])
+    sheet = demo.draw_sheet([growing, told], [[cells[2], cells[3]]] * 2, ["a note"])
     shown = {colour for _, colour in sheet.getcolors(1 << 24)}
     assert shown.issuperset(colours)
 

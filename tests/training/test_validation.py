@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ip_adapter_core.contact_sheet import Layout
 from tests.support import image_folders
 from tests.support import small_models as small
 from training.errors import TrainingError
@@ -24,11 +25,13 @@ from training.models.base import load_base
 from training.models.image_encoder import ImageEncoder
 from training.prompts import Prompts, encode_pictures, encode_text
 from training.sampling import Sampler, SamplingSettings
-from training.sheet import CELL, GAP, HEADER, LABEL, MARGIN, TITLE
 from training.unet import attach
 from training.validation import Validation, ValidationSettings
 
 ROOT = Path(__file__).resolve().parents[2]
+LAYOUT = Layout()
+CELL, GAP, LINE, MARGIN = LAYOUT.cell[0], LAYOUT.gap, LAYOUT.line, LAYOUT.margin
+TOP = 3 * LINE  # of the rows: title, headings and scores stand above
 KIND = "image_embeds"
 PROMPTS = ("", "a very long " + "and longer " * 60 + "text")
 WEIGHTS = (0.0, 0.5, 1.0)
@@ -90,9 +93,9 @@ def validation(settings, base, encoder, clip, tmp_path):
     return Validation(settings, base, encoder, KIND, tmp_path / "validation", clip)
 
 
-def cell(sheet, row, column):
+def cell(sheet, row, column, top=TOP):
     left = MARGIN + column * (CELL + GAP)
-    top = TITLE + HEADER + row * (LABEL + CELL + GAP) + LABEL
+    top += row * (LINE + CELL + GAP) + LINE
     return np.asarray(sheet)[top : top + CELL, left : left + CELL]
 
 
@@ -129,11 +132,11 @@ def test_labels_stay_within_the_sheet(validation, accelerator, adapter, tmp_path
     paper = sheet[0, 0]
     assert (sheet[:, -MARGIN + 1 :] == paper).all()
     for row in range(4):
-        top = TITLE + HEADER + row * (LABEL + CELL + GAP)
-        assert (sheet[top : top + LABEL] != paper).any()
+        top = TOP + row * (LINE + CELL + GAP)
+        assert (sheet[top : top + LINE] != paper).any()
     for column in range(4):
         left = MARGIN + column * (CELL + GAP)
-        assert (sheet[TITLE : TITLE + HEADER, left : left + CELL] != paper).any()
+        assert (sheet[LINE:TOP, left : left + CELL] != paper).any()
 
 
 def test_curves(settings, base, encoder, clip, adapter, validation, accelerator, tmp_path):
@@ -269,7 +272,7 @@ def test_a_diverged_adapter_does_not_end_the_training(validation, accelerator, t
     assert validation(accelerator, adapter, 1) == {}
     assert "diverged" in caplog.text
     sheet = Image.open(tmp_path / "validation" / "step-000001.png")
-    assert len(np.unique(cell(sheet, 0, 1).reshape(-1, 3), axis=0)) == 1
+    assert len(np.unique(cell(sheet, 0, 1, 2 * LINE).reshape(-1, 3), axis=0)) == 1
 
 
 SCRIPT = """
