@@ -1,4 +1,4 @@
-"""Layer weights as named data: on which cross-attention layers an image acts, and how much.
+"""LayerKey weights as named data: on which cross-attention layers an image acts, and how much.
 
 Blocks are named as ComfyUI names them: ("input" | "output" | "middle", number). Which of them carry
 style and which composition was found for SDXL by InstantStyle (arXiv 2404.02733: up_blocks.0.
@@ -14,100 +14,121 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from .latent_weights import LIMITS, NUMBER, plain
+from .variants import FAMILY_LABELS
 
 Block: TypeAlias = tuple[str, int]
-Layer: TypeAlias = tuple[str, int, int]
+LayerKey: TypeAlias = tuple[str, int, int]
 """A block and the index of the transformer in it."""
 
 _SIDES = ("input", "middle", "output")  # as a UNet runs through them
-_FAMILIES = ("SD1.5", "SDXL")
 _WEAK, _LEAST = 0.2, 0.05
 
 
-def _blocks(inputs: Sequence[int], outputs: Sequence[int]) -> frozenset[Block]:
+@dataclass(frozen=True)
+class Layout:
+    """Blocks with cross-attention of a kind of UNet, with weights of what they carry."""
+
+    blocks: frozenset[Block]
+    style: Mapping[Block, float]
+    composition: Mapping[Block, float]
+
+
+def _layout(
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    style: Mapping[Block, float],
+    composition: Mapping[Block, float],
+    middle: bool = True,
+) -> Layout:
     sides = [("input", number) for number in inputs] + [("output", number) for number in outputs]
-    return frozenset([*sides, ("middle", 0)])
+    return Layout(frozenset([*sides, ("middle", 0)] if middle else sides), style, composition)
 
 
-LAYOUTS: dict[str, frozenset[Block]] = {
-    "SD1.5": _blocks((1, 2, 4, 5, 7, 8), range(3, 12)),
-    "SDXL": _blocks((4, 5, 7, 8), range(6)),
-    "the miniature": frozenset({("input", 1), ("output", 0), ("output", 1)}),
-}
-"""Which blocks of a family have cross-attention. The miniature is this repository's own (see
-miniature/README.md): there its last layer carries colour and texture, whatever the seed."""
-
-STYLE: dict[str, dict[Block, float]] = {
-    "SD1.5": {
-        **{("input", number): 1.0 for number in (1, 2, 4, 5)},
-        **{("output", number): 1.0 for number in range(5, 12)},
-    },
-    "SDXL": {("output", 1): 1.0},
-    "the miniature": {("output", 1): 1.0},
-}
-COMPOSITION: dict[str, dict[Block, float]] = {
-    "SD1.5": {("input", 7): 0.25, ("input", 8): 1.0},
-    "SDXL": {("input", 8): 1.0},
-    "the miniature": {("output", 0): 1.0},
+LAYOUTS: dict[str, Layout] = {
+    "sd15": _layout(
+        (1, 2, 4, 5, 7, 8),
+        range(3, 12),
+        style=dict.fromkeys(
+            [("input", n) for n in (1, 2, 4, 5)] + [("output", n) for n in range(5, 12)], 1.0
+        ),
+        composition={("input", 7): 0.25, ("input", 8): 1.0},
+    ),
+    "sdxl": _layout(
+        (4, 5, 7, 8), range(6), style={("output", 1): 1.0}, composition={("input", 8): 1.0}
+    ),
+    # A single level with cross-attention: its last block draws color and texture.
+    "one level": _layout(
+        (1,), (0, 1), style={("output", 1): 1.0}, composition={("output", 0): 1.0}, middle=False
+    ),
 }
 
 
 @dataclass(frozen=True)
-class Preset:
-    """`blocks`: weights by layout, for the layouts that it knows. `sides`: by side, for any. Both
-    empty: `ramp` over the depth, from first to last block and back. `rest`: of all others."""
+class LayerPreset:
+    """Weights of layers by what they carry, by side, or by depth.
+
+    `style`, `composition`: factors of the weights that a known layout has for them. `sides`:
+    weights by side, for any UNet. None of these: `ramp` over the depth, from first to last block
+    and back.
+    `rest`: the weight of all other layers.
+    """
 
     about: str
-    blocks: Mapping[str, Mapping[Block, float]] = field(default_factory=dict)
+    style: float | None = None
+    composition: float | None = None
     sides: Mapping[str, float] = field(default_factory=dict)
     rest: float = 1.0
     ramp: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
+    @property
+    def names_blocks(self) -> bool:
+        """Whether it is for known layouts only."""
+        return self.style is not None or self.composition is not None
 
-def _times(table: dict[str, dict[Block, float]], factor: float) -> dict[str, dict[Block, float]]:
-    return {
-        name: {block: factor * weight for block, weight in blocks.items()}
-        for name, blocks in table.items()
-    }
+    def blocks(self, layout: Layout) -> dict[Block, float]:
+        """Return the weights that it gives to blocks of a known layout."""
+        pairs = (self.style, layout.style), (self.composition, layout.composition)
+        return {
+            block: factor * weight
+            for factor, weights in pairs
+            if factor is not None
+            for block, weight in weights.items()
+        }
 
 
-def _both(
-    one: dict[str, dict[Block, float]], other: dict[str, dict[Block, float]]
-) -> dict[str, dict[Block, float]]:
-    return {name: {**one[name], **other[name]} for name in one}
-
-
-PRESETS: dict[str, Preset] = {
-    "uniform": Preset("Every layer alike."),
-    "style": Preset("Colours, texture and way of drawing; not what is where.", STYLE, rest=0.0),
-    "strong style": Preset("Everything but the composition.", _times(COMPOSITION, 0.0)),
-    "composition": Preset("What is where; not how it looks.", COMPOSITION, rest=0.0),
-    "style and composition": Preset("Both, and no more.", _both(STYLE, COMPOSITION), rest=0.0),
-    "style without composition": Preset(
-        "The style, and away from the composition.",
-        _both(STYLE, _times(COMPOSITION, -1.0)),
-        rest=0.0,
+LAYER_PRESETS: dict[str, LayerPreset] = {
+    "uniform": LayerPreset("Every layer alike."),
+    "style": LayerPreset(
+        "Colours, texture and way of drawing; not what is where.", style=1.0, rest=0.0
     ),
-    "ease in": Preset("Strong where the UNet begins, fading.", ramp=(1.0, 0.525, _LEAST)),
-    "ease out": Preset("Weak where the UNet begins, growing.", ramp=(_LEAST, 0.525, 1.0)),
-    "ease in-out": Preset("Strongest in the middle.", ramp=(_LEAST, 1.0, _LEAST)),
-    "reverse in-out": Preset("Weakest in the middle.", ramp=(1.0, _LEAST, 1.0)),
-    "weak input": Preset("0.2 in the input (down) blocks.", sides={"input": _WEAK}),
-    "weak middle": Preset("0.2 in the middle block.", sides={"middle": _WEAK}),
-    "weak output": Preset("0.2 in the output (up) blocks.", sides={"output": _WEAK}),
-    "strong middle": Preset(
+    "strong style": LayerPreset("Everything but the composition.", composition=0.0),
+    "composition": LayerPreset("What is where; not how it looks.", composition=1.0, rest=0.0),
+    "style and composition": LayerPreset(
+        "Both, and no more.", style=1.0, composition=1.0, rest=0.0
+    ),
+    "style without composition": LayerPreset(
+        "The style, and away from the composition.", style=1.0, composition=-1.0, rest=0.0
+    ),
+    "ease in": LayerPreset("Strong where the UNet begins, fading.", ramp=(1.0, 0.525, _LEAST)),
+    "ease out": LayerPreset("Weak where the UNet begins, growing.", ramp=(_LEAST, 0.525, 1.0)),
+    "ease in-out": LayerPreset("Strongest in the middle.", ramp=(_LEAST, 1.0, _LEAST)),
+    "reverse in-out": LayerPreset("Weakest in the middle.", ramp=(1.0, _LEAST, 1.0)),
+    "weak input": LayerPreset("0.2 in the input (down) blocks.", sides={"input": _WEAK}),
+    "weak middle": LayerPreset("0.2 in the middle block.", sides={"middle": _WEAK}),
+    "weak output": LayerPreset("0.2 in the output (up) blocks.", sides={"output": _WEAK}),
+    "strong middle": LayerPreset(
         "0.2 in input and output blocks.", sides={"input": _WEAK, "output": _WEAK}
     ),
 }
 
 
-def forward(layers: Sequence[Layer]) -> list[Layer]:
-    """In the order in which the UNet runs through them."""
+def forward(layers: Sequence[LayerKey]) -> list[LayerKey]:
+    """Return the layers in the order in which the UNet runs through them."""
     return sorted(layers, key=lambda layer: (_SIDES.index(layer[0]), *layer[1:]))
 
 
-def layer_names(layers: Sequence[Layer]) -> list[str]:
-    """ "input 4", or "input 4.1" where a block has several transformers; "middle" has no number."""
+def layer_names(layers: Sequence[LayerKey]) -> list[str]:
+    """Name each layer: "input 4", "input 4.1" where a block has several transformers, "middle"."""
     blocks = [layer[:2] for layer in layers]
     return [
         block_name((side, number)) + (f".{index}" if blocks.count((side, number)) > 1 else "")
@@ -115,22 +136,30 @@ def layer_names(layers: Sequence[Layer]) -> list[str]:
     ]
 
 
-def preset_weights(name: str, layers: Sequence[Layer]) -> list[float]:
-    """The preset's weight for each of `layers`, in their order. Raises ValueError for an unknown
-    name, or if the preset names blocks and the layers are of no layout that it knows."""
-    if name not in PRESETS:
-        raise ValueError(f"There is no preset {name!r}; expected one of {', '.join(PRESETS)}.")
-    preset = PRESETS[name]
+def preset_weights(name: str, layers: Sequence[LayerKey]) -> list[float]:
+    """Return the preset's weight for each of `layers`, in their order.
+
+    Raises:
+        ValueError: The name is unknown, or the preset names blocks and the layers are of no layout
+            that it knows.
+    """
+    if name not in LAYER_PRESETS:
+        raise ValueError(
+            f"There is no preset {name!r}; expected one of {', '.join(LAYER_PRESETS)}."
+        )
+    preset = LAYER_PRESETS[name]
     blocks = list(dict.fromkeys(layer[:2] for layer in forward(layers)))
-    if preset.blocks:
-        found = next((k for k, own in LAYOUTS.items() if own == set(blocks)), None)
-        if found is None:
+    if preset.names_blocks:
+        layout = next((known for known in LAYOUTS.values() if known.blocks == set(blocks)), None)
+        if layout is None:
             raise ValueError(
-                f"The preset '{name}' names blocks of {' and '.join(_FAMILIES)}, but this model "
-                f"has cross-attention in {', '.join(map(block_name, blocks)) or 'no block'}. "
-                "Choose uniform or another preset for any model, and type weights for its layers."
+                f"The preset '{name}' names blocks of {' and '.join(FAMILY_LABELS.values())}, but "
+                "this model has cross-attention in "
+                f"{', '.join(map(block_name, blocks)) or 'no block'}. Choose uniform or another "
+                "preset for any model, and type weights for its layers."
             )
-        return [preset.blocks[found].get(layer[:2], preset.rest) for layer in layers]
+        weights = preset.blocks(layout)
+        return [weights.get(layer[:2], preset.rest) for layer in layers]
     if preset.sides:
         return [preset.sides.get(layer[0], preset.rest) for layer in layers]
     last = max(1, len(blocks) - 1)
@@ -152,13 +181,16 @@ _EDIT = re.compile(
 )
 
 
-def edited(weights: Sequence[float], layers: Sequence[Layer], text: str) -> list[float]:
-    """`weights` of `layers` with what `text` sets, one line or comma an entry, later ones last:
-    "all: 0", "output: 1", "input 7: 0.5", "output 1.9: 0", "middle: 0"; "#" begins a remark.
+def edited(weights: Sequence[float], layers: Sequence[LayerKey], text: str) -> list[float]:
+    """Return `weights` of `layers` with what `text` sets, one line or comma an entry.
 
-    Raises ValueError for an entry that cannot be read, names no layer of these, or has a weight
-    outside LIMITS."""
-    made = list(weights)
+    Later ones last: "all: 0", "output: 1", "input 7: 0.5", "output 1.9: 0", "middle: 0"; "#" begins
+    a remark.
+
+    Raises:
+        ValueError: An entry cannot be read, names no layer of these, or is outside LIMITS.
+    """
+    result = list(weights)
     lines = (line.partition("#")[0] for line in plain(text).splitlines())
     for entry in filter(None, (part.strip() for line in lines for part in re.split("[,;]", line))):
         match = _EDIT.fullmatch(entry)
@@ -173,18 +205,18 @@ def edited(weights: Sequence[float], layers: Sequence[Layer], text: str) -> list
                 f"The layer weight {entry!r} is out of range; expected {LIMITS[0]:g} … "
                 f"{LIMITS[1]:g}, as for the weight of the Apply node that it multiplies."
             )
-        chosen = [place for place, layer in enumerate(layers) if _meant(match, layer)]
+        chosen = [place for place, layer in enumerate(layers) if _names(match, layer)]
         if not chosen:
             raise ValueError(
                 f"The layer weight {entry!r} names no cross-attention layer of this model, which "
                 f"has {', '.join(layer_names(forward(layers)))}."
             )
         for place in chosen:
-            made[place] = weight
-    return made
+            result[place] = weight
+    return result
 
 
-def _meant(match: re.Match[str], layer: Layer) -> bool:
+def _names(match: re.Match[str], layer: LayerKey) -> bool:
     side, number, index = match["side"].lower(), match["number"], match["index"]
     if side == "all":
         return number is None and index is None
@@ -197,8 +229,8 @@ def _meant(match: re.Match[str], layer: Layer) -> bool:
     )
 
 
-def listed(weights: Sequence[float], layers: Sequence[Layer]) -> str:
-    """The weights as `edited` reads them, in the UNet's order; equal ones of a block together."""
+def listed(weights: Sequence[float], layers: Sequence[LayerKey]) -> str:
+    """List the weights as `edited` reads them, in the UNet's order, equal ones of a block once."""
     table = dict(zip(layers, weights, strict=True))
     lines = []
     for block in dict.fromkeys(layer[:2] for layer in forward(layers)):

@@ -10,14 +10,14 @@ from ..ip_adapter_core.comfyui.apply import curve_of
 from ..ip_adapter_core.comfyui.layers import layers_of
 from ..ip_adapter_core.comfyui.profile import draw_profile
 from ..ip_adapter_core.latent_weights import MOST, weights_of
-from ..ip_adapter_core.layer_weights import PRESETS, edited, listed, preset_weights
+from ..ip_adapter_core.layer_weights import LAYER_PRESETS, edited, listed, preset_weights
 from . import types
 
 
 class LayerWeights(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        about = " ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
+        about = " ".join(f"{name}: {preset.about}" for name, preset in LAYER_PRESETS.items())
         return io.Schema(
             node_id="IPA_LayerWeights",
             display_name="Layer Weights",
@@ -29,7 +29,9 @@ class LayerWeights(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="Tells which layers there are."),
-                io.Combo.Input("preset", options=list(PRESETS), default="uniform", tooltip=about),
+                io.Combo.Input(
+                    "preset", options=list(LAYER_PRESETS), default="uniform", tooltip=about
+                ),
                 io.String.Input(
                     "changes",
                     multiline=True,

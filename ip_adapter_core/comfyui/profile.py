@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..layer_weights import Layer, forward, layer_names
+from ..layer_weights import LayerKey, forward, layer_names
 
 WIDTH, HEIGHT = 768, 320
 _MARGIN, _LABELS = 44, 92
@@ -17,7 +17,7 @@ _GROUND, _INK, _GRID = (32, 34, 40), (222, 224, 230), (70, 74, 84)
 _COLOURS = {"input": (92, 158, 235), "middle": (236, 190, 84), "output": (112, 200, 128)}
 
 
-def draw_profile(weights: Sequence[float], layers: Sequence[Layer]) -> Tensor:
+def draw_profile(weights: Sequence[float], layers: Sequence[LayerKey]) -> Tensor:
     """One bar a layer, in the order in which the UNet runs through them: `(1, H, W, 3)`, 0 … 1."""
     table = dict(zip(layers, weights, strict=True))
     ordered = forward(layers)

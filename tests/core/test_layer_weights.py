@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from comfyui_ip_adapter.ip_adapter_core.layer_weights import (
+    LAYER_PRESETS,
     LAYOUTS,
-    PRESETS,
     edited,
     forward,
     layer_names,
@@ -35,8 +35,8 @@ def nonzero(weights, layers):
 
 def test_the_layouts_are_those_of_the_published_files():
     assert len(SD15) == 16 and len(SDXL) == 70
-    assert LAYOUTS["SD1.5"] == {layer[:2] for layer in SD15}
-    assert LAYOUTS["SDXL"] == {layer[:2] for layer in SDXL}
+    assert LAYOUTS["sd15"].blocks == {layer[:2] for layer in SD15}
+    assert LAYOUTS["sdxl"].blocks == {layer[:2] for layer in SDXL}
 
 
 def test_style_and_composition_of_sdxl_are_instantstyles_blocks():
@@ -126,7 +126,7 @@ def test_sides(name, weak):
         assert preset_weights(name, layers) == expected
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", LAYER_PRESETS)
 def test_every_preset_is_for_both_families(name):
     for layers in (SD15, SDXL):
         assert any(preset_weights(name, layers))
