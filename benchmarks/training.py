@@ -180,7 +180,7 @@ def checkpoint_bytes(folder: Path) -> int:
         adapter = new_adapter(unet, "base", feature_dim=1024)
     path = folder / "adapter.safetensors"
     weights = {name: torch.zeros(w.shape) for name, w in adapter.state_dict().items()}
-    checkpoint.save_weights(weights, path, {})
+    checkpoint.save(weights, path, {})
     return path.stat().st_size
 
 

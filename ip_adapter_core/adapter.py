@@ -34,7 +34,7 @@ class AdapterSpec:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Arguments of the projection's class."""
+        """The arguments of the projection's class."""
         return dict(self.projection_sizes)
 
     @property
@@ -91,15 +91,17 @@ class IPAdapter(nn.Module):
         )
 
     def tokens(self, features: Tensor) -> Tensor:
-        """Image features, `(N, feature_dim)` or `(N, patches, feature_dim)` as `spec.features`
-        says, to tokens `(N, tokens, cross_attention_dim)`."""
+        """Project image features to tokens `(N, tokens, cross_attention_dim)`.
+
+        They are `(N, feature_dim)` or `(N, patches, feature_dim)`, as `spec.features` says.
+        """
         return self.image_proj(features)
 
     def keys_values(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """K' and V', each `(N, tokens, width)`, layer by layer in checkpoint order."""
+        """Yield K' and V', each `(N, tokens, width)`, layer by layer in checkpoint order."""
         for layer in self.ip_adapter.values():
             yield layer(tokens)
 
     def forward(self, features: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Image features to every layer's K' and V'."""
+        """Return every layer's K' and V' of image features."""
         return list(self.keys_values(self.tokens(features)))

@@ -17,7 +17,7 @@ METHODS = ("concat", "average", "norm_average", "add", "subtract")
 
 
 def parse_weights(text: str, count: int) -> list[float]:
-    """The numbers of "1, 0.5", one for each of `count` prompts; all 1 where the text is empty.
+    """Read "1, 0.5", a number for each of `count` prompts; all are 1 where the text is empty.
 
     Raises ValueError for another number of them, or for what is not a finite number.
     """
@@ -46,7 +46,7 @@ def parse_weights(text: str, count: int) -> list[float]:
 def combine(
     prompts: Mapping[str, ImagePrompt], method: str, weights: Sequence[float]
 ) -> ImagePrompt:
-    """One prompt of several; `prompts` by the names that errors call them by, one weight wᵢ each.
+    """Make one prompt of several, given by the names that errors call them by, with weights wᵢ.
 
     `concat`: all images side by side, so that their numbers add up. The others go image by
     image, where prompts of one image stand beside each of N: `average` Σ wᵢ fᵢ / Σ wᵢ; `add`
@@ -116,7 +116,7 @@ def _listed(weights: Sequence[float]) -> str:
 
 
 def _each(function: Callable[[list[Tensor]], Tensor], sides: list[ImageFeatures]) -> ImageFeatures:
-    """`function` of the tensors of one kind, for both kinds."""
+    """Apply `function` to the tensors of one kind, for both kinds."""
     return ImageFeatures(
         *(function([getattr(side, kind) for side in sides]) for kind in FEATURE_KINDS)
     )

@@ -13,19 +13,28 @@ _KEYFRAME = re.compile(rf"(\d+)\s*[:=]\s*({NUMBER})", re.IGNORECASE)
 
 
 def plain(text: str) -> str:
-    """Punctuation and digits of ASCII in place of the wide ones that CJK keyboards type."""
+    """Put ASCII's punctuation and digits in place of the wide ones that CJK keyboards type."""
     return unicodedata.normalize("NFKC", text).replace("、", ",")
 
 
 def weights_of(
     text: str, count: int = 0, name: str = "weights", limits: tuple[float, float] = LIMITS
 ) -> list[float]:
-    """One weight a latent. "0, 0.5, 1": as they stand. "0: 0, 8: 1": weights of numbered latents,
-    linear between them, constant before the first and after the last.
+    """Read one weight a latent.
 
-    `count`: how many latents; 0 for as many as the text names. `name`: of the input, for messages.
-    Raises ValueError for what cannot be read or lies outside `limits`, and for a text of other or
-    further latents than `count` or MOST."""
+    "0, 0.5, 1": as they stand. "0: 0, 8: 1": weights of numbered latents, linear between them,
+    constant before the first and after the last.
+
+    Args:
+        text: The weights.
+        count: How many latents; 0 for as many as the text names.
+        name: The input's, for messages.
+        limits: Least and greatest weight.
+
+    Raises:
+        ValueError: The text cannot be read, a weight lies outside `limits`, or the text is of other
+            or further latents than `count` or MOST.
+    """
     entries = [e for e in re.split(r"[,;\s]*[,;\n][,;\s]*", plain(text).strip()) if e]
     if not entries:
         raise ValueError(f"{name} is empty; expected '0, 0.5, 1' or keyframes '0: 0, 8: 1'.")
@@ -84,10 +93,10 @@ def _check_range(weights: Iterable[float], name: str, limits: tuple[float, float
 
 def _between(points: dict[int, float], count: int) -> list[float]:
     frames = sorted(points)
-    made = []
+    weights = []
     for frame in range(count):
         before = max((f for f in frames if f <= frame), default=frames[0])
         after = min((f for f in frames if f >= frame), default=frames[-1])
         part = (frame - before) / (after - before) if after > before else 0.0
-        made.append(points[before] + part * (points[after] - points[before]))
-    return made
+        weights.append(points[before] + part * (points[after] - points[before]))
+    return weights

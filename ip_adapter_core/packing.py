@@ -16,7 +16,7 @@ COMBINE = ("concat", "average", "per_latent")
 
 
 def tokens(adapter: IPAdapter, prompt: ImagePrompt, combine: str) -> tuple[Tensor, Tensor]:
-    """Tokens of both sides, `(R, T, cross_attention_dim)`.
+    """Return the tokens of both sides, `(R, T, cross_attention_dim)`.
 
     `concat`: all images' tokens side by side, R = 1; where one side's T divides the other's, both
     get the same, and share a slot in the UNet call. `average`: the mean of the encoder's
@@ -46,8 +46,12 @@ def tokens(adapter: IPAdapter, prompt: ImagePrompt, combine: str) -> tuple[Tenso
 
 
 def layer_weights(spec: AdapterSpec, weight: float, layers: Sequence[float] | None) -> list[float]:
-    """λ of every layer, in checkpoint order. Raises ValueError for what is not finite, or for a
-    list of another length than the adapter has layers."""
+    """Return λ of every layer, in checkpoint order.
+
+    Raises:
+        ValueError: A weight is not finite, or the list has another length than the adapter has
+            layers.
+    """
     if layers is None:
         layers = [1.0] * len(spec.layer_dims)
     if len(layers) != len(spec.layer_dims):
@@ -66,7 +70,7 @@ def layer_weights(spec: AdapterSpec, weight: float, layers: Sequence[float] | No
 
 
 def fold(keys_values: Iterable[tuple[Tensor, Tensor]], weights: Sequence[float]) -> Tensor:
-    """λ goes into V', and all layers into one tensor `(R, T, 2·Σ widths)`: K'₀ V'₀ K'₁ V'₁ …"""
+    """Fold λ into V', and all layers into one tensor `(R, T, 2·Σ widths)`: K'₀ V'₀ K'₁ V'₁."""
     parts: list[Tensor] = []
     for (key, value), weight in zip(keys_values, weights, strict=True):
         parts += key, value * weight
@@ -74,14 +78,16 @@ def fold(keys_values: Iterable[tuple[Tensor, Tensor]], weights: Sequence[float])
 
 
 def unpack(packed: Tensor, layer_dims: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """The inverse of `fold`: views of K' and V' of each layer."""
+    """Undo `fold`: return views of K' and V' of each layer."""
     parts = packed.split([dim for dim in layer_dims for _ in "kv"], dim=-1)
     return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def split_values(packed: Tensor, layer_dims: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`packed` with zeros for V', and with zeros for K': the one plus any multiple of the other is
-    the same prompt with another λ."""
+    """Return `packed` with zeros for V', and with zeros for K'.
+
+    The one plus any multiple of the other is the same prompt with another λ.
+    """
     widths = torch.tensor([dim for dim in layer_dims for _ in "kv"])
     columns = torch.tensor([False, True] * len(layer_dims)).repeat_interleave(widths)
     values = packed * columns.to(packed)

@@ -22,7 +22,7 @@ class Projection(nn.Module):
 
     @staticmethod
     def sizes(weights: Mapping[str, Shaped]) -> dict[str, int]:
-        """Constructor arguments that these weights were made with."""
+        """Return the constructor's arguments that these weights were made with."""
         raise NotImplementedError
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
+from safetensors.torch import save as serialize
 from torch import Tensor
 
+from .files.atomic import atomic
+from .files.header import few
 from .image_prompt import DAMAGED_ENCODER, ImageFeatures, ImagePrompt
 from .variants import FEATURE_KINDS
 
@@ -54,28 +54,18 @@ def save(
         "encoder": prompt.encoder,
         "encoder_fingerprint": prompt.fingerprint,
     }
-    temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")  # another process may write there too
     try:
-        # Not save_file: that writes files which only their owner may read.
-        temporary.write_bytes(serialise(tensors, metadata))
-        _move(temporary, path)
+        path.touch(exist_ok=False)  # takes the name: renaming asks no one
+        try:
+            with atomic(path) as temporary:
+                temporary.write_bytes(serialize(tensors, metadata))
+        except BaseException:
+            path.unlink()
+            raise
     except FileExistsError:
         raise
     except OSError as error:
         raise PromptFileError(f"'{path}' cannot be written: {error.strerror}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _move(source: Path, path: Path) -> None:
-    """Rename to a name that nobody has; an empty file takes it first, as os.replace asks no one."""
-    path.touch(exist_ok=False)
-    try:
-        os.replace(source, path)
-    except OSError:
-        path.unlink()
-        raise
 
 
 def load(path: str | os.PathLike[str]) -> ImagePrompt:
@@ -112,7 +102,7 @@ def _check_kind(metadata: Mapping[str, str], keys: list[str], name: str) -> None
     if FORMAT not in metadata or "encoder" not in metadata:
         raise PromptFileError(
             f"'{name}' is no image prompt: its metadata lacks '{FORMAT}' or 'encoder'. Found "
-            f"{len(keys)} tensors: {_few(keys)}. Choose a file of Save Image Prompt."
+            f"{len(keys)} tensors: {few(keys)}. Choose a file of Save Image Prompt."
         )
     if metadata[FORMAT] not in (VERSION, WEIGHTS_ALONE):
         raise PromptFileError(
@@ -121,7 +111,7 @@ def _check_kind(metadata: Mapping[str, str], keys: list[str], name: str) -> None
         )
     if sorted(keys) != sorted(KEYS):
         raise PromptFileError(
-            f"'{name}' holds the tensors {_few(sorted(keys))}; expected {', '.join(KEYS)}. Save "
+            f"'{name}' holds the tensors {few(sorted(keys))}; expected {', '.join(KEYS)}. Save "
             "the prompt again."
         )
 
@@ -155,8 +145,3 @@ def _check(tensors: Mapping[str, Tensor], name: str, remedy: str) -> None:
                 f"'{name}': {kind} has shape {list(one)} on the positive and {list(other)} on the "
                 f"negative side; expected the same but for the number of images. {remedy}"
             )
-
-
-def _few(names: list[str], limit: int = 4) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" … and {rest} more" if rest > 0 else "")

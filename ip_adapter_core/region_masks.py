@@ -1,4 +1,4 @@
-"""Several masks over one picture: what each may take where they overlap."""
+"""Several masks over one image: what each may take where they overlap."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ OVERLAPS = ("normalize", "add")
 
 
 def share_out(masks: Sequence[Tensor], overlap: str, rest: bool = False) -> list[Tensor]:
-    """One mask a region, `(M, H, W)` or `(H, W)` of any sizes, to masks that go together.
+    """Make masks that go together of one mask a region, `(M, H, W)` or `(H, W)` of any sizes.
 
-    `overlap`: "normalize" divides them where their sum exceeds 1, so that regions share and none
-    is stronger than λ; "add" leaves them as they are. `rest`: one more mask at the end, of what
-    the others leave free. Raises ValueError for another `overlap`, no mask, or numbers M that do
-    not fit."""
+    Args:
+        masks: One a region.
+        overlap: "normalize" divides them where their sum exceeds 1, so that regions share and none
+            is stronger than λ; "add" leaves them as they are.
+        rest: Add a mask at the end, of what the others leave free.
+
+    Raises:
+        ValueError: `overlap` is another one, there is no mask, or the numbers M do not fit.
+    """
     if overlap not in OVERLAPS:
         raise ValueError(f"overlap is {overlap!r}; expected one of {', '.join(OVERLAPS)}.")
     if not masks:

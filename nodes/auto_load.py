@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..ip_adapter_core.comfyui import auto
 from ..ip_adapter_core.comfyui.adapter import load_adapter
-from ..ip_adapter_core.files.choice import PRESETS
+from ..ip_adapter_core.files.finder import ADAPTER_PRESETS
 from . import folders, types
 from .shown import show
 
@@ -43,7 +43,7 @@ class AutoLoadIPAdapter(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset",
-                    options=list(PRESETS),
+                    options=list(ADAPTER_PRESETS),
                     default="standard",
                     tooltip="light: SD1.5 only, follows the picture loosely. standard: its content "
                     "and style. fine-grained: details too (plus). face: a face (plus-face). full "

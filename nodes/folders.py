@@ -7,7 +7,7 @@ import os
 import folder_paths
 
 from ..ip_adapter_core.files.adapter_file import EXTENSIONS
-from ..ip_adapter_core.files.catalogue import File, Folder
+from ..ip_adapter_core.files.finder import File, Folder
 
 FOLDER = "ipadapter"
 ENCODERS = "clip_vision"  # the host's own folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..ip_adapter_core.comfyui.open_clip import load_image_encoder
-from ..ip_adapter_core.files import catalogue
+from ..ip_adapter_core.files import finder
 from . import folders
 
 
@@ -46,7 +46,7 @@ class LoadImageEncoder(io.ComfyNode):
         link."""
         if encoder_name is None:
             return None
-        return catalogue.digest([catalogue.stamps(folders.encoder_path(encoder_name))])
+        return finder.digest([finder.stamps(folders.encoder_path(encoder_name))])
 
     @classmethod
     def execute(cls, encoder_name: str) -> io.NodeOutput:

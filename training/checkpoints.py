@@ -113,7 +113,7 @@ class Checkpoints:
         try:
             self.accelerator.save_state(str(partial))
             if self.accelerator.is_main_process:
-                checkpoint.save_weights(weights, partial / ADAPTER, dict(metadata))
+                checkpoint.save(weights, partial / ADAPTER, dict(metadata))
                 (partial / RUN).write_text(json.dumps(dict(run), indent=1), encoding="utf-8")
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as failed:
             error = failed

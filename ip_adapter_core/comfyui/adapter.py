@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import packing
 from ..adapter import AdapterSpec, IPAdapter
 from ..files import adapter_file as checkpoint
-from ..files.header import read_safetensors
+from ..files.header import file_format, read_header
 from ..image_prompt import ImagePrompt
 
 
@@ -69,6 +69,6 @@ def load_adapter(path: str | os.PathLike[str]) -> HostAdapter:
         module, load_device=memory.get_torch_device(), offload_device=torch.device("cpu")
     )
     trained_with = None
-    if checkpoint.file_format(path) == "safetensors":
-        trained_with = checkpoint.trained_with(read_safetensors(path)[1])
+    if file_format(path) == "safetensors":
+        trained_with = checkpoint.trained_with(read_header(path)[1])
     return HostAdapter(os.path.basename(path), module, patcher, trained_with)

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.clip_vision
@@ -13,10 +14,18 @@ from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 
 from ..compatibility import fits
-from ..files import catalogue
-from ..files.catalogue import AdapterFile, EncoderFile, File, Folder, Unusable
-from ..files.choice import PRESETS, Choice, Preset, choose
-from ..files.missing import Search, what
+from ..files import finder
+from ..files.finder import (
+    ADAPTER_PRESETS,
+    AdapterFile,
+    AdapterPreset,
+    Choice,
+    EncoderFile,
+    File,
+    Folder,
+    Search,
+    Unusable,
+)
 from ..files.tower_config import ImageEncoderError
 from .layers import layers_of
 from .open_clip import load_image_encoder
@@ -25,25 +34,25 @@ logger = logging.getLogger("comfyui_ip_adapter")
 
 
 def find(model: ModelPatcher, preset: str, adapters: Folder, encoders: Folder) -> Choice:
-    """The best adapter for model and preset, a key of PRESETS, that has its encoder beside it.
+    """Find the best adapter for model and preset that has its encoder beside it.
 
     Reads headers only. Raises ValueError for a model without UNet cross-attention, and
     FileNotFoundError, which says what to get, where a file is missing.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}.")
-    wanted, name = PRESETS[preset], type(model.model).__name__
+    if preset not in ADAPTER_PRESETS:
+        raise ValueError(f"preset is {preset!r}; expected one of {', '.join(ADAPTER_PRESETS)}.")
+    wanted, name = ADAPTER_PRESETS[preset], type(model.model).__name__
     layers = layers_of(model)
-    found = catalogue.adapters(adapters.files)
-    seen = [_loadable(file) for file in catalogue.encoders(encoders.files)]
+    found = finder.adapters(adapters.files)
+    seen = [_loadable(file) for file in finder.encoders(encoders.files)]
     fitting = [file for file in _of_kind(found, wanted) if fits(file.spec, layers)]
     unusable = [file for file in found if isinstance(file, Unusable)]
-    choice = choose(fitting, _usable(seen), wanted, unusable)
+    choice = finder.choose(fitting, _usable(seen), wanted, unusable)
     if choice is None:
-        sizes = layers[0].context_dim, len(layers)
-        search = Search(name, *sizes, wanted, adapters, encoders, found, seen)
+        folders = replace(adapters, files=tuple(found)), replace(encoders, files=tuple(seen))
+        search = Search(name, layers[0].context_dim, len(layers), wanted, *folders)
         raise FileNotFoundError(search.message(fitting))
-    logger.info("Preset '%s': %s", preset, "; ".join(_taken(choice)))
+    logger.info("Preset '%s': %s", preset, "; ".join(choice.chosen()))
     for doubt in choice.doubts:
         logger.warning("Preset '%s': %s.", preset, doubt)
     return choice
@@ -52,25 +61,20 @@ def find(model: ModelPatcher, preset: str, adapters: Folder, encoders: Folder) -
 def fingerprint(preset: str | None, adapters: Folder, encoders: Folder) -> str:
     """Changes with the files that `find` may take for any model, and with configurations beside
     them: the preset's kind of adapter (None: all kinds), and the encoders of these."""
-    kinds = _of_kind(catalogue.adapters(adapters.files), PRESETS.get(preset or ""))
+    kinds = _of_kind(finder.adapters(adapters.files), ADAPTER_PRESETS.get(preset or ""))
     specs = {file.spec for file in kinds}
     theirs = [
         file
-        for file in _usable(catalogue.encoders(encoders.files))
+        for file in _usable(finder.encoders(encoders.files))
         if any(map(file.sizes.gives, specs))
     ]
-    return catalogue.digest(catalogue.stamps(file.path) for file in (*kinds, *theirs))
+    return finder.digest(finder.stamps(file.path) for file in (*kinds, *theirs))
 
 
 def describe(choice: Choice) -> str:
     """A line for the adapter and one for the encoder, what they are and why these; then one for
     each doubt."""
-    return "\n".join([*_taken(choice), *(f"In doubt: {doubt}." for doubt in choice.doubts)])
-
-
-def _taken(choice: Choice) -> list[str]:
-    pairs = (choice.adapter, choice.adapter_why), (choice.encoder, choice.encoder_why)
-    return [f"{what(file)}{why and f' (chosen: {why})'}" for file, why in pairs]
+    return "\n".join([*choice.chosen(), *(f"In doubt: {doubt}." for doubt in choice.doubts)])
 
 
 def load_encoder(file: EncoderFile) -> ClipVisionModel:
@@ -83,7 +87,7 @@ def load_encoder(file: EncoderFile) -> ClipVisionModel:
     return encoder
 
 
-def _of_kind(files: Iterable[File], preset: Preset | None) -> list[AdapterFile]:
+def _of_kind(files: Iterable[File], preset: AdapterPreset | None) -> list[AdapterFile]:
     """The adapters of the preset's variant; of any where there is no preset."""
     return [
         file

@@ -1,25 +1,44 @@
-"""Image towers in open_clip's layout: what a file holds, and open_clip's own module of it.
+"""Files of image encoders: what their headers tell, and open_clip's towers themselves.
 
-Training and the host's node read the same files through this.
+Training and ComfyUI's nodes read the same files through this.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .header import Shaped
-from .tower_config import METADATA_KEY, ImageEncoderError, Tower, check_whole, describe
+from ..adapter import AdapterSpec
+from .header import (
+    DTYPES,
+    OLD_FORMAT,
+    CheckpointError,
+    Shaped,
+    damaged,
+    file_format,
+    read_header,
+    read_pickle,
+    shapes,
+)
+from .tower_config import (
+    METADATA_KEY,
+    ImageEncoderError,
+    Tower,
+    check_whole,
+    count_blocks,
+    describe,
+)
 
-__all__ = ["METADATA_KEY", "ImageEncoderError"]  # which training and tools take from here
+__all__ = ["METADATA_KEY", "ImageEncoderError"]  # taken from here by others
 
 logger = logging.getLogger("comfyui_ip_adapter")
 VISUAL = "visual."
@@ -33,47 +52,186 @@ _QUICK_GELU = {
 _Shaped = TypeVar("_Shaped", bound=Shaped)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Tower | None, dict[str, Tensor]]:
-    """The image tower in a file of open_clip, which may hold the whole model or the tower alone:
-    its configuration and its tensors, keys without prefix.
+@dataclass(frozen=True)
+class EncoderSizes:
+    """Widths of what an encoder gives, 0 for what it does not give.
 
-    The configuration is sought in the file (metadata `open_clip_config` of a .safetensors), then
+    `positions` counts patches and the class token; it, `layers` and `mlp_dim` are 0 for what is
+    no vision transformer. `alone`: whether the file holds no text tower besides. `quick_gelu`:
+    whether its configuration asks for that activation; no shape tells.
+    """
+
+    layout: Literal["transformers", "open_clip"]
+    embed_dim: int
+    hidden_dim: int
+    layers: int
+    positions: int
+    mlp_dim: int
+    alone: bool
+    quick_gelu: bool = False
+
+    def gives(self, spec: AdapterSpec) -> bool:
+        """Return whether the adapter can read its features."""
+        width = self.embed_dim if spec.features == "image_embeds" else self.hidden_dim
+        return width == spec.feature_dim
+
+
+def encoder_sizes(path: str | os.PathLike[str]) -> EncoderSizes:
+    """Read the header of an image encoder in transformers' or open_clip's layout.
+
+    Raises:
+        ImageEncoderError: The file is none, is not whole, or could not be loaded.
+        CheckpointError: It cannot be read.
+    """
+    path = Path(path)
+    metadata: Mapping[str, str] = {}
+    kind = file_format(path)
+    if kind == "pickle":
+        raise ImageEncoderError(OLD_FORMAT)
+    if is_safetensors(path) != (kind == "safetensors"):
+        raise ImageEncoderError("its ending belongs to another format; give it the right one")
+    if kind == "safetensors":
+        layout, metadata = read_header(path)
+    else:
+        layout = shapes(_tensors_of_pickle(path))
+    if _of_transformers(layout):
+        return _transformers_sizes(layout)
+    return _open_clip_sizes(path, layout, metadata)
+
+
+def _transformers_sizes(layout: Mapping[str, Shaped]) -> EncoderSizes:
+    embeddings, projection = "vision_model.embeddings.", "visual_projection.weight"
+    patches = f"{embeddings}patch_embedding.weight"
+    if f"{embeddings}class_embedding" not in layout or patches not in layout:
+        raise ImageEncoderError("it is an image encoder of another kind than CLIP (SigLIP, …)")
+    hidden, _, patch, _ = layout[patches].shape
+    layers = len({k.split(".")[3] for k in layout if k.startswith("vision_model.encoder.layers.")})
+    mlp = _first(layout, "vision_model.encoder.layers.0.mlp.fc1.weight")
+    positions = _first(layout, f"{embeddings}position_embedding.weight")
+    embed = _first(layout, projection) if projection in layout else 0
+    expected = {
+        f"{embeddings}class_embedding": (hidden,),
+        patches: (hidden, 3, patch, patch),
+        f"{embeddings}position_embedding.weight": (positions, hidden),
+        **({projection: (embed, hidden)} if embed else {}),
+        **_norms("vision_model.", ("pre_layrnorm", "post_layernorm"), hidden),
+    }
+    for block in (f"vision_model.encoder.layers.{i}." for i in range(layers)):
+        expected |= _norms(block, ("layer_norm1", "layer_norm2"), hidden)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            expected |= _dense(f"{block}self_attn.{name}", hidden, hidden)
+        expected |= _dense(f"{block}mlp.fc1", mlp, hidden) | _dense(f"{block}mlp.fc2", hidden, mlp)
+    _check_layout(layout, expected)
+    alone = not any(key.startswith("text_model.") for key in layout)
+    return EncoderSizes("transformers", embed, hidden, layers, positions, mlp, alone)
+
+
+def _open_clip_sizes(
+    path: Path, layout: Mapping[str, Shaped], metadata: Mapping[str, str]
+) -> EncoderSizes:
+    state = tower_tensors(layout)
+    tower = describe(path, state, metadata)
+    alone = len(state) == len(layout)
+    if not tower.plain and find_spec("open_clip") is None:
+        raise ImageEncoderError(
+            "its tower runs in open_clip itself, which is not installed; install it into the same "
+            "Python with: pip install open_clip_torch"
+        )
+    layers, quick = count_blocks(state), tower.quick_gelu
+    if not layers or "positional_embedding" not in state:  # a ConvNeXt, a ResNet, timm's
+        return EncoderSizes("open_clip", tower.embed_dim, 0, 0, 0, 0, alone, quick)
+    hidden, positions = tower.vision.get("width", 768), _first(state, "positional_embedding")
+    mlp = int(hidden * tower.vision.get("mlp_ratio", 4.0))
+    if tower.plain:
+        expected = _plain_layout(tower, hidden, mlp)
+        _check_layout(state, expected)
+        surplus = [k for k in state if k not in expected and not k.endswith("position_ids")]
+        check_whole([], surplus)
+    return EncoderSizes("open_clip", tower.embed_dim, hidden, layers, positions, mlp, alone, quick)
+
+
+def _plain_layout(tower: Tower, hidden: int, mlp: int) -> dict[str, tuple[int, ...]]:
+    """Return CLIP's own vision transformer as open_clip names it."""
+    patch = tower.vision.get("patch_size", 16)
+    layout = {
+        "class_embedding": (hidden,),
+        "positional_embedding": ((tower.image_size // patch) ** 2 + 1, hidden),
+        "conv1.weight": (hidden, 3, patch, patch),
+        "proj": (hidden, tower.embed_dim),
+        **_norms("", ("ln_pre", "ln_post"), hidden),
+    }
+    for block in (f"transformer.resblocks.{i}." for i in range(tower.vision.get("layers", 12))):
+        layout |= _norms(block, ("ln_1", "ln_2"), hidden)
+        layout[f"{block}attn.in_proj_weight"] = (3 * hidden, hidden)
+        layout[f"{block}attn.in_proj_bias"] = (3 * hidden,)
+        layout |= _dense(f"{block}attn.out_proj", hidden, hidden)
+        layout |= _dense(f"{block}mlp.c_fc", mlp, hidden)
+        layout |= _dense(f"{block}mlp.c_proj", hidden, mlp)
+    return layout
+
+
+def _dense(name: str, out: int, into: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+
+def _norms(prefix: str, names: Sequence[str], width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}{name}.{part}": (width,) for name in names for part in ("weight", "bias")}
+
+
+def _first(layout: Mapping[str, Shaped], key: str) -> int:
+    if key not in layout or not layout[key].shape:
+        raise ImageEncoderError(f"it lacks the tensor '{key}', or has it in a wrong shape")
+    return layout[key].shape[0]
+
+
+def _check_layout(layout: Mapping[str, Shaped], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ImageEncoderError for what ComfyUI would load with noise in place of a tensor."""
+    check_whole([key for key in expected if key not in layout], [])
+    for key, shape in expected.items():
+        if layout[key].shape != shape:
+            raise ImageEncoderError(
+                f"its '{key}' has shape {list(layout[key].shape)}, expected {list(shape)}"
+            )
+        if layout[key].dtype not in DTYPES:
+            raise ImageEncoderError(
+                f"its '{key}' is stored as {layout[key].dtype}, expected float32, float16 or "
+                "bfloat16; use an unquantised file"
+            )
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Tower | None, dict[str, Tensor]]:
+    """Return configuration and tensors of the image tower in a file of open_clip.
+
+    The file may hold the whole model or the tower alone; the keys come without prefix. The
+    configuration is sought in the file (metadata `open_clip_config` of a .safetensors), then
     beside it (the same name with `.json`, then `open_clip_config.json` if it fits the tensors);
     CLIP ViT-H, g and bigG with GELU need none. Which it is goes to the log. For files whose tensors
-    are named as in transformers, None and no tensors. Raises ImageEncoderError, without the file's
-    name.
+    are named as in transformers, None and no tensors.
+
+    Raises:
+        ImageEncoderError: There is no usable tower; the message does not name the file.
     """
     path = Path(path)
     try:
-        state, metadata = _safetensors(path) if is_safetensors(path) else read_pickle(path)
-    except (ImageEncoderError, MemoryError):
-        raise
-    except Exception as error:  # torch raises a dozen kinds for damaged archives
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ImageEncoderError(
-            f"the file cannot be read ({reason}). Download it again; pickles that hold more than "
-            "tensors must be converted to .safetensors"
-        ) from error
+        state, metadata = _safetensors(path) if is_safetensors(path) else _pickled(path)
+    except (CheckpointError, OSError) as error:
+        raise ImageEncoderError(f"the file cannot be read: {str(error).rstrip('.')}") from error
     if state is None or _of_transformers(state):
         return None, {}
     state = tower_tensors(state)
     tower = describe(path, state, metadata)
-    _log_source(path.name, tower)
-    return tower, state
-
-
-def _log_source(name: str, tower: Tower) -> None:
     alike = _QUICK_GELU.get(tower.vision.get("width", 0))
     if tower.source:
-        logger.info("Image encoder '%s': configuration from %s", name, tower.source)
+        logger.info("Image encoder '%s': configuration from %s", path.name, tower.source)
     elif alike:
         logger.warning(
             "Image encoder '%s' brings no configuration and was recognised by its shapes. If it is "
             "%s, whose shapes are the same, its features are wrong: save its open_clip_config.json "
             "beside it with the same name and the ending .json.",
-            name,
+            path.name,
             alike,
         )
+    return tower, state
 
 
 def _of_transformers(names: Iterable[str]) -> bool:
@@ -81,50 +239,55 @@ def _of_transformers(names: Iterable[str]) -> bool:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether it goes by that format: encoders do by their ending, in the host's loader too."""
+    """Return whether it goes by that format: encoders do by their ending, in ComfyUI too."""
     return path.suffix.lower() in (".safetensors", ".sft")
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Tensor] | None, Mapping[str, str]]:
-    """Tensors and metadata; none of a file for the host's loader, which reads it itself."""
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        if _of_transformers(names):
-            return None, {}
-        wanted = [name for name in names if name.startswith(VISUAL)] or names
-        return {name: file.get_tensor(name) for name in wanted}, file.metadata() or {}
+    """Return tensors and metadata; no tensors of a file that ComfyUI reads itself."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            if _of_transformers(names):
+                return None, {}
+            wanted = [name for name in names if name.startswith(VISUAL)] or names
+            return {name: file.get_tensor(name) for name in wanted}, file.metadata() or {}
+    except (SafetensorError, ValueError) as error:
+        raise damaged(path, error) from error
 
 
-def read_pickle(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """The entries of a file that torch wrote, mapped and not read where its format allows that
-    (since torch 1.6); no metadata."""
-    with open(path, "rb") as file:
-        mapped = file.read(2) == b"PK"
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]  # of a training run
-    if not isinstance(found, dict):
-        raise ImageEncoderError(f"it holds a {type(found).__name__}; expected tensors by name")
-    tensors = {str(key): x for key, x in found.items() if isinstance(x, Tensor)}
-    return {key.removeprefix("module."): x for key, x in tensors.items()}, {}
+def _pickled(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    return _tensors_of_pickle(path), {}
+
+
+def _tensors_of_pickle(path: Path) -> dict[str, Tensor]:
+    content = read_pickle(path, mapped=True)
+    if not isinstance(content, dict):
+        raise ImageEncoderError(f"it holds a {type(content).__name__}; expected tensors by name")
+    tensors = {str(key): x for key, x in content.items() if isinstance(x, Tensor)}
+    return {key.removeprefix("module."): x for key, x in tensors.items()}
 
 
 def tower_tensors(state: Mapping[str, _Shaped]) -> dict[str, _Shaped]:
-    """The image tower's, keys without prefix. Raises ImageEncoderError where there are none."""
-    found = {k.removeprefix(VISUAL): x for k, x in state.items() if k.startswith(VISUAL)}
+    """Return the image tower's, keys without prefix. Raises ImageEncoderError for none."""
+    tower = {k.removeprefix(VISUAL): x for k, x in state.items() if k.startswith(VISUAL)}
     alone = "conv1.weight" in state or any(key.startswith("trunk.") for key in state)
-    if not found and not alone:
+    if not tower and not alone:
         first = ", ".join(sorted(map(str, state))[:3]) or "none"
         raise ImageEncoderError(
             f"none of its {len(state)} tensors belongs to an image tower (the first ones: {first});"
             f" expected names that begin with '{VISUAL}'. Choose a CLIP model of open_clip"
         )
-    return found or {**state}
+    return tower or {**state}
 
 
 def build(tower: Tower, state: Mapping[str, Tensor]) -> Any:
-    """The tower as open_clip's own module, on the CPU. Raises ImageEncoderError where open_clip is
-    not installed, or configuration and tensors do not belong together."""
+    """Return the tower as open_clip's own module, on the CPU.
+
+    Raises:
+        ImageEncoderError: open_clip is not installed, or configuration and tensors do not belong
+            together.
+    """
     try:
         from open_clip.model import _build_vision_tower
     except ImportError as error:
@@ -145,7 +308,7 @@ def build(tower: Tower, state: Mapping[str, Tensor]) -> Any:
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Turns torch's message of sizes that differ into one of the configuration."""
+    """Turn torch's message of sizes that differ into one of the configuration."""
     try:
         yield
     except RuntimeError as error:

@@ -14,8 +14,10 @@ SAMPLE = 1024  # values of each tensor: one page of the file, and enough of ever
 
 
 def fingerprint(encoder: nn.Module, **settings: Any) -> str:
-    """SHA-256, in hexadecimal, of names, shapes and a sample of the signs of all weights, and of
-    `settings`: what else decides what the encoder makes of a picture, as JSON takes it.
+    """Return a SHA-256, in hexadecimal, of an encoder's weights and settings.
+
+    Of the weights it takes names, shapes and a sample of the signs; `settings` are what else
+    decides what the encoder makes of an image, as JSON takes it.
 
     Signs survive rounding, so that the same weights have the same fingerprint in float32,
     float16, bfloat16 and float8, on any device and machine. Other weights have another one;
@@ -31,14 +33,14 @@ def fingerprint(encoder: nn.Module, **settings: Any) -> str:
 
 
 def _signs(tensors: list[Tensor]) -> Tensor:
-    """Whether each sampled value is negative, in order. Minus zero is: what rounds to it was."""
+    """Tell of each sampled value, in order, if it is negative. Minus zero is: so was its origin."""
     # Tensors of one kind together: each copy from a GPU waits for it.
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
         kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
-    found: dict[int, Tensor] = {}
+    by_index: dict[int, Tensor] = {}
     for indices in kinds.values():
         samples = [tensors[index].detach().reshape(-1)[:SAMPLE] for index in indices]
         signs = torch.cat(samples).float().signbit().cpu()
-        found.update(zip(indices, signs.split([len(x) for x in samples]), strict=True))
-    return torch.cat([found[index] for index in range(len(tensors))])
+        by_index.update(zip(indices, signs.split([len(x) for x in samples]), strict=True))
+    return torch.cat([by_index[index] for index in range(len(tensors))])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Tower:
         sides = {size} if isinstance(size, int) else {*size}
         if len(sides) != 1:
             raise ImageEncoderError(
-                f"the configuration asks for pictures of {list(size)} pixels; expected a square"
+                f"the configuration asks for images of {list(size)} pixels; expected a square"
             )
         return int(sides.pop())
 
@@ -75,8 +75,13 @@ class Tower:
 
 
 def describe(path: Path, state: Mapping[str, Shaped], metadata: Mapping[str, str]) -> Tower:
-    """The tower of these tensors, keys without prefix: as its configuration says, in the file or
-    beside it, else as their shapes do. Raises ImageEncoderError, without the file's name."""
+    """Return the tower of these tensors, keys without prefix.
+
+    As its configuration says, in the file or beside it, else as the tensors' shapes do.
+
+    Raises:
+        ImageEncoderError: Nothing tells; the message does not name the file.
+    """
     if METADATA_KEY in metadata:
         place = f"its metadata {METADATA_KEY}"
         return _tower(_json(metadata[METADATA_KEY], place), place)
@@ -92,7 +97,7 @@ def describe(path: Path, state: Mapping[str, Shaped], metadata: Mapping[str, str
 
 
 def configurations(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """The files beside an image encoder that may hold its configuration, those that are there."""
+    """Yield the files beside an image encoder that may hold its configuration."""
     path = Path(path)
     for beside in (path.with_suffix(".json"), path.with_name(CONFIG_NAME)):
         if beside.is_file():
@@ -100,7 +105,7 @@ def configurations(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _of_folder(path: Path, state: Mapping[str, Shaped]) -> tuple[Tower | None, str]:
-    """The configuration for all files of a folder if it is of this tower, else why not."""
+    """Return the configuration for all files of a folder if it is of this tower, else why not."""
     try:
         tower = _beside(path)
     except ImageEncoderError as error:
@@ -111,7 +116,7 @@ def _of_folder(path: Path, state: Mapping[str, Shaped]) -> tuple[Tower | None, s
 
 
 def _beside(path: Path) -> Tower | None:
-    """From a .json; None where that is of something else, such as a model manager's notes."""
+    """Read a .json; None where that is of something else, such as a model manager's notes."""
     place = f"'{path.name}' beside it"
     try:
         text = path.read_bytes()
@@ -155,7 +160,7 @@ def _no_configuration(place: str, error: Exception) -> ImageEncoderError:
 
 
 def _check_numbers(tower: Tower) -> None:
-    """Raise ValueError for sizes and colours that are no numbers: text, or nothing."""
+    """Raise ValueError for sizes and colors that are no numbers: text, or nothing."""
     sizes = ("width", "layers", "patch_size", "image_size", "head_width")
     found = {name: tower.vision[name] for name in sizes if name in tower.vision}
     if isinstance(found.get("layers"), list):  # a ResNet, which has no patches
@@ -176,8 +181,10 @@ def _check_numbers(tower: Tower) -> None:
 
 
 def _fits(tower: Tower, state: Mapping[str, Shaped]) -> bool:
-    """Whether these tensors, keys without prefix, may be of this tower: of its kind, and a vision
-    transformer of its sizes."""
+    """Return whether these tensors, keys without prefix, may be of this tower.
+
+    They are of its kind and, in a vision transformer, of its sizes.
+    """
     vision = tower.vision
     layers = vision.get("layers", 12)
     if vision.get("timm_model_name"):
@@ -195,19 +202,16 @@ def _fits(tower: Tower, state: Mapping[str, Shaped]) -> bool:
         expected["proj"] = (width, tower.embed_dim)
     found = {key: tuple(state[key].shape) for key in expected if key in state}
     normed = "ln_pre.weight" in state
-    same = normed is not bool(vision.get("no_ln_pre")) and _layers(state) == layers
+    same = normed is not bool(vision.get("no_ln_pre")) and count_blocks(state) == layers
     return same and found == expected
 
 
-def _layers(state: Mapping[str, Shaped]) -> int:
-    found = {re.match(r"transformer\.resblocks\.(\d+)\.", key) for key in state}
-    return len({match[1] for match in found if match})
-
-
 def _recognised(state: Mapping[str, Shaped], passed_over: str) -> Tower:
-    """From the tensors' shapes, where those leave no choice but that of the activation;
-    `passed_over`: which configuration is another tower's."""
-    count = _layers(state)
+    """Return the tower that shapes tell, where they leave no choice but that of the activation.
+
+    `passed_over`: which configuration is another tower's.
+    """
+    count = count_blocks(state)
     width = state["conv1.weight"].shape[0] if "conv1.weight" in state else 0
     if not count or width not in _HEADS or "proj" not in state:
         raise ImageEncoderError(
@@ -239,3 +243,9 @@ def check_whole(missing: Sequence[str], unexpected: Sequence[str]) -> None:
                 f"it {finding} {len(keys)} tensors of the image tower (the first: {keys[0]}). "
                 "Download it again, or give it the configuration that it was trained with"
             )
+
+
+def count_blocks(names: Iterable[str]) -> int:
+    """Return the number of transformer blocks that tensors of these names belong to."""
+    found = map(re.compile(r"transformer\.resblocks\.(\d{1,3})\.").match, names)
+    return len({match[1] for match in found if match})

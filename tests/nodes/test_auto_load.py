@@ -124,7 +124,11 @@ def test_a_better_name_that_was_passed_over_is_told(find, put, folder, caplog, c
         {"g.safetensors": sparse.vision("ViT-bigG")},
     )
     light = folder / "ip-adapter_sd15_light.safetensors"
-    said = {"no encoder": "CLIP ViT-H/14", "cut short": "bytes long", "git-lfs": "git-lfs pointer"}
+    said = {
+        "no encoder": "CLIP ViT-H/14",
+        "cut short": "cut short",
+        "git-lfs": "git-lfs pointer",
+    }
     if cause == "cut short":
         os.truncate(light, light.stat().st_size - 1)
     elif cause == "git-lfs":
@@ -208,7 +212,7 @@ def test_fifty_files_in_a_fifth_of_a_second(put, folder, real, nodes):
     """Of the node: the listing of the folders and a file of torch included."""
     from comfyui_ip_adapter.ip_adapter_core.comfyui import auto
     from comfyui_ip_adapter.ip_adapter_core.files import adapter_file as checkpoint
-    from comfyui_ip_adapter.ip_adapter_core.files import catalogue
+    from comfyui_ip_adapter.ip_adapter_core.files import finder
     from comfyui_ip_adapter.nodes import folders
 
     kinds = list(sparse.ADAPTERS)
@@ -231,7 +235,7 @@ def test_fifty_files_in_a_fifth_of_a_second(put, folder, real, nodes):
 
     measured = []
     for _ in range(3):
-        catalogue._looked_at.cache_clear()
+        finder._remembered.cache_clear()
         checkpoint._layout.cache_clear()
         measured.append(seconds())
     assert min(measured) < 0.2

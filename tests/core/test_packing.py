@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
 from comfyui_ip_adapter.ip_adapter_core.attention import image_attention
-from comfyui_ip_adapter.ip_adapter_core.compatibility import check_encoder
 from comfyui_ip_adapter.ip_adapter_core.image_prompt import (
     ImageFeatures,
     ImagePrompt,
-    describe_encoder,
 )
 from comfyui_ip_adapter.ip_adapter_core.packing import fold, layer_weights, tokens, unpack
 
@@ -154,110 +150,3 @@ def test_layer_weights(adapter, layers, expected):
 def test_layer_weights_that_cannot_be(adapter, weight, layers, said):
     with pytest.raises(ValueError, match=said):
         layer_weights(adapter.spec, weight, layers)
-
-
-@pytest.mark.parametrize(
-    "projection, width, named",
-    [("base", 1024, "CLIP ViT-H/14"), ("full", 1280, "CLIP ViT-H/14"), ("base", 77, "another")],
-)
-def test_an_encoder_that_does_not_fit_is_named(projection, width, named):
-    sizes = {**KINDS[projection], "feature_dim": width}
-    spec = AdapterSpec(projection, tuple(sizes.items()), DIMS)
-    with pytest.raises(ValueError) as error:
-        check_encoder(spec, prompt(1), "my adapter.bin")
-    found = 12 if projection == "base" else 20
-    for words in ("'my adapter.bin'", f"{width} wide", named, "a test encoder", f"{found} wide"):
-        assert words in str(error.value)
-
-
-def test_the_encoder_in_the_adapters_metadata_is_named():
-    spec = AdapterSpec("base", tuple({**KINDS["base"], "feature_dim": 1024}.items()), DIMS)
-    with pytest.raises(ValueError, match="as my_tower gives, but"):
-        check_encoder(spec, prompt(1), "adapter", trained_with="my_tower")
-
-
-@pytest.mark.parametrize(
-    "projection, sizes, said",
-    [
-        ("base", {"embed": 0}, "reads the encoder's image embedding.*'visual_projection.weight'"),
-        (
-            "plus",
-            {"patches": 0, "hidden": 0},
-            "reads the encoder's hidden states.*no vision transformer",
-        ),
-    ],
-)
-def test_an_encoder_that_does_not_give_what_is_read(projection, sizes, said):
-    spec = AdapterSpec(projection, tuple(KINDS[projection].items()), DIMS)
-    with pytest.raises(ValueError, match=f"^'my adapter.bin' {said}") as error:
-        check_encoder(spec, prompt(1, **sizes), "my adapter.bin")
-    assert "a test encoder" in str(error.value) and "that this adapter was" in str(error.value)
-
-
-# Of published encoders, and of some whose embeddings or hidden states are as wide.
-VIT_H = {"embed": 1024, "hidden": 1280, "patches": 257}
-VIT_BIGG = {"embed": 1280, "hidden": 1664, "patches": 257}
-VIT_H_378 = {**VIT_H, "patches": 730}
-VIT_G = {**VIT_H, "hidden": 1408}
-RN50 = {"embed": 1024, "hidden": 0, "patches": 0}
-
-
-@pytest.mark.parametrize(
-    "projection, width, made_with, expected",
-    [
-        ("base", 1024, VIT_H, None),
-        ("base", 1280, VIT_BIGG, None),
-        ("full", 1280, VIT_H, None),
-        ("full", 1280, {**VIT_H, "embed": 0}, None),
-        ("base", 768, {**VIT_H, "embed": 768}, None),  # no published adapter reads that
-        ("base", 1024, VIT_G, "CLIP ViT-H/14"),
-        ("base", 1024, RN50, "CLIP ViT-H/14"),
-        ("base", 1024, VIT_H_378, "CLIP ViT-H/14"),
-        ("base", 1280, {**VIT_BIGG, "hidden": 1792}, "CLIP ViT-bigG/14"),
-        ("full", 1280, VIT_H_378, "CLIP ViT-H/14"),
-        ("full", 1280, {**VIT_H, "embed": 640}, "CLIP ViT-H/14"),
-    ],
-)
-def test_another_encoder_of_the_same_width_is_told_once(
-    projection, width, made_with, expected, caplog, request
-):
-    sizes = {**KINDS[projection], "feature_dim": width}
-    spec = AdapterSpec(projection, tuple(sizes.items()), DIMS)
-    name = request.node.name
-    with caplog.at_level(logging.WARNING, "comfyui_ip_adapter"):
-        check_encoder(spec, prompt(1, **made_with), name, trained_with="my_tower")
-        assert not caplog.messages
-        for _ in range(2):
-            check_encoder(spec, prompt(1, **made_with), name)
-    assert len(caplog.messages) == (0 if expected is None else 1)
-    for said in caplog.messages:
-        assert all(words in said for words in (name, f"as {expected} gives", "a test encoder"))
-
-
-@pytest.mark.parametrize(
-    "trained_with, told",
-    [
-        ("open_clip:ViT-H-14/laion2b_s32b_b79k", True),
-        ("CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors", True),
-        ("image_encoder", True),  # tells nothing
-        ("open_clip:ViT-g-14/laion2b_s34b_b88k", False),
-    ],
-)
-def test_so_it_is_where_the_adapter_names_a_published_one(trained_with, told, caplog):
-    spec = AdapterSpec("base", tuple({**KINDS["base"], "feature_dim": 1024}.items()), DIMS)
-    check_encoder(spec, prompt(1, **VIT_G), f"of {trained_with}", trained_with)
-    assert len(caplog.messages) == told
-
-
-def test_quick_gelu_is_told_of_where_the_published_encoder_has_none(caplog):
-    spec = AdapterSpec("base", tuple({**KINDS["base"], "feature_dim": 1024}.items()), DIMS)
-    made = prompt(1, **VIT_H)
-    for quick in (False, True):
-        described = describe_encoder(made.positive, 224, quick)
-        check_encoder(spec, replace(made, encoder=described), "quick")
-    (said,) = caplog.messages
-    assert "the sizes of CLIP ViT-H/14, but quick GELU" in said
-
-
-def test_an_encoder_that_fits_passes(adapter):
-    check_encoder(adapter.spec, prompt(1), "adapter")

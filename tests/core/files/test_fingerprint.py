@@ -11,7 +11,7 @@ import torch
 from comfyui_ip_adapter.ip_adapter_core.files.fingerprint import fingerprint
 from torch import nn
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ANEW = """
 import sys
 sys.path.append(sys.argv[1])
