@@ -21,7 +21,6 @@ from ..variants import Variant
 from .atomic import atomic
 from .header import (
     DTYPES,
-    CheckpointError,
     Shape,
     Shaped,
     damaged,
@@ -29,6 +28,7 @@ from .header import (
     file_format,
     read_pickle,
 )
+from .header import CheckpointError as CheckpointError  # what `load` raises
 
 # The tensor whose presence decides for a projection.
 SIGNATURES: dict[Variant, str] = {
