@@ -252,7 +252,7 @@ def test_encoders_that_the_host_cannot_load_are_left_out(find, put):
 
 @pytest.mark.parametrize("name", sparse.SIZES)
 def test_the_hosts_sizes_are_the_real_ones(host, name):
-    """What the catalogue says of a file is what the host's own model of that size holds."""
+    """What the finder says of a file is what the host's own model of that size holds."""
     import comfy.clip_model
     import comfy.clip_vision
     from comfyui_ip_adapter.ip_adapter_core.comfyui import auto
