@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +54,20 @@ def coco(folder: Path, count: int) -> None:
     content = {"images": images, "annotations": annotations}
     path = folder / "annotations" / "captions_val2017.json"
     path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """Return an image as the bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def shard(path: Path, files: Mapping[str, bytes]) -> str:
+    """Write a WebDataset shard and return its path."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)

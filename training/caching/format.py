@@ -59,7 +59,7 @@ class Manifest:
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
 
     def differing(self, other: Manifest) -> list[str]:
-        """What differs from another, but for the names: one phrase each."""
+        """Return what differs from another, but for the names: one phrase each."""
         mine, theirs = asdict(self), asdict(other)
         mine |= mine.pop("parts")
         theirs |= theirs.pop("parts")

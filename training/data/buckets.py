@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Buckets:
-    """Sizes `(height, width)` in pixels, and which of them each row has: `of_row` (rows,) int16,
-    or None where there is one size only."""
+    """Sizes `(height, width)` in pixels, and which of them each row has.
+
+    `of_row` (rows,) int16, or None where there is one size only.
+    """
 
     sizes: tuple[tuple[int, int], ...]
     of_row: np.ndarray | None = None
@@ -42,7 +44,7 @@ class Buckets:
         return self.sizes[0 if self.of_row is None else int(self.of_row[row])]
 
     def sampler(self, rows: int, batch: int, seed: int) -> BucketBatchSampler:
-        """The order of batches of `batch` samples. Names the buckets that never fill one.
+        """Return the order of batches of `batch` samples. Names the buckets that never fill one.
 
         Raises TrainingError if no bucket does.
         """
@@ -70,8 +72,9 @@ def square(size: int) -> Buckets:
 
 
 def bucket_sizes(size: int) -> tuple[tuple[int, int], ...]:
-    """All `(height, width)` of multiples of 64 with 0.85 to 1 times size² pixels and sides of
-    at most 1 : 2, each as large as fits; the square one first.
+    """Return all `(height, width)` of multiples of 64 that are near size² pixels.
+
+    0.85 to 1 times as many, sides of at most 1 : 2, each as large as fits; the square one first.
 
     Raises TrainingError unless `size` is a multiple of 64.
     """
@@ -106,7 +109,7 @@ def nearest(sizes: tuple[tuple[int, int], ...], pictures: np.ndarray) -> np.ndar
 
 
 def by_aspect(source: Source, size: int, folder: Path) -> Buckets:
-    """A bucket for every row of `source`, of about `size`² pixels.
+    """Return a bucket for every row of `source`, of about `size`² pixels.
 
     Sizes come from the data's `height` and `width` columns; for the others the headers of the
     pictures are read, once: they are kept in `folder`. Unreadable ones go to the square bucket.

@@ -115,8 +115,11 @@ class RawDataset(Dataset[Example]):
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """A batch: tensors stacked, `tokens` for each tokenizer, `draws` flattened into its fields,
-    `weight` (N,), and of `broken` the non-empty ones."""
+    """Stack examples to a batch.
+
+    Tensors are stacked, `tokens` for each tokenizer; `draws` is flattened into its fields; `weight`
+    (N,); of `broken` the non-empty ones.
+    """
     batch: dict[str, Any] = {}
     for key in examples[0]:
         values = [example[key] for example in examples]
@@ -140,7 +143,7 @@ def _stack(values: list[Any]) -> Tensor:
 def loader(
     dataset: Dataset[Any], batches: RankBatchSampler | None, workers: int, prefetch: int = 2
 ) -> DataLoader[Any]:
-    """A loader of collated batches, read ahead by `workers` processes (0: in this one).
+    """Return a loader of collated batches, read ahead by `workers` processes (0: in this one).
 
     `batches` says which samples; None for a stream, which makes its batches itself. What comes
     does not depend on `workers`. Each worker keeps `prefetch` batches ready.
@@ -161,7 +164,7 @@ def loader(
 
 
 def begin_worker(exiting: Any, worker: int) -> None:
-    """Settings of a worker process (torch itself limits it to one thread)."""
+    """Set up a worker process (torch itself limits it to one thread)."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else a warning for each: it was forked
 
     def end_with_training(number: int, frame: FrameType | None) -> None:
@@ -176,7 +179,7 @@ def begin_worker(exiting: Any, worker: int) -> None:
 
 @cache
 def _exiting() -> Any:
-    """True, in the workers too, as soon as this process ends."""
+    """Return a flag that is true, in the workers too, as soon as this process ends."""
     flag = RawValue("b", 0)
     atexit.register(setattr, flag, "value", 1)  # runs before multiprocessing ends the workers
     return flag

@@ -24,7 +24,7 @@ class BrokenImageError(Exception):
 
 
 def open_image(picture: ImageData) -> Image.Image:
-    """An upright RGB copy, transparency over white, the first frame of an animation.
+    """Return an upright RGB copy, transparency over white, the first frame of an animation.
 
     Raises BrokenImageError for what cannot be read: missing, cut short, no picture at all,
     larger than Pillow's decompression-bomb limit, of floating-point numbers, or a mere strip.
@@ -68,7 +68,7 @@ class Fitted(NamedTuple):
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Fitted:
-    """The smallest resize of an RGB picture that covers `(height, width)`, cropped at its centre.
+    """Resize an RGB image to the least size that covers `(height, width)`; crop at its centre.
 
     Bit for bit torchvision's Resize (bilinear, antialiased), CenterCrop, ToTensor and
     Normalize([0.5], [0.5]), the reference's transform (tencent-ailab/IP-Adapter,

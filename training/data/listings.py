@@ -147,8 +147,7 @@ def read_folder(path: Path) -> Iterator[Values]:
 
 
 def folder_state(folder: Path) -> str:
-    """Return a hash that changes when an image comes, goes or is renamed, or a caption is
-    written."""
+    """Return a hash that changes when an image comes, goes or is renamed, or a text is written."""
     digest = hashlib.blake2b(digest_size=16)
     for place, names in _walk(folder):
         digest.update(f"\0{place}".encode())

@@ -56,8 +56,11 @@ class NoiseSettings:
 
 
 class SampleNoise(NamedTuple):
-    """Of one sample. `timestep` in [0, timesteps); `noise` and `latent_noise` (4, h, w) float32:
-    what is added to the latents, and the sample of the VAE's posterior."""
+    """What is random of one sample.
+
+    `timestep` in [0, timesteps); `noise` and `latent_noise` (4, h, w) float32: what is added to the
+    latents, and the sample of the VAE's posterior.
+    """
 
     timestep: int
     noise: Tensor
@@ -67,7 +70,7 @@ class SampleNoise(NamedTuple):
 
 
 def sample_noise(settings: NoiseSettings, number: int, latent_size: tuple[int, int]) -> SampleNoise:
-    """The draws of sample `number` of the run, for latents of `(h, w)`.
+    """Draw the noise of sample `number` of the run, for latents of `(h, w)`.
 
     One uniform number decides the drop, as the reference does (tencent-ailab/IP-Adapter,
     tutorial_train.py, MyDataset.__getitem__). Always drawn in the same order and number, so that
@@ -94,7 +97,7 @@ def sample_noise(settings: NoiseSettings, number: int, latent_size: tuple[int, i
 
 
 def sample_seed(seed: int, number: int) -> int:
-    """A seed for sample `number` of a run, different for each of 2³² numbers.
+    """Return a seed for sample `number` of a run, different for each of 2³² numbers.
 
     torch's CPU generator keeps only 32 bits of a seed: a hash into so few would give some of a
     run's millions of samples the noise of another.

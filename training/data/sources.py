@@ -76,8 +76,10 @@ class Source(Protocol):
     def __getitem__(self, row: int) -> Record: ...
 
     def sizes(self) -> np.ndarray | None:
-        """Return height and width as the data tells them: (rows, 2) int32, 0 where it does not;
-        None if it tells none."""
+        """Return height and width as the data tells them.
+
+        (rows, 2) int32, 0 where it does not; None if it tells none.
+        """
 
 
 def open_source(
@@ -125,8 +127,9 @@ def open_source(
 
 
 class RowSource:
-    """Rows of a `datasets.Dataset`; its images are `datasets.Image`, encoded bytes, or paths
-    relative to `root`.
+    """Rows of a `datasets.Dataset`.
+
+    Its images are `datasets.Image`, encoded bytes, or paths relative to `root`.
 
     Raises:
         TrainingError: Columns of other kinds, or missing captions; `how` says how to give them.
@@ -186,8 +189,10 @@ class RowSource:
         return self._root / value if value and isinstance(value, str) else value
 
     def sizes(self) -> np.ndarray | None:
-        """Return height and width where the data tells them, (rows, 2) int32; None if it tells
-        none."""
+        """Return height and width where the data tells them, (rows, 2) int32.
+
+        None if it tells none.
+        """
         if not self._has_sizes:
             return None
         sizes = np.zeros((len(self), 2), np.int32)
@@ -252,8 +257,10 @@ def _check_images(feature: Any, column: str, where: str) -> None:
 def pick_columns(
     columns: Columns, present: list[str], where: str, default_caption: str | None
 ) -> Columns:
-    """Choose the columns to read. None for references, if there are none, and for captions, if
-    there are none and a default caption is given.
+    """Choose the columns to read.
+
+    None for references, if there are none, and for captions, if there are none and a default
+    caption is given.
 
     Raises:
         TrainingError: A column was asked for that is not there, or no usual name of the images or

@@ -48,8 +48,10 @@ logger = logging.getLogger(__name__)
 
 
 def is_stream(data: str | os.PathLike[str]) -> bool:
-    """Whether `data` names WebDataset shards: `….tar`, a pattern of such, a URL or a folder of
-    them."""
+    """Return whether `data` names WebDataset shards.
+
+    `….tar`, a pattern of such, a URL or a folder of them.
+    """
     text = os.fspath(data)
     path = Path(text).expanduser()
     if path.is_dir():
@@ -84,14 +86,17 @@ def expand_shards(data: str | os.PathLike[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ShardReader:
-    """Reads shards. `columns.text` names the key of captions in `.json` files;
-    `default_caption` is the caption of pictures without."""
+    """Reader of shards.
+
+    `columns.text` names the key of captions in `.json` files; `default_caption` is the caption of
+    pictures without.
+    """
 
     columns: Columns = field(default_factory=Columns)
     default_caption: str | None = None
 
     def records(self, shard: str) -> Generator[Record]:
-        """The samples of a shard, in its order.
+        """Yield the samples of a shard, in its order.
 
         A shard that cannot be read to its end gives what could be, then a record that is broken
         and says so.
@@ -108,8 +113,7 @@ class ShardReader:
             yield Record(shard, b"", "", broken=f"the rest of this shard is lost ({reason})")
 
     def check(self, shards: Sequence[str]) -> None:
-        """Raise TrainingError unless the first shards can be read and hold pictures and
-        captions."""
+        """Raise TrainingError unless the first shards can be read and hold images and captions."""
         broken = []
         for shard in shards[:PEEKED]:
             with closing(self.records(shard)) as records:
@@ -144,7 +148,7 @@ class ShardReader:
         )
 
     def _caption(self, files: dict[str, bytes]) -> tuple[str, str]:
-        """The caption, and what is wrong with it."""
+        """Return the caption, and what is wrong with it."""
         try:
             caption = self._found_caption(files) or self.default_caption
         except ValueError as error:
@@ -182,8 +186,10 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class LaneSampler:
-    """Which samples each of `lanes` lanes reads in an epoch: shards, or parts of shards if these
-    are too few. In an epoch each sample belongs to one lane."""
+    """Which samples each of `lanes` lanes reads in an epoch.
+
+    Shards, or parts of shards if these are too few. In an epoch each sample belongs to one lane.
+    """
 
     shards: tuple[str, ...]
     lanes: int
@@ -202,8 +208,10 @@ class LaneSampler:
 
 
 class BucketCounts:
-    """How many samples of each bucket a unit holds, learnt while it is read and kept in a
-    folder: with them a resumed run passes over whole epochs without reading."""
+    """How many samples of each bucket a unit holds, learnt while it is read and kept in a folder.
+
+    With them a resumed run passes over whole epochs without reading.
+    """
 
     def __init__(self, folder: Path | None, buckets: Buckets) -> None:
         self._folder, self._sizes = folder, buckets.sizes
@@ -238,7 +246,9 @@ RecordBatch = tuple[list[Record], tuple[int, int]]
 @dataclass(frozen=True, eq=False)
 class Lane:
     """One reader's batches of `batch` records and their `(height, width)`, epoch after epoch.
-    What fills no batch is left out of its epoch."""
+
+    What fills no batch is left out of its epoch.
+    """
 
     number: int
     sampler: LaneSampler
@@ -379,7 +389,7 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
 
     @staticmethod
     def max_workers(asked: int) -> int:
-        """The largest number of workers up to `asked` among which the lanes can be shared."""
+        """Return the largest number of workers up to `asked` that can share the lanes."""
         return max((n for n in range(1, asked + 1) if LANES % n == 0), default=0)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -14,8 +14,9 @@ ANNOTATION = Path("annotations", "captions_val2017.json")
 
 
 def read(folder: str) -> Rows:
-    """COCO's rows in the order of its annotation file, or those of a folder with captions
-    (`metadata.jsonl`, CSV, or `.txt` beside the pictures).
+    """Return COCO's rows in the order of its annotation file, or those of a folder with captions.
+
+    (`metadata.jsonl`, CSV, or `.txt` beside the pictures.)
 
     Raises TrainingError if there is neither.
     """

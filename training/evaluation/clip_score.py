@@ -121,8 +121,10 @@ def _pooled(output: Any) -> Tensor:
 
 
 def _open_clip(name: str, batch: int) -> Clip:
-    """Load `open_clip:ViT-L-14/openai`, or `open_clip:ViT-L-14-quickgelu@FILE` (OpenAI's towers
-    have quick GELUs, and a bare file does not say so)."""
+    """Load `open_clip:ViT-L-14/openai`, or `open_clip:ViT-L-14-quickgelu@FILE`.
+
+    (OpenAI's towers have quick GELUs, and a bare file does not say so.)
+    """
     model, architecture = image_encoder.create_open_clip(name)
     _, prepare = image_encoder.of_open_clip(model)
     tokenizer = open_clip.get_tokenizer(architecture)

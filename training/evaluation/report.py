@@ -85,8 +85,7 @@ def results(
 
 
 def _mean(condition: Condition, rows: frozenset[int], found: Found) -> dict[str, Any]:
-    """Means, and their standard errors over pictures (samples of one picture are not
-    independent)."""
+    """Return means, and standard errors over images (samples of one are not independent)."""
     by_row: dict[int, list[tuple[float, float]]] = {}
     for key in sorted(k for k in found.scores if k.condition == condition and k.row in rows):
         by_row.setdefault(key.row, []).append(found.scores[key])

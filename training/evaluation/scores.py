@@ -86,8 +86,10 @@ def claim(folder: Path, protocol: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path) -> Found:
-    """All scores, whichever process wrote them. Lines that cannot be read are left out: their
-    samples are measured again."""
+    """All scores, whichever process wrote them.
+
+    Lines that cannot be read are left out: their samples are measured again.
+    """
     found, damaged = Found({}, {}), 0
     for path in sorted(folder.glob("scores-*.jsonl")):
         for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last \n is torn

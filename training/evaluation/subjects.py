@@ -43,8 +43,10 @@ def check_fits(
     unet: Any,
     encoder: ImageEncoder,
 ) -> None:
-    """Raise TrainingError unless the adapter reads what this encoder gives, and has W'k, W'v for
-    exactly this UNet's layers."""
+    """Raise TrainingError unless the adapter fits.
+
+    It must read what this encoder gives, and have W'k, W'v for exactly this UNet's layers.
+    """
     spec = adapter.spec
     layers = cross_attention_layers(unet).values()
     found = unet.config.cross_attention_dim, tuple(layer.to_k.out_features for layer in layers)

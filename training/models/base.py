@@ -45,8 +45,10 @@ class Encoders:
 
 @dataclass(frozen=True, kw_only=True)
 class Base(Encoders):
-    """A whole base model: `unet`, a UNet2DConditionModel, and `scheduler`, the configuration of its
-    noise schedule."""
+    """A whole base model.
+
+    `unet`, a UNet2DConditionModel, and `scheduler`, the configuration of its noise schedule.
+    """
 
     unet: Any
     scheduler: Mapping[str, Any]
@@ -71,6 +73,7 @@ def load_base(
     unet_dtype: torch.dtype | None = None,
 ) -> Base:
     """All parts of a base in `dtype`, frozen: no gradients, evaluation mode, on the CPU.
+
     `unet_dtype`: of the UNet, if that is another.
 
     `path`: a diffusers folder or hub id, or a `.safetensors`/`.ckpt` in the original layout,

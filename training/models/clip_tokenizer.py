@@ -17,7 +17,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def write(folder: Path, pad: str = END) -> None:
-    """A tokenizer folder as transformers reads it; `pad` fills texts up to 77 tokens."""
+    """Write a tokenizer folder as transformers reads it; `pad` fills texts up to 77 tokens."""
     with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
         merges = file.read().split("\n")[1 : MERGES + 1]
     letters = list(bytes_to_unicode().values())
@@ -40,7 +40,10 @@ def write(folder: Path, pad: str = END) -> None:
 
 @lru_cache
 def tokenizer(pad: str = END) -> CLIPTokenizer:
-    """The tokenizer of SD1.5 and of SDXL's first text encoder; with `pad` "!", of its second."""
+    """Return the tokenizer of SD1.5 and of SDXL's first text encoder.
+
+    With `pad` "!", of its second.
+    """
     with TemporaryDirectory() as folder:
         write(Path(folder), pad)
         return CLIPTokenizer.from_pretrained(folder)

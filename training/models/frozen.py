@@ -23,8 +23,10 @@ _READ = ("pixels", "reference", "tokens")  # what encoding uses up
 
 
 class Tokenise:
-    """A caption to `(77,)` int64 for each text encoder, cut or filled up to that length. Can be
-    sent to another process."""
+    """A caption to `(77,)` int64 for each text encoder, cut or filled up to that length.
+
+    Can be sent to another process.
+    """
 
     def __init__(self, text: Sequence[Text]) -> None:
         self._tokenizers = [tokenizer for tokenizer, _ in text]
@@ -45,7 +47,7 @@ class Tokenise:
 
 @torch.no_grad()
 def text_states(text: Sequence[Text], tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """What the UNet reads of N texts: states `(N, 77, D)` and pooled `(N, P)`.
+    """Return what the UNet reads of N texts: states `(N, 77, D)` and pooled `(N, P)`.
 
     SD1.5: the last hidden states, and no pooled. SDXL: both encoders' `hidden_states[-2]` side by
     side, and the second's `text_embeds` (diffusers, StableDiffusionXLPipeline.encode_prompt).
@@ -68,8 +70,11 @@ def text_states(text: Sequence[Text], tokens: Sequence[Tensor]) -> tuple[Tensor,
 
 
 def _posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of the latents. A tiny autoencoder gives one latent, no distribution:
-    the least variance that diffusers' posterior has, of which nothing is seen."""
+    """Mean and log-variance of the latents.
+
+    A tiny autoencoder gives one latent, no distribution: the least variance that diffusers'
+    posterior has, of which nothing is seen.
+    """
     encoded = vae.encode(pixels)
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mean, encoded.latent_dist.logvar
@@ -77,8 +82,9 @@ def _posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FrozenEncoders:
-    """A base's VAE and text encoders, and the image encoder, on one device, each in the dtype that
-    it was loaded in.
+    """A base's VAE and text encoders, and the image encoder, on one device.
+
+    Each keeps the dtype that it was loaded in.
 
     `kind`: which of the image encoder's features the adapter reads. Raises TrainingError for a VAE
     of another scale than Stable Diffusion's.
@@ -116,21 +122,25 @@ class FrozenEncoders:
 
     @property
     def fingerprint(self) -> str:
-        """Of all weights as their files hold them, and of every setting that shapes what they give;
-        the same whatever dtype and device they run in. `fingerprints` has it part by part."""
+        """A hash of all weights as their files hold them, and of the settings that matter.
+
+        The same whatever dtype and device they run in. `fingerprints` has it part by part.
+        """
         return fingerprints.of_settings(self.fingerprints)
 
     def encode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch of data/dataset.py with `mean` and `log_variance` (N, 4, h, w) of the VAE's
-        posterior, unscaled, `states` (N, 77, D), `pooled` (N, P) for SDXL, and `features` in place
-        of pixels and tokens. All else is carried through."""
+        """Put what the encoders give in place of a batch's pixels and tokens.
+
+        `mean` and `log_variance` (N, 4, h, w) of the VAE's posterior, unscaled, `states`
+        (N, 77, D), `pooled` (N, P) for SDXL, and `features`. All else is carried through.
+        """
         found: dict[str, Any] = self.outputs(batch, [self.kind])
         found["features"] = found.pop(self.kind)
         return found | {key: value for key, value in batch.items() if key not in _READ}
 
     @torch.no_grad()
     def outputs(self, batch: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Tensor]:
-        """What `encode` adds, with the features of each of `kinds` under its own name."""
+        """Return what `encode` adds, with the features of each of `kinds` under its own name."""
         pixels = batch["pixels"].to(self.vae.device, self.vae.dtype)
         mean, log_variance = _posterior(self.vae, pixels)
         states, pooled = text_states(self.text, batch["tokens"])
@@ -140,6 +150,6 @@ class FrozenEncoders:
         return found | self.image_encoder.features(batch["reference"], kinds)
 
     def dropped(self, kind: str | None = None) -> Dropped:
-        """What stands in for dropped conditions: of the empty text, and of no image."""
+        """Return what stands in for dropped conditions: of the empty text, and of no image."""
         tokens = [ids[None] for ids in self.tokenise("")]
         return Dropped(self.image_encoder.zero(kind or self.kind), *text_states(self.text, tokens))

@@ -136,7 +136,7 @@ class ImageEncoder(nn.Module):
 
     @staticmethod
     def from_name(name: str, dtype: torch.dtype = torch.float32) -> ImageEncoder:
-        """The encoder of that name, in `dtype` on the CPU.
+        """Return the encoder of that name, in `dtype` on the CPU.
 
         `open_clip:ViT-H-14/laion2b_s32b_b79k` (any of open_clip's models and weights),
         `open_clip:ViT-H-14@FILE` (weights from a file), or a folder or hub id of a transformers
@@ -170,7 +170,7 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
-        """The features of each of `kinds`, from one pass."""
+        """Return the features of each of `kinds`, from one pass."""
         for kind in kinds:
             if kind not in FEATURE_KINDS:
                 raise ValueError(
@@ -179,7 +179,7 @@ class ImageEncoder(nn.Module):
         return self.tower.features(pixels.to(self.device, self.dtype), kinds)
 
     def zero(self, kind: str) -> Tensor:
-        """What stands for a dropped image, `(1, E)` or `(1, T, W)`.
+        """Return what stands for a dropped image, `(1, E)` or `(1, T, W)`.
 
         Zeros in place of the embedding; the hidden states of zero *normalised* pixels
         (tencent-ailab/IP-Adapter, tutorial_train.py and tutorial_train_plus.py).
@@ -191,7 +191,7 @@ class ImageEncoder(nn.Module):
 
 
 def of_open_clip(model: Any) -> tuple[OpenClipTower, Preprocess]:
-    """The image tower of an open_clip model, and the preprocessing that the model carries."""
+    """Return the image tower of an open_clip model, and the preprocessing that it carries."""
     settings = open_clip.get_model_preprocess_cfg(model)
     transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
     return OpenClipTower(model.visual), Preprocess(transform, settings)
@@ -200,7 +200,7 @@ def of_open_clip(model: Any) -> tuple[OpenClipTower, Preprocess]:
 def of_transformers(
     model: CLIPVisionModelWithProjection, processor: Any
 ) -> tuple[TransformersTower, Preprocess]:
-    """A transformers model and the preprocessing of its image processor."""
+    """Return a transformers model and the preprocessing of its image processor."""
     settings = {name: getattr(processor, name, None) for name in _SHAPING}
     return TransformersTower(model), Preprocess(partial(_processed, processor), settings)
 
@@ -210,8 +210,10 @@ def _processed(processor: Any, picture: Image.Image) -> Tensor:
 
 
 def open_clip_tower(name: str) -> tuple[OpenClipTower, Preprocess]:
-    """By `open_clip:MODEL/WEIGHTS`, `open_clip:MODEL@FILE` or `open_clip:FILE`. Raises
-    TrainingError."""
+    """Load by `open_clip:MODEL/WEIGHTS`, `open_clip:MODEL@FILE` or `open_clip:FILE`.
+
+    Raises TrainingError.
+    """
     if (file := Path(name.removeprefix(OPEN_CLIP))).is_file():
         return _of_file(file, name)
     try:
@@ -225,8 +227,10 @@ def open_clip_tower(name: str) -> tuple[OpenClipTower, Preprocess]:
 
 
 def create_open_clip(name: str) -> tuple[Any, str]:
-    """Return the whole open_clip model of `open_clip:MODEL/WEIGHTS` or `open_clip:MODEL@FILE`, and
-    MODEL, in whatever way open_clip fails if there is none."""
+    """Return the whole model of `open_clip:MODEL/WEIGHTS` or `open_clip:MODEL@FILE`, and MODEL.
+
+    Raises what open_clip raises if there is none.
+    """
     model, weights, settings = parsed_name(name)
     with warnings.catch_warnings():  # of the activation, which `settings` sets right
         warnings.filterwarnings("ignore", message="QuickGELU mismatch")
@@ -234,7 +238,7 @@ def create_open_clip(name: str) -> tuple[Any, str]:
 
 
 def _of_file(file: Path, name: str) -> tuple[OpenClipTower, Preprocess]:
-    """An image tower with its configuration inside or beside, as the node of ComfyUI reads it."""
+    """Read an image tower with its configuration inside or beside, as ComfyUI's node does."""
     try:
         tower, state = encoder_file.read(file)
         if tower is None:
@@ -284,7 +288,7 @@ def parsed_name(name: str) -> tuple[str, str | None, dict[str, Any]]:
 
 
 def transformers_tower(name: str) -> tuple[TransformersTower, Preprocess]:
-    """By folder or hub id of a CLIP model. Raises TrainingError."""
+    """Load by folder or hub id of a CLIP model. Raises TrainingError."""
     expected = (
         "Expected the folder or hub id of a transformers CLIP vision model, or "
         f"{OPEN_CLIP}MODEL/WEIGHTS"

@@ -34,8 +34,11 @@ def count(shapes: Shapes, pattern: str) -> int:
 
 
 def unet(shapes: Shapes, family: Family) -> Config:
-    """Of `UNet2DConditionModel`. Raises KeyError for what is no UNet of this kind, ValueError for
-    one that diffusers cannot build."""
+    """Of `UNet2DConditionModel`.
+
+    Raises KeyError for what is no UNet of this kind, ValueError for one that diffusers cannot
+    build.
+    """
     levels: list[list[tuple[int, int]]] = [[]]  # of each residual block: width, transformer depth
     for i in range(1, count(shapes, re.escape(UNET) + r"input_blocks\.(\d+)\.")):
         block = f"{UNET}input_blocks.{i}"
@@ -80,8 +83,10 @@ def unet(shapes: Shapes, family: Family) -> Config:
 
 
 def _risen(shapes: Shapes, blocks: int, depths: Sequence[int]) -> list[int]:
-    """Transformer depth of each level on the way up, the lowest first: that of the way down, unless
-    there is a transformer on the way up alone."""
+    """Return the transformer depth of each level on the way up, the lowest first.
+
+    That of the way down, unless there is a transformer on the way up alone.
+    """
     found = []
     for number, down in enumerate(reversed(depths)):
         first = re.escape(f"{UNET}output_blocks.{number * blocks}.1.")
@@ -90,7 +95,7 @@ def _risen(shapes: Shapes, blocks: int, depths: Sequence[int]) -> list[int]:
 
 
 def _layers_per_block(depths: Sequence[int], risen: Sequence[int], middle: int) -> list[int]:
-    """diffusers has one number a level for both ways, and the last one's for the middle."""
+    """Return diffusers' one number a level for both ways, and the last one's for the middle."""
     most = [max(pair) or 1 for pair in zip(depths, risen[::-1], strict=True)]
     return [*most[:-1], middle or most[-1]]
 
@@ -171,8 +176,11 @@ def _text(vocabulary: int, width: int, layers: int, inner: int, positions: int) 
 
 
 def scheduler(shapes: Shapes) -> Config:
-    """Of Stable Diffusion's noise schedule. Files of bases with v-prediction carry empty tensors
-    that say so, as ComfyUI and the trainers of such bases have agreed."""
+    """Of Stable Diffusion's noise schedule.
+
+    Files of bases with v-prediction carry empty tensors that say so, as ComfyUI and the trainers of
+    such bases have agreed.
+    """
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": 1000,

@@ -87,7 +87,7 @@ class SingleFile:
         return self._vae(self.family, layout.VAE)
 
     def vae_alone(self, family: Family) -> AutoencoderKL | AutoencoderTiny:
-        """The VAE for a base of that family; the file may hold nothing else."""
+        """Return the VAE for a base of that family; the file may hold nothing else."""
         whole = any(key.startswith(layout.VAE) for key in self._shapes)
         return self._vae(family, layout.VAE if whole else "")
 
@@ -99,7 +99,7 @@ class SingleFile:
         return self._converted(AutoencoderKL, "vae", config, torch.float32)
 
     def _tiny(self, config: Config, prefix: str) -> AutoencoderTiny:
-        """diffusers has no conversion of TAESD's names: the decoder's clamp is no layer there."""
+        """Convert TAESD's names, as diffusers does not: the decoder's clamp is no layer there."""
         names = {}
         for key in self._shapes:
             for side, skipped in (("encoder", 0), ("decoder", 1)):
@@ -184,7 +184,10 @@ class SingleFile:
 
 @contextmanager
 def _folder(configs: Mapping[str, Config]) -> Iterator[Path]:
-    """A diffusers folder without weights: configurations by part, and tokenizers for the text."""
+    """Return a diffusers folder without weights.
+
+    Configurations by part, and tokenizers for the text.
+    """
     with TemporaryDirectory() as name:
         folder = Path(name)
         index: Config = {} if "text_encoder_2" in configs else {"requires_safety_checker": False}

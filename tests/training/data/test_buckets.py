@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import logging
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.image_folders import encoded
 from training.data import buckets
 from training.data.buckets import Buckets, bucket_sizes, by_aspect, nearest, picture_sizes, square
 from training.data.sources import Record
@@ -34,9 +34,7 @@ class Pictures:
 
 
 def picture(height, width, kind="PNG", **options):
-    buffer = io.BytesIO()
-    Image.new("L", (width, height)).save(buffer, kind, **options)
-    return buffer.getvalue()
+    return encoded(Image.new("L", (width, height)), kind, **options)
 
 
 @pytest.mark.parametrize("size", [512, 768, 1024])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+from tests.support import image_folders
 from training.data.buckets import Buckets, square
 from training.data.dataset import RawDataset, collate, loader
 from training.data.image import fit, open_image
@@ -31,10 +31,8 @@ SETTINGS = NoiseSettings(
 
 
 def encoded(height, width, shade=128, **options):
-    buffer = io.BytesIO()
     image = Image.linear_gradient("L").resize((width, height))
-    ImageOps.colorize(image, "black", (shade, 50, 99)).save(buffer, "PNG", **options)
-    return buffer.getvalue()
+    return image_folders.encoded(ImageOps.colorize(image, "black", (shade, 50, 99)), **options)
 
 
 class Rows:
@@ -170,23 +168,6 @@ def test_collate():
     assert batch["drop_text"].tolist() == [one.drop_text for one in drawn]
 
 
-def test_collate_takes_what_a_cache_gives():
-    drawn = [sample_noise(SETTINGS, n, (8, 8)) for n in range(2)]
-    examples = [
-        {
-            "mean": torch.zeros(4, 8, 8),
-            "features": torch.ones(3),
-            "draws": one,
-            "weight": 1.0,
-            "broken": "",
-        }
-        for one in drawn
-    ]
-    batch = collate(examples)
-    assert batch["mean"].shape == (2, 4, 8, 8)
-    assert "pooled" not in batch
-
-
 TEN = [Record(f"p{n}", encoded(70 + n, 90 - n, 20 * n), f"text {n}" * n) for n in range(10)]
 
 
@@ -200,7 +181,9 @@ def straight():
     return batches(workers=0)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize(
+    "workers", [2, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 3))]
+)
 def test_workers_change_nothing(workers, straight):
     assert all(map(equal, batches(workers), straight))
 

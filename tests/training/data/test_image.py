@@ -13,18 +13,13 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from tests.support.image_folders import encoded
 from training.data.image import BrokenImageError, fit, open_image, upright_size
 
 
 def noise(height, width, channels=3, seed=0):
     values = np.random.default_rng(seed).integers(0, 256, (height, width, channels))
     return Image.fromarray(values.astype(np.uint8))
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def reference(resize, crop):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 
 import datasets
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support import image_folders
 from training.data.image import open_image
 from training.data.sources import Columns, open_source
 from training.errors import TrainingError
@@ -20,9 +20,7 @@ def picture(colour):
 
 
 def encoded(colour):
-    buffer = io.BytesIO()
-    picture(colour).save(buffer, "PNG")
-    return buffer.getvalue()
+    return image_folders.encoded(picture(colour))
 
 
 COLOURS = ["red", "lime", "blue", "white"]

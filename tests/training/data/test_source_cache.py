@@ -171,7 +171,7 @@ print(resident() - before)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 @pytest.mark.parametrize(
-    "rows, limit", [(60_000, 6_000), pytest.param(300_000, 15_000, marks=pytest.mark.nightly)]
+    "rows, limit", [(60_000, 8_000), pytest.param(300_000, 16_000, marks=pytest.mark.nightly)]
 )
 def test_memory_does_not_grow_with_rows(rows, limit, tmp_path):
     def listing(rows):
@@ -185,8 +185,7 @@ def test_memory_does_not_grow_with_rows(rows, limit, tmp_path):
         return folder
 
     small, large = listing(1_000), listing(rows)
-    cache = tmp_path / "cache"
-    grown = {path.name: int(run(MEMORY, path, small, cache)) for path in (small, large)}
+    grown = int(run(MEMORY, large, small, tmp_path / "cache"))
     # kB, of 50 MB of 300,000 rows (200 as Python's objects): the order's 10 bytes a row, the
     # block that was written last, and the allocator's slack.
-    assert grown[str(rows)] - grown["1000"] < limit, grown
+    assert grown < limit, grown

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import gzip
 import http.server
-import io
 import json
 import shutil
-import tarfile
 import threading
 from functools import partial
 
 import pytest
 from PIL import Image
 
+from tests.support.image_folders import encoded, shard
 from training.data.sources import Columns, Record
 from training.data.webdataset import ShardReader, expand_shards, is_stream
 from training.errors import TrainingError
 
 
 def png(shade=0):
-    buffer = io.BytesIO()
-    Image.new("L", (8, 8), shade).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def shard(path, files):
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
+    return encoded(Image.new("L", (8, 8), shade))
 
 
 PAIRS = {"000.png": png(), "000.txt": b"zero\n", "001.png": png(1), "001.txt": "eins ü".encode()}

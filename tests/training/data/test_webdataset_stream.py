@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import logging
-import tarfile
 from itertools import islice, pairwise
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.image_folders import encoded, shard
 from training.data import dataset, webdataset
 from training.data.buckets import Buckets, bucket_sizes, square
 from training.data.dataset import Examples, loader
@@ -32,19 +31,8 @@ SETTINGS = NoiseSettings(
 )
 
 
-def shard(path, files):
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
-
-
 def png(height=8, width=8):
-    buffer = io.BytesIO()
-    Image.new("L", (width, height)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new("L", (width, height)))
 
 
 def tokenise(text):
@@ -117,16 +105,6 @@ def test_each_epoch_and_seed_has_an_order_of_its_own(shards):
     assert len({tuple(one) for one in orders}) == 4
 
 
-def test_shuffled_beyond_a_lanes_shards(shards, monkeypatch):
-    monkeypatch.setattr(webdataset, "BUFFER", 4)
-    lane = LaneSampler(tuple(shards(16, 8)), 1, 0)
-    orders = [[unit.shard for unit in lane.units(epoch, 0)] for epoch in range(2)]
-    assert orders[0] != orders[1]
-    assert sorted(orders[0]) == sorted(orders[1])
-    found = numbers(islice(opened(shards(16, 8)), 128))
-    assert sorted(flat(found)) == list(range(128))
-
-
 @pytest.mark.parametrize("count", [1, 3, 8, 11, 16, 40])
 @pytest.mark.parametrize("world", [1, 2])
 def test_no_sample_belongs_to_two_readers(count, world):
@@ -138,7 +116,9 @@ def test_no_sample_belongs_to_two_readers(count, world):
         assert len(taken) == len(set(taken)) == count * 48
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "workers", [2, *(pytest.param(n, marks=pytest.mark.nightly) for n in (0, 1, 3, 4))]
+)
 def test_workers_change_nothing(workers, shards):
     paths = shards(10, 7)
     expected = list(islice(opened(paths, batch=2), 60))
@@ -234,7 +214,7 @@ def test_buckets(shards):
     assert sorted(flat(numbers(found))) == list(range(240))
 
 
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("counted", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_buckets_resumed(counted, shards, tmp_path):
     shapes = [(40, 60), (60, 40), (50, 50)]
     paths = shards(9, 13, lambda n: png(*shapes[n * n % 3]))

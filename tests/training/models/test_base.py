@@ -71,7 +71,7 @@ def test_a_folder_with_half_precision_files_only(folders, copied):
     assert load_base(str(folder)).weights == load_base(str(folders["sd15"])).weights
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.nightly)])
 def test_weights_hash_alike_whatever_dtype_and_container(family, files, tmp_path):
     base = load_base(str(files[family]))
     pickled = tmp_path / "model.ckpt"
