@@ -219,11 +219,9 @@ def _tensors(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
 def _shapes(path: Path) -> Shapes:
     try:
         if path.suffix == ".safetensors":
-            return {key: x.shape for key, x in read_header(path)[0].items()}
-        content = read_pickle(path, device="meta")
-    except (OSError, CheckpointError) as error:
-        raise TrainingError(
-            f"'{path}' cannot be read as a model: {error} A .ckpt that holds more than tensors "
-            "must be converted to .safetensors."
-        ) from error
+            content: Mapping[str, Any] = read_header(path)[0]
+        else:
+            content = read_pickle(path, device="meta")
+    except CheckpointError as error:
+        raise TrainingError(f"'{path}' cannot be read as a model: {error}") from error
     return {key: tuple(value.shape) for key, value in content.items() if hasattr(value, "shape")}
