@@ -138,6 +138,7 @@ class TestHostLoads:
         assert picture.std() > 0.05
         assert ((picture > 0.02) & (picture < 0.98)).float().mean() > 0.5
 
+    @pytest.mark.nightly
     def test_image_encoder_tells_pictures_apart(self, host, models):
         import numpy as np
 
