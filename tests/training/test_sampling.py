@@ -9,7 +9,6 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import save_file
 
-from ip_adapter_core.variants import FAMILIES
 from tests.support import small_models as small
 from training.models.base import load_base
 from training.sampling import (
@@ -28,7 +27,15 @@ SEEDS = (3, 4, 11)
 STEPS = 6
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+NIGHTLY = pytest.mark.nightly
+CASES = [  # the first of each family by day
+    pytest.param(family, variant, marks=() if by_day else NIGHTLY)
+    for family, variants in (("sd15", ("base", "plus", "full")), ("sdxl", ("plus", "base", "full")))
+    for variant, by_day in zip(variants, (True, False, False), strict=True)
+]
+
+
+@pytest.fixture(scope="module", params=["sd15", pytest.param("sdxl", marks=NIGHTLY)])
 def family(request):
     return request.param
 
@@ -97,9 +104,9 @@ def error(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("projection", ["base", "plus", "full"])
-def test_latents_are_diffusers(family, folder, base, tmp_path, projection):
-    adapter = small.adapter(family, projection)
+@pytest.mark.parametrize("family, variant", CASES, indirect=["family"])
+def test_latents_are_diffusers(family, folder, base, tmp_path, variant):
+    adapter = small.adapter(family, variant)
     asked = prompts(base, adapter)
     sampler = Sampler(base, settings())
     found = sampler.latents(adapter, asked)
