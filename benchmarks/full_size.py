@@ -114,7 +114,7 @@ def _model(size: UNet, dtype: torch.dtype) -> Any:
 
 def _adapter(size: UNet) -> Any:
     """Make a base adapter, through a file and the host's memory management."""
-    from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import load_adapter
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import load_adapter
     from safetensors.torch import save_file
 
     projection = layouts.linear_projection(EMBED, size.context)

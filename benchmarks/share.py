@@ -18,7 +18,7 @@ from tools.comfyui import install as host
 
 from .full_size import Setup
 
-WRAPPERS = ("prepare_run", "keep_in_force", "lay_over_attention")
+WRAPPERS = ("prepare_run", "drop_inactive_prompts", "inject_decoupled_attention")
 ROWS = ("process_cond", "can_concat", "size", "concat")  # methods that the host calls
 
 
@@ -60,11 +60,12 @@ class _Executor:
 @contextmanager
 def timed(clock: Clock) -> Iterator[None]:
     """Models that are made and sampled herein are timed by `clock`."""
-    patch: Any = importlib.import_module(f"{host.PACK}.ip_adapter_core.comfyui.sampling")
-    rows: Any = importlib.import_module(
-        f"{host.PACK}.ip_adapter_core.comfyui.prompt_rows"
-    ).PromptRows
-    replaced = [(patch, name) for name in (*WRAPPERS, "DecoupledAttention", "optimized_attention")]
+    comfyui = f"{host.PACK}.ip_adapter_core.comfyui"
+    registering: Any = importlib.import_module(f"{comfyui}.apply")
+    layer: Any = importlib.import_module(f"{comfyui}.decoupled_attention")
+    rows: Any = importlib.import_module(f"{comfyui}.prompt_rows").PromptRows
+    replaced = [(registering, name) for name in WRAPPERS]
+    replaced += [(layer, name) for name in ("DecoupledAttention", "optimized_attention")]
     replaced += [(rows, name) for name in ROWS]
     before = [(owner, name, vars(owner)[name]) for owner, name in replaced]
 
@@ -74,14 +75,14 @@ def timed(clock: Clock) -> Iterator[None]:
 
         return clock.ours(timed_wrapper)
 
-    class Timed(patch.DecoupledAttention):
-        __call__ = clock.ours(patch.DecoupledAttention.__call__)
+    class Timed(layer.DecoupledAttention):
+        __call__ = clock.ours(layer.DecoupledAttention.__call__)
 
     try:
         for name in WRAPPERS:
-            setattr(patch, name, wrapper(getattr(patch, name)))
-        patch.DecoupledAttention = Timed
-        patch.optimized_attention = clock.theirs(patch.optimized_attention)
+            setattr(registering, name, wrapper(getattr(registering, name)))
+        layer.DecoupledAttention = Timed
+        layer.optimized_attention = clock.theirs(layer.optimized_attention)
         for name in ROWS:
             setattr(rows, name, clock.ours(vars(rows)[name]))
         yield

@@ -19,8 +19,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from .heat import resized
 from .latent_weights import plain
 from .layer_weights import Block, block_name
 
@@ -30,6 +30,9 @@ Wanted: TypeAlias = tuple[str, int | None]
 _ANEW = "if it is, its result came from the cache: change the seed, so that it samples anew"
 KEPT = 32  # runs: lists of latents, and results that the host has cached, are of different ones
 LIMIT = 256_000_000  # bytes of their maps: fewer runs where these are larger, but the last one
+# From nothing to all, dark to light, so that it reads in grey too.
+_COLOURS = ((0.00, 0.00, 0.16), (0.36, 0.06, 0.46), (0.78, 0.18, 0.34), (0.98, 0.55, 0.12))
+_LIGHTEST = (1.00, 0.97, 0.66)
 _NO_AREA = "(A prompt that is limited to an area cannot be recorded.)"
 
 
@@ -149,7 +152,7 @@ class RecordedRun:
         for share in shares:
             frames, place = torch.tensor(share.frames), (share.sigma, share.block)
             for maps in share.of(prompt):
-                totals[place].index_add_(0, frames, resized(maps, *self.size))
+                totals[place].index_add_(0, frames, resize_maps(maps, *self.size))
                 counts[place].index_add_(0, frames, torch.ones(len(frames), 1, 1))
         if not totals:
             return None
@@ -188,3 +191,40 @@ def blocks_of(text: str) -> list[Wanted]:
             )
         found.append((match[1] or match[2], int(match[3]) if match[3] else None))
     return found
+
+
+def resize_maps(maps: Tensor, height: int, width: int) -> Tensor:
+    """Maps `(N, h, w)` at a picture's size, `(N, height, width)`."""
+    return interpolate(maps[:, None], (height, width), mode="bilinear")[:, 0]
+
+
+def check_images(pictures: Tensor, maps: Tensor) -> None:
+    """Raise ValueError unless `pictures (N, H, W, C)` can be those of `maps (N, h, w)`: as many,
+    and of the same shape but for the size, to 2 percent."""
+    if len(pictures) != len(maps):
+        raise ValueError(
+            f"image holds {len(pictures)} pictures, but samples {len(maps)} latents. Connect the "
+            "pictures decoded from these samples, all of them."
+        )
+    (height, width), (rows, columns) = pictures.shape[1:3], maps.shape[1:]
+    if abs(width * rows - height * columns) > 0.02 * height * columns:
+        raise ValueError(
+            f"image is {width}×{height} pixels, but samples {columns}×{rows} latents: expected a "
+            "picture of the same proportions. Connect the one decoded from these samples, uncut."
+        )
+
+
+def colorize(maps: Tensor) -> Tensor:
+    """Maps `(N, H, W)` as colours, `(N, H, W, 3)`: from 0 to the largest value among all of them,
+    so that a map that stays below 0.001 looks like one that reaches 0.5."""
+    table = torch.tensor([*_COLOURS, _LIGHTEST])
+    place = maps / maps.max().clamp(min=1e-12) * (len(table) - 1)
+    low = place.floor().long().clamp(0, len(table) - 2)
+    part = (place - low)[..., None]
+    return torch.lerp(table[low], table[low + 1], part)
+
+
+def overlay(pictures: Tensor, maps: Tensor, opacity: float) -> Tensor:
+    """The colours of `maps (N, H, W)` laid over `pictures (N, H, W, C)`, of which the first three
+    channels count: `(N, H, W, 3)`. `opacity`: 0 for the picture alone, 1 for the map alone."""
+    return torch.lerp(pictures[..., :3], colorize(maps).to(pictures), opacity)

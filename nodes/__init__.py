@@ -5,19 +5,13 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from .apply import ApplyIPAdapter, ApplyIPAdapterConditioning
+from .apply import ApplyIPAdapter, ApplyIPAdapterConditioning, ApplyIPAdapterRegions
 from .attention_map import AttentionMap, RecordAttention
-from .auto_load import AutoLoadIPAdapter
-from .combine import CombineImagePrompts
-from .encode import EncodeImagePrompt
+from .encode import EncodeImagePrompt, NegativeNoise, PrepareImage
 from .grid import DrawGrid, GridValues
-from .image_encoder import LoadImageEncoder
-from .layer_weights import LatentWeights, LayerWeights
-from .load import LoadIPAdapter
-from .noise import NegativeNoise
-from .prepare import PrepareImage
-from .prompt_files import LoadImagePrompt, SaveImagePrompt
-from .regions import ApplyIPAdapterRegions
+from .image_prompts import CombineImagePrompts, LoadImagePrompt, SaveImagePrompt
+from .loaders import AutoLoadIPAdapter, LoadImageEncoder, LoadIPAdapter
+from .weights import LatentWeights, LayerWeights
 
 
 class IPAdapterExtension(ComfyExtension):

@@ -1,24 +1,35 @@
-"""IPA_Apply and IPA_ApplyConditioning."""
+"""Apply image prompts to a model, to conditionings, or to regions."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from torch import Tensor
 
-from ..ip_adapter_core.comfyui.apply import Settings, compile_prompt
-from ..ip_adapter_core.comfyui.sampling import (
+from ..ip_adapter_core.comfyui.apply import (
+    ApplySettings,
+    Conditioning,
     apply_to_conditioning,
     apply_to_model,
+    compile_prompt,
+    compile_prompts,
+    curve_of,
     for_conditionings,
+    warn_of_black,
     with_wrappers,
 )
+from ..ip_adapter_core.comfyui.loaders import ManagedAdapter
+from ..ip_adapter_core.image_prompt import ImagePrompt
 from ..ip_adapter_core.packing import COMBINE
+from ..ip_adapter_core.region_masks import OVERLAPS, share_out
 from . import types
 
 
-def settings() -> list[io.Input]:
-    """The inputs that the Apply nodes share; `Settings` takes them by name."""
+def shared_inputs() -> list[io.Input]:
+    """Return the inputs that the Apply nodes share."""
     return [
         types.IPAdapter.Input(
             "adapter", tooltip="An IP-Adapter for the same family as the model (SD1.5 or SDXL)."
@@ -98,7 +109,7 @@ class ApplyIPAdapter(io.ComfyNode):
             description=(
                 "Makes the model follow a picture besides the text. Several can stand in a row."
             ),
-            inputs=[io.Model.Input("model", tooltip=types.PATCHED), *settings()],
+            inputs=[io.Model.Input("model", tooltip=types.PATCHED), *shared_inputs()],
             outputs=[
                 io.Model.Output(
                     "model",
@@ -110,8 +121,33 @@ class ApplyIPAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, **settings: Any) -> io.NodeOutput:
-        compiled = compile_prompt(model, Settings(**settings))
+    def execute(
+        cls,
+        model: ModelPatcher,
+        adapter: ManagedAdapter,
+        image_prompt: ImagePrompt,
+        weight: float,
+        start_at: float,
+        end_at: float,
+        combine: str,
+        mask: Tensor | None = None,
+        layer_weights: Sequence[float] | None = None,
+        weight_curve: Any = None,
+        latent_weights: Sequence[float] | None = None,
+    ) -> io.NodeOutput:
+        settings = ApplySettings(
+            adapter=adapter,
+            image_prompt=image_prompt,
+            weight=weight,
+            start_at=start_at,
+            end_at=end_at,
+            combine=combine,
+            mask=mask,
+            layer_weights=layer_weights,
+            weight_curve=weight_curve,
+            latent_weights=latent_weights,
+        )
+        compiled = compile_prompt(model, settings)
         return io.NodeOutput(model if compiled is None else apply_to_model(model, *compiled))
 
 
@@ -133,7 +169,7 @@ class ApplyIPAdapterConditioning(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", tooltip="Gets the empty image, or the prompt's negative one."
                 ),
-                *settings(),
+                *shared_inputs(),
             ],
             outputs=[
                 io.Model.Output(
@@ -157,11 +193,153 @@ class ApplyIPAdapterConditioning(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, positive: Any, negative: Any, **settings: Any) -> io.NodeOutput:
-        compiled = compile_prompt(model, Settings(**settings))
+    def execute(
+        cls,
+        model: ModelPatcher,
+        positive: Conditioning,
+        negative: Conditioning,
+        adapter: ManagedAdapter,
+        image_prompt: ImagePrompt,
+        weight: float,
+        start_at: float,
+        end_at: float,
+        combine: str,
+        mask: Tensor | None = None,
+        layer_weights: Sequence[float] | None = None,
+        weight_curve: Any = None,
+        latent_weights: Sequence[float] | None = None,
+    ) -> io.NodeOutput:
+        settings = ApplySettings(
+            adapter=adapter,
+            image_prompt=image_prompt,
+            weight=weight,
+            start_at=start_at,
+            end_at=end_at,
+            combine=combine,
+            mask=mask,
+            layer_weights=layer_weights,
+            weight_curve=weight_curve,
+            latent_weights=latent_weights,
+        )
+        compiled = compile_prompt(model, settings)
         if compiled is None:
             return io.NodeOutput(for_conditionings(model, positive, negative), positive, negative)
         return io.NodeOutput(
             with_wrappers(model),
             *map(apply_to_conditioning, (positive, negative), compiled),
+        )
+
+
+_MOST = 32  # regions
+
+
+class ApplyIPAdapterRegions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        knobs = {knob.id: knob for knob in shared_inputs()}
+        names = "weight", "start_at", "end_at", "combine", "layer_weights", "weight_curve"
+        return io.Schema(
+            node_id="IPA_ApplyRegions",
+            display_name="Apply IP-Adapter (Regions)",
+            category="model/conditioning",
+            search_aliases=["ip adapter", "regional image prompt", "image prompt mask", "regions"],
+            description="Several pictures in one model, each in the region of its own mask.",
+            inputs=[
+                io.Model.Input("model", tooltip=types.PATCHED),
+                knobs["adapter"],
+                io.Autogrow.Input(
+                    "image_prompts",
+                    template=io.Autogrow.TemplatePrefix(
+                        types.ImagePrompt.Input(
+                            "image_prompt",
+                            tooltip="Made with the image encoder that the adapter was trained "
+                            "with.",
+                        ),
+                        "image_prompt",
+                        1,
+                        _MOST,
+                    ),
+                    tooltip="One per region.",
+                ),
+                io.Autogrow.Input(
+                    "masks",
+                    template=io.Autogrow.TemplatePrefix(
+                        io.Mask.Input("mask", tooltip="White where the image acts."),
+                        "mask",
+                        1,
+                        _MOST,
+                    ),
+                    tooltip="Where each image prompt acts, in their order, of any sizes. One image "
+                    "prompt more than masks: the last one gets what the masks leave free.",
+                ),
+                io.Combo.Input(
+                    "overlap",
+                    options=list(OVERLAPS),
+                    default="normalize",
+                    tooltip="Where masks overlap: normalize lets the regions share, so that "
+                    "together they count no more than the weight; add adds them up.",
+                ),
+                *(knobs[name] for name in names),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "model",
+                    display_name="model",
+                    tooltip="The model that follows all of the pictures: for the sampler, or a "
+                    "further Apply node.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        adapter: ManagedAdapter,
+        image_prompts: dict[str, ImagePrompt | None],
+        masks: dict[str, Tensor | None],
+        overlap: str,
+        weight: float,
+        start_at: float,
+        end_at: float,
+        combine: str,
+        layer_weights: Sequence[float] | None = None,
+        weight_curve: Any = None,
+    ) -> io.NodeOutput:
+        prompts, given = types.by_number(image_prompts), types.by_number(masks)
+        _check_paired(prompts.keys(), given.keys())
+        for number, mask in given.items():
+            ApplySettings.check_mask(mask)
+            warn_of_black(mask, f"mask{number}")
+        shares = share_out([*given.values()], overlap, rest=len(prompts) > len(given))
+        curve = curve_of(weight_curve)
+        regions = [
+            ApplySettings(
+                adapter=adapter,
+                image_prompt=prompt,
+                weight=weight,
+                start_at=start_at,
+                end_at=end_at,
+                combine=combine,
+                mask=mask,
+                layer_weights=layer_weights,
+                weight_curve=curve,
+            )
+            for prompt, mask in zip(prompts.values(), shares, strict=True)
+        ]
+        for sides in compile_prompts(model, regions):
+            model = apply_to_model(model, *sides)
+        return io.NodeOutput(model)
+
+
+def _check_paired(prompts: Collection[int], masks: Collection[int]) -> None:
+    """Raise ValueError unless every prompt but the last has the mask of its number, and every mask
+    a prompt."""
+    lacking = [f"mask{n}" for n in prompts if n not in masks and n != max(prompts)]
+    lacking += [f"image_prompt{n}" for n in masks if n not in prompts]
+    if lacking or not masks:
+        raise ValueError(
+            f"{len(prompts)} image prompts do not go with {len(masks)} masks: nothing comes in at "
+            f"{', '.join(lacking) or 'masks'}. Give every image prompt the mask of its number; "
+            "only the last may have none, and gets what the masks leave free."
         )

@@ -7,9 +7,8 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..ip_adapter_core import heat
-from ..ip_adapter_core.attention_map import blocks_of
-from ..ip_adapter_core.comfyui.record import Record, recording
+from ..ip_adapter_core.attention_map import blocks_of, check_images, overlay, resize_maps
+from ..ip_adapter_core.comfyui.record import AttentionRecorder, recording
 from . import types
 
 
@@ -127,7 +126,7 @@ class AttentionMap(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        record: Record,
+        record: AttentionRecorder,
         samples: dict[str, Any],
         image: Tensor,
         blocks: str,
@@ -138,7 +137,7 @@ class AttentionMap(io.ComfyNode):
     ) -> io.NodeOutput:
         run = record.of(samples["samples"])
         maps = run.heat(blocks_of(blocks), start_at, end_at, prompt_number)
-        heat.check_picture(image, maps)
-        maps = heat.resized(maps, *image.shape[1:3])
-        overlay = heat.over(image, maps, opacity)
-        return io.NodeOutput(overlay, maps, ui=ui.PreviewImage(overlay, cls=cls))
+        check_images(image, maps)
+        maps = resize_maps(maps, *image.shape[1:3])
+        shown = overlay(image, maps, opacity)
+        return io.NodeOutput(shown, maps, ui=ui.PreviewImage(shown, cls=cls))

@@ -1,4 +1,4 @@
-"""The pack's own sockets."""
+"""The pack's own sockets, growing lists, and words on a node."""
 
 from __future__ import annotations
 
@@ -32,3 +32,16 @@ def by_number(entries: Mapping[str, Any]) -> dict[int, Any]:
 
 def _number(name: str) -> int:
     return int(re.sub(r"\D", "", name))
+
+
+def show(node: type[io.ComfyNode], text: str) -> None:
+    """Show `text` on the node that runs, of a class with `io.Hidden.unique_id`; without a server
+    nothing happens."""
+    number = node.hidden.unique_id if node.hidden is not None else None
+    if number is None:
+        return
+    from server import PromptServer  # the host's
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.send_progress_text(text, number)

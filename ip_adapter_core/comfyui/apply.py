@@ -1,4 +1,4 @@
-"""The settings of an Apply node to prompts that sampling can use."""
+"""Compile the settings of an Apply node, and apply the result to a model or to conditionings."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from typing import Any, TypeAlias
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy_api.input import CurveInput
 from torch import Tensor
 
 from ..compatibility import check_encoder, check_fits
 from ..image_prompt import ImagePrompt
 from ..packing import layer_weights
-from .adapter import HostAdapter
-from .layers import cross_attention_layers
+from .decoupled_attention import inject_decoupled_attention
+from .layers import KEY, cross_attention_layers
+from .loaders import ManagedAdapter
 from .masks import Masks
-from .prompt_rows import CompiledPrompt
+from .prompt_rows import AttachedPrompts, CompiledPrompt
+from .sampling import drop_inactive_prompts, prepare_run
 from .schedule import Schedule
 
 logger = logging.getLogger("comfyui_ip_adapter")
 Sides: TypeAlias = tuple[CompiledPrompt, CompiledPrompt]
 """Positive and negative."""
+Conditioning: TypeAlias = list[list[Any]]
 
 
 @dataclass(frozen=True)
-class Settings:
+class ApplySettings:
     """What the Apply nodes ask for. `weight` is λ; `start_at`, `end_at` are fractions of the
     schedule; `mask (M, H, W)` or `(H, W)`. Multipliers of λ: `layer_weights` one a layer,
     `weight_curve` over the schedule (the host's curve, or what it is made of), `latent_weights`
@@ -37,7 +41,7 @@ class Settings:
     Raises ValueError for values out of their domain.
     """
 
-    adapter: HostAdapter
+    adapter: ManagedAdapter
     image_prompt: ImagePrompt
     weight: float
     start_at: float
@@ -127,7 +131,7 @@ def curve_of(given: Any, name: str = "weight_curve") -> CurveInput | None:
     return curve
 
 
-def compile_prompt(model: ModelPatcher, settings: Settings) -> Sides | None:
+def compile_prompt(model: ModelPatcher, settings: ApplySettings) -> Sides | None:
     """Both sides, or None where λ is 0 on every layer: then nothing is to do.
 
     Raises ValueError if model, adapter and image prompt do not belong together.
@@ -138,7 +142,7 @@ def compile_prompt(model: ModelPatcher, settings: Settings) -> Sides | None:
     return made[0] if made else None
 
 
-def compile_prompts(model: ModelPatcher, several: Sequence[Settings]) -> list[Sides]:
+def compile_prompts(model: ModelPatcher, several: Sequence[ApplySettings]) -> list[Sides]:
     """What `compile_prompt` makes of each, None left out. Their adapter is one, loaded once."""
     acting = [(settings, _weights(model, settings)) for settings in several]
     acting = [(settings, weights) for settings, weights in acting if any(weights)]
@@ -148,7 +152,7 @@ def compile_prompts(model: ModelPatcher, several: Sequence[Settings]) -> list[Si
         return [_sides(settings, weights) for settings, weights in acting]
 
 
-def _weights(model: ModelPatcher, settings: Settings) -> list[float]:
+def _weights(model: ModelPatcher, settings: ApplySettings) -> list[float]:
     adapter = settings.adapter
     layers = cross_attention_layers(model.get_model_object("diffusion_model"))
     check_fits(adapter.spec, adapter.name, type(model.model).__name__, layers)
@@ -156,10 +160,53 @@ def _weights(model: ModelPatcher, settings: Settings) -> list[float]:
     return layer_weights(adapter.spec, settings.weight, settings.layer_weights)
 
 
-def _sides(settings: Settings, weights: Sequence[float]) -> Sides:
+def _sides(settings: ApplySettings, weights: Sequence[float]) -> Sides:
     adapter, masks, schedule = settings.adapter, settings.masks, settings.schedule
     positive, negative = (
         CompiledPrompt(packed, masks, schedule, adapter.spec.layer_dims)
         for packed in adapter.compile(settings.image_prompt, weights, settings.combine)
     )
     return positive, negative
+
+
+def apply_to_model(
+    model: ModelPatcher, positive: CompiledPrompt, negative: CompiledPrompt
+) -> ModelPatcher:
+    """A clone that samples with the prompt: `negative` wherever the guider's name for a
+    conditioning says so, `positive` on all others. `model` stays as it is."""
+    patched = with_wrappers(model)
+    before = patched.get_attachment(KEY) or ()
+    patched.set_attachments(KEY, (*before, (positive, negative)))
+    return patched
+
+
+def apply_to_conditioning(conditioning: Conditioning, prompt: CompiledPrompt) -> Conditioning:
+    """A copy whose entries carry the prompt besides those that they carry already."""
+
+    def attach(options: dict[str, Any]) -> dict[str, Any]:
+        model_conds = options.get("model_conds", {})
+        before = model_conds[KEY].cond if KEY in model_conds else ()
+        attached = AttachedPrompts((*before, prompt))
+        return {**options, "model_conds": {**model_conds, KEY: attached}}
+
+    return [[states, attach(options)] for states, options in conditioning]
+
+
+def for_conditionings(model: ModelPatcher, *conditionings: Conditioning) -> ModelPatcher:
+    """`model` itself, or, where a conditioning carries a prompt already, one that understands."""
+    entries = (options for conditioning in conditionings for _, options in conditioning)
+    carried = any(KEY in options.get("model_conds", {}) for options in entries)
+    return with_wrappers(model) if carried else model
+
+
+def with_wrappers(model: ModelPatcher) -> ModelPatcher:
+    """A clone that understands image prompts in conditionings."""
+    patched = model.clone()
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, prepare_run),
+        (WrappersMP.CALC_COND_BATCH, drop_inactive_prompts),
+        (WrappersMP.DIFFUSION_MODEL, inject_decoupled_attention),
+    ):
+        patched.remove_wrappers_with_key(kind, KEY)
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    return patched

@@ -1,4 +1,4 @@
-"""CLIP_VISION and pictures to an image prompt."""
+"""Images through CLIP_VISION: what the encoder gets of them, and the image prompt it makes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import math
 
 import comfy.model_management as memory
 import torch
+from comfy.clip_model import clip_preprocess
 from comfy.clip_vision import ClipVisionModel
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from ..crops import checked
+from ..crops import checked, square_at, tiles
 from ..files.fingerprint import fingerprint
 from ..image_prompt import DAMAGED_ENCODER, ImageFeatures, ImagePrompt, describe_encoder
 from ..variants import FEATURE_KINDS
 
 CROPS = ("center", "pad", "none")
+SQUARES = ("point", "tiles")
 
 
 def encode(
@@ -41,6 +43,36 @@ def encode(
     return made
 
 
+def prepare_image(
+    clip_vision: ClipVisionModel, image: Tensor, crop: str, x: float, y: float, grid: int
+) -> Tensor:
+    """`image (N, H, W, C)` as it meets the encoder, `(M, size, size, 3)`: RGB of 8 bits, within
+    0 … 1, before normalisation. Encoded with any crop it gives the same features.
+
+    `crop`: those of `encode`; "point", the square of the short side around the point `x`, `y` in
+    fractions of the picture; "tiles", M/N squares a picture that together cover it, `grid` along
+    the short side. Raises ValueError for what `encode`, `square_at` or `tiles` refuse.
+    """
+    check_kind(clip_vision)
+    if crop == "point":
+        image = square_at(checked(image, "image"), x, y)
+    elif crop == "tiles":
+        image = tiles(checked(image, "image"), grid)
+    elif crop in CROPS:
+        image = _cropped(clip_vision, image, crop, "image")
+    else:
+        raise ValueError(f"crop is {crop!r}; expected one of {', '.join((*CROPS, *SQUARES))}.")
+    # The encoder's own device, whose resampling rounds its own way.
+    pixels = clip_preprocess(
+        image.to(clip_vision.load_device),
+        size=clip_vision.image_size,
+        mean=[0.0] * 3,
+        std=[1.0] * 3,
+        crop=crop != "none",
+    )
+    return pixels.movedim(1, -1).contiguous().to(memory.intermediate_device())
+
+
 def check_kind(clip_vision: ClipVisionModel) -> None:
     """Raise ValueError for what is no CLIP vision model."""
     if clip_vision.model_type != "clip_vision_model":
@@ -51,7 +83,7 @@ def check_kind(clip_vision: ClipVisionModel) -> None:
         )
 
 
-def prepare(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str) -> Tensor:
+def _cropped(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str) -> Tensor:
     """Checked RGB pictures `(N, H, W, 3)` that the host's preprocessing handles at any shape."""
     image = checked(image, name)
     if crop == "center":
@@ -96,7 +128,7 @@ def _pad(image: Tensor, colour: list[float]) -> Tensor:
 
 
 def _features(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str) -> ImageFeatures:
-    out = clip_vision.encode_image(prepare(clip_vision, image, crop, name), crop=crop != "none")
+    out = clip_vision.encode_image(_cropped(clip_vision, image, crop, name), crop=crop != "none")
     embeds = out["image_embeds"]
     if isinstance(clip_vision.model.visual_projection, torch.nn.Identity):
         embeds = embeds[:, :0]  # the host passes on the pooled state: no embedding, of any width

@@ -1,13 +1,25 @@
-"""The cross-attention layers of a UNet as ComfyUI builds it."""
+"""The cross-attention layers of a UNet as ComfyUI builds it, and who may watch them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.model_patcher import ModelPatcher
-from torch import nn
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .decoupled_attention import DecoupledAttention
+    from .masks import Size
+    from .prompt_rows import SamplingRun
+
+KEY = "ip_adapter"
+"""Of the pack's wrappers, attachments and conditionings."""
+LAYERS = f"{KEY}.layers"  # in the run's transformer_options
+Conds: TypeAlias = dict[str, list[dict[str, Any]]]
+RECORD = f"{KEY}.record"  # the same, and an attachment of the model
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,24 @@ class Layer:
     key: tuple[str, int, int]
     dim: int
     context_dim: int
+
+
+class AttentionRecord(Protocol):
+    """Who wants to see what the image prompts do at every layer (see record.py)."""
+
+    def watching(
+        self, sample: Callable[..., Any], run: SamplingRun, conds: Conds
+    ) -> Callable[..., Any]:
+        """The same sampling run, watched."""
+
+    def evaluates(self, conds: list[Any], latent: Size) -> None:
+        """These conditionings, with their prompts in force, are about to be evaluated on latents
+        of this size."""
+
+    def look(
+        self, options: dict[str, Any], latent: tuple[int, int]
+    ) -> Callable[[DecoupledAttention, Layer], Callable[..., Tensor]] | None:
+        """What watches the layers of one UNet call on latents of this size; None: nothing."""
 
 
 def cross_attention_layers(unet: nn.Module) -> tuple[Layer, ...]:

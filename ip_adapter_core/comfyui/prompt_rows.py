@@ -28,8 +28,6 @@ from .layers import Layer
 from .masks import Area, Masks, PreparedMasks, Size
 from .schedule import Moment, PreparedSchedule, Schedule
 
-KEY = "ip_adapter"
-
 
 @dataclass(frozen=True, eq=False)
 class CompiledPrompt:
@@ -44,7 +42,7 @@ class CompiledPrompt:
     schedule: Schedule
     layer_dims: tuple[int, ...]
 
-    def prepare(self, run: Run) -> PreparedPrompt:
+    def prepare(self, run: SamplingRun) -> PreparedPrompt:
         """Move to the run's device and check against its model and batch."""
         dims = tuple(layer.dim for layer in run.layers)
         if dims != self.layer_dims:
@@ -74,7 +72,7 @@ def _check_finite(packed: Tensor) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class SamplingRun:
     """What a sampling run tells the prompts: where, what, how many and how large."""
 
     layers: tuple[Layer, ...]
@@ -153,7 +151,7 @@ class PreparedPrompt:
     values: Tensor | None = None
     factor: Tensor | None = None
 
-    def at(self, moment: Moment) -> PreparedPrompt | None:
+    def at_step(self, moment: Moment) -> PreparedPrompt | None:
         """The prompt as it is in force at that moment; None where it is not."""
         if self.schedule.windowed and not self.schedule.includes(moment.sigma):
             return None
@@ -214,12 +212,12 @@ class PromptRows(comfy.conds.CONDRegular):
         schedules = [prompt.schedule for prompt in self.prompts]
         return any(schedule.windowed or schedule.table is not None for schedule in schedules)
 
-    def at(self, moment: Moment) -> PromptRows:
+    def at_step(self, moment: Moment) -> PromptRows:
         """Only the prompts in force at that moment, as they are then."""
-        prompts = (prompt.at(moment) for prompt in self.prompts)
+        prompts = (prompt.at_step(moment) for prompt in self.prompts)
         return self._but(prompts=tuple(prompt for prompt in prompts if prompt is not None))
 
-    def over(self, x: Tensor) -> PromptRows:
+    def for_latents(self, x: Tensor) -> PromptRows:
         """Beside these latents, over which the masks lie."""
         if all(prompt.mask is None for prompt in self.prompts):
             return self

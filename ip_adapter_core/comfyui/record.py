@@ -14,16 +14,18 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..attention import add
 from ..attention_map import KEPT, LIMIT, RecordedRun, Share, of_samples
 from ..layer_weights import Block
-from .layers import Layer, layers_of
+from .apply import with_wrappers
+from .decoupled_attention import DecoupledAttention
+from .layers import KEY, RECORD, Conds, Layer, layers_of
 from .masks import Size, whole
-from .prompt_rows import KEY, CompiledPrompt, PreparedPrompt, PromptRows, Run, slots
-from .sampling import RECORD, Conds, DecoupledAttention, Model, with_wrappers
+from .prompt_rows import CompiledPrompt, PreparedPrompt, PromptRows, SamplingRun, slots
 
 Attention: TypeAlias = Callable[..., Tensor]
 
@@ -62,7 +64,7 @@ class _Watch:
     prompts of each (place in the call of the guider, uuid of the conditioning); `known`: what this
     prediction of the noise has evaluated already."""
 
-    run: Run
+    run: SamplingRun
     numbers: dict[CompiledPrompt, int]
     whole: Size
     rows: dict[tuple[int, Any], PromptRows | None] = field(default_factory=dict)
@@ -145,7 +147,7 @@ def _shares(text: Tensor, images: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class Record:
+class AttentionRecorder:
     """What the last runs that it watched left, empty before the first one."""
 
     runs: deque[RecordedRun] = field(default_factory=lambda: deque(maxlen=KEPT))
@@ -156,7 +158,9 @@ class Record:
         those that are held did."""
         return of_samples(self.runs, samples)
 
-    def watching(self, sample: Callable[..., Any], run: Run, conds: Conds) -> Callable[..., Any]:
+    def watching(
+        self, sample: Callable[..., Any], run: SamplingRun, conds: Conds
+    ) -> Callable[..., Any]:
         """The same sampling run, watched. torch.compile is off meanwhile: traced code would not
         write anything down, and the host drops the guards that tell a watched run from others."""
 
@@ -208,11 +212,11 @@ def _numbered(conds: Conds) -> dict[CompiledPrompt, int]:
     return {source: number for number, source in enumerate(sources, 1)}
 
 
-def recording(model: Model) -> tuple[Model, Record]:
+def recording(model: ModelPatcher) -> tuple[ModelPatcher, AttentionRecorder]:
     """A clone of the model whose runs are watched, and what they leave. Raises ValueError for a
     model that is no UNet."""
     layers_of(model)
-    record = Record()
+    record = AttentionRecorder()
     patched = with_wrappers(model)
     patched.set_attachments(RECORD, record)
     patched.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, RECORD)

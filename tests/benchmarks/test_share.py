@@ -82,11 +82,11 @@ def test_an_error_does_not_stop_the_clock_in_the_middle(clock, work):
 def test_what_is_made_and_sampled_meanwhile_is_timed(small, clock, work, monkeypatch):
     """The host's attention takes 1 s, ours 1000 s, putting two conditionings together 10⁶ s."""
     host = importlib.import_module(f"{PACK}.ip_adapter_core.comfyui")
-    patch, rows = host.sampling, host.prompt_rows.PromptRows
+    patch, rows = host.decoupled_attention, host.prompt_rows.PromptRows
     monkeypatch.setattr(patch, "optimized_attention", work.before(patch.optimized_attention, 1))
     monkeypatch.setattr(patch, "image_attention", work.before(patch.image_attention, 10**3))
     monkeypatch.setattr(rows, "by_slot", work.before(rows.by_slot, 10**6))
-    changed = vars(patch) | vars(rows)
+    changed = vars(patch) | vars(rows) | vars(host.apply)
 
     def model() -> Any:
         return small.apply(small.model("tiny"), small.adapter("tiny"), small.images())
@@ -97,10 +97,10 @@ def test_what_is_made_and_sampled_meanwhile_is_timed(small, clock, work, monkeyp
 
     with share.timed(clock):
         sample(model())
-        meanwhile = vars(patch) | vars(rows)
+        meanwhile = vars(patch) | vars(rows) | vars(host.apply)
     theirs = work.done % 10**3
     assert theirs and clock.own == work.done - theirs == 2 * 10**6 + theirs * 10**3
 
-    assert vars(patch) | vars(rows) == changed != meanwhile
+    assert vars(patch) | vars(rows) | vars(host.apply) == changed != meanwhile
     sample(model())
     assert work.done == 2 * 10**6 + theirs * (10**3 + 1) and clock.own == 0

@@ -83,7 +83,7 @@ def test_training_and_diffusers_read_the_checkpoint(world):
 
 
 def test_the_image_encoder_is_the_same_in_comfyui_open_clip_and_training(pack, world):
-    from comfyui_ip_adapter.ip_adapter_core.comfyui.open_clip import load_image_encoder
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import load_image_encoder
 
     path = world / "models" / "clip_vision" / workflows.ENCODER
     pictures = (render(scenes(2, 3)) * 255).round() / 255

@@ -124,12 +124,12 @@ def encoders(folder, monkeypatch):
 @pytest.fixture
 def find(real, folder, encoders):
     """What the node would load: names of adapter and encoder."""
-    from comfyui_ip_adapter.ip_adapter_core.comfyui import auto
-    from comfyui_ip_adapter.nodes import folders
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import loaders
+    from comfyui_ip_adapter.nodes import paths
 
     def find(family, preset):
-        choice = auto.find(real[family], preset, folders.adapters(), folders.encoders())
-        find.choice, find.said = choice, auto.describe(choice)
+        choice = loaders.find_files(real[family], preset, paths.adapters(), paths.encoders())
+        find.choice, find.said = choice, loaders.describe_choice(choice)
         return choice.adapter.name, choice.encoder.name
 
     return find

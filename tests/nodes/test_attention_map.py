@@ -14,7 +14,7 @@ def attention_map(nodes, monkeypatch, tmp_path):
     """The node, on a record of one run: at every (sigma, block) of `seen` one map for each prompt,
     `(latents, prompts, height, width)`. Sigma is 10 at the start of the schedule, 0 at its end."""
     import folder_paths
-    from comfyui_ip_adapter.ip_adapter_core.comfyui.record import Record
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.record import AttentionRecorder
 
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
 
@@ -27,7 +27,7 @@ def attention_map(nodes, monkeypatch, tmp_path):
             Share(sigma, block, tuple(range(count)), numbers, maps[None])
             for (sigma, block), maps in seen.items()
         ]
-        record = Record()
+        record = AttentionRecorder()
         record.runs.append(RecordedRun(made, prompts, lambda at: 10 * (1 - at), shares))
         latent = {"samples": made if samples is None else samples}
         given = {"record": record, "samples": latent, "image": picture, **ASKED, **asked}

@@ -210,10 +210,10 @@ def test_a_tower_with_quick_gelu_is_not_the_published_one(find, put, encoders, c
 
 def test_fifty_files_in_a_fifth_of_a_second(put, folder, real, nodes):
     """Of the node: the listing of the folders and a file of torch included."""
-    from comfyui_ip_adapter.ip_adapter_core.comfyui import auto
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import loaders
     from comfyui_ip_adapter.ip_adapter_core.files import adapter_file as checkpoint
     from comfyui_ip_adapter.ip_adapter_core.files import finder
-    from comfyui_ip_adapter.nodes import folders
+    from comfyui_ip_adapter.nodes import paths
 
     kinds = list(sparse.ADAPTERS)
     towers = [sparse.vision(), sparse.vision("ViT-bigG"), sparse.clip(), sparse.tower()]
@@ -230,7 +230,7 @@ def test_fifty_files_in_a_fifth_of_a_second(put, folder, real, nodes):
     def seconds():
         start = time.process_time()  # not of the wall: other processes do not count
         nodes["IPA_AutoLoad"].fingerprint_inputs(preset="standard")
-        auto.find(real["SD1.5"], "standard", folders.adapters(), folders.encoders())
+        loaders.find_files(real["SD1.5"], "standard", paths.adapters(), paths.encoders())
         return time.process_time() - start
 
     measured = []
@@ -255,11 +255,11 @@ def test_the_hosts_sizes_are_the_real_ones(host, name):
     """What the finder says of a file is what the host's own model of that size holds."""
     import comfy.clip_model
     import comfy.clip_vision
-    from comfyui_ip_adapter.ip_adapter_core.comfyui import auto
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import loaders
 
     width, layers, _, mlp, embed, pixels = sparse.SIZES[name]
     positions = (pixels // 14) ** 2 + 1
-    assert auto._hosts_sizes()[width, layers, mlp, positions] == embed
+    assert loaders._hosts_sizes()[width, layers, mlp, positions] == embed
     file = {"ViT-L": "vitl", "ViT-L-336": "vitl_336", "ViT-H": "h", "ViT-bigG": "g"}[name]
     path = os.path.join(
         os.path.dirname(comfy.clip_vision.__file__), f"clip_vision_config_{file}.json"

@@ -144,11 +144,11 @@ def test_files_of_torch(small, auto, folder, encoders, tower, legacy):
 
 def test_transformers_layout_goes_to_the_hosts_loader(auto, real, put, monkeypatch, saved, folder):
     import comfy.clip_vision
-    from comfyui_ip_adapter.nodes import auto_load
+    from comfyui_ip_adapter.nodes import loaders
 
     asked = []
     monkeypatch.setattr(comfy.clip_vision, "load", lambda path: asked.append(path) or "loaded")
-    monkeypatch.setattr(auto_load, "load_adapter", lambda path: path)
+    monkeypatch.setattr(loaders, "load_adapter", lambda path: path)
     put({"a.safetensors": "sd15"}, {"h.safetensors": sparse.vision()})
     adapter, clip_vision, _ = auto.execute(real["SD1.5"], "standard").args
     assert adapter == str(folder / "a.safetensors")
@@ -249,12 +249,12 @@ def test_the_extra_folders_of_the_host(small, auto, folder, tmp_path, tower, sav
 
 def test_a_real_size_through_the_hosts_own_loader(auto, folder, put):
     """What the header tells is what the loaded encoder gives."""
-    from comfyui_ip_adapter.ip_adapter_core.comfyui.auto import load_encoder
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import load_encoder
     from comfyui_ip_adapter.ip_adapter_core.files import finder
-    from comfyui_ip_adapter.nodes import folders
+    from comfyui_ip_adapter.nodes import paths
 
     put({}, {"l.safetensors": sparse.vision("ViT-L")})
-    (file,) = finder.encoders(folders.encoders().files)
+    (file,) = finder.encoders(paths.encoders().files)
     out = load_encoder(file).encode_image(torch.rand(1, 224, 224, 3))
     assert out["image_embeds"].shape == (1, file.sizes.embed_dim)
     hidden = file.sizes.positions, file.sizes.hidden_dim

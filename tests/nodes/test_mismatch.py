@@ -64,13 +64,13 @@ def test_adapter_of_another_family(small, apply, made_for, model):
 @pytest.mark.parametrize("family", REAL)
 def test_families_go_by_their_names(small, apply, family):
     from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
-    from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import HostAdapter
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import ManagedAdapter
 
     width, layers, name = REAL[family]
     sizes = (("feature_dim", 1024), ("cross_attention_dim", width), ("tokens", 4))
     module = IPAdapter(AdapterSpec("base", sizes, layers), device="meta")
     with pytest.raises(ValueError) as error:
-        apply(small.model(), HostAdapter("real.bin", module, None), small.images())
+        apply(small.model(), ManagedAdapter("real.bin", module, None), small.images())
     says(error, "real.bin", name, width, len(layers), "64-wide", "16 cross-attention layers")
 
 

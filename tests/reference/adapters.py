@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import HostAdapter, load_adapter
+from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import ManagedAdapter, load_adapter
 from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImageFeatures, ImagePrompt
 from safetensors.torch import save_file
 from torch import Tensor
@@ -77,7 +77,7 @@ def weights(family: UNet, encoder: Encoder, kind: str) -> dict[str, Tensor]:
     return state
 
 
-def loaded(state: dict[str, Tensor]) -> HostAdapter:
+def loaded(state: dict[str, Tensor]) -> ManagedAdapter:
     """Through a file and this pack's loader."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import HostAdapter
+from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import ManagedAdapter
 from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImagePrompt
 from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
 from diffusers import UNet2DConditionModel
@@ -63,7 +63,7 @@ class Pair:
     family: UNet
     encoder: Encoder
     _weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    _adapters: dict[str, HostAdapter] = field(default_factory=dict)
+    _adapters: dict[str, ManagedAdapter] = field(default_factory=dict)
     _unets: dict[tuple[str, ...], tuple[UNet2DConditionModel, list[Any]]] = field(
         default_factory=dict
     )
@@ -74,7 +74,7 @@ class Pair:
             self._weights[kind] = weights(self.family, self.encoder, kind)
         return self._weights[kind]
 
-    def adapter(self, kind: str) -> HostAdapter:
+    def adapter(self, kind: str) -> ManagedAdapter:
         if kind not in self._adapters:
             self._adapters[kind] = loaded(self.weights(kind))
         return self._adapters[kind]

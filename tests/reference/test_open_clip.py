@@ -69,7 +69,7 @@ def saved(path, made, config, where="inside", preprocess=COLOURS):
 
 @pytest.fixture
 def load(pack):
-    from comfyui_ip_adapter.ip_adapter_core.comfyui.open_clip import load_image_encoder
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import load_image_encoder
 
     return load_image_encoder
 

@@ -13,7 +13,7 @@ import comfy.supported_models
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
-from comfyui_ip_adapter.ip_adapter_core.comfyui.adapter import HostAdapter
+from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import ManagedAdapter
 from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImageFeatures, ImagePrompt
 from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
 
@@ -83,7 +83,7 @@ def _model(family, dtype, cast, seed):
     return comfy.model_patcher.ModelPatcher(built, load_device=CPU, offload_device=CPU)
 
 
-def adapter(family: str = "sd15", seed: int = 10, **sizes: int) -> HostAdapter:
+def adapter(family: str = "sd15", seed: int = 10, **sizes: int) -> ManagedAdapter:
     """A random base adapter for that model, as the loader would hand it over."""
     sizes = {"feature_dim": EMBED, "cross_attention_dim": CONTEXT, "tokens": TOKENS, **sizes}
     widths = tuple(width for _, width in LAYERS[family])
@@ -91,7 +91,7 @@ def adapter(family: str = "sd15", seed: int = 10, **sizes: int) -> HostAdapter:
     module = IPAdapter(spec, operations=comfy.ops.manual_cast).requires_grad_(False)
     fill(module, seed)
     patcher = comfy.model_patcher.CoreModelPatcher(module, load_device=CPU, offload_device=CPU)
-    return HostAdapter("random.safetensors", module, patcher)
+    return ManagedAdapter("random.safetensors", module, patcher)
 
 
 def images(count: int = 1, seed: int = 20) -> ImagePrompt:

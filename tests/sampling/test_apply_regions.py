@@ -15,7 +15,7 @@ def masks(count: int) -> list[torch.Tensor]:
 def apply(model, adapter, prompts, given, overlap="normalize", **settings):
     """IPA_ApplyRegions, inputs as the host hands growing lists over: given as lists, or as dicts
     by the numbers of their sockets."""
-    from comfyui_ip_adapter.nodes.regions import ApplyIPAdapterRegions
+    from comfyui_ip_adapter.nodes.apply import ApplyIPAdapterRegions
 
     knobs = {"weight": 1.0, "start_at": 0.0, "end_at": 1.0, "combine": "concat", **settings}
     prompts, given = (x if isinstance(x, dict) else dict(enumerate(x)) for x in (prompts, given))
@@ -91,7 +91,7 @@ def test_the_adapter_is_loaded_once_for_all_regions(small, monkeypatch):
 
 def test_regions_share_one_curve(small):
     """Given as points, too, which make a new curve each time."""
-    from comfyui_ip_adapter.ip_adapter_core.comfyui.sampling import KEY
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.layers import KEY
 
     model = apply(
         small.model("tiny"),

@@ -180,13 +180,13 @@ def test_a_sampler_that_enlarges_the_latents(small, truth, setup, sized):
 
 def test_a_model_that_is_called_otherwise_than_a_unet(host):
     """Where there is no prompt the call goes on as it came."""
-    from comfyui_ip_adapter.ip_adapter_core.comfyui import sampling as patch
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import decoupled_attention as patch
 
     def call(*args, **kwargs):
         return args, kwargs
 
     given = ("x", "t", "context", 7, "attention mask"), {"transformer_options": {}}
-    assert patch.lay_over_attention(call, *given[0], **given[1]) == given
+    assert patch.inject_decoupled_attention(call, *given[0], **given[1]) == given
 
 
 def test_a_patch_that_makes_more_rows_is_named(small, setup):

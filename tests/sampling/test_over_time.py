@@ -120,7 +120,7 @@ def test_a_curve_asks_the_host_little_and_once_for_all_prompts_that_share_it(sma
 def test_a_curve_keeps_keys_and_values_once(small):
     """K' and V' beside zeros in each other's place, and no third pack of both."""
     from comfy.patcher_extension import WrappersMP
-    from comfyui_ip_adapter.ip_adapter_core.comfyui import sampling as patch
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import decoupled_attention as patch
 
     held = []
 
@@ -231,10 +231,10 @@ def test_more_weights_than_latents(small):
 
 def test_a_mask_is_not_multiplied_out_for_weights_of_latents(small):
     """One mask of the picture's size for all, however many weights there are."""
-    from comfyui_ip_adapter.ip_adapter_core.comfyui.apply import Settings
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.apply import ApplySettings
 
     given = small.knobs(mask=torch.rand(64, 64), latent_weights=[0.1 * i for i in range(50)])
-    made = Settings(adapter=small.adapter(), image_prompt=small.images(), **given).masks
+    made = ApplySettings(adapter=small.adapter(), image_prompt=small.images(), **given).masks
     assert made.masks.shape == (1, 64, 64) and made.weights.shape == (50,)
 
 

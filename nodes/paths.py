@@ -1,5 +1,5 @@
-"""Where image prompts are saved and found: `image_prompts` in the host's output and input folders,
-and `models/image_prompts` where extra_model_paths.yaml or another pack registers that key."""
+"""Folders of models and of image prompts: `ipadapter` and `image_prompts`, which are this pack's,
+and ComfyUI's own `clip_vision`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,73 @@ from typing import NamedTuple
 
 import folder_paths
 
+from ..ip_adapter_core.files.adapter_file import EXTENSIONS
+from ..ip_adapter_core.files.finder import File, Folder
 from ..ip_adapter_core.prompt_file import SUFFIX
 
-FOLDER = "image_prompts"
+ADAPTERS = "ipadapter"
+ENCODERS = "clip_vision"  # ComfyUI's own folder
+IMAGE_PROMPTS = "image_prompts"
+
+
+def register() -> str:
+    """Make `models/ipadapter` known beside what extra_model_paths.yaml names under that key, and
+    return the key. Doing it twice changes nothing."""
+    default = os.path.join(folder_paths.models_dir, ADAPTERS)
+    paths, extensions = folder_paths.folder_names_and_paths.get(ADAPTERS, ([], set()))
+    if default not in paths:
+        paths = [*paths, default]
+    folder_paths.folder_names_and_paths[ADAPTERS] = (paths, {*extensions, *EXTENSIONS})
+    return ADAPTERS
+
+
+def adapter_names() -> list[str]:
+    """Files to choose from, as the host lists them."""
+    return folder_paths.get_filename_list(register())
+
+
+def adapter_path(name: str) -> str:
+    """Full path of an adapter. Raises FileNotFoundError that names the folders searched."""
+    return _path(register(), name, "IP-Adapter")
+
+
+def encoder_names() -> list[str]:
+    """Image encoders to choose from, as the host lists them for its own loader."""
+    known = ENCODERS in folder_paths.folder_names_and_paths
+    return folder_paths.get_filename_list(ENCODERS) if known else []
+
+
+def encoder_path(name: str) -> str:
+    """Full path of an image encoder. Raises FileNotFoundError that names the folders searched."""
+    return _path(ENCODERS, name, "Image encoder")
+
+
+def adapters() -> Folder:
+    """All adapters, as the host finds them."""
+    return _folder(register(), adapter_names())
+
+
+def encoders() -> Folder:
+    """All image encoders, as the host finds them."""
+    return _folder(ENCODERS, encoder_names())
+
+
+def _folder(key: str, names: list[str]) -> Folder:
+    known = folder_paths.folder_names_and_paths.get(key, ([], set()))[0]
+    paths = ((name, folder_paths.get_full_path(key, name)) for name in names)
+    files = (File(name, path) for name, path in paths if path is not None)  # not: a dead link
+    return Folder(tuple(known), tuple(files))
+
+
+def _path(folder: str, name: str, what: str) -> str:
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        searched = ", ".join(folder_paths.get_folder_paths(folder))
+        raise FileNotFoundError(
+            f"{what} '{name}' is in none of these folders: {searched}. Put the file into one "
+            "of them, then refresh the node list (R)."
+        )
+    return path
 
 
 class Target(NamedTuple):
@@ -24,7 +88,7 @@ class Target(NamedTuple):
     subfolder: str
 
 
-def names() -> list[str]:
+def prompt_names() -> list[str]:
     """Files to choose from, named as the host's own loaders name them: below the input folder as
     it is, below the output folder with " [output]" behind; those of the models folder alone."""
     found = []
@@ -32,17 +96,17 @@ def names() -> list[str]:
         (folder_paths.get_output_directory(), " [output]"),
         (folder_paths.get_input_directory(), ""),
     ):
-        for relative in folder_paths.recursive_search(os.path.join(base, FOLDER))[0]:
-            name = f"{FOLDER}/{relative.replace(os.sep, '/')}"
+        for relative in folder_paths.recursive_search(os.path.join(base, IMAGE_PROMPTS))[0]:
+            name = f"{IMAGE_PROMPTS}/{relative.replace(os.sep, '/')}"
             if _inside(base, name) is not None:
                 found.append(name + behind)
-    if FOLDER in folder_paths.folder_names_and_paths:
-        found += folder_paths.get_filename_list(FOLDER)
+    if IMAGE_PROMPTS in folder_paths.folder_names_and_paths:
+        found += folder_paths.get_filename_list(IMAGE_PROMPTS)
     return sorted({name for name in found if name.removesuffix(" [output]").endswith(SUFFIX)})
 
 
 def prompt_path(name: object) -> str:
-    """Full path of a prompt that `names` lists, or of another in the same folders.
+    """Full path of a prompt that `prompt_names` lists, or of another in the same folders.
 
     Links inside models/image_prompts are followed, as the host follows those of all models; in the
     other two they may not lead out. Raises ValueError for a name that leads out of the folders,
@@ -57,9 +121,9 @@ def prompt_path(name: object) -> str:
     if not relative.endswith(SUFFIX):
         raise ValueError(f"Image prompt {name!r} does not end in {SUFFIX}. Choose another file.")
     path = None
-    # First: `names` lists those of the models folder without anything that tells them apart.
-    if base is None and FOLDER in folder_paths.folder_names_and_paths:
-        path = folder_paths.get_full_path(FOLDER, relative)
+    # First: `prompt_names` lists those of the models folder without anything that tells them apart.
+    if base is None and IMAGE_PROMPTS in folder_paths.folder_names_and_paths:
+        path = folder_paths.get_full_path(IMAGE_PROMPTS, relative)
     if path is None:
         path = _inside(base or folder_paths.get_input_directory(), relative)
     if path is None:
@@ -124,7 +188,7 @@ def _inside(base: str, relative: str) -> str | None:
 
 def _searched() -> list[str]:
     bases = folder_paths.get_output_directory(), folder_paths.get_input_directory()
-    searched = [str(Path(base) / FOLDER) for base in bases]
-    if FOLDER in folder_paths.folder_names_and_paths:
-        searched += folder_paths.get_folder_paths(FOLDER)
+    searched = [str(Path(base) / IMAGE_PROMPTS) for base in bases]
+    if IMAGE_PROMPTS in folder_paths.folder_names_and_paths:
+        searched += folder_paths.get_folder_paths(IMAGE_PROMPTS)
     return searched

@@ -1,4 +1,4 @@
-"""IPA_SavePrompt and IPA_LoadPrompt."""
+"""Combine, save and load image prompts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,66 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..ip_adapter_core import prompt_file
+from ..ip_adapter_core.combine import METHODS, combine, parse_weights
 from ..ip_adapter_core.image_prompt import ImagePrompt
-from . import prompt_folders, types
-from .shown import show
+from . import paths, types
+
+MOST = 50
+
+
+class CombineImagePrompts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        template = io.Autogrow.TemplatePrefix(
+            types.ImagePrompt.Input("prompt", tooltip="All must be of one image encoder."),
+            prefix="prompt",
+            min=1,
+            max=MOST,
+        )
+        return io.Schema(
+            node_id="IPA_CombinePrompts",
+            display_name="Combine Image Prompts",
+            category="model/conditioning",
+            search_aliases=["merge image prompts", "ip adapter combine embeds", "average embeds"],
+            description=(
+                "Makes one image prompt of several: all images side by side, or one image that "
+                "is calculated from theirs."
+            ),
+            inputs=[
+                io.Autogrow.Input(
+                    "prompts",
+                    template=template,
+                    tooltip="A prompt of one image goes with each image of the others.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="concat",
+                    tooltip="concat: all images side by side. average: their weighted mean. "
+                    "norm_average: the mean direction with the mean length, which keeps the "
+                    "strength of a single image. add: the weighted sum. subtract: the first "
+                    "without the others.",
+                ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    tooltip='One number per prompt, as in "1, 0.5"; empty for 1 each. concat takes '
+                    "1 only.",
+                ),
+            ],
+            outputs=[
+                types.ImagePrompt.Output(
+                    "image_prompt",
+                    display_name="image_prompt",
+                    tooltip="The combined prompt, of the same image encoder.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prompts: io.Autogrow.Type, method: str, weights: str) -> io.NodeOutput:
+        given = types.in_order(prompts)
+        return io.NodeOutput(combine(given, method, parse_weights(weights, len(given))))
 
 
 class SaveImagePrompt(io.ComfyNode):
@@ -52,18 +109,18 @@ class SaveImagePrompt(io.ComfyNode):
     def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
         """Refuse at once what would be refused after encoding; None comes over a link."""
         try:
-            return filename_prefix is None or bool(prompt_folders.checked_prefix(filename_prefix))
+            return filename_prefix is None or bool(paths.checked_prefix(filename_prefix))
         except ValueError as error:
             return str(error)
 
     @classmethod
     def execute(cls, image_prompt: ImagePrompt, filename_prefix: str) -> io.NodeOutput:
-        for target in prompt_folders.targets(filename_prefix):
+        for target in paths.targets(filename_prefix):
             with contextlib.suppress(FileExistsError):  # another server was faster
                 prompt_file.save(image_prompt, target.path, cls._workflow())
                 break
         place = PurePath("output", target.subfolder, target.filename)
-        show(cls, place.as_posix())
+        types.show(cls, place.as_posix())
         saved = ui.SavedResult(target.filename, target.subfolder, io.FolderType.output)
         return io.NodeOutput(image_prompt, ui={"image_prompts": [saved]})
 
@@ -88,7 +145,7 @@ class LoadImagePrompt(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "prompt_name",
-                    options=prompt_folders.names(),
+                    options=paths.prompt_names(),
                     tooltip="A file in the folder image_prompts of the output or input folder. "
                     "Press R to see new ones. The adapter must be one for the image encoder that "
                     "the prompt was made with.",
@@ -108,7 +165,7 @@ class LoadImagePrompt(io.ComfyNode):
         """In place of the host's look at the list: other files of the same folders may be named
         too. None comes over a link, and is looked at when it is known."""
         try:
-            return prompt_name is None or bool(prompt_folders.prompt_path(prompt_name))
+            return prompt_name is None or bool(paths.prompt_path(prompt_name))
         except (ValueError, OSError) as error:
             return str(error)
 
@@ -120,11 +177,11 @@ class LoadImagePrompt(io.ComfyNode):
         if prompt_name is None:
             return ""
         digest = hashlib.sha256()
-        with open(prompt_folders.prompt_path(prompt_name), "rb") as file:
+        with open(paths.prompt_path(prompt_name), "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
         return digest.hexdigest()
 
     @classmethod
     def execute(cls, prompt_name: str) -> io.NodeOutput:
-        return io.NodeOutput(prompt_file.load(prompt_folders.prompt_path(prompt_name)))
+        return io.NodeOutput(prompt_file.load(paths.prompt_path(prompt_name)))

@@ -1,4 +1,4 @@
-"""IPA_LayerWeights and IPA_LatentWeights."""
+"""Weights of single layers and single latents."""
 
 from __future__ import annotations
 

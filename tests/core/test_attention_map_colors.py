@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core import heat
+from comfyui_ip_adapter.ip_adapter_core import attention_map
 
 
 def test_colours_reach_from_nothing_to_the_largest_value_of_all_maps():
     maps = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(0))
-    colours = heat.coloured(maps)
-    assert torch.allclose(heat.coloured(maps * 1e-3), colours, atol=1e-5)
+    colours = attention_map.colorize(maps)
+    assert torch.allclose(attention_map.colorize(maps * 1e-3), colours, atol=1e-5)
     grey = colours.mean(-1).flatten()[maps.flatten().argsort()]
     assert (grey.diff() >= 0).all() and float(grey[-1]) > 0.8
 
 
 @pytest.mark.parametrize("size", [(64, 96), (65, 97), (24, 36)])
 def test_pictures_of_the_maps_shape_at_any_size(size):
-    heat.check_picture(torch.rand(2, *size, 3), torch.rand(2, 8, 12))
+    attention_map.check_images(torch.rand(2, *size, 3), torch.rand(2, 8, 12))
 
 
 @pytest.mark.parametrize(
@@ -31,4 +31,4 @@ def test_pictures_of_the_maps_shape_at_any_size(size):
 )
 def test_pictures_of_another_shape(shape, message):
     with pytest.raises(ValueError, match=message):
-        heat.check_picture(torch.rand(shape), torch.rand(2, 8, 12))
+        attention_map.check_images(torch.rand(shape), torch.rand(2, 8, 12))
