@@ -31,16 +31,19 @@ _ANEW = "if it is, its result came from the cache: change the seed, so that it s
 KEPT = 32  # runs: lists of latents, and results that the host has cached, are of different ones
 LIMIT = 256_000_000  # bytes of their maps: fewer runs where these are larger, but the last one
 # From nothing to all, dark to light, so that it reads in grey too.
-_COLOURS = ((0.00, 0.00, 0.16), (0.36, 0.06, 0.46), (0.78, 0.18, 0.34), (0.98, 0.55, 0.12))
+_COLORS = ((0.00, 0.00, 0.16), (0.36, 0.06, 0.46), (0.78, 0.18, 0.34), (0.98, 0.55, 0.12))
 _LIGHTEST = (1.00, 0.97, 0.66)
 _NO_AREA = "(A prompt that is limited to an area cannot be recorded.)"
 
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """Of one block at one evaluation at `sigma`: `maps (texts, frames, slots, height, width)`, the
-    mean of the block's layers. `frames`: which latents of the run; `numbers`: for each text the
-    number of the prompt in each slot, from 1, or 0 for none."""
+    """The shares of one block at one evaluation at `sigma`.
+
+    `maps (texts, frames, slots, height, width)`: the mean of the block's layers. `frames`: which
+    latents of the run; `numbers`: for each text the number of the prompt in each slot, from 1, or 0
+    for none.
+    """
 
     sigma: float
     block: Block
@@ -49,8 +52,10 @@ class Share:
     maps: Tensor
 
     def of(self, prompt: int) -> Iterator[Tensor]:
-        """`(frames, height, width)` for each text with that prompt in force; 0: with any, all of
-        its prompts together."""
+        """Yield `(frames, height, width)` for each text with that prompt in force.
+
+        0: with any prompt, all of its prompts together.
+        """
         for numbers, maps in zip(self.numbers, self.maps, strict=True):
             own = [i for i, number in enumerate(numbers) if number and prompt in (0, number)]
             if own:
@@ -87,11 +92,11 @@ class RecordedRun:
         return torch.equal(self.samples.to(samples.dtype), samples.cpu())
 
     def heat(self, blocks: Sequence[Wanted], start: float, end: float, prompt: int) -> Tensor:
-        """The mean share over these blocks and the steps between the two fractions of the schedule:
-        `(N, height, width)`, 0 … 1.
+        """Return the mean share over these blocks and steps: `(N, height, width)`, 0 … 1.
 
-        `prompt`: its number from 1, in the order of application; 0 for all together. Raises
-        ValueError if nothing was recorded, or nothing of what is asked for.
+        `start` and `end` are fractions of the schedule. `prompt`: its number from 1, in the order
+        of application; 0 for all together. Raises ValueError if nothing was recorded, or nothing of
+        what is asked for.
         """
         if not self.shares:
             raise ValueError(
@@ -160,7 +165,10 @@ class RecordedRun:
 
 
 def of_samples(runs: Sequence[RecordedRun], samples: Tensor) -> RecordedRun:
-    """The last of these runs that made the latents. Raises ValueError if none did."""
+    """Return the last of these runs that made the latents.
+
+    Raises ValueError if none did.
+    """
     if not runs:
         raise ValueError(
             "Nothing has been recorded. Connect the model output of 'Record Image Attention' to "
@@ -178,8 +186,10 @@ def of_samples(runs: Sequence[RecordedRun], samples: Tensor) -> RecordedRun:
 
 
 def blocks_of(text: str) -> list[Wanted]:
-    """What "all", or blocks and sides, "input 8, output", mean; "" is all. Raises ValueError for
-    what is neither."""
+    """Parse "all", or blocks and sides as in "input 8, output"; "" is all.
+
+    Raises ValueError for what is neither.
+    """
     entries = [entry.strip().lower() for entry in re.split("[,;\n]", plain(text)) if entry.strip()]
     found: list[Wanted] = []
     for entry in entries or ["all"]:
@@ -194,19 +204,21 @@ def blocks_of(text: str) -> list[Wanted]:
 
 
 def resize_maps(maps: Tensor, height: int, width: int) -> Tensor:
-    """Maps `(N, h, w)` at a picture's size, `(N, height, width)`."""
+    """Resize maps `(N, h, w)` to an image's size, `(N, height, width)`."""
     return interpolate(maps[:, None], (height, width), mode="bilinear")[:, 0]
 
 
-def check_images(pictures: Tensor, maps: Tensor) -> None:
-    """Raise ValueError unless `pictures (N, H, W, C)` can be those of `maps (N, h, w)`: as many,
-    and of the same shape but for the size, to 2 percent."""
-    if len(pictures) != len(maps):
+def check_images(images: Tensor, maps: Tensor) -> None:
+    """Raise ValueError unless `images (N, H, W, C)` can be those of `maps (N, h, w)`.
+
+    They are as many, and of the same shape but for the size, to 2 percent.
+    """
+    if len(images) != len(maps):
         raise ValueError(
-            f"image holds {len(pictures)} pictures, but samples {len(maps)} latents. Connect the "
+            f"image holds {len(images)} pictures, but samples {len(maps)} latents. Connect the "
             "pictures decoded from these samples, all of them."
         )
-    (height, width), (rows, columns) = pictures.shape[1:3], maps.shape[1:]
+    (height, width), (rows, columns) = images.shape[1:3], maps.shape[1:]
     if abs(width * rows - height * columns) > 0.02 * height * columns:
         raise ValueError(
             f"image is {width}×{height} pixels, but samples {columns}×{rows} latents: expected a "
@@ -215,16 +227,21 @@ def check_images(pictures: Tensor, maps: Tensor) -> None:
 
 
 def colorize(maps: Tensor) -> Tensor:
-    """Maps `(N, H, W)` as colours, `(N, H, W, 3)`: from 0 to the largest value among all of them,
-    so that a map that stays below 0.001 looks like one that reaches 0.5."""
-    table = torch.tensor([*_COLOURS, _LIGHTEST])
+    """Return maps `(N, H, W)` as colors, `(N, H, W, 3)`.
+
+    The colors go from 0 to the largest value among all maps, so that a map that stays below 0.001
+    looks like one that reaches 0.5.
+    """
+    table = torch.tensor([*_COLORS, _LIGHTEST])
     place = maps / maps.max().clamp(min=1e-12) * (len(table) - 1)
     low = place.floor().long().clamp(0, len(table) - 2)
     part = (place - low)[..., None]
     return torch.lerp(table[low], table[low + 1], part)
 
 
-def overlay(pictures: Tensor, maps: Tensor, opacity: float) -> Tensor:
-    """The colours of `maps (N, H, W)` laid over `pictures (N, H, W, C)`, of which the first three
-    channels count: `(N, H, W, 3)`. `opacity`: 0 for the picture alone, 1 for the map alone."""
-    return torch.lerp(pictures[..., :3], colorize(maps).to(pictures), opacity)
+def overlay(images: Tensor, maps: Tensor, opacity: float) -> Tensor:
+    """Lay the colors of `maps (N, H, W)` over `images (N, H, W, C)`: `(N, H, W, 3)`.
+
+    The first three channels count. `opacity`: 0 for the image alone, 1 for the map alone.
+    """
+    return torch.lerp(images[..., :3], colorize(maps).to(images), opacity)

@@ -135,19 +135,9 @@ class ApplyIPAdapter(io.ComfyNode):
         weight_curve: Any = None,
         latent_weights: Sequence[float] | None = None,
     ) -> io.NodeOutput:
-        settings = ApplySettings(
-            adapter=adapter,
-            image_prompt=image_prompt,
-            weight=weight,
-            start_at=start_at,
-            end_at=end_at,
-            combine=combine,
-            mask=mask,
-            layer_weights=layer_weights,
-            weight_curve=weight_curve,
-            latent_weights=latent_weights,
-        )
-        compiled = compile_prompt(model, settings)
+        shared = adapter, image_prompt, weight, start_at, end_at, combine
+        multipliers = layer_weights, weight_curve, latent_weights
+        compiled = compile_prompt(model, ApplySettings(*shared, mask, *multipliers))
         return io.NodeOutput(model if compiled is None else apply_to_model(model, *compiled))
 
 
@@ -209,19 +199,9 @@ class ApplyIPAdapterConditioning(io.ComfyNode):
         weight_curve: Any = None,
         latent_weights: Sequence[float] | None = None,
     ) -> io.NodeOutput:
-        settings = ApplySettings(
-            adapter=adapter,
-            image_prompt=image_prompt,
-            weight=weight,
-            start_at=start_at,
-            end_at=end_at,
-            combine=combine,
-            mask=mask,
-            layer_weights=layer_weights,
-            weight_curve=weight_curve,
-            latent_weights=latent_weights,
-        )
-        compiled = compile_prompt(model, settings)
+        shared = adapter, image_prompt, weight, start_at, end_at, combine
+        multipliers = layer_weights, weight_curve, latent_weights
+        compiled = compile_prompt(model, ApplySettings(*shared, mask, *multipliers))
         if compiled is None:
             return io.NodeOutput(for_conditionings(model, positive, negative), positive, negative)
         return io.NodeOutput(
@@ -333,8 +313,10 @@ class ApplyIPAdapterRegions(io.ComfyNode):
 
 
 def _check_paired(prompts: Collection[int], masks: Collection[int]) -> None:
-    """Raise ValueError unless every prompt but the last has the mask of its number, and every mask
-    a prompt."""
+    """Raise ValueError unless masks and prompts belong together by number.
+
+    Every prompt but the last has a mask, and every mask a prompt.
+    """
     lacking = [f"mask{n}" for n in prompts if n not in masks and n != max(prompts)]
     lacking += [f"image_prompt{n}" for n in masks if n not in prompts]
     if lacking or not masks:

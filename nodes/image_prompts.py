@@ -126,7 +126,7 @@ class SaveImagePrompt(io.ComfyNode):
 
     @classmethod
     def _workflow(cls) -> dict[str, str]:
-        """What the host writes into every file that it saves: the editor opens it from there."""
+        """Return what ComfyUI writes into every file that it saves, for the editor to open."""
         if args.disable_metadata or cls.hidden is None:
             return {}
         given = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
@@ -162,8 +162,11 @@ class LoadImagePrompt(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompt_name: object = None) -> bool | str:
-        """In place of the host's look at the list: other files of the same folders may be named
-        too. None comes over a link, and is looked at when it is known."""
+        """Check the name in place of ComfyUI's look at the list.
+
+        Other files of the same folders may be named too. None comes over a link, and is looked at
+        when it is known.
+        """
         try:
             return prompt_name is None or bool(paths.prompt_path(prompt_name))
         except (ValueError, OSError) as error:
@@ -171,9 +174,11 @@ class LoadImagePrompt(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, prompt_name: str | None = None) -> str:
-        """A file that was changed is read anew. Its time is not enough: files are small, and may
-        be written twice within one tick of the clock. None comes over a link: what that gives
-        counts by itself."""
+        """Return a hash, so that a changed file is read anew.
+
+        Its time is not enough: files are small, and may be written twice within one tick of the
+        clock. None comes over a link: what that gives counts by itself.
+        """
         if prompt_name is None:
             return ""
         digest = hashlib.sha256()

@@ -49,7 +49,7 @@ class LoadIPAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name: str | None) -> tuple[str, int, int] | None:
-        """A file that was trained or downloaded anew is read anew. None comes over a link."""
+        """Have a file that was trained or downloaded anew read anew; None comes over a link."""
         if adapter_name is None:
             return None
         status = os.stat(paths.adapter_path(adapter_name))
@@ -119,8 +119,10 @@ class AutoLoadIPAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, preset: str | None = None, **_: Any) -> str:
-        """Looks again when a file that may be chosen comes, goes or changes. (The model is not
-        given here, nor a preset over a link.)"""
+        """Look again when a file that may be chosen comes, goes or changes.
+
+        The model is not given here, nor a preset over a link.
+        """
         return fingerprint_files(preset, paths.adapters(), paths.encoders())
 
     @classmethod
@@ -165,8 +167,7 @@ class LoadImageEncoder(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, encoder_name: str | None) -> str | None:
-        """A file that was changed is read anew, and so is its configuration. None comes over a
-        link."""
+        """Have a changed file or configuration read anew; None comes over a link."""
         if encoder_name is None:
             return None
         return finder.digest([finder.stamps(paths.encoder_path(encoder_name))])

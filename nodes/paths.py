@@ -1,5 +1,7 @@
-"""Folders of models and of image prompts: `ipadapter` and `image_prompts`, which are this pack's,
-and ComfyUI's own `clip_vision`."""
+"""Find the folders of models and of image prompts, and the files in them.
+
+`ipadapter` and `image_prompts` are this pack's, `clip_vision` is ComfyUI's own.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,11 @@ IMAGE_PROMPTS = "image_prompts"
 
 
 def register() -> str:
-    """Make `models/ipadapter` known beside what extra_model_paths.yaml names under that key, and
-    return the key. Doing it twice changes nothing."""
+    """Make `models/ipadapter` known to ComfyUI, and return its key.
+
+    It stands beside what extra_model_paths.yaml names under that key. Doing it twice changes
+    nothing.
+    """
     default = os.path.join(folder_paths.models_dir, ADAPTERS)
     paths, extensions = folder_paths.folder_names_and_paths.get(ADAPTERS, ([], set()))
     if default not in paths:
@@ -89,8 +94,11 @@ class Target(NamedTuple):
 
 
 def prompt_names() -> list[str]:
-    """Files to choose from, named as the host's own loaders name them: below the input folder as
-    it is, below the output folder with " [output]" behind; those of the models folder alone."""
+    """List the files to choose from, named as ComfyUI's own loaders name them.
+
+    Below the input folder as it is, below the output folder with " [output]" behind; those of the
+    models folder alone.
+    """
     found = []
     for base, behind in (
         (folder_paths.get_output_directory(), " [output]"),
@@ -135,8 +143,10 @@ def prompt_path(name: object) -> str:
 
 
 def checked_prefix(filename_prefix: str) -> str:
-    """The prefix, with forward slashes. Raises ValueError for one that leads out of the output
-    folder, by its text or over a link."""
+    """Return the prefix, with forward slashes.
+
+    Raises ValueError for one that leads out of the output folder, by its text or over a link.
+    """
     what = f"filename_prefix {filename_prefix!r}"
     prefix = _parts(filename_prefix, what)
     output = folder_paths.get_output_directory()
@@ -146,10 +156,10 @@ def checked_prefix(filename_prefix: str) -> str:
 
 
 def targets(filename_prefix: str) -> Iterator[Target]:
-    """New files below the output folder, numbered as the host numbers its own: the next one, and
-    without end those to take where others have taken it meanwhile.
+    """Yield new files below the output folder, numbered as ComfyUI numbers its own.
 
-    Raises ValueError for a prefix that `checked_prefix` refuses, or that no folder can be made for.
+    The next one, and without end those to take where others have taken it meanwhile. Raises
+    ValueError for a prefix that `checked_prefix` refuses, or that no folder can be made for.
     """
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
@@ -166,7 +176,7 @@ def targets(filename_prefix: str) -> Iterator[Target]:
 
 
 def _parts(name: str, what: str) -> str:
-    """A relative path with forward slashes that goes down only, on every system."""
+    """Return a relative path with forward slashes that goes down only, on every system."""
     parts = name.replace("\\", "/").split("/")
     # On Windows a colon is a drive or a stream of a file, and dots and blanks at an end fall away.
     if any(not part.strip(" .") or set(part) & {":", "\0"} for part in parts):

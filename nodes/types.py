@@ -19,13 +19,15 @@ PATCHED = "The model to patch. The original is not changed: use the output."
 
 
 def in_order(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """A growing list by the numbers of its sockets: a request may hold them in any order."""
+    """Sort a growing list by the numbers of its sockets: a request may hold them in any order."""
     return {name: entries[name] for name in sorted(entries, key=_number)}
 
 
 def by_number(entries: Mapping[str, Any]) -> dict[int, Any]:
-    """A growing list's values by the numbers of their sockets, in order; those that nothing comes
-    in at are left out."""
+    """Return a growing list's values by the numbers of their sockets, in order.
+
+    Those that nothing comes in at are left out.
+    """
     ordered = in_order(entries).items()
     return {_number(name): value for name, value in ordered if value is not None}
 
@@ -35,8 +37,10 @@ def _number(name: str) -> int:
 
 
 def show(node: type[io.ComfyNode], text: str) -> None:
-    """Show `text` on the node that runs, of a class with `io.Hidden.unique_id`; without a server
-    nothing happens."""
+    """Show `text` on the node that runs, of a class with `io.Hidden.unique_id`.
+
+    Without a server nothing happens.
+    """
     number = node.hidden.unique_id if node.hidden is not None else None
     if number is None:
         return

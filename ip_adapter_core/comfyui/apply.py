@@ -33,12 +33,12 @@ Conditioning: TypeAlias = list[list[Any]]
 
 @dataclass(frozen=True)
 class ApplySettings:
-    """What the Apply nodes ask for. `weight` is λ; `start_at`, `end_at` are fractions of the
-    schedule; `mask (M, H, W)` or `(H, W)`. Multipliers of λ: `layer_weights` one a layer,
-    `weight_curve` over the schedule (the host's curve, or what it is made of), `latent_weights`
-    one a latent.
+    """What the Apply nodes ask for.
 
-    Raises ValueError for values out of their domain.
+    `weight` is λ; `start_at`, `end_at` are fractions of the schedule; `mask (M, H, W)` or `(H, W)`.
+    Multipliers of λ: `layer_weights` one a layer, `weight_curve` over the schedule (ComfyUI's
+    curve, or what it is made of), `latent_weights` one a latent. Raises ValueError for values out
+    of their domain.
     """
 
     adapter: ManagedAdapter
@@ -86,8 +86,7 @@ class ApplySettings:
 
     @property
     def masks(self) -> Masks | None:
-        """What the image branch is multiplied with; None where there is neither mask nor
-        weights."""
+        """Return what the image branch is multiplied with; None without mask and weights."""
         if self.mask is None and self.latent_weights is None:
             return None
         weights = [1.0] if self.latent_weights is None else self.latent_weights
@@ -102,8 +101,10 @@ class ApplySettings:
 
 
 def warn_of_black(mask: Tensor, name: str = "mask") -> None:
-    """Tell the log of a mask that lets nothing act: of a picture without transparency, Load Image
-    gives such a one."""
+    """Tell the log of a mask that lets nothing act.
+
+    Load Image gives such a one of an image without transparency.
+    """
     if not (mask > 0).any():
         logger.warning(
             "%s is black everywhere, so that its image acts nowhere. (Load Image gives such a mask "
@@ -113,9 +114,11 @@ def warn_of_black(mask: Tensor, name: str = "mask") -> None:
 
 
 def curve_of(given: Any, name: str = "weight_curve") -> CurveInput | None:
-    """The host's curve; also from what an API request holds in its place (a bare list there is a
-    link to the host). `name`: of the input, for messages. Raises ValueError for what is no curve,
-    or has values that are not finite."""
+    """Return ComfyUI's curve, also from what an API request holds in its place.
+
+    (A bare list in a request is a link to ComfyUI.) `name`: of the input, for messages. Raises
+    ValueError for what is no curve, or has values that are not finite.
+    """
     if given is None:
         return None
     try:
@@ -143,7 +146,7 @@ def compile_prompt(model: ModelPatcher, settings: ApplySettings) -> Sides | None
 
 
 def compile_prompts(model: ModelPatcher, several: Sequence[ApplySettings]) -> list[Sides]:
-    """What `compile_prompt` makes of each, None left out. Their adapter is one, loaded once."""
+    """Compile several prompts of one adapter, loaded once; leave those of no weight out."""
     acting = [(settings, _weights(model, settings)) for settings in several]
     acting = [(settings, weights) for settings, weights in acting if any(weights)]
     if not acting:
@@ -172,8 +175,10 @@ def _sides(settings: ApplySettings, weights: Sequence[float]) -> Sides:
 def apply_to_model(
     model: ModelPatcher, positive: CompiledPrompt, negative: CompiledPrompt
 ) -> ModelPatcher:
-    """A clone that samples with the prompt: `negative` wherever the guider's name for a
-    conditioning says so, `positive` on all others. `model` stays as it is."""
+    """Return a clone that samples with the prompt; `model` stays as it is.
+
+    `negative` acts wherever the guider's name for a conditioning says so, `positive` on all others.
+    """
     patched = with_wrappers(model)
     before = patched.get_attachment(KEY) or ()
     patched.set_attachments(KEY, (*before, (positive, negative)))
@@ -181,7 +186,7 @@ def apply_to_model(
 
 
 def apply_to_conditioning(conditioning: Conditioning, prompt: CompiledPrompt) -> Conditioning:
-    """A copy whose entries carry the prompt besides those that they carry already."""
+    """Return a copy whose entries carry the prompt besides those that they carry already."""
 
     def attach(options: dict[str, Any]) -> dict[str, Any]:
         model_conds = options.get("model_conds", {})
@@ -200,7 +205,7 @@ def for_conditionings(model: ModelPatcher, *conditionings: Conditioning) -> Mode
 
 
 def with_wrappers(model: ModelPatcher) -> ModelPatcher:
-    """A clone that understands image prompts in conditionings."""
+    """Return a clone that understands image prompts in conditionings."""
     patched = model.clone()
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, prepare_run),

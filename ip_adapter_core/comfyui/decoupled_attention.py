@@ -36,7 +36,7 @@ def _decoupled(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """A UNet's call, with `rows` as `PromptRows.concat` gives them."""
+    """Call a UNet with `rows` as `PromptRows.concat` gives them."""
     options = transformer_options or {}
     layers = options.get(LAYERS) or cross_attention_layers(executor.class_obj)
     replaced = options.get("patches_replace", {})
@@ -71,7 +71,7 @@ def _for_all(rows: Tensor, x: Tensor) -> Tensor:
 
 
 def optimized_attention(*args: Any, **kwargs: Any) -> Tensor:
-    """The host's attention as it is now: packs replace it after this module was imported."""
+    """Call ComfyUI's attention as it is now: packs replace it after this module was imported."""
     return comfy_attention.optimized_attention(*args, **kwargs)
 
 
@@ -95,7 +95,7 @@ class DecoupledAttention:
         return out
 
     def text(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        """The text's part, `(B, L, C)`: attention, or what another pack has put in its place."""
+        """Return the text's part, `(B, L, C)`: attention, or what another pack put in its place."""
         if self.before is not None:
             return self.before(q, k, v, options)
         return optimized_attention(

@@ -23,12 +23,12 @@ SQUARES = ("point", "tiles")
 def encode(
     clip_vision: ClipVisionModel, image: Tensor, negative_image: Tensor | None, crop: str
 ) -> ImagePrompt:
-    """What `clip_vision` makes of `image (N, H, W, C)`, values 0 … 1, C = 1, 3 or 4.
+    """Encode `image (N, H, W, C)`, values 0 … 1, C = 1, 3 or 4, as an image prompt.
 
     `crop`: "center" resizes the short side and cuts the long one, as in training; "pad" adds
-    margins of the encoder's mean colour; "none" squeezes the picture into the square.
-    Raises ValueError for no pictures, other shapes, or values that are not finite, of the
-    pictures or out of the encoder.
+    margins of the encoder's mean color; "none" squeezes the image into the square. Raises
+    ValueError for no images, other shapes, or values that are not finite, of the images or out of
+    the encoder.
     """
     check_kind(clip_vision)
     positive = _features(clip_vision, image, crop, "image")
@@ -46,12 +46,14 @@ def encode(
 def prepare_image(
     clip_vision: ClipVisionModel, image: Tensor, crop: str, x: float, y: float, grid: int
 ) -> Tensor:
-    """`image (N, H, W, C)` as it meets the encoder, `(M, size, size, 3)`: RGB of 8 bits, within
-    0 … 1, before normalisation. Encoded with any crop it gives the same features.
+    """Return `image (N, H, W, C)` as it meets the encoder, `(M, size, size, 3)`.
+
+    RGB of 8 bits, within 0 … 1, before normalization: encoded with any crop it gives the same
+    features.
 
     `crop`: those of `encode`; "point", the square of the short side around the point `x`, `y` in
-    fractions of the picture; "tiles", M/N squares a picture that together cover it, `grid` along
-    the short side. Raises ValueError for what `encode`, `square_at` or `tiles` refuse.
+    fractions of the image; "tiles", M/N squares an image that together cover it, `grid` along the
+    short side. Raises ValueError for what `encode`, `square_at` or `tiles` refuse.
     """
     check_kind(clip_vision)
     if crop == "point":
@@ -84,7 +86,7 @@ def check_kind(clip_vision: ClipVisionModel) -> None:
 
 
 def _cropped(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str) -> Tensor:
-    """Checked RGB pictures `(N, H, W, 3)` that the host's preprocessing handles at any shape."""
+    """Return checked RGB images `(N, H, W, 3)` that ComfyUI preprocesses at any shape."""
     image = checked(image, name)
     if crop == "center":
         return _trim(image, clip_vision.image_size)
@@ -96,8 +98,10 @@ def _cropped(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str) 
 
 
 def _trim(image: Tensor, size: int) -> Tensor:
-    """Shorten strips of more than 4:1 to what the centre crop and its resampling filter reach:
-    a 1×4000 picture would be enlarged to 224×896000 first. Others stay as they are."""
+    """Shorten strips of more than 4:1 to what the center crop and its filter reach.
+
+    A 1×4000 image would be enlarged to 224×896000 first. Others stay as they are.
+    """
     short = min(image.shape[1:3])
     reach = 2 * math.ceil(max(1.0, short / size)) + 1  # of the bicubic filter, in pixels
     keep = max(4 * short, short + 2 * reach)
@@ -157,15 +161,18 @@ def _fingerprint(clip_vision: ClipVisionModel) -> str:
 
 
 def _activation(clip_vision: ClipVisionModel) -> str:
-    """The host's are functions, named in the configuration; open_clip's are modules."""
+    """Return the name: ComfyUI's are functions, named in the config; open_clip's are modules."""
     names = {type(module).__name__ for module in clip_vision.model.modules()}
     used = ", ".join(sorted(name for name in names if "GELU" in name))
     return str(clip_vision.config.get("hidden_act", used))
 
 
 def _zero_image(clip_vision: ClipVisionModel, embed_dim: int) -> ImageFeatures:
-    """The dropped image of training: a zero embedding, and the hidden states of pixels that are
-    zero *after* normalisation. `encode_image` would round the mean colour to 8 bits."""
+    """Return the dropped image of training.
+
+    A zero embedding, and the hidden states of pixels that are zero *after* normalization.
+    `encode_image` would round the mean color to 8 bits.
+    """
     memory.load_model_gpu(clip_vision.patcher)
     size = clip_vision.image_size
     pixels = torch.zeros(1, 3, size, size, device=clip_vision.load_device)

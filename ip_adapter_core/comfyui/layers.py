@@ -40,16 +40,18 @@ class AttentionRecord(Protocol):
     def watching(
         self, sample: Callable[..., Any], run: SamplingRun, conds: Conds
     ) -> Callable[..., Any]:
-        """The same sampling run, watched."""
+        """Return the same sampling run, watched."""
 
     def evaluates(self, conds: list[Any], latent: Size) -> None:
-        """These conditionings, with their prompts in force, are about to be evaluated on latents
-        of this size."""
+        """Note that these conditionings are about to be evaluated on latents of this size.
+
+        Their prompts are those in force.
+        """
 
     def look(
         self, options: dict[str, Any], latent: tuple[int, int]
     ) -> Callable[[DecoupledAttention, Layer], Callable[..., Tensor]] | None:
-        """What watches the layers of one UNet call on latents of this size; None: nothing."""
+        """Return what watches the layers of one UNet call on latents of this size, if any."""
 
 
 def cross_attention_layers(unet: nn.Module) -> tuple[Layer, ...]:

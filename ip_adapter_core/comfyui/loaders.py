@@ -75,7 +75,7 @@ class ManagedAdapter:
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
-        """The adapter is on the compute device within, and only there."""
+        """Keep the adapter on the compute device within, and only there."""
         memory.load_models_gpu([self.patcher])
         try:
             yield
@@ -112,11 +112,11 @@ def load_adapter(path: str | os.PathLike[str]) -> ManagedAdapter:
 
 
 def load_image_encoder(path: str | os.PathLike[str]) -> ClipVisionModel:
-    """The image encoder in a file of open_clip, as `image_tower.read` finds it; files in
-    transformers' layout go to the host's own loader.
+    """Load the image encoder in a file of open_clip, as `encoder_file.read` finds it.
 
-    Raises ImageEncoderError, which names the file, for one that cannot be read, is not whole, is
-    no image encoder, or lacks a configuration.
+    Files in transformers' layout go to ComfyUI's own loader. Raises ImageEncoderError, which names
+    the file, for one that cannot be read, is not whole, is no image encoder, or lacks a
+    configuration.
     """
     path = Path(path)
     try:
@@ -156,7 +156,7 @@ def _comfyui_model(path: Path) -> ClipVisionModel:
 
 
 def _as_hosts(tower: Tower, state: dict[str, Tensor]) -> ClipVisionModel:
-    """A plain vision transformer as the host's own model."""
+    """Build a plain vision transformer as ComfyUI's own model."""
     vision = tower.vision
     width = vision.get("width", 768)
     model = ClipVisionModel(
@@ -274,13 +274,15 @@ def fingerprint_files(preset: str | None, adapters: Folder, encoders: Folder) ->
 
 
 def describe_choice(choice: Choice) -> str:
-    """A line for the adapter and one for the encoder, what they are and why these; then one for
-    each doubt."""
+    """Return a line for the adapter and one for the encoder, then one for each doubt.
+
+    The lines say what they are and why these.
+    """
     return "\n".join([*choice.chosen(), *(f"In doubt: {doubt}." for doubt in choice.doubts)])
 
 
 def load_encoder(file: EncoderFile) -> ClipVisionModel:
-    """The encoder as the host's CLIP_VISION. Raises ImageEncoderError."""
+    """Load the encoder as ComfyUI's CLIP_VISION; raises ImageEncoderError."""
     if file.sizes.layout == "open_clip":
         return load_image_encoder(file.path)
     encoder = comfy.clip_vision.load(file.path)
@@ -290,7 +292,7 @@ def load_encoder(file: EncoderFile) -> ClipVisionModel:
 
 
 def _of_kind(files: Iterable[File], preset: AdapterPreset | None) -> list[AdapterFile]:
-    """The adapters of the preset's variant; of any where there is no preset."""
+    """Return the adapters of the preset's variant; of any where there is no preset."""
     return [
         file
         for file in files
@@ -303,7 +305,7 @@ def _usable(files: Iterable[File]) -> list[EncoderFile]:
 
 
 def _loadable(file: EncoderFile | Unusable) -> EncoderFile | Unusable:
-    """The same file, or why the host's own loader cannot take it."""
+    """Return the same file, or why ComfyUI's own loader cannot take it."""
     if isinstance(file, Unusable) or file.sizes.layout == "open_clip":
         return file
     sizes = file.sizes
@@ -321,8 +323,10 @@ def _loadable(file: EncoderFile | Unusable) -> EncoderFile | Unusable:
 
 @functools.cache
 def _hosts_sizes() -> dict[tuple[int, int, int, int], int]:
-    """Of each CLIP that the host's loader knows: width, layers, MLP's width, positions; width of
-    the embedding."""
+    """Return each CLIP that ComfyUI's loader knows.
+
+    Width, layers, MLP's width, positions; width of the embedding.
+    """
     found = {}
     for path in Path(comfy.clip_vision.__file__).parent.glob("clip_vision_config_*.json"):
         config = json.loads(path.read_text(encoding="utf-8"))

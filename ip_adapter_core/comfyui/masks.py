@@ -21,9 +21,11 @@ Area: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Masks:
-    """What the image branch is multiplied with: `masks (M, H, W)`, which the latents of a batch
-    take in turn (None: 1 everywhere), times `weights (N,)`, one a latent; the last one holds for
-    all that follow."""
+    """What the image branch is multiplied with.
+
+    `masks (M, H, W)`, which the latents of a batch take in turn (None: 1 everywhere), times
+    `weights (N,)`, one a latent; the last one holds for all that follow.
+    """
 
     masks: Tensor | None
     weights: Tensor
@@ -31,9 +33,12 @@ class Masks:
 
 @dataclass(frozen=True, eq=False)
 class PreparedMasks:
-    """`Masks` over a run's latents of `latent` (height, width): `numbers` of each latent's mask and
-    its `weights`, both `(B,)`, or `(1,)` for all alike. The levels of `masks` are computed once for
-    each part of the run's picture; to `device` and `dtype` they are moved."""
+    """`Masks` over a run's latents of `latent` (height, width).
+
+    `numbers` of each latent's mask and its `weights`, both `(B,)`, or `(1,)` for all alike. The
+    levels of `masks` are computed once for each part of the run's image; to `device` and `dtype`
+    they are moved.
+    """
 
     masks: Tensor | None
     numbers: Tensor
@@ -44,8 +49,11 @@ class PreparedMasks:
     _levels: dict[tuple[Size, Area | None] | None, Tensor] = field(default_factory=dict)
 
     def levels(self, latent: Size | None, area: Area | None) -> Tensor:
-        """`(B, Σ tokens, 1)`, or 1 for B: see `mask_levels`. `latent`: the size of the evaluated
-        latents, see `whole`. `(B, 1, 1)` where there are weights alone, which have no place."""
+        """Return `(B, Σ tokens, 1)`, or 1 for B: see `mask_levels`.
+
+        `latent`: the size of the evaluated latents, see `whole`. `(B, 1, 1)` where there are
+        weights alone, which have no place.
+        """
         key = None if self.masks is None else (whole(self.latent, latent or self.latent), area)
         if key not in self._levels:
             levels = self.weights[:, None, None]
@@ -56,8 +64,11 @@ class PreparedMasks:
 
 
 def whole(run: Size, latent: Size) -> Size:
-    """The whole picture's size where latents are evaluated: a sampler may have enlarged the run's,
-    but smaller ones are a part of it that something has cut out."""
+    """Return the whole image's size where latents are evaluated.
+
+    A sampler may have enlarged the run's, but smaller ones are a part of it that something has cut
+    out.
+    """
     return latent if latent[0] * latent[1] > run[0] * run[1] else run
 
 
@@ -98,15 +109,16 @@ def mask_levels(mask: Tensor, latent: Sequence[int], area: Sequence[int] | None)
 
 
 def _centres(count: int, start: float, length: float) -> Tensor:
-    """Centres of `count` cells over [start, start + length] of a unit side, as grid_sample's
-    -1 … 1."""
+    """Return centers of `count` cells over [start, start + length] of a unit side, -1 … 1."""
     cells = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return 2 * (start + cells * length) - 1
 
 
 def split_levels(levels: Tensor, height: int, width: int) -> Levels:
-    """Views of the levels by their number of tokens: `(B, tokens, 1)`. Raises RuntimeError if
-    they were made for another size."""
+    """Split the levels into views by their number of tokens: `(B, tokens, 1)`.
+
+    Raises RuntimeError if they were made for another size.
+    """
     if levels.shape[1] == 1:
         return levels
     counts = [rows * columns for rows, columns in level_sizes(height, width)]
@@ -120,7 +132,7 @@ def split_levels(levels: Tensor, height: int, width: int) -> Levels:
 
 
 def resize(finest: Tensor, latent: Sequence[int], size: Sequence[int]) -> Tensor:
-    """A resolution that is none of the levels, as other packs make it by shrinking layers.
+    """Make a resolution that is none of the levels, as other packs do by shrinking layers.
 
     `finest (B, height·width, 1)` at `latent`; `(B, tokens, 1)` at `size`.
     """

@@ -62,7 +62,7 @@ class CompiledPrompt:
 
 
 def _check_finite(packed: Tensor) -> None:
-    """Waits for the device, once a prompt and run."""
+    """Raise ValueError for values that are not finite; waits for the device, once a run."""
     if not packed.isfinite().all():
         raise ValueError(
             f"The image prompt's keys and values are not finite in the model's {packed.dtype}. "
@@ -95,8 +95,10 @@ class SamplingRun:
         return self._schedules[asked]
 
     def masks(self, given: Masks) -> PreparedMasks:
-        """Dealt out to the batch, once for both sides of a prompt; raises ValueError if that
-        cannot be."""
+        """Deal masks out to the batch, once for both sides of a prompt.
+
+        Raises ValueError if that cannot be.
+        """
         if given not in self._masks:
             self._masks[given] = self._dealt(given)
         return self._masks[given]
@@ -128,7 +130,7 @@ class SamplingRun:
         return rows.repeat(self.batch // len(rows), *[1] * (rows.ndim - 1))
 
     def rows(self, prompts: Sequence[CompiledPrompt], positive: bool = False) -> PromptRows:
-        """The prompts beside the whole batch; each is moved once, however many share it."""
+        """Lay the prompts beside the whole batch; each is moved once, however many share it."""
         for prompt in prompts:
             if prompt not in self._prepared:
                 self._prepared[prompt] = prompt.prepare(self)
@@ -142,7 +144,8 @@ class PreparedPrompt:
     """A prompt for the length of one run: on the device, in the UNet's dtype, in sigmas.
 
     Where a curve changes λ, `packed` is K' alone, `values` V' alone, and `factor (1,)` the curve's
-    at the moment."""
+    at the moment.
+    """
 
     source: CompiledPrompt
     packed: Tensor
@@ -152,7 +155,7 @@ class PreparedPrompt:
     factor: Tensor | None = None
 
     def at_step(self, moment: Moment) -> PreparedPrompt | None:
-        """The prompt as it is in force at that moment; None where it is not."""
+        """Return the prompt as it is in force at that moment; None where it is not."""
         if self.schedule.windowed and not self.schedule.includes(moment.sigma):
             return None
         return replace(self, factor=moment.factor(self.schedule))
@@ -236,10 +239,10 @@ class PromptRows(comfy.conds.CONDRegular):
         return [len(self.cond)]
 
     def concat(self, others: Sequence[PromptRows]) -> list[Tensor | None]:
-        """What the UNet gets: packed K'/V' and mask levels in turn, row-aligned.
+        """Return what the UNet gets: packed K'/V' and mask levels in turn, row-aligned.
 
-        Conditionings of different prompts share a call: a prompt fills the next slot of its
-        number of tokens, and rows without one get K' = V' = 0, which adds exactly nothing.
+        Conditionings of different prompts share a call: a prompt fills the next slot of its number
+        of tokens, and rows without one get K' = V' = 0, which adds exactly nothing.
         """
         blocks = [self, *others]
         out: list[Tensor | None] = []
@@ -280,7 +283,7 @@ class PromptRows(comfy.conds.CONDRegular):
 
 
 def _beside(rows: Tensor, latents: Tensor) -> Tensor:
-    """The rows of these latents; the only one, where there is one for all."""
+    """Return the rows of these latents; the only one, where there is one for all."""
     return rows if len(rows) == 1 else rows[latents]
 
 

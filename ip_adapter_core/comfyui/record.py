@@ -32,9 +32,11 @@ Attention: TypeAlias = Callable[..., Tensor]
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One UNet call: at `sigma (1,)`, of `texts` conditionings, of which `looked` count. `frames`:
-    which latents the rows of each are, after `skip` that the host discards; `numbers`: see
-    `Share`."""
+    """One UNet call at `sigma (1,)`, of `texts` conditionings, of which `looked` count.
+
+    `frames`: which latents the rows of each are, after `skip` that ComfyUI discards; `numbers`: see
+    `Share`.
+    """
 
     sigma: Tensor
     texts: int
@@ -60,9 +62,12 @@ class _Seen:
 
 @dataclass(eq=False)
 class _Watch:
-    """A run that goes on. `whole`: height and width of its latents at the moment; `rows`: the
-    prompts of each (place in the call of the guider, uuid of the conditioning); `known`: what this
-    prediction of the noise has evaluated already."""
+    """A run that goes on.
+
+    `whole`: height and width of its latents at the moment; `rows`: the prompts of each (place in
+    the call of the guider, uuid of the conditioning); `known`: what this prediction of the noise
+    has evaluated already.
+    """
 
     run: SamplingRun
     numbers: dict[CompiledPrompt, int]
@@ -72,7 +77,7 @@ class _Watch:
     seen: list[_Seen] = field(default_factory=list)
 
     def recorded(self, samples: Tensor) -> RecordedRun:
-        """The run is over: all leaves the device."""
+        """Return what the finished run leaves, off the device."""
         return RecordedRun(
             samples=samples.cpu(),
             prompts=len(self.numbers),
@@ -81,7 +86,10 @@ class _Watch:
         )
 
     def call(self, options: dict[str, Any], latent: tuple[int, int]) -> _Call | None:
-        """What to look at in this UNet call; None for nothing, or where it shows a part alone."""
+        """Return what to look at in this UNet call.
+
+        None for nothing, or where it shows a part alone.
+        """
         places = list(zip(options["cond_or_uncond"], options["uuids"], strict=True))
         rows = [row for row in map(self.rows.get, places) if row is not None]
         if latent != self.whole or len(rows) < len(places):
@@ -115,7 +123,7 @@ class _Watch:
         return 0 if prompt is None else self.numbers[prompt.source]
 
     def watched(self, call: _Call, attention: DecoupledAttention, layer: Layer) -> Attention:
-        """The same attention, bit for bit, with its images' shares written down."""
+        """Return the same attention, bit for bit, with its images' shares written down."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
             text = out = attention.text(q, k, v, options)
@@ -131,7 +139,7 @@ class _Watch:
         return attend
 
     def _add(self, call: _Call, layer: Layer, maps: Tensor) -> None:
-        """`maps (rows, slots, height, width)` of one layer."""
+        """Add `maps (rows, slots, height, width)` of one layer."""
         texts = maps.chunk(call.texts)
         own = torch.stack([texts[i][call.skip :] for i in call.looked])
         last = self.seen[-1] if self.seen else None
@@ -154,15 +162,20 @@ class AttentionRecorder:
     _watch: _Watch | None = None
 
     def of(self, samples: Tensor) -> RecordedRun:
-        """The run that made these latents `(N, C, height, width)`; raises ValueError if none of
-        those that are held did."""
+        """Return the run that made these latents `(N, C, height, width)`.
+
+        Raises ValueError if none of those that are held did.
+        """
         return of_samples(self.runs, samples)
 
     def watching(
         self, sample: Callable[..., Any], run: SamplingRun, conds: Conds
     ) -> Callable[..., Any]:
-        """The same sampling run, watched. torch.compile is off meanwhile: traced code would not
-        write anything down, and the host drops the guards that tell a watched run from others."""
+        """Return the same sampling run, watched.
+
+        torch.compile is off meanwhile: traced code would not write anything down, and ComfyUI drops
+        the guards that tell a watched run from others.
+        """
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             self._watch = _Watch(run, _numbered(conds), run.latent)
@@ -185,8 +198,7 @@ class AttentionRecorder:
         return executor(*args, **kwargs)
 
     def evaluates(self, conds: list[Any], latent: Size) -> None:
-        """`conds`: of one call of the guider on latents of this size, with the prompts that are in
-        force."""
+        """Note the conditionings of one call of the guider, with the prompts that are in force."""
         if self._watch is not None:
             self._watch.whole = whole(self._watch.run.latent, latent)
             self._watch.rows = {
@@ -198,14 +210,14 @@ class AttentionRecorder:
     def look(
         self, options: dict[str, Any], latent: tuple[int, int]
     ) -> Callable[[DecoupledAttention, Layer], Attention] | None:
-        """What watches the layers of one UNet call; None where there is nothing to see."""
+        """Return what watches the layers of one UNet call; None where there is nothing to see."""
         watch = self._watch
         call = None if watch is None else watch.call(options, latent)
         return None if watch is None or call is None else partial(watch.watched, call)
 
 
 def _numbered(conds: Conds) -> dict[CompiledPrompt, int]:
-    """The prompts of the positive side, from 1: the model's, then the conditionings' own."""
+    """Give the positive side's prompts numbers from 1: the model's, then the conditionings' own."""
     rows = (entry["model_conds"].get(KEY) for entries in conds.values() for entry in entries)
     positive = [row for row in rows if row is not None and row.positive]
     sources = dict.fromkeys(prompt.source for row in positive for prompt in row.prompts)
@@ -213,8 +225,10 @@ def _numbered(conds: Conds) -> dict[CompiledPrompt, int]:
 
 
 def recording(model: ModelPatcher) -> tuple[ModelPatcher, AttentionRecorder]:
-    """A clone of the model whose runs are watched, and what they leave. Raises ValueError for a
-    model that is no UNet."""
+    """Return a clone of the model whose runs are watched, and what they leave.
+
+    Raises ValueError for a model that is no UNet.
+    """
     layers_of(model)
     record = AttentionRecorder()
     patched = with_wrappers(model)

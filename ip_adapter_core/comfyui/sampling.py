@@ -110,8 +110,10 @@ def drop_inactive_prompts(
 
 
 def _unnamed(x: Tensor, options: dict[str, Any]) -> PromptRows | None:
-    """The model's negative side for conditionings that the guider does not know. Context windows
-    have cut their frames out of `x`, but only the known conditionings' rows."""
+    """Return the model's negative side for conditionings that the guider does not know.
+
+    Context windows have cut their frames out of `x`, but only the known conditionings' rows.
+    """
     rows: PromptRows | None = options.get(UNNAMED)
     window = options.get("context_window")
     if rows is None or window is None or len(rows.cond) == len(x):

@@ -20,8 +20,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Schedule:
-    """The window `start … end`, fractions of the schedule, and a curve over all of it, from such
-    a fraction to a multiplier of λ. Equal ones share what a run prepares."""
+    """The window `start … end`, fractions of the schedule, and a curve over all of it.
+
+    The curve goes from such a fraction to a multiplier of λ. Equal schedules share what a run
+    prepares.
+    """
 
     start: float = 0.0
     end: float = 1.0
@@ -46,8 +49,11 @@ class Schedule:
 
 @dataclass(frozen=True, eq=False)
 class PreparedSchedule:
-    """`table`: rising sigmas and a factor of λ for each, both `(n,)` on the device: looking one up
-    there makes nobody wait for the device, as asking for the sigma would."""
+    """A schedule in sigmas.
+
+    `table`: rising sigmas and a factor of λ for each, both `(n,)` on the device: looking one up
+    there makes nobody wait for the device, as asking for the sigma would.
+    """
 
     windowed: bool
     sigma_start: float
@@ -72,7 +78,7 @@ class Moment:
         return float(self.timestep[0].item())
 
     def factor(self, schedule: PreparedSchedule) -> Tensor | None:
-        """The curve's factor of λ, `(1,)`; None where there is no curve."""
+        """Return the curve's factor of λ, `(1,)`; None where there is no curve."""
         if schedule.table is None:
             return None
         if schedule not in self._factors:
@@ -83,8 +89,11 @@ class Moment:
 
 
 def _table(curve: CurveInput, model_sampling: Any, steps: list[float]) -> tuple[Tensor, Tensor]:
-    """The curve over sigmas: at the run's `steps`, and densely for samplers that evaluate between
-    them. Beyond the last place it goes on as there."""
+    """Tabulate the curve over sigmas.
+
+    At the run's `steps`, and densely for samplers that evaluate between them. Beyond the last place
+    it goes on as there.
+    """
     fractions, rising = _schedule(model_sampling)
     dense = np.exp(-np.interp(np.linspace(0, 1, _PLACES), fractions, rising))
     places = np.unique(np.concatenate([dense, steps]).astype(np.float32))
@@ -94,8 +103,10 @@ def _table(curve: CurveInput, model_sampling: Any, steps: list[float]) -> tuple[
 
 
 def _schedule(model_sampling: Any) -> tuple[Floats, Floats]:
-    """Fractions of the schedule and -log σ at each, which is nearly linear between them. They lie
-    closer towards the ends, where it bends (Chebyshev nodes)."""
+    """Return fractions of the schedule and -log σ at each, nearly linear between them.
+
+    They lie closer towards the ends, where it bends (Chebyshev nodes).
+    """
     fractions = (1 - np.cos(np.linspace(0, np.pi, _ASKED))) / 2
     # The host only turns fractions into sigmas, and gives the two ends special values.
     ends = float(model_sampling.sigma_max), float(model_sampling.sigma_min)
