@@ -1,6 +1,6 @@
 """Steps of train.py's own loop, and others between them.
 
-They are timed from the end of one `Run.after_step` to the end of the next, so with all that the
+They are timed from the end of one `Trainer.after_step` to the end of the next, so with all that the
 loop does: the loader, which reads in this process, the meter, the schedule, the progress bar.
 """
 
@@ -15,13 +15,12 @@ from unittest.mock import patch
 
 import torch
 
-from training.config import Settings
+from training.config import TrainConfig
 from training.loss import Batch
-from training.run import Run
-from training.train import train
+from training.trainer import Trainer
 
 NOT_TIMED = 5  # steps at the start
-Partner = Callable[[Run, Batch], float]
+Partner = Callable[[Trainer, Batch], float]
 
 
 @contextmanager
@@ -35,7 +34,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def side_by_side(given: Settings, partner: Partner) -> list[tuple[float, float]]:
+def side_by_side(given: TrainConfig, partner: Partner) -> list[tuple[float, float]]:
     """Time each step of train.py's loop but the first ones beside `partner` with the same batch.
 
     Returns:
@@ -44,25 +43,25 @@ def side_by_side(given: Settings, partner: Partner) -> list[tuple[float, float]]
     ours: list[float] = []
     theirs: list[float] = []
     batches: list[Batch] = []
-    after_step, began = Run.after_step, 0.0
+    after_step, began = Trainer.after_step, 0.0
 
     def noting(found: Iterator[Batch]) -> Iterator[Batch]:
         for batch in found:
             batches[:] = [batch]
             yield batch
 
-    def measured(run: Run, bar: Any) -> None:
+    def measured(trainer: Trainer, bar: Any) -> None:
         nonlocal began
-        after_step(run, bar)
+        after_step(trainer, bar)
         ours.append(time.process_time() - began)
         if not batches:
-            run.batches = noting(run.batches)
+            trainer.batches = noting(trainer.batches)
         else:
-            theirs.append(partner(run, batches[0]))
+            theirs.append(partner(trainer, batches[0]))
         began = time.process_time()
 
-    with patch.object(Run, "after_step", measured):
-        train(given)
+    with patch.object(Trainer, "after_step", measured):
+        Trainer(given).train()
     between = [sum(pair) / 2 for pair in pairwise(theirs)]
     return list(zip(ours[2:], between, strict=True))[NOT_TIMED - 2 :]
 

@@ -27,13 +27,10 @@ from torch import Tensor
 
 from tests.support import small_models
 from tools.comfyui.install import ROOT
-from training import loss as recipe
-from training.config import Settings
+from training.config import TrainConfig
 from training.data.image import fit
-from training.loss import Batch
-from training.run import Run
-from training.setup import prepare
-from training.train import training_loss
+from training.loss import Batch, weighted_mse
+from training.trainer import Trainer
 
 PICTURES, HELD_OUT, SIDE = 512, 128, 64
 OUTPUT = ROOT / "output" / "learning.json"
@@ -52,15 +49,16 @@ def make(folder: Path, base_steps: int) -> None:
             picture(number).save(folder / name / f"{number}.png")
             (folder / name / f"{number}.txt").write_text("a picture")
     _sharpen(folder)
-    run = prepare(settings(folder, "pictures", 0, drop_image=1.0, drop_text=0.0, drop_both=0.0))
-    unet = run.unet.requires_grad_(True)
+    drops = {"i_drop_rate": 1.0, "t_drop_rate": 0.0, "ti_drop_rate": 0.0}
+    trainer = Trainer(config(folder, "pictures", 0, **drops))
+    unet = trainer.unet.requires_grad_(True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
     for _ in range(base_steps):
-        batch = run.encode(next(run.batches))
-        clean = recipe.latents(batch, run.scaling)
-        seen, target = recipe.noised(run.noise_schedule, clean, batch)
-        predicted = unet(seen, batch["timestep"], batch["states"]).sample
-        recipe.loss(predicted, target, batch["weight"]).backward()
+        batch = trainer.encode(next(trainer.batches))
+        latents = trainer.loss.sample_latents(batch)
+        noisy_latents, target = trainer.loss.add_noise(latents, batch)
+        predicted = unet(noisy_latents, batch["timestep"], batch["states"]).sample
+        weighted_mse(predicted, target, batch["weight"]).backward()
         optimizer.step()
         optimizer.zero_grad()
     unet.save_pretrained(folder / "base" / "unet")
@@ -94,26 +92,26 @@ def _sharpen(folder: Path) -> None:
     vae.save_pretrained(path)
 
 
-def settings(folder: Path, data: str, seed: int, **changes: Any) -> Settings:
+def config(folder: Path, data: str, seed: int, **changes: Any) -> TrainConfig:
     given = {
-        "base": str(folder / "base"),
-        "image_encoder": str(folder / "encoder"),
-        "data": str(folder / data),
-        "out": str(folder / f"run-{data}-{seed}"),
+        "pretrained_model_name_or_path": str(folder / "base"),
+        "image_encoder_path": str(folder / "encoder"),
+        "train_data_dir": str(folder / data),
+        "output_dir": str(folder / f"run-{data}-{seed}"),
         "seed": seed,
-        "size": SIDE,
-        "batch_size": 16,
+        "resolution": SIDE,
+        "train_batch_size": 16,
         "learning_rate": 1e-3,
-        "workers": 0,
-        "log_with": "none",
-        "steps": 1_000_000,
+        "dataloader_num_workers": 0,
+        "report_to": "none",
+        "max_train_steps": 1_000_000,
     }
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    return Settings(**{**given, **changes})
+    return TrainConfig(**{**given, **changes})
 
 
-def margin(run: Run, batches: list[Batch]) -> tuple[float, float]:
+def margin(trainer: Trainer, batches: list[Batch]) -> tuple[float, float]:
     """Mean error of the predicted noise with the right reference, and with the next picture's."""
     found = []
     for shift in (0, 1):
@@ -121,36 +119,25 @@ def margin(run: Run, batches: list[Batch]) -> tuple[float, float]:
         for batch in batches:
             wrong = {**batch, "features": batch["features"].roll(shift, dims=0)}
             with torch.no_grad():
-                errors.append(training_loss_of(run, wrong))
+                errors.append(trainer.loss(trainer.adapter, wrong))
         found.append(torch.stack(errors).mean().item())
     return found[0], found[1]
 
 
-def training_loss_of(run: Run, encoded: Batch) -> Tensor:
-    """train.py's loss of a batch that is encoded already."""
-    encode, run.encode = run.encode, lambda batch: batch
-    try:
-        return training_loss(run, encoded)
-    finally:
-        run.encode = encode
-
-
 def train(folder: Path, seed: int, steps: int, every: int) -> Iterator[dict[str, float]]:
     """One adapter from scratch; errors on the held-out pictures before and while it learns."""
-    none = {"drop_image": 0.0, "drop_text": 0.0, "drop_both": 0.0}
-    held_out = prepare(settings(folder, "held_out", seed, **none))
+    none = {"i_drop_rate": 0.0, "t_drop_rate": 0.0, "ti_drop_rate": 0.0}
+    held_out = Trainer(config(folder, "held_out", seed, **none))
     batches = [held_out.encode(next(held_out.batches)) for _ in range(HELD_OUT // 16 * 4)]
-    run = prepare(settings(folder, "pictures", seed))
+    trainer = Trainer(config(folder, "pictures", seed))
     while True:
-        if run.step % every == 0:
-            right, wrong = margin(run, batches)
-            yield {"step": run.step, "right": right, "wrong": wrong, "margin": wrong - right}
-        if run.step == steps:
+        if trainer.step % every == 0:
+            right, wrong = margin(trainer, batches)
+            yield {"step": trainer.step, "right": right, "wrong": wrong, "margin": wrong - right}
+        if trainer.step == steps:
             return
-        run.accelerator.backward(training_loss(run, next(run.batches)))
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.step += 1
+        trainer.train_step()
+        trainer.step += 1
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from torchvision import transforms
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
 from tests.support.reference_training import TIMESTEPS, ReferenceStep
-from training.config import Settings
+from training.config import TrainConfig
 
 DROP = 0.05  # each of: image, text, both
 
@@ -64,17 +64,21 @@ class Pictures(Dataset[dict[str, Any]]):
 class Reference:
     """The loop with the modules of `settings` and an adapter that starts from `weights`."""
 
-    def __init__(self, settings: Settings, pictures: Path, weights: Mapping[str, Tensor]) -> None:
-        self.model = ReferenceStep(settings.base, settings.image_encoder, weights, sdxl=False)
+    def __init__(
+        self, settings: TrainConfig, pictures: Path, weights: Mapping[str, Tensor]
+    ) -> None:
+        base, encoder = settings.pretrained_model_name_or_path, settings.image_encoder_path
+        self.model = ReferenceStep(base, encoder, weights, sdxl=False)
         self.optimizer = torch.optim.AdamW(
             list(self.model.trained.values()),
             lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
+            weight_decay=settings.adam_weight_decay,
         )
-        tokenizer = CLIPTokenizer.from_pretrained(settings.base, subfolder="tokenizer")
-        processor = CLIPImageProcessor.from_pretrained(settings.image_encoder)
-        self.dataset = Pictures(pictures, tokenizer, processor, settings.size)
-        self.batches = self._batches(DataLoader(self.dataset, settings.batch_size, shuffle=True))
+        tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
+        processor = CLIPImageProcessor.from_pretrained(encoder)
+        self.dataset = Pictures(pictures, tokenizer, processor, settings.resolution)
+        loader = DataLoader(self.dataset, settings.train_batch_size, shuffle=True)
+        self.batches = self._batches(loader)
 
     @staticmethod
     def _batches(loader: DataLoader[Any]) -> Iterator[dict[str, Tensor]]:

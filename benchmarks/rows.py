@@ -49,23 +49,23 @@ def measured(folder: Path, rows: int) -> int:
 
 
 def main() -> None:
-    from training.config import Settings
-    from training.setup import prepare
+    from training.config import TrainConfig
+    from training.trainer import Trainer
 
     folder = Path(sys.argv[1])
-    run = prepare(
-        Settings(
-            base=str(folder / "base"),
-            image_encoder=str(folder / "encoder"),
-            data=str(folder),
-            out=str(folder / "run"),
-            size=64,
-            workers=0,
-            log_with="none",
+    trainer = Trainer(
+        TrainConfig(
+            pretrained_model_name_or_path=str(folder / "base"),
+            image_encoder_path=str(folder / "encoder"),
+            train_data_dir=str(folder),
+            output_dir=str(folder / "run"),
+            resolution=64,
+            dataloader_num_workers=0,
+            report_to="none",
         )
     )
     for _ in range(BATCHES):
-        next(run.batches)
+        next(trainer.batches)
     print(own_memory())
 
 

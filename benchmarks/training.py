@@ -32,11 +32,9 @@ from diffusers import UNet2DConditionModel
 from ip_adapter_core.files import adapter_file as checkpoint
 from tests.support import image_folders
 from training import cache
-from training import loss as recipe
-from training.config import Settings
+from training.config import TrainConfig
 from training.loss import Batch
-from training.run import Run
-from training.train import train
+from training.trainer import Trainer
 from training.unet import new_adapter
 
 from . import proportions, report, rows
@@ -93,52 +91,53 @@ def make(folder: Path) -> None:
 
 def fill_cache(folder: Path) -> None:
     """`cache` of `pictures`."""
-    given = settings(folder)
-    wanted = cache.CacheSettings(
-        base=given.base,
-        image_encoder=given.image_encoder,
-        data=str(folder / "pictures"),
-        out=str(folder / "cache"),
-        size=given.size,
-        workers=0,
+    given = config(folder)
+    wanted = cache.CacheConfig(
+        pretrained_model_name_or_path=given.pretrained_model_name_or_path,
+        image_encoder_path=given.image_encoder_path,
+        train_data_dir=str(folder / "pictures"),
+        output_dir=str(folder / "cache"),
+        resolution=given.resolution,
+        dataloader_num_workers=0,
     )
     with patch.object(datasets.config, "HF_DATASETS_CACHE", folder / "datasets"):
         cache.make(wanted)
 
 
-def settings(folder: Path, **changes: Any) -> Settings:
+def config(folder: Path, **changes: Any) -> TrainConfig:
     """Of a run from the cache, reading it in this process."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     given = {
-        "base": str(folder / "base"),
-        "image_encoder": str(folder / "encoder"),
-        "cache": str(folder / "cache"),
-        "out": tempfile.mkdtemp(dir=folder),
-        "size": proportions.SIZE,
-        "batch_size": BATCH,
-        "workers": 0,
+        "pretrained_model_name_or_path": str(folder / "base"),
+        "image_encoder_path": str(folder / "encoder"),
+        "feature_cache_dir": str(folder / "cache"),
+        "output_dir": tempfile.mkdtemp(dir=folder),
+        "resolution": proportions.SIZE,
+        "train_batch_size": BATCH,
+        "dataloader_num_workers": 0,
     }
-    return Settings(**{**given, **changes})
+    return TrainConfig(**{**given, **changes})
 
 
 def loop_overhead(folder: Path, rounds: int) -> float:
     """Ratio of a step of the loop to one that finds everything ready."""
-    pairs = side_by_side(settings(folder, steps=rounds + NOT_TIMED), bare_step)
+    pairs = side_by_side(config(folder, max_train_steps=rounds + NOT_TIMED), bare_step)
     return statistics.median(ours / bare for ours, bare in pairs)
 
 
-def bare_step(run: Run, batch: Batch) -> float:
+def bare_step(trainer: Trainer, batch: Batch) -> float:
     """Return the seconds of forward, backward and optimizer by torch alone, on the loop's batch."""
-    clean = recipe.latents(batch, run.scaling, run.shift)
-    seen, target = recipe.noised(run.noise_schedule, clean, batch)
-    features, states, _ = recipe.conditions(batch, run.dropped)
+    loss = trainer.loss
+    noisy_latents, target = loss.add_noise(loss.sample_latents(batch), batch)
+    features, states, _ = loss.drop_conditions(batch)
     features, states = features.float(), states.float()
-    adapter, optimizer, unet = run.sampled(), run.optimizer.optimizer, run.unet
+    adapter, optimizer, unet = trainer.sampled(), trainer.optimizer.optimizer, trainer.unet
 
     def step() -> None:
         given = {"ip_hidden_states": adapter(features)}
-        predicted = unet(seen, batch["timestep"], states, cross_attention_kwargs=given).sample
+        timestep = batch["timestep"]
+        predicted = unet(noisy_latents, timestep, states, cross_attention_kwargs=given).sample
         torch.nn.functional.mse_loss(predicted, target).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -148,12 +147,12 @@ def bare_step(run: Run, batch: Batch) -> float:
 
 def cache_speedup(folder: Path, rounds: int) -> float:
     """Ratio of a step of the reference's loop to one of train.py's from a cache."""
-    given = settings(folder, steps=rounds + NOT_TIMED)
+    given = config(folder, max_train_steps=rounds + NOT_TIMED)
     loops: list[Reference] = []
 
-    def reference_step(run: Run, batch: Batch) -> float:
+    def reference_step(trainer: Trainer, batch: Batch) -> float:
         if not loops:
-            weights = run.sampled().state_dict()
+            weights = trainer.sampled().state_dict()
             loops.append(Reference(given, folder / "pictures", weights))
         return seconds(loops[0].step)
 
@@ -169,7 +168,8 @@ def waiting_for_data(folder: Path, rounds: int) -> float:
         told.append(values)
 
     with patch.object(Accelerator, "log", log):
-        train(settings(folder, workers=WORKERS, steps=2 * rounds, log_every=rounds))
+        steps = {"max_train_steps": 2 * rounds, "logging_steps": rounds}
+        Trainer(config(folder, dataloader_num_workers=WORKERS, **steps)).train()
     return told[-1]["waiting_for_data"]
 
 

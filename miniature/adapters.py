@@ -16,7 +16,7 @@ from tools.comfyui.install import ROOT
 SIDE = 64
 ONE_GPU = Path(__file__).with_name("one_gpu.yaml")
 REFERENCE_STREAM = 1 << 20  # added to the seed: shapes drawn anew are of a stream of their own
-RESAMPLER = {"resampler_dim": 192, "resampler_depth": 2, "warmup_steps": 100}
+RESAMPLER = {"resampler_dim": 192, "resampler_depth": 2, "lr_warmup_steps": 100}
 """Of the fine-grained variant's query network; the published ones' would take 58 MB. It needs a
 smaller learning rate than the base adapter (see build.STEPS): at 2e-3, 1,000 steps destroy what
 even an untrained network's tokens tell of where a shape lies (a linear fit of x and y: R² 0.41 and
@@ -24,17 +24,17 @@ even an untrained network's tokens tell of where a shape lies (a linear fit of x
 
 
 SETTINGS: dict[str, Any] = {
-    "batch_size": 16,
+    "train_batch_size": 16,
     "learning_rate": 2e-3,
-    "clip_norm": 1.0,
-    "schedule": "cosine",
-    "warmup_steps": 20,
-    "debiased_estimation": True,
-    "drop_text": 0.35,
-    "log_with": "none",
-    "workers": 0,
-    "save_every": 1000,
-    "keep": 1,
+    "max_grad_norm": 1.0,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 20,
+    "debiased_estimation_loss": True,
+    "t_drop_rate": 0.35,
+    "report_to": "none",
+    "dataloader_num_workers": 0,
+    "checkpointing_steps": 1000,
+    "checkpoints_total_limit": 1,
 }
 """Where they differ from the paper's: a short run on a small set."""
 
@@ -63,15 +63,15 @@ def cache(base: Path, encoder: Path, pictures: Path, out: Path, device: str = "c
     _launch(
         "training/cache.py",
         device,
-        base=base,
-        image_encoder=f"open_clip:{encoder}",
-        data=pictures,
-        out=out,
-        size=SIDE,
+        pretrained_model_name_or_path=base,
+        image_encoder_path=f"open_clip:{encoder}",
+        train_data_dir=pictures,
+        output_dir=out,
+        resolution=SIDE,
         features="both",
-        precision="float32",
+        dtype="float32",
         batch_size=125,
-        workers=0,
+        dataloader_num_workers=0,
     )
 
 
@@ -91,13 +91,13 @@ def train(
     _launch(
         "training/train.py",
         device,
-        base=base,
-        image_encoder=f"open_clip:{encoder}",
-        cache=cached,
-        out=out,
+        pretrained_model_name_or_path=base,
+        image_encoder_path=f"open_clip:{encoder}",
+        feature_cache_dir=cached,
+        output_dir=out,
         variant=variant,
-        precision="fp32",
-        steps=steps,
+        mixed_precision="no",
+        max_train_steps=steps,
         **(SETTINGS | settings),
     )
     return out / "ip-adapter.safetensors"

@@ -21,7 +21,8 @@ from miniature import text
 from miniature.autoencoder import Autoencoder
 from miniature.scenes import COLOURS, KINDS, PLACES, SHAPES, caption, render, scenes
 from miniature.training import Average, Progress, decaying
-from training.loss import Recipe
+from training.config import LossConfig
+from training.loss import timestep_weights, training_scheduler
 
 CONFIG: dict[str, Any] = {
     "sample_size": 8,
@@ -148,11 +149,11 @@ def naming(kinds: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @cache
-def _recipe() -> tuple[Recipe, Any]:
+def _recipe() -> tuple[LossConfig, Any]:
     """`training/`'s, with its scheduler. Weighted by 1/√SNR: colour and background are decided
     where there is almost only noise, and a plain error hardly feels them there."""
-    recipe = Recipe("epsilon", debiased_estimation=True)
-    return recipe, recipe.schedule(SCHEDULE)
+    config = LossConfig(prediction_type="epsilon", debiased_estimation_loss=True)
+    return config, training_scheduler(SCHEDULE, config)
 
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -163,12 +164,12 @@ def denoising_loss(
     predict: Predict, latents: Tensor, context: Tensor, generator: torch.Generator
 ) -> Tensor:
     """How far `predict` is from the noise that was added to latents `(N, 4, h, w)`: a scalar."""
-    recipe, schedule = _recipe()
+    config, scheduler = _recipe()
     times = torch.randint(1000, (len(latents),), generator=generator).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    found = predict(schedule.add_noise(latents, noise, times), times, context)
+    found = predict(scheduler.add_noise(latents, noise, times), times, context)
     errors = (found - noise).square().mean((1, 2, 3))
-    return (errors * recipe.loss_weights(schedule, times)).mean()
+    return (errors * timestep_weights(scheduler, times, config)).mean()
 
 
 def noise_by(unet: Any) -> Predict:

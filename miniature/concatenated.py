@@ -24,9 +24,9 @@ from miniature.ddim import ddim, starting_noise
 from miniature.drawing import Task, as_tensor
 from miniature.scenes import references, render, scenes
 from miniature.training import Progress
-from training.config import Settings
+from training.config import LossConfig
 from training.models.base import load_base
-from training.prompts import encode_text
+from training.sampling import encode_text
 
 WIDTH = 768
 _DRAWN_AT_ONCE = 16
@@ -68,9 +68,10 @@ def train(
     unet.to(device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(projection.parameters(), SETTINGS["learning_rate"])
-    schedule = get_cosine_schedule_with_warmup(optimizer, SETTINGS["warmup_steps"], steps)
-    progress, batch = Progress("concatenated", steps), SETTINGS["batch_size"]
-    no_text, no_image, neither = SETTINGS["drop_text"], Settings.drop_image, Settings.drop_both
+    schedule = get_cosine_schedule_with_warmup(optimizer, SETTINGS["lr_warmup_steps"], steps)
+    progress, batch = Progress("concatenated", steps), SETTINGS["train_batch_size"]
+    no_text = SETTINGS["t_drop_rate"]
+    no_image, neither = LossConfig.i_drop_rate, LossConfig.ti_drop_rate
     for step in range(steps):
         rows = torch.randint(count, (batch,), generator=generator)
         draw = torch.rand(batch, generator=generator)
@@ -81,7 +82,7 @@ def train(
         loss = denoising_loss(noise_by(unet), latents[rows].to(device), both, generator)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(projection.parameters(), SETTINGS["clip_norm"])
+        nn.utils.clip_grad_norm_(projection.parameters(), SETTINGS["max_grad_norm"])
         optimizer.step()
         schedule.step()
         progress.step(step, loss)

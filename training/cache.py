@@ -1,12 +1,14 @@
 """Cache what the frozen encoders give, so that training is about twice as fast. The commands:
 
-    accelerate launch training/cache.py --base stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --image_encoder open_clip:ViT-H-14/laion2b_s32b_b79k --data pictures --out cache
-    accelerate launch training/train.py --base … --image_encoder … --cache cache --out run
+    accelerate launch training/cache.py \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --image_encoder_path open_clip:ViT-H-14/laion2b_s32b_b79k \\
+        --train_data_dir images --output_dir cache
+    accelerate launch training/train.py … --feature_cache_dir cache --output_dir run
 
 Every process of the launch writes shards of its own; the same command again goes on where a killed
 one stopped. A sample of SD1.5 takes 182 KiB with image_embeds (64 latents, 116 text, 2 image), 643
-more with penultimate_hidden_states. Every setting: `cache.py --help`.
+more with penultimate_hidden_states. Every option: `cache.py --help`.
 """
 
 from __future__ import annotations
@@ -25,130 +27,89 @@ if __name__ == "__main__":  # as a script: what is imported lies beside this fol
 
 import torch
 from accelerate import PartialState
-from jsonargparse import ArgumentParser, set_parsing_settings
 from tqdm import tqdm
 
 from ip_adapter_core.variants import FEATURE_KINDS, FeatureKind
 from training.caching import writer as cache_writing
 from training.caching.dataset import CachedDataset
 from training.caching.format import Manifest
-from training.data.buckets import LATENT_STEP, by_aspect, square
+from training.config import DataConfig, ModelConfig, check_at_least, parse
+from training.data.buckets import by_aspect, square
 from training.data.dataset import RawDataset
 from training.data.randomness import NoiseSettings
 from training.data.sources import Columns, open_source
 from training.data.webdataset import is_stream
+from training.distributed import begin
 from training.errors import TrainingError
-from training.launch import begin
 from training.models.base import load_encoders
 from training.models.frozen import FrozenEncoders, ImageEncoder
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 logger = logging.getLogger("training")
 
 PATIENCE = timedelta(days=7)  # processes share the shards by number, not by how fast they are
 NO_DRAWS = NoiseSettings(0, 0.0, 0.0, 0.0, 1, 0.0)  # what training draws, it draws anew
 
 
-@dataclass(frozen=True)
-class CacheSettings:
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(DataConfig, ModelConfig):
     """Cache what VAE, text encoders and image encoder give."""
 
-    base: str
-    """Diffusion model: a diffusers folder, a hub id, or a checkpoint file. Its UNet is not read."""
-    image_encoder: str
-    """`open_clip:MODEL/WEIGHTS`, `open_clip:MODEL@FILE`, or a transformers CLIP vision model."""
-    data: str
-    """Pictures and captions: a folder, the reference's JSON, or a `datasets` folder."""
-    out: str
+    output_dir: str
     """Folder for the cache."""
-    vae: str | None = None
-    """Another VAE than the base's own, such as `madebyollin/sdxl-vae-fp16-fix`."""
-    image_root: str | None = None
-    """Folder that file names in a JSON are relative to; default: the JSON's own."""
-    caption_column: str | None = None
-    """Column of the captions; default: `text`, `caption` or `prompt`, whichever is there."""
-    default_caption: str | None = None
-    """Caption of pictures that have none; an empty one trains without text."""
-
-    size: int = 512
-    """Pixels of the shortest side, centre-cropped, a multiple of 8: the paper's. SDXL ends with
-    1024."""
-    buckets: bool = False
-    """Keep aspect ratios: buckets of about size², sides multiples of 64."""
     features: Literal[FeatureKind, "both"] = "image_embeds"
     """image_embeds for the base variant, penultimate_hidden_states for plus and full."""
-
-    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Of the encoders. auto: float16 on a GPU, as finely as it is stored, float32 on a CPU."""
-    stored: Literal["float16", "bfloat16", "float32"] = "float16"
+    cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Of the files. bfloat16 is coarser, but nothing exceeds it."""
-    shard_rows: int = 256
+    rows_per_shard: int = 256
     """Rows a file: 48 to 216 MB of SD1.5. It is what a kill can cost each process."""
     batch_size: int = 16
-    """Pictures encoded at once. The last bit of the results may depend on it."""
-    workers: int = 4
-    """Processes that read pictures, for each process of the launch."""
+    """Images encoded at once. The last bit of the results may depend on it."""
 
     def __post_init__(self) -> None:
-        for name, least in (("shard_rows", 1), ("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}.")
-        if self.size < 1 or self.size % LATENT_STEP:
-            raise ValueError(
-                f"size is {self.size}; expected a multiple of {LATENT_STEP}, the pixels of one "
-                "latent."
-            )
+        super().__post_init__()
+        if not self.train_data_dir:
+            raise TrainingError("No data is given: name its folder with --train_data_dir.")
+        check_at_least(self, rows_per_shard=1, batch_size=1)
 
     @property
     def kinds(self) -> tuple[FeatureKind, ...]:
+        """The kinds of features to cache."""
         return FEATURE_KINDS if self.features == "both" else (self.features,)
 
 
-def parse(arguments: Sequence[str] | None = None) -> CacheSettings:
-    """Settings from `--config FILE.yaml` and the command line, which wins."""
-    parser = ArgumentParser(prog="cache.py", description=CacheSettings.__doc__)
-    parser.add_argument("--config", action="config", help="YAML file of any of these settings.")
-    parser.add_class_arguments(CacheSettings)
-    found = parser.parse_args(arguments).as_dict()
-    found.pop("config", None)
-    try:
-        return CacheSettings(**found)
-    except ValueError as error:
-        parser.error(str(error))
-        raise  # never reached: error() ends the program
-
-
-def make(settings: CacheSettings) -> CachedDataset:
+def make(config: CacheConfig) -> CachedDataset:
     """Write what is missing of the cache; every process of a launch calls this. Returns it whole.
 
     Raises TrainingError for what a user can mend.
     """
-    if is_stream(settings.data):
+    if is_stream(config.train_data_dir):
         raise TrainingError(
-            f"'{settings.data}' are WebDataset shards, whose samples have no numbers to go on at. "
-            "Train from them without a cache, or unpack them into a folder of pictures."
+            f"'{config.train_data_dir}' are WebDataset shards, whose samples have no numbers to go "
+            "on at. Train from them without a cache, or unpack them into a folder of images."
         )
-    state, out = begin(PATIENCE), Path(settings.out)
+    state, out = begin(PATIENCE), Path(config.output_dir)
     claimed = cache_writing.claimed(out) if state.is_main_process else nullcontext()
     with claimed, _one_thread(state.device):
         with state.main_process_first():
             source = open_source(
-                settings.data,
-                image_root=settings.image_root,
-                columns=Columns(text=settings.caption_column),
-                default_caption=settings.default_caption,
+                config.train_data_dir,
+                image_root=config.data_root_path,
+                columns=Columns(text=config.caption_column),
+                default_caption=config.default_caption,
             )
-            size = settings.size
-            buckets = by_aspect(source, size, out) if settings.buckets else square(size)
-        encoders = _encoders(settings, state.device)
+            size = config.resolution
+            buckets = by_aspect(source, size, out) if config.enable_bucket else square(size)
+        encoders = _encoders(config, state.device)
         manifest = Manifest(
             rows=len(source),
-            shard_rows=settings.shard_rows,
-            features=settings.kinds,
-            dtype=settings.stored,
+            shard_rows=config.rows_per_shard,
+            features=config.kinds,
+            dtype=config.cache_dtype,
             sizes=buckets.sizes,
             parts={**encoders.fingerprints, "data": source.fingerprint},
-            names={**encoders.names, "data": settings.data},
+            names={**encoders.names, "data": config.train_data_dir},
         )
         with state.main_process_first():
             if state.is_main_process:
@@ -158,11 +119,11 @@ def make(settings: CacheSettings) -> CachedDataset:
         mine = missing[state.process_index :: state.num_processes]
         preprocess = encoders.image_encoder.preprocess
         dataset = RawDataset(source, encoders.tokenise, preprocess, buckets, NO_DRAWS)
-        reading = cache_writing.Reading(settings.batch_size, settings.workers)
+        reading = cache_writing.Reading(config.batch_size, config.dataloader_num_workers)
         with _bar(state, sum(len(manifest.rows_of(shard)) for shard in mine)) as bar:
             cache_writing.write_shards(dataset, encoders, out, manifest, mine, reading, bar)
         state.wait_for_everyone()
-    return CachedDataset(out, settings.kinds[0], NO_DRAWS)
+    return CachedDataset(out, config.kinds[0], NO_DRAWS)
 
 
 def _bar(state: PartialState, rows: int) -> tqdm:
@@ -185,22 +146,24 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _encoders(settings: CacheSettings, device: torch.device) -> FrozenEncoders:
-    precision = settings.precision
-    if precision == "auto":
-        precision = "float32" if device.type == "cpu" else "float16"
-    dtype = getattr(torch, precision)
+def _encoders(config: CacheConfig, device: torch.device) -> FrozenEncoders:
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "float16"
+    dtype = getattr(torch, name)
     return FrozenEncoders(
-        load_encoders(settings.base, dtype, settings.vae),
-        ImageEncoder.from_name(settings.image_encoder, dtype),
-        settings.kinds[0],
+        load_encoders(
+            config.pretrained_model_name_or_path, dtype, config.pretrained_vae_model_name_or_path
+        ),
+        ImageEncoder.from_name(config.image_encoder_path, dtype),
+        config.kinds[0],
         device,
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    settings = parse(arguments)
+    config = parse(CacheConfig, "cache.py", arguments)
     try:
         state = begin(PATIENCE)
     except TrainingError as error:
@@ -209,20 +172,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     level = logging.INFO if main_process else logging.WARNING
     logging.basicConfig(format="%(message)s", level=level)
     try:
-        dataset = make(settings)
+        dataset = make(config)
     except TrainingError as error:
         sys.exit(f"cache.py: {error}")
     if main_process:
-        _report(settings, dataset)
+        _report(config, dataset)
     state.destroy_process_group()
 
 
-def _report(settings: CacheSettings, dataset: CachedDataset) -> None:
-    size = sum(path.stat().st_size for path in Path(settings.out).glob("*.safetensors"))
-    logger.info("%d rows, %.1f MiB, in '%s'", len(dataset), size / 2**20, settings.out)
+def _report(config: CacheConfig, dataset: CachedDataset) -> None:
+    size = sum(path.stat().st_size for path in Path(config.output_dir).glob("*.safetensors"))
+    logger.info("%d rows, %.1f MiB, in '%s'", len(dataset), size / 2**20, config.output_dir)
     if dataset.broken:
         logger.warning(
-            "%d pictures could not be read and are left out: %s%s",
+            "%d images could not be read and are left out: %s%s",
             len(dataset.broken),
             "; ".join(dataset.broken[:5]),
             "; …" if len(dataset.broken) > 5 else "",

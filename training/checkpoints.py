@@ -1,7 +1,7 @@
 """Checkpoints of a run: written whole or not at all, the last few kept, found again.
 
-    OUT/ip-adapter.safetensors           the adapter of the last checkpoint: the file to use
-    OUT/checkpoints/step-0002000/
+    OUTPUT_DIR/ip-adapter.safetensors           the adapter of the last checkpoint: the file to use
+    OUTPUT_DIR/checkpoints/step-0002000/
         adapter.safetensors              the adapter then, official keys, fp16
         run.json                         step and settings
         model.safetensors, optimizer.bin, scheduler.bin, …   accelerate's state, to go on from
@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ip_adapter_core.files import adapter_file as checkpoint
+from ip_adapter_core.files import adapter_file
+from ip_adapter_core.files.atomic import sync
 
+from .config import TrainConfig
 from .errors import TrainingError
 
 RUN, ADAPTER = "run.json", "adapter.safetensors"
@@ -42,15 +45,16 @@ class NotWrittenError(TrainingError):
 
 
 class Checkpoints:
-    """The checkpoints in `out`, of which `keep` stay.
+    """The checkpoints in `output_dir`, of which `limit` stay.
 
-    Raises TrainingError if `out` cannot be written.
+    Raises:
+        TrainingError: `output_dir` cannot be written.
     """
 
-    def __init__(self, out: str | os.PathLike[str], keep: int, accelerator: Accelerator) -> None:
-        self.out = Path(out)
-        self.folder = self.out / "checkpoints"
-        self.keep = keep
+    def __init__(self, output_dir: str, limit: int, accelerator: Accelerator) -> None:
+        self.output_dir = Path(output_dir)
+        self.folder = self.output_dir / "checkpoints"
+        self.limit = limit
         self.accelerator = accelerator
         if accelerator.is_main_process:
             self._claim()
@@ -58,41 +62,36 @@ class Checkpoints:
         if not self.folder.is_dir():
             raise TrainingError(
                 f"Process {accelerator.process_index} does not see '{self.folder}', which the main "
-                "process made. Give --out a folder on a disk that all machines share."
+                "process made. Give --output_dir a folder on a disk that all machines share."
             )
 
     def _claim(self) -> None:
+        make_writable(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".step-*"):  # of one that was killed while saving
                 shutil.rmtree(leftover)
             for last in self.steps()[-1:]:  # it may have been killed just before this
                 self._publish(self.path(last))
-            probe = self.folder / ".probe"
-            probe.touch()
-            probe.unlink()
         except OSError as error:
-            raise TrainingError(
-                f"Nothing can be written to '{self.out}': {error.strerror}. Give --out a folder "
-                "that this user may write to."
-            ) from error
+            raise _not_writable(self.folder, error) from error
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that exist, oldest first."""
+        """Return the steps of the checkpoints that exist, oldest first."""
         found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
     def path(self, step: int) -> Path:
+        """Return the folder of the checkpoint of `step`."""
         return self.folder / f"step-{step:07}"
 
     def run(self, step: int) -> dict[str, Any]:
-        """What `save` was given as `run`."""
+        """Return what `save` was given as `run`."""
         return dict(json.loads((self.path(step) / RUN).read_text(encoding="utf-8")))
 
     @property
     def newest(self) -> Path:
         """The adapter of the last checkpoint."""
-        return self.out / "ip-adapter.safetensors"
+        return self.output_dir / "ip-adapter.safetensors"
 
     def save(
         self,
@@ -103,9 +102,15 @@ class Checkpoints:
     ) -> None:
         """Write the state of all prepared and registered objects; every process calls this.
 
-        `weights` and `metadata` go into the adapter file, `run` stays beside it.
-        Raises NotWrittenError, in all processes, if any of them cannot write; earlier checkpoints
-        are as they were.
+        Args:
+            step: Optimizer steps done.
+            weights: The adapter's tensors, by their official keys.
+            metadata: Of the adapter's file.
+            run: What stays beside it.
+
+        Raises:
+            NotWrittenError: In all processes, if any of them cannot write; earlier checkpoints are
+                as they were.
         """
         path = self.path(step)
         partial = path.with_name(f".{path.name}.partial")
@@ -113,35 +118,35 @@ class Checkpoints:
         try:
             self.accelerator.save_state(str(partial))
             if self.accelerator.is_main_process:
-                checkpoint.save(weights, partial / ADAPTER, dict(metadata))
+                adapter_file.save(weights, partial / ADAPTER, dict(metadata))
                 (partial / RUN).write_text(json.dumps(dict(run), indent=1), encoding="utf-8")
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as failed:
             error = failed
-        failures = [_told(error)] if error is not None else [""]
-        told = next(filter(None, gather_object(failures)), "")  # all have written, or given up
+        failures = [_reason(error)] if error is not None else [""]
+        reason = next(filter(None, gather_object(failures)), "")  # all have written, or given up
         if self.accelerator.is_main_process:
-            if told:
+            if reason:
                 shutil.rmtree(partial, ignore_errors=True)
             else:
-                told = self._finished(partial, path)
-        (told,) = broadcast_object_list([told])
-        if told:
-            raise NotWrittenError(self._failure(step, told)) from error
+                reason = self._finish(partial, path)
+        (reason,) = broadcast_object_list([reason])
+        if reason:
+            raise NotWrittenError(self._failure(step, reason)) from error
 
-    def _finished(self, partial: Path, path: Path) -> str:
-        """Give a whole folder its name; what went wrong, or nothing."""
+    def _finish(self, partial: Path, path: Path) -> str:
+        """Give a whole folder its name; return what went wrong, or nothing."""
         try:
             for file in (*partial.rglob("*"), partial):
-                _to_disk(file)
+                sync(file)
             if path.exists():  # saved at this very step already
                 self._delete(path)
             os.rename(partial, path)
-            _to_disk(self.folder)
+            sync(self.folder)
             self._publish(path)
-            for old in self.steps()[: -self.keep]:
+            for old in self.steps()[: -self.limit]:
                 self._delete(self.path(old))
         except OSError as error:
-            return _told(error)
+            return _reason(error)
         return ""
 
     def _publish(self, path: Path) -> None:
@@ -158,23 +163,62 @@ class Checkpoints:
         os.rename(path, nameless)
         shutil.rmtree(nameless, ignore_errors=True)
 
-    def _failure(self, step: int, found: str) -> str:
+    def _failure(self, step: int, reason: str) -> str:
         free = shutil.disk_usage(self.folder).free / 2**20
         steps = self.steps()
         kept = f"The checkpoint of step {steps[-1]} is whole" if steps else "There is none yet"
         return (
-            f"The checkpoint of step {step} could not be written to '{self.folder}': {found} "
+            f"The checkpoint of step {step} could not be written to '{self.folder}': {reason} "
             f"({free:.0f} MiB free). {kept}. Make room and run the same command again."
         )
 
 
-def _told(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), repr(error))
 
 
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def make_writable(folder: Path) -> None:
+    """Make `folder`, and see that it can be written to now, not when its first file is due.
+
+    Raises:
+        TrainingError: It cannot.
+    """
+    probe = folder / f".probe.{os.getpid()}"
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> TrainingError:
+    return TrainingError(
+        f"Nothing can be written to '{folder}': {error.strerror}. Give --output_dir a folder that "
+        "this user may write to."
+    )
+
+
+def check_same_run(
+    stored: Mapping[str, Any], config: TrainConfig, identity: Mapping[str, Any]
+) -> None:
+    """Raise TrainingError if the stored run was another: resuming would give neither.
+
+    Args:
+        stored: What `Checkpoints.save` was given as `run`.
+        config: Of the run that would go on.
+        identity: Fingerprints of its data and models.
+    """
+    now = json.loads(json.dumps({**config.identity(), **identity}))  # as it would be read back
+    # Of an option that was not there yet when the run began, today's default is what it did.
+    begun = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    before = {**begun, **stored["settings"], **stored["identity"]}
+    different = [name for name, value in now.items() if before.get(name) != value]
+    if different:
+        listed = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in different)
+        raise TrainingError(
+            f"'{config.output_dir}' holds a run with other options, at step {stored['step']}: "
+            f"{listed}. Give the same ones to resume it. To train on with these, start from its "
+            "adapter: --pretrained_ip_adapter_path "
+            f"{Path(config.output_dir, 'ip-adapter.safetensors')} and another --output_dir."
+        )

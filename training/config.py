@@ -1,216 +1,310 @@
-"""Every setting of a training run, its default and the reason for it."""
+"""Options of train.py and cache.py, in sections; each has its default and the reason for it.
+
+Names are those of diffusers' and accelerate's example scripts where they have one, and the
+reference scripts' (tencent-ailab/IP-Adapter, tutorial_train.py) else.
+"""
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from typing import Any, Literal, TypeVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from docstring_parser import parse_from_object
+from jsonargparse import ArgumentParser
 
 from ip_adapter_core.variants import Variant
 
-from .data.buckets import LATENT_STEP
+from .data.buckets import check_multiple
+from .data.randomness import check_drop_rates
+from .errors import TrainingError
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+Config = TypeVar("Config")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Train an IP-Adapter (arXiv 2308.06721). Defaults are the paper's where it names them."""
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Frozen models"""
 
-    base: str
+    pretrained_model_name_or_path: str
     """Diffusion model that stays frozen: a diffusers folder, a hub id, or a checkpoint file."""
-    image_encoder: str
-    """`open_clip:ViT-H-14/laion2b_s32b_b79k` as in the paper, any other `open_clip:MODEL/WEIGHTS`,
-    or a transformers CLIP vision model (folder or hub id)."""
-    out: str
-    """Folder for checkpoints, samples and logs. If it holds a run of these settings, that goes
-    on."""
-    vae: str | None = None
-    """Another VAE than the base's own, such as `madebyollin/sdxl-vae-fp16-fix`."""
-    data: str | None = None
-    """Pictures and captions: a folder, the reference's JSON, a `datasets` folder, or WebDataset
-    shards (`shards/{000..099}.tar`). Not needed with `cache`."""
-    image_root: str | None = None
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE than the model's own, such as `madebyollin/sdxl-vae-fp16-fix`."""
+    image_encoder_path: str
+    """`open_clip:ViT-H-14/laion2b_s32b_b79k` as in the paper, any other `open_clip:MODEL/WEIGHTS`
+    or `open_clip:MODEL@FILE`, or a transformers CLIP vision model (folder or hub id)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Data"""
+
+    train_data_dir: str | None = None
+    """Images and captions: a folder, the reference's JSON, a `datasets` folder, or WebDataset
+    shards (`shards/{000..099}.tar`, for train.py only)."""
+    data_root_path: str | None = None
     """Folder that file names in a JSON are relative to; default: the JSON's own."""
     caption_column: str | None = None
     """Column of the captions; default: `text`, `caption` or `prompt`, whichever is there."""
     default_caption: str | None = None
-    """Caption of pictures that have none; an empty one trains these without text."""
-    cache: str | None = None
-    """Folder that training/cache.py wrote for this base and encoder: about twice as fast. Pictures
-    have the sizes that it has."""
+    """Caption of images that have none; an empty one trains these without text."""
+    resolution: int = 512
+    """Pixels of the shortest side, center-cropped, a multiple of 8: the paper's. SDXL ends with
+    1024. (A cache has its own.)"""
+    enable_bucket: bool = False
+    """Keep aspect ratios: buckets of about resolution² pixels, sides multiples of 64."""
+    dataloader_num_workers: int = 4
+    """Processes that read images, for each process of the launch."""
+
+    def __post_init__(self) -> None:
+        check_multiple("resolution", self.resolution)
+        check_at_least(self, dataloader_num_workers=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureCacheConfig:
+    """Cached data"""
+
+    feature_cache_dir: str | None = None
+    """Folder that training/cache.py wrote for these models, in place of train_data_dir: about twice
+    as fast. Images have the sizes that it has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Adapter"""
 
     variant: Variant = "base"
-    """base: 4 tokens from the embedding; plus: 16 from a resampler (fine-grained); full: one a
+    """base: 4 tokens from the embedding; plus (fine-grained): 16 from a resampler; full: one a
     patch."""
     resampler_dim: int | None = None
-    """Width of the plus variant's resampler, a multiple of 64; default: 768 for SD1.5,
-    1280 for SDXL, the published adapters'. This pack reads any size off the file; other loaders
-    take the published one."""
+    """Width of the plus variant's resampler, a multiple of 64; default: 768 for SD1.5, 1280 for
+    SDXL, the published adapters'. This pack reads any size off the file; other loaders take the
+    published one."""
     resampler_depth: int = 4
     """Layers of that network: the published adapters'."""
-    adapter: str | None = None
-    """Checkpoint to start from (the next stage, a fine-tune) instead of from scratch."""
+    pretrained_ip_adapter_path: str | None = None
+    """Adapter to start from (the next stage, a fine-tune) instead of from scratch."""
 
-    size: int = 512
-    """Pixels of the shortest side, centre-cropped, a multiple of 8: the paper's. SDXL ends with
-    1024. (A cache has its own.)"""
-    buckets: bool = False
-    """Keep aspect ratios: buckets of about size², sides multiples of 64."""
-    drop_image: float = 0.05
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Loss"""
+
+    i_drop_rate: float = 0.05
     """Share of samples without the image: guidance needs them (paper, section 4.1.2)."""
-    drop_text: float = 0.05
+    t_drop_rate: float = 0.05
     """Share of samples without the text: image-only prompts need them."""
-    drop_both: float = 0.05
+    ti_drop_rate: float = 0.05
     """Share of samples without either."""
-    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    """What the base predicts; auto reads its own configuration."""
-    min_snr_gamma: float | None = None
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the model predicts; auto reads its own configuration."""
+    snr_gamma: float | None = None
     """Min-SNR weighting (arXiv 2303.09556), usually 5; off as in the paper."""
-    debiased_estimation: bool = False
-    """Weight the loss by 1/√SNR (arXiv 2310.08442), so that what is decided in strong noise, colour
+    debiased_estimation_loss: bool = False
+    """Weight the loss by 1/√SNR (arXiv 2310.08442), so that what is decided in strong noise, color
     and composition, is learnt sooner; off as in the paper."""
     noise_offset: float = 0.0
     """Offset of each channel's mean, usually 0.05 for darker darks; off as in the paper."""
     zero_terminal_snr: bool = False
-    """Rescale the schedule to end in pure noise (arXiv 2305.08891); for v_prediction bases
+    """Rescale the noise schedule to end in pure noise (arXiv 2305.08891); for v_prediction models
     trained so."""
 
-    steps: int = 1_000_000
-    """Optimiser steps: the paper's. A small set shows its reference after some thousands."""
-    batch_size: int = 8
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer"""
+
+    max_train_steps: int = 1_000_000
+    """Optimizer steps: the paper's. A small set shows its reference after some thousands."""
+    train_batch_size: int = 8
     """Samples a process and forward pass: the paper's, on 8 devices."""
-    accumulation: int = 1
-    """Forward passes an optimiser step; 8 on one device make the paper's batch of 64."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes an optimizer step; 8 on one device make the paper's batch of 64."""
     learning_rate: float = 1e-4
     """The paper's; 1e-5 for SDXL's stage at 1024 pixels."""
-    schedule: Literal["constant", "constant_with_warmup", "cosine", "linear", "polynomial"] = (
+    lr_scheduler: Literal["constant", "constant_with_warmup", "cosine", "linear", "polynomial"] = (
         "constant"
     )
     """How the learning rate goes on: constant as in the paper."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up; give schedule constant_with_warmup or one that decays."""
-    weight_decay: float = 0.01
+    lr_warmup_steps: int = 0
+    """Steps of linear warm-up; give an lr_scheduler constant_with_warmup or one that decays."""
+    adam_weight_decay: float = 0.01
     """The paper's, on matrices only: decaying norms and biases helps nothing."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit (bitsandbytes) saves 6 of 8 bytes a trained parameter; it needs a GPU."""
-    clip_norm: float | None = None
+    use_8bit_adam: bool = False
+    """AdamW of bitsandbytes: saves 6 of 8 bytes a trained parameter; it needs a GPU."""
+    max_grad_norm: float | None = None
     """Largest gradient norm, usually 1; off as in the paper."""
-    ema: float | None = None
-    """Decay of an average of the weights, usually 0.9999 for long runs; it is what is saved as the
-    adapter and sampled from."""
+    use_ema: bool = False
+    """Average the weights; the average is what is saved as the adapter and sampled from."""
+    ema_decay: float = 0.9999
+    """Decay of that average, for long runs."""
 
-    precision: Literal["fp32", "fp16", "bf16"] | None = None
-    """Of the frozen parts and the arithmetic; the adapter's weights stay float32. Default: what
-    `accelerate config` or `accelerate launch --mixed_precision` says, fp32 for its "no"."""
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Run"""
+
+    output_dir: str
+    """Folder for checkpoints, samples and logs. If it holds a run with these options, that is
+    resumed."""
+    resume_from_checkpoint: Literal["latest"] = "latest"
+    """A run always resumes from the last checkpoint in output_dir; start another in another one."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Of the frozen models and the arithmetic; the adapter's weights stay float32. Default: what
+    `accelerate config` or `accelerate launch --mixed_precision` says."""
     gradient_checkpointing: bool = False
     """Compute the UNet's activations twice instead of keeping them: less memory, 30 % slower."""
-    compile: bool = False
+    torch_compile: bool = False
     """torch.compile the UNet: minutes at the start, faster steps after."""
     seed: int = 0
     """All randomness is a function of this and a sample's number."""
-    workers: int = 4
-    """Processes that read pictures, for each training process."""
-
-    save_every: int = 2000
+    checkpointing_steps: int = 2000
     """Steps between checkpoints: what a crash can cost."""
-    keep: int = 3
+    checkpoints_total_limit: int = 3
     """Checkpoints to keep; older ones are deleted."""
+    logging_steps: int = 50
+    """Steps between logged means: a number read from a GPU waits for it."""
+    report_to: str = "tensorboard"
+    """Any tracker of accelerate: tensorboard, wandb, comet_ml, aim, mlflow, … or none."""
 
-    validate_every: int = 0
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Validation"""
+
+    validation_steps: int = 0
     """Steps between contact sheets with CLIP-I and CLIP-T; 0: none. Loss says little: look at
     these."""
-    validation_references: Sequence[str] = ()
-    """Pictures, best ones that are not in the training set."""
-    validation_prompts: Sequence[str] = ("", "best quality, high quality")
+    validation_image: Sequence[str] = ()
+    """References, best ones that are not in the training set."""
+    validation_prompt: Sequence[str] = ("", "best quality, high quality")
     """Texts; the empty one is image-only."""
-    validation_weights: Sequence[float] = (0.0, 0.5, 1.0)
-    """λ, one column each; 0 is the base without the adapter."""
-    validation_steps: int = 50
+    validation_scale: Sequence[float] = (0.0, 0.5, 1.0)
+    """λ, one column each; 0 is the model without the adapter."""
+    validation_num_inference_steps: int = 50
     """DDIM steps: the paper's."""
-    validation_guidance: float = 7.5
+    validation_guidance_scale: float = 7.5
     """The paper's."""
-    validation_clip: str | None = None
+    validation_clip_model: str | None = None
     """CLIP model that scores the samples (`openai/clip-vit-large-patch14` as in the paper, or
     `open_clip:MODEL/WEIGHTS`); none: no scores."""
 
-    log_every: int = 50
-    """Steps between logged means: a number read from a GPU waits for it."""
-    log_with: str = "tensorboard"
-    """Any tracker of accelerate: tensorboard, wandb, comet_ml, aim, mlflow, … or none."""
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    ValidationConfig,
+    RunConfig,
+    OptimizerConfig,
+    LossConfig,
+    AdapterConfig,
+    FeatureCacheConfig,
+    DataConfig,
+    ModelConfig,
+):
+    """Train an IP-Adapter (arXiv 2308.06721). Defaults are the paper's where it names them."""
 
     def __post_init__(self) -> None:
-        if not self.data and not self.cache:
-            raise ValueError(
-                "Neither data nor cache is given: --data FOLDER trains from pictures, "
-                "--cache FOLDER from what training/cache.py made of them."
+        super().__post_init__()
+        if not self.train_data_dir and not self.feature_cache_dir:
+            raise TrainingError(
+                "Neither train_data_dir nor feature_cache_dir is given: --train_data_dir FOLDER "
+                "trains from images, --feature_cache_dir FOLDER from what training/cache.py made "
+                "of them."
             )
-        for name in POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        if self.size % LATENT_STEP:
-            raise ValueError(
-                f"size is {self.size}; expected a multiple of {LATENT_STEP}, the pixels of one "
-                "latent."
+        at_least_one = (
+            *("max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
+            *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "resampler_depth"),
+        )
+        check_at_least(self, **dict.fromkeys(at_least_one, 1))
+        if self.resampler_dim is not None:
+            check_multiple("resampler_dim", self.resampler_dim, of=64, why="the width of a head")
+        check_drop_rates(self.i_drop_rate, self.t_drop_rate, self.ti_drop_rate)
+        if self.validation_steps and not self.validation_image:
+            raise TrainingError(
+                "validation_steps is set, but there is no validation image: name some with "
+                "--validation_image a.jpg b.jpg, or set validation_steps to 0."
             )
-        if self.resampler_dim is not None and (self.resampler_dim < 64 or self.resampler_dim % 64):
-            raise ValueError(
-                f"resampler_dim is {self.resampler_dim}; expected a multiple of 64, the width of "
-                "a head."
-            )
-        drops = self.drop_image, self.drop_text, self.drop_both
-        if min(drops) < 0 or sum(drops) > 1:
-            raise ValueError(
-                f"drop_image, drop_text and drop_both are {drops}; expected shares of the samples "
-                "between 0 and 1 whose sum is at most 1."
-            )
-        if self.validate_every and not self.validation_references:
-            raise ValueError(
-                "validate_every is set, but there is no validation reference: name pictures with "
-                "--validation_references '[a.jpg, b.jpg]', or set validate_every to 0."
-            )
-        if self.warmup_steps and self.schedule == "constant":
-            raise ValueError(
-                f"warmup_steps is {self.warmup_steps}, but the schedule 'constant' has no warm-up: "
-                "give --schedule constant_with_warmup, or leave warmup_steps out."
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise TrainingError(
+                f"lr_warmup_steps is {self.lr_warmup_steps}, but the lr_scheduler 'constant' has "
+                "no warm-up: give --lr_scheduler constant_with_warmup, or leave lr_warmup_steps "
+                "out."
             )
 
-    def deciding(self) -> dict[str, Any]:
-        """Those that decide what a step computes: a run that goes on must keep them."""
-        free = FREE if self.schedule.startswith("constant") else FREE - {"steps"}
+    def identity(self) -> dict[str, Any]:
+        """Return the options that decide what a step computes: a resumed run must keep them."""
+        free = FREE if self.lr_scheduler.startswith("constant") else FREE - {"max_train_steps"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
 
 
-POSITIVE = (
-    *("size", "steps", "batch_size", "accumulation", "save_every", "keep", "log_every"),
-    "resampler_depth",
-)
+def names(*sections: type) -> set[str]:
+    """Return the names of the options of some sections."""
+    return {field.name for section in sections for field in fields(section)}  # type: ignore[arg-type]
 
-# May change when a run goes on: they decide how long, how fast and how visibly, not what is learnt.
-# Paths may move: what lies there is compared by its fingerprint, and so is the global batch.
-FREE = {
-    *("base", "vae", "image_encoder", "adapter", "out", "data", "image_root", "cache"),
-    "batch_size",
-    *("steps", "gradient_checkpointing", "compile", "workers", "save_every", "keep"),
-    *("log_every", "log_with"),
-    *(field.name for field in fields(Settings) if field.name.startswith("validat")),
+
+# Options that may change when a run is resumed: they decide how long, how fast and how visibly, not
+# what is learnt. Paths may move: what lies there is compared by its fingerprint, and so is the
+# global batch.
+FREE = names(ModelConfig, RunConfig, ValidationConfig) - {"seed", "mixed_precision"} | {
+    *("train_data_dir", "data_root_path", "feature_cache_dir", "dataloader_num_workers"),
+    *("pretrained_ip_adapter_path", "train_batch_size", "max_train_steps"),
 }
 
 
-def parse(arguments: Sequence[str] | None = None) -> Settings:
-    """Settings from `--config FILE.yaml` and the command line, which wins.
+def check_at_least(config: Any, **least: int) -> None:
+    """Raise TrainingError if an option of `config` is given and below what `least` says."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            raise TrainingError(f"{name} is {value}; expected at least {bound}.")
 
-    Ends the program with a message that names the setting if a value cannot be.
+
+def parse(config: type[Config], script: str, arguments: Sequence[str] | None = None) -> Config:
+    """Read a config from `--config FILE.yaml` and the command line, which wins.
+
+    Lists are given as `--name a b c`, switches as `--name` or `--name true`. Ends the program with
+    a message that names the option if a value cannot be.
+
+    Args:
+        config: A dataclass, whose bases are the sections of the help.
+        script: Name of the program, for the help and messages.
+        arguments: In place of `sys.argv[1:]`.
     """
-    parser = ArgumentParser(prog="train.py", description=Settings.__doc__)
-    parser.add_argument("--config", action="config", help="YAML file of any of these settings.")
-    parser.add_class_arguments(Settings)
+    parser = ArgumentParser(prog=script, description=config.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
+    types = typing.get_type_hints(config)
+    added: set[str] = set()
+    for section in filter(is_dataclass, reversed(config.__mro__)):
+        group = parser.add_argument_group(section.__doc__)
+        told = {param.arg_name: param.description for param in parse_from_object(section).params}
+        for field in fields(section):
+            if field.name not in added:
+                added.add(field.name)
+                group.add_argument(
+                    f"--{field.name}", help=told[field.name], **_argument(field, types[field.name])
+                )
     found = parser.parse_args(arguments).as_dict()
     found.pop("config", None)
     try:
-        return Settings(**found)
+        return config(**found)
     except ValueError as error:
         parser.error(str(error))
         raise  # never reached: error() ends the program
+
+
+def _argument(field: Field[Any], kind: Any) -> dict[str, Any]:
+    """Return what argparse is told about an option."""
+    given: dict[str, Any] = {"type": kind}
+    if field.default is MISSING:
+        given["required"] = True
+    else:
+        given["default"] = field.default
+    if kind is bool:
+        given |= {"nargs": "?", "const": True}
+    elif typing.get_origin(kind) is Sequence:
+        given |= {"type": typing.get_args(kind)[0], "nargs": "*"}
+        if "default" in given:
+            given["default"] = [*field.default]
+    return given

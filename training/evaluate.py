@@ -1,18 +1,19 @@
 """Measure adapters as the paper's Table 1 does. The commands:
 
-    accelerate launch training/evaluate.py --base stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --image_encoder open_clip:ViT-H-14/laion2b_s32b_b79k --coco coco \\
-        --adapter run/ip-adapter.safetensors ip-adapter_sd15.bin --out scores
+    accelerate launch training/evaluate.py \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --image_encoder_path open_clip:ViT-H-14/laion2b_s32b_b79k --eval_data_dir coco \\
+        --ip_adapter_path run/ip-adapter.safetensors ip-adapter_sd15.bin --output_dir scores
 
-`coco` holds val2017/ and annotations/captions_val2017.json, or is any folder of pictures with
-captions. A quick look at the first 50 pictures, with the image alone:
+`coco` holds val2017/ and annotations/captions_val2017.json, or is any folder of images with
+captions. A quick look at the first 50 images, without text:
 
-    accelerate launch training/evaluate.py … --limit 50 --weights '[]'
+    accelerate launch training/evaluate.py … --max_samples 50 --scale
 
-The same command goes on where the last one stopped, with more pictures, weights or adapters too;
-what is measured is not drawn again. Every process of `accelerate launch` takes its part; on
-several machines `--out` must be one folder that all see. Written are results.json, table.md and
-weights.png. Every setting: `evaluate.py --help`.
+The same command goes on where the last one stopped, with more images, scales or adapters too; what
+is measured is not sampled again. Every process of the launch takes its part; on several machines
+`--output_dir` must be one folder that all see. Written are results.json, table.md and weights.png.
+Every option: `evaluate.py --help`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if __name__ == "__main__":  # as a script: what is imported lies beside this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,22 +34,80 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from training import fingerprints
+from training.checkpoints import make_writable
+from training.config import ModelConfig, check_at_least, parse
+from training.data.buckets import check_multiple
 from training.data.image import BrokenImageError, open_image
+from training.distributed import begin
 from training.errors import TrainingError
 from training.evaluation import captions, report, scores, subjects
 from training.evaluation.clip_score import Clip, clip_i, clip_t, load_clip
 from training.evaluation.scores import IMAGE_ONLY, WITH_TEXT, Condition, Key, Score
-from training.evaluation.settings import EvaluationSettings, parse
-from training.folders import make_writable
-from training.launch import begin
 from training.models.base import Base, load_base
 from training.models.image_encoder import ImageEncoder
-from training.prompts import Prompts, encode_pictures, encode_text
-from training.sampling import NotFinite, Sampler
+from training.sampling import (
+    NotFinite,
+    Prompts,
+    Sampler,
+    SamplingSettings,
+    encode_images,
+    encode_text,
+)
 from training.unet import attach
 
 WAIT = 2.0  # seconds between looks at what the other processes have done
 logger = logging.getLogger("training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(ModelConfig):
+    """Measure IP-Adapters (arXiv 2308.06721, section 4.2). Defaults are the paper's."""
+
+    ip_adapter_path: Sequence[str]
+    """Adapter files, published or one's own; all for this model and encoder."""
+    eval_data_dir: str
+    """Folder with val2017/ and annotations/captions_val2017.json, or with captions of its own."""
+    output_dir: str = "output/evaluation"
+    """Folder for scores and tables. If it holds scores with the same options, that goes on."""
+    clip_model: str = "openai/clip-vit-large-patch14"
+    """CLIP model that scores: the paper's ViT-L/14. `open_clip:MODEL/WEIGHTS` too."""
+    scale: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
+    """λ beside the caption, for the curves; none measures the image alone."""
+    num_images_per_prompt: int = 4
+    """Images sampled of each reference, λ and prompt: the paper's."""
+    max_samples: int | None = None
+    """Only the first so many references, for a quick look; default: all."""
+    num_inference_steps: int = 50
+    """DDIM steps: the paper's."""
+    guidance_scale: float = 7.5
+    """The paper's."""
+    negative_prompt: str = ""
+    """Text that guidance moves away from; none in the paper's protocol."""
+    resolution: int | None = None
+    """Pixels of both sides; default: what the model was trained at."""
+    batch_size: int = 8
+    """Images sampled at once; more is faster on a large GPU."""
+    seed: int = 0
+    """Of the starting noise, the same for every adapter and λ."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Of model and image encoder; scores are computed in float32. A CPU wants float32."""
+
+    def __post_init__(self) -> None:
+        counts = ("num_images_per_prompt", "num_inference_steps", "batch_size", "max_samples")
+        check_at_least(self, **dict.fromkeys(counts, 1))
+        if not self.ip_adapter_path:
+            raise TrainingError("No adapter is given: name at least one with --ip_adapter_path.")
+        if self.resolution is not None:
+            check_multiple("resolution", self.resolution)
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """How images are sampled."""
+        size = None if self.resolution is None else (self.resolution, self.resolution)
+        return SamplingSettings(
+            *(self.num_inference_steps, self.guidance_scale, size),
+            *(self.negative_prompt, self.batch_size),
+        )
 
 
 class Evaluation:
@@ -56,19 +116,21 @@ class Evaluation:
     Raises TrainingError before anything is drawn if something is missing or does not fit.
     """
 
-    def __init__(self, settings: EvaluationSettings, state: PartialState) -> None:
-        self.settings, self.state = settings, state
-        self.folder = Path(settings.out)
+    def __init__(self, config: EvaluationConfig, state: PartialState) -> None:
+        self.config, self.state = config, state
+        self.folder = Path(config.output_dir)
         # From what fails at once to what takes minutes.
-        self.rows = captions.read(settings.coco)
-        self.numbers = range(len(self.rows))[: settings.limit]
+        self.rows = captions.read(config.eval_data_dir)
+        self.numbers = range(len(self.rows))[: config.max_samples]
         captions.check_present(self.rows, self.numbers)
         make_writable(self.folder)
-        self.adapters = subjects.load(settings.adapter)
-        self.clip: Clip = load_clip(settings.clip, state.device)
-        dtype = getattr(torch, settings.dtype)
-        self.encoder = ImageEncoder.from_name(settings.image_encoder, dtype)
-        self.base: Base = load_base(settings.base, dtype)
+        self.adapters = subjects.load(config.ip_adapter_path)
+        self.clip: Clip = load_clip(config.clip_model, state.device)
+        dtype = getattr(torch, config.dtype)
+        self.encoder = ImageEncoder.from_name(config.image_encoder_path, dtype)
+        self.base: Base = load_base(
+            config.pretrained_model_name_or_path, dtype, config.pretrained_vae_model_name_or_path
+        )
         for subject, adapter in self.adapters:
             subjects.check_fits(adapter, subject.name, self.base.unet, self.encoder)
         attach(self.base.unet)
@@ -76,18 +138,21 @@ class Evaluation:
         frozen: tuple[Any, ...] = (self.encoder, self.base.unet, self.base.vae, *texts)
         for part in (*frozen, *(adapter for _, adapter in self.adapters)):
             part.to(state.device)
-        self.sampler = Sampler(self.base, settings.sampling)
+        self.sampler = Sampler(self.base, config.sampling)
         self.protocol = self._protocol()
         scores.claim(self.folder, self.protocol)
 
     def _protocol(self) -> dict[str, Any]:
         """What all scores of one table must have in common."""
-        names = ("base", "image_encoder", "clip")
-        chosen = ("samples", "steps", "guidance", "negative", "seed", "dtype")
+        names = ("pretrained_model_name_or_path", "image_encoder_path", "clip_model")
+        chosen = (
+            *("num_images_per_prompt", "num_inference_steps", "guidance_scale"),
+            *("negative_prompt", "seed", "dtype"),
+        )
         unet: Any = self.base.unet
         weights = fingerprints.of_weights(unet), dict(self.base.weights)
         return {
-            **{name: getattr(self.settings, name) for name in (*names, *chosen)},
+            **{name: getattr(self.config, name) for name in (*names, *chosen)},
             "size": list(self.sampler.size),
             "data": captions.fingerprint(self.rows),
             "base_weights": fingerprints.of_settings(*weights),
@@ -98,7 +163,7 @@ class Evaluation:
     @property
     def conditions(self) -> list[Condition]:
         """Of all adapters."""
-        weights = self.settings.weights
+        weights = self.config.scale
         return [c for s, _ in self.adapters for c in report.conditions(s.digest, weights)]
 
     def blocks(self, found: scores.Found) -> list[range]:
@@ -107,7 +172,7 @@ class Evaluation:
         They are the same whatever the number of processes and whatever was done before, and are
         drawn whole: arithmetic on a batch depends in its last bits on what else is in it.
         """
-        size = max(1, self.settings.batch // self.settings.samples)
+        size = max(1, self.config.batch_size // self.config.num_images_per_prompt)
         blocks = [self.numbers[start : start + size] for start in self.numbers[::size]]
         return [block for block in blocks if any(self._lacking(block, found))]
 
@@ -120,7 +185,7 @@ class Evaluation:
 
     @property
     def _samples(self) -> range:
-        return range(self.settings.samples)
+        return range(self.config.num_images_per_prompt)
 
     def run(self) -> dict[str, Any] | None:
         """Draw and score what is lacking; the main process writes and returns the results."""
@@ -141,7 +206,7 @@ class Evaluation:
             time.sleep(WAIT)
         names = {row: self.rows[row].name for row in self.numbers}
         listed = [subject for subject, _ in self.adapters]
-        weights = self.settings.weights
+        weights = self.config.scale
         out = report.results(self.protocol, listed, weights, self.numbers, names, found)
         report.write(out, self.folder)
         return out
@@ -150,10 +215,10 @@ class Evaluation:
         self, block: range, conditions: Sequence[Condition], writer: scores.Writer
     ) -> None:
         """All samples of a block under some conditions."""
-        rows, pictures = [], []
+        rows, images = [], []
         for row in block:
             try:
-                pictures.append(open_image(self.rows[row].image))
+                images.append(open_image(self.rows[row].image))
                 rows.append(row)
             except BrokenImageError as error:
                 logger.warning("'%s' is left out: %s", self.rows[row].name, error)
@@ -161,13 +226,15 @@ class Evaluation:
         if not rows:
             return
         texts = [self.rows[row].text for row in rows]
-        references, told = self.clip.images(pictures), self.clip.texts(texts)
+        references, told = self.clip.images(images), self.clip.texts(texts)
         keep = [(place, sample) for place in range(len(rows)) for sample in self._samples]
         places = [place for place, _ in keep]
-        seeds = [self.settings.seed + rows[p] * self.settings.samples + s for p, s in keep]
+        seeds = [
+            self.config.seed + rows[p] * self.config.num_images_per_prompt + s for p, s in keep
+        ]
         adapters = {subject.digest: adapter for subject, adapter in self.adapters}
         kinds = {adapter.spec.features for adapter in adapters.values()}
-        features = {kind: encode_pictures(self.encoder, pictures, kind) for kind in kinds}
+        features = {kind: encode_images(self.encoder, images, kind) for kind in kinds}
         written = {IMAGE_ONLY: [""] * len(rows), WITH_TEXT: texts}
         states = {prompt: encode_text(self.base, text) for prompt, text in written.items()}
         for condition in conditions:
@@ -188,28 +255,28 @@ class Evaluation:
             )
 
 
-def evaluate(settings: EvaluationSettings) -> dict[str, Any] | None:
+def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
     """Measure and write; returns the results on the main process, None on the others. Of several
     processes it ends the group, so that a launch of several measures once.
 
     Raises TrainingError for what a user can mend, NotFinite if a picture becomes NaN.
     """
-    return Evaluation(settings, begin()).run()
+    return Evaluation(config, begin()).run()
 
 
 def main() -> None:
     """The command line."""
     try:
         state = begin()
-        settings = parse()
+        config = parse(EvaluationConfig, "evaluate.py")
         level = logging.INFO if state.is_main_process else logging.WARNING
         logging.basicConfig(format="%(message)s")
         logger.setLevel(level)
-        results = evaluate(settings)
+        results = evaluate(config)
     except (TrainingError, NotFinite) as error:
         sys.exit(f"evaluate.py: {error}")
     if results is not None:
-        logger.info("\n%s\nWritten to '%s'.", report.table(results), settings.out)
+        logger.info("\n%s\nWritten to '%s'.", report.table(results), config.output_dir)
 
 
 if __name__ == "__main__":

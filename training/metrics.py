@@ -1,4 +1,4 @@
-"""What a run tells while it goes: losses, speed, pictures that could not be read."""
+"""Log loss, throughput and unreadable images."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tqdm import tqdm
 
 from .errors import TrainingError
 
-NAMED = 20  # broken pictures named in the log; the file names all
+NAMED = 20  # broken images named in the log; the file names all
 
 logger = logging.getLogger(__name__)
 
 
-class Meter:
-    """Means over `every` steps, for the progress bar and the trackers.
+class MetricsLogger:
+    """Log means over `every` steps, to the progress bar and the trackers.
 
     A loss is copied to the CPU when it is there and looked at one batch later, so that nothing
     waits for the device.
     """
 
-    def __init__(self, accelerator: Accelerator, out: Path, every: int) -> None:
+    def __init__(self, accelerator: Accelerator, output_dir: Path, every: int) -> None:
         self.accelerator, self.every = accelerator, every
-        self._broken_file = out / f"broken-pictures-{accelerator.process_index}.txt"
+        self._broken_file = output_dir / f"broken-pictures-{accelerator.process_index}.txt"
         self._broken: set[str] = set()
         self._unchecked: Tensor | None = None
         self._copied = torch.cuda.Event() if accelerator.device.type == "cuda" else None
@@ -42,7 +42,7 @@ class Meter:
         self._waited, self._since = 0.0, time.perf_counter()
 
     def waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The same batches, the time until each was there measured."""
+        """Yield the same batches, and measure the time until each is there."""
         iterator = iter(batches)
         while True:
             start = time.perf_counter()
@@ -57,7 +57,7 @@ class Meter:
             yield batch
 
     def add(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
-        """Note a batch. Raises TrainingError if the loss of the one before was not finite."""
+        """Note a batch; raise TrainingError if the loss of the one before was not finite."""
         self.check()
         self._total = self._total + loss.detach()
         if self._copied is None:
@@ -77,9 +77,9 @@ class Meter:
         if self._unchecked is not None and not math.isfinite(value := self._unchecked.item()):
             raise TrainingError(
                 f"The loss became {value}. Nothing was saved since. The same command would come "
-                "to the same point: start a new --out from the last checkpoint (--adapter "
-                "OUT/ip-adapter.safetensors) with a lower learning_rate, with clip_norm 1, or, "
-                "if precision is fp16, with bf16."
+                "to the same point: start a new --output_dir from the last checkpoint "
+                "(--pretrained_ip_adapter_path OUTPUT_DIR/ip-adapter.safetensors) with a lower "
+                "learning_rate, with max_grad_norm 1, or, if mixed_precision is fp16, with bf16."
             )
         self._unchecked = None
 
@@ -103,8 +103,8 @@ class Meter:
         self.accelerator.log(values, step=step)
         self._start()
 
-    def _note_broken(self, found: list[str]) -> None:
-        for line in found:
+    def _note_broken(self, lines: list[str]) -> None:
+        for line in lines:
             if line in self._broken:
                 continue
             self._broken.add(line)

@@ -1,13 +1,15 @@
-"""Looking at what an adapter has learnt: a contact sheet and two curves every N steps.
+"""Show what an adapter has learnt: a contact sheet and two curves every N steps.
 
-The loss of a diffusion model says little. Here the same references, prompts, weights and seeds
-are drawn each time, so that two sheets differ by training alone.
+The loss of a diffusion model says little. Here the same references, prompts, weights and seeds are
+sampled each time, so that two sheets differ by training alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
@@ -23,50 +26,57 @@ from ip_adapter_core.adapter import IPAdapter
 from ip_adapter_core.contact_sheet import Column, Row, contact_sheet
 from ip_adapter_core.files.atomic import atomic
 
+from .checkpoints import make_writable
 from .data.image import BrokenImageError, open_image
 from .errors import TrainingError
 from .evaluation.clip_score import Clip, clip_i, clip_t
-from .folders import make_writable
 from .models.base import Base
 from .models.image_encoder import ImageEncoder
-from .prompts import Prompts, encode_pictures, encode_text
-from .random_state import untouched_random_state
-from .sampling import NotFinite, Sampler, SamplingSettings
+from .sampling import (
+    NotFinite,
+    Prompts,
+    Sampler,
+    SamplingSettings,
+    encode_images,
+    encode_text,
+)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """What is drawn: every reference with every prompt and seed, at every weight."""
+    """What is sampled: every reference with every prompt and seed, at every weight."""
 
     references: tuple[str, ...] = ()
-    """Picture files. Take some that are not in the training set."""
+    """Image files. Take some that are not in the training set."""
     prompts: tuple[str, ...] = ("",)
-    """Texts beside the picture; an empty one is the image alone."""
+    """Texts beside the image; an empty one is the image alone."""
     weights: tuple[float, ...] = (0.0, 0.5, 1.0)
     """λ of each column; 0 is the base without the adapter."""
     seeds: tuple[int, ...] = (0,)
     """Of the starting noise; each makes a row more."""
     sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(steps=30, batch=4))
-    """Fewer steps than an evaluation has: these pictures are for the eye."""
+    """Fewer steps than an evaluation has: these images are for the eye."""
 
 
 class _Drawn(NamedTuple):
     """One cell; scores are None where there is nothing to measure."""
 
     cell: int
-    picture: Image.Image | None
+    image: Image.Image | None
     clip_i: float | None
     clip_t: float | None
 
 
 class Validation:
-    """Draws and writes a sheet when called. All inputs are opened and encoded here, at the start:
-    the text encoders and `encoder` are not needed afterwards.
+    """Samples and writes a sheet when called.
+
+    All inputs are opened and encoded at the start: the text encoders and `encoder` are not needed
+    afterwards.
 
     `kind` is the adapter's `spec.features`. Without `clip` there are no curves. `scheduler` is
-    `Sampler`'s. Raises TrainingError for settings that leave nothing to draw or name pictures that
+    `Sampler`'s. Raises TrainingError for settings that leave nothing to draw or name images that
     cannot be opened, or a folder that cannot be written to.
     """
 
@@ -82,11 +92,9 @@ class Validation:
     ) -> None:
         for name in ("references", "prompts", "weights", "seeds"):
             if not getattr(settings, name):
-                raise TrainingError(
-                    f"validation.{name} is empty: give at least one, or no validation."
-                )
+                raise TrainingError(f"{name} is empty: give at least one, or no validation.")
         self.settings, self.folder, self.clip = settings, folder, clip
-        self._pictures = _opened(settings.references)
+        self._references = _opened(settings.references)
         self._rows = list(
             itertools.product(
                 range(len(settings.references)), range(len(settings.prompts)), settings.seeds
@@ -95,20 +103,22 @@ class Validation:
         self._cells = list(itertools.product(range(len(self._rows)), settings.weights))
         self._sampler = Sampler(base, settings.sampling, scheduler)
         self._text = encode_text(base, settings.prompts)
-        self._features, self._zero = encode_pictures(encoder, self._pictures, kind)
+        self._features, self._zero = encode_images(encoder, self._references, kind)
         if clip is not None:
-            self._reference_embeds = clip.images(self._pictures)
+            self._reference_embeds = clip.images(self._references)
             self._prompt_embeds = clip.texts(settings.prompts)
         make_writable(folder)
 
     def __call__(self, accelerator: Accelerator, adapter: IPAdapter, step: int) -> dict[str, float]:
-        """Draw with `adapter` as it stands, each process its part; the main one writes
-        `step-000500.png`. To be called by all processes. Returns the curves' values at `step`.
+        """Sample with `adapter` as it stands, each process its part.
 
-        No random state is changed. A sheet that cannot be drawn or written is reported in the log
+        To be called by all processes; the main one writes `step-000500.png`. Returns the curves'
+        values at `step`.
+
+        No random state is changed. A sheet that cannot be sampled or written is reported in the log
         and training goes on.
         """
-        with untouched_random_state():
+        with preserved_rng_state():
             numbers = list(range(len(self._cells)))
             with accelerator.split_between_processes(numbers) as mine:
                 drawn = [x for part in self._parts(mine) for x in self._draw(adapter, part)]
@@ -116,10 +126,19 @@ class Validation:
         values = self._curves([_Drawn(*x) for x in drawn])
         accelerator.log(values, step=step)
         if accelerator.is_main_process:
-            sheet = self._sheet([_Drawn(*x).picture for x in drawn], values, step)
-            _save(sheet, self.folder / f"step-{step:06d}.png")
-            _show(sheet, accelerator, step)
+            sheet = self._sheet([_Drawn(*x).image for x in drawn], values, step)
+            self._write(sheet, step)
+            _log_sheet(sheet, accelerator, step)
         return values
+
+    def _write(self, sheet: Image.Image, step: int) -> None:
+        """Write the sheet; a full disk must not end a training."""
+        path = self.folder / f"step-{step:06d}.png"
+        try:
+            with atomic(path) as temporary:
+                sheet.save(temporary, format="PNG")
+        except OSError as error:
+            logger.error("The contact sheet '%s' could not be written: %s", path, error)
 
     def _parts(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
         size = self.settings.sampling.batch
@@ -137,19 +156,21 @@ class Validation:
             seeds=[row[2] for row in rows],
         )
         try:
-            pictures = self._sampler.draw(adapter, asked)
+            images = self._sampler.draw(adapter, asked)
         except NotFinite as error:
             logger.error("Validation: %s", error)
             return [_Drawn(number, None, None, None) for number in numbers]
         if self.clip is None:
-            return [_Drawn(n, p, None, None) for n, p in zip(numbers, pictures, strict=True)]
-        embeds = self.clip.images(pictures)
-        like = clip_i(embeds, self._reference_embeds[references]).tolist()
-        told: list[float | None] = [*clip_t(embeds, self._prompt_embeds[prompts]).tolist()]
+            return [_Drawn(n, p, None, None) for n, p in zip(numbers, images, strict=True)]
+        embeds = self.clip.images(images)
+        image_scores = clip_i(embeds, self._reference_embeds[references]).tolist()
+        text_scores: list[float | None] = [*clip_t(embeds, self._prompt_embeds[prompts]).tolist()]
         for place, prompt in enumerate(prompts):
             if not self.settings.prompts[prompt]:
-                told[place] = None  # no text to be true to
-        return [_Drawn(*cell) for cell in zip(numbers, pictures, like, told, strict=True)]
+                text_scores[place] = None  # no text to be true to
+        return [
+            _Drawn(*cell) for cell in zip(numbers, images, image_scores, text_scores, strict=True)
+        ]
 
     def _curves(self, drawn: Sequence[_Drawn]) -> dict[str, float]:
         values: dict[str, float] = {}
@@ -161,7 +182,7 @@ class Validation:
         return values
 
     def _sheet(
-        self, pictures: Sequence[Image.Image | None], values: Mapping[str, float], step: int
+        self, images: Sequence[Image.Image | None], values: Mapping[str, float], step: int
     ) -> Image.Image:
         columns = [Column("reference")]
         for weight in self.settings.weights:
@@ -176,8 +197,8 @@ class Validation:
             text = self.settings.prompts[prompt]
             label = f"seed {seed} · " if len(self.settings.seeds) > 1 else ""
             label += f'"{text}"' if text else "image only"
-            drawn = pictures[number * wide : (number + 1) * wide]
-            rows.append(Row(label, [self._pictures[reference], *drawn]))
+            drawn = images[number * wide : (number + 1) * wide]
+            rows.append(Row(label, [self._references[reference], *drawn]))
         return contact_sheet(rows, columns, title=f"step {step}")
 
 
@@ -185,16 +206,22 @@ def _curve(name: str, weight: float) -> str:
     return f"validation/{name}/weight_{weight:g}"
 
 
-def _save(sheet: Image.Image, path: Path) -> None:
-    """Write a PNG. A full disk is reported in the log: it must not end a training."""
-    try:
-        with atomic(path) as temporary:
-            sheet.save(temporary, format="PNG")
-    except OSError as error:
-        logger.error("The contact sheet '%s' could not be written: %s", path, error)
+def _opened(paths: Sequence[str]) -> list[Image.Image]:
+    images, failed = [], []
+    for path in paths:
+        try:
+            images.append(open_image(Path(path)))
+        except BrokenImageError as error:
+            failed.append(f"'{path}' ({error})")
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(paths)} images in validation_image cannot be opened: "
+            f"{', '.join(failed)}. Correct the paths, or leave them out."
+        )
+    return images
 
 
-def _show(sheet: Image.Image, accelerator: Accelerator, step: int) -> None:
+def _log_sheet(sheet: Image.Image, accelerator: Accelerator, step: int) -> None:
     """Give the sheet to those of a run's trackers that take images."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -204,16 +231,15 @@ def _show(sheet: Image.Image, accelerator: Accelerator, step: int) -> None:
             tracker.log_images({"validation": [sheet]}, step=step)
 
 
-def _opened(paths: Sequence[str]) -> list[Image.Image]:
-    pictures, failed = [], []
-    for path in paths:
-        try:
-            pictures.append(open_image(Path(path)))
-        except BrokenImageError as error:
-            failed.append(f"'{path}' ({error})")
-    if failed:
-        raise TrainingError(
-            f"{len(failed)} of {len(paths)} pictures in validation.references cannot be opened: "
-            f"{', '.join(failed)}. Correct the paths, or leave them out."
-        )
-    return pictures
+@contextlib.contextmanager
+def preserved_rng_state() -> Iterator[None]:
+    """Leave Python's, NumPy's and torch's random number generators where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    # Only this process's device: asking the others would open them.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -19,9 +19,8 @@ from benchmarks.reference_loop import Reference
 from tests.support import image_folders, small_models
 from tests.support.reference_training import dropped
 from training.caching.dataset import CachedDataset
-from training.metrics import Meter
-from training.setup import prepare
-from training.train import train, training_loss
+from training.metrics import MetricsLogger
+from training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("arrow")
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +79,7 @@ def test_other_proportions_are_refused(tmp_path, monkeypatch):
 def test_what_the_loop_adds_is_its_overhead(folder, takes):
     takes(UNet2DConditionModel, "forward", 10)
     assert training.loop_overhead(folder, rounds=3) == 1
-    takes(Meter, "add", 1)
+    takes(MetricsLogger, "add", 1)
     assert training.loop_overhead(folder, rounds=3) == 1.1
 
 
@@ -101,27 +100,31 @@ def test_what_a_cache_spares_is_its_speedup(folder, takes):
 
 @pytest.mark.nightly
 def test_the_bare_step_trains_as_the_loop_does(folder):
-    run = prepare(training.settings(folder))
+    run = Trainer(training.config(folder))
     training.bare_step(run, next(run.batches))
-    given = training.settings(folder, steps=1)
-    train(given)
-    trained = load_file(Path(given.out, "checkpoints", "step-0000001", "model.safetensors"))
+    given = training.config(folder, max_train_steps=1)
+    Trainer(given).train()
+    trained = load_file(Path(given.output_dir, "checkpoints", "step-0000001", "model.safetensors"))
     torch.testing.assert_close(dict(run.sampled().state_dict()), trained)
 
 
 def test_the_reference_computes_the_loss_of_train_py(folder):
-    drops = {"drop_image": 0.3, "drop_text": 0.3, "drop_both": 0.0}
-    given = training.settings(
-        folder, cache=None, data=str(folder / "pictures"), batch_size=8, **drops
+    drops = {"i_drop_rate": 0.3, "t_drop_rate": 0.3, "ti_drop_rate": 0.0}
+    given = training.config(
+        folder,
+        feature_cache_dir=None,
+        train_data_dir=str(folder / "pictures"),
+        train_batch_size=8,
+        **drops,
     )
-    run = prepare(given)
+    run = Trainer(given)
     weights = {name: w.clone() for name, w in run.sampled().state_dict().items()}
     reference = Reference(given, folder / "pictures", weights).model
     batch: dict[str, Any] = dict(next(run.batches))
     assert 0 < batch["drop_image"].sum() < 8 and 0 < batch["drop_text"].sum() < 8
-    empty = run.encode.__self__.tokenise("")  # type: ignore[attr-defined]
+    empty = run.encoders.tokenise("")
     tokens = dropped(batch["tokens"], empty, batch["drop_text"])
-    expected = training_loss(run, batch)
+    expected = run.training_loss(batch)
     latents = reference.latents(batch["pixels"], batch["latent_noise"])
     given = {**batch, "tokens": tokens}
     found = reference.loss(given, latents, batch["noise"], batch["timestep"])
@@ -135,8 +138,8 @@ def test_the_reference_computes_the_loss_of_train_py(folder):
 
 @pytest.mark.nightly
 def test_the_reference_sees_the_same_pixels(folder):
-    given = training.settings(folder, cache=None, data=str(folder / "pictures"))
-    run = prepare(given)
+    given = training.config(folder, feature_cache_dir=None, train_data_dir=str(folder / "pictures"))
+    run = Trainer(given)
     reference = Reference(given, folder / "pictures", run.sampled().state_dict())
     theirs = torch.stack([row["pixels"] for row in reference.dataset])
     for pixels in next(run.batches)["pixels"]:

@@ -49,25 +49,25 @@ def pictures(tmp_path_factory) -> Path:
 @pytest.fixture
 def trained(bases, pictures, tmp_path, accelerate_anew):
     """The file that a short run leaves."""
-    from training.config import Settings
-    from training.train import train
+    from training.config import TrainConfig
+    from training.trainer import Trainer
 
     def trained(family: str, variant: str) -> Path:
-        settings = Settings(
-            base=str(bases[family][1]),
-            image_encoder=str(pictures / "encoder"),
-            data=str(pictures),
-            out=str(tmp_path / "run"),
+        settings = TrainConfig(
+            pretrained_model_name_or_path=str(bases[family][1]),
+            image_encoder_path=str(pictures / "encoder"),
+            train_data_dir=str(pictures),
+            output_dir=str(tmp_path / "run"),
             variant=variant,
-            size=64,
-            steps=3,
-            batch_size=2,
-            workers=0,
-            log_with="none",
+            resolution=64,
+            max_train_steps=3,
+            train_batch_size=2,
+            dataloader_num_workers=0,
+            report_to="none",
             learning_rate=1e-2,
         )
         with torch.enable_grad():
-            train(settings)
+            Trainer(settings).train()
         return tmp_path / "run" / "ip-adapter.safetensors"
 
     return trained

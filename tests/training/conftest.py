@@ -32,24 +32,37 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def settings(frozen, pictures, tmp_path, accelerate_anew):
-    """Settings of a small run, with changes."""
-    from training.config import Settings
+    """The config of a small run, with changes."""
+    from training.config import TrainConfig
 
-    def settings(family: str = "sd15", **changes) -> Settings:
+    def settings(family: str = "sd15", **changes) -> TrainConfig:
         accelerate_anew()
         given = {
-            "base": str(frozen / family),
-            "image_encoder": str(frozen / "encoder"),
-            "data": str(pictures),
-            "out": str(tmp_path / "run"),
-            "size": 64,
-            "steps": 4,
-            "batch_size": 4,
-            "workers": 0,
-            "log_every": 1,
-            "log_with": "none",
+            "pretrained_model_name_or_path": str(frozen / family),
+            "image_encoder_path": str(frozen / "encoder"),
+            "train_data_dir": str(pictures),
+            "output_dir": str(tmp_path / "run"),
+            "resolution": 64,
+            "max_train_steps": 4,
+            "train_batch_size": 4,
+            "dataloader_num_workers": 0,
+            "logging_steps": 1,
+            "report_to": "none",
             "learning_rate": 1e-3,
         }
-        return Settings(**{**given, **changes})
+        return TrainConfig(**{**given, **changes})
 
     return settings
+
+
+@pytest.fixture
+def train():
+    """Train as train.py does, without its command line; gives the trainer back."""
+    from training.trainer import Trainer
+
+    def train(config):
+        trainer = Trainer(config)
+        trainer.train()
+        return trainer
+
+    return train

@@ -20,6 +20,7 @@ from training import cache
 from training.caching import writer as cache_writing
 from training.caching.dataset import CachedDataset
 from training.caching.format import Manifest, is_whole, open_tensors, shard_path
+from training.config import parse
 from training.data.buckets import square
 from training.data.dataset import RawDataset, collate
 from training.data.sources import Record, open_source
@@ -41,17 +42,17 @@ def settings(frozen, pictures, tmp_path):
 
     def settings(family="sd15", **changes):
         given = {
-            "base": str(frozen / family),
-            "image_encoder": str(frozen / "encoder"),
-            "data": str(pictures),
-            "out": str(tmp_path / "cache"),
-            "size": 64,
+            "pretrained_model_name_or_path": str(frozen / family),
+            "image_encoder_path": str(frozen / "encoder"),
+            "train_data_dir": str(pictures),
+            "output_dir": str(tmp_path / "cache"),
+            "resolution": 64,
             "features": "both",
-            "shard_rows": 8,
+            "rows_per_shard": 8,
             "batch_size": 3,
-            "workers": 0,
+            "dataloader_num_workers": 0,
         }
-        return cache.CacheSettings(**{**given, **changes})
+        return cache.CacheConfig(**{**given, **changes})
 
     return settings
 
@@ -61,8 +62,8 @@ def contents(folder):
 
 
 def encoders_of(settings, kind=EMBEDS):
-    encoder = ImageEncoder.from_name(settings.image_encoder)
-    return FrozenEncoders(load_encoders(settings.base), encoder, kind)
+    encoder = ImageEncoder.from_name(settings.image_encoder_path)
+    return FrozenEncoders(load_encoders(settings.pretrained_model_name_or_path), encoder, kind)
 
 
 def close(found, expected):
@@ -78,13 +79,13 @@ class TestContent:
         for kind in FEATURE_KINDS:
             encoders = encoders_of(given, kind)
             raw = RawDataset(
-                open_source(given.data),
+                open_source(given.train_data_dir),
                 encoders.tokenise,
                 encoders.image_encoder.preprocess,
                 square(64),
                 cache.NO_DRAWS,
             )
-            rows = CachedDataset(given.out, kind, cache.NO_DRAWS, encoders.fingerprints)
+            rows = CachedDataset(given.output_dir, kind, cache.NO_DRAWS, encoders.fingerprints)
             for row in (0, 7, 8, 39):
                 expected = encoders.encode(collate([raw[5, row]]))
                 found = collate([rows[5, row]])
@@ -106,7 +107,9 @@ class TestContent:
     def test_of_buckets(self, settings, tmp_path):
         data = tmp_path / "data"
         image_folders.with_metadata(data, 30, sizes=((80, 80), (160, 80), (80, 160)), broken=2)
-        dataset = cache.make(settings(data=str(data), buckets=True, size=192, shard_rows=7))
+        dataset = cache.make(
+            settings(train_data_dir=str(data), enable_bucket=True, resolution=192, rows_per_shard=7)
+        )
         left = range(2, 30)
         assert len(dataset) == len(left)
         encoders = encoders_of(settings())
@@ -124,24 +127,26 @@ class TestContent:
 
     def test_one_kind_of_features_only(self, settings):
         cache.make(settings(features=HIDDEN))
-        with open_tensors(shard_path(Path(settings().out), 0)) as (file, _):
+        with open_tensors(shard_path(Path(settings().output_dir), 0)) as (file, _):
             assert HIDDEN in file.keys()  # noqa: SIM118
             assert EMBEDS not in file.keys()  # noqa: SIM118
 
     def test_encoders_of_another_precision_are_the_same_encoders(self, settings):
-        given = settings(precision="bfloat16", stored="bfloat16")
+        given = settings(dtype="bfloat16", cache_dtype="bfloat16")
         cache.make(given)
-        rows = CachedDataset(given.out, EMBEDS, cache.NO_DRAWS, encoders_of(given).fingerprints)
+        rows = CachedDataset(
+            given.output_dir, EMBEDS, cache.NO_DRAWS, encoders_of(given).fingerprints
+        )
         assert rows[0, 0]["mean"].dtype == torch.bfloat16
 
     def test_broken_pictures_are_left_out_and_named(self, settings, tmp_path, caplog):
         image_folders.with_metadata(tmp_path / "data", 30, broken=9)
-        arguments = ["--data", str(tmp_path / "data")]
+        arguments = ["--train_data_dir", str(tmp_path / "data")]
         with caplog.at_level(logging.INFO):
             cache.main([*small_models.command(settings()), *arguments])
-        dataset = CachedDataset(settings().out, EMBEDS, cache.NO_DRAWS)
+        dataset = CachedDataset(settings().output_dir, EMBEDS, cache.NO_DRAWS)
         assert len(dataset) == 21
-        assert "9 pictures could not be read and are left out: 0000.png: " in caplog.text
+        assert "9 images could not be read and are left out: 0000.png: " in caplog.text
         assert "0004.png" in caplog.text
         assert "0005.png" not in caplog.text
         assert "21 rows" in caplog.text
@@ -149,7 +154,7 @@ class TestContent:
     def test_nothing_but_broken_pictures(self, settings, tmp_path):
         image_folders.with_metadata(tmp_path / "data", 3, broken=3)
         with pytest.raises(TrainingError, match="none of its 3 pictures"):
-            cache.make(settings(data=str(tmp_path / "data")))
+            cache.make(settings(train_data_dir=str(tmp_path / "data")))
 
     def test_numbers_that_the_dtype_cannot_hold(self, settings, monkeypatch):
         outputs = FrozenEncoders.outputs
@@ -167,10 +172,10 @@ class TestContent:
             TrainingError, match=r"log variance of row 12 became.*float16.*bfloat16"
         ):
             cache.make(settings())
-        shards = sorted(path.name for path in Path(settings().out).glob("shard-*"))
+        shards = sorted(path.name for path in Path(settings().output_dir).glob("shard-*"))
         assert shards == ["shard-00000.safetensors"]
         overflowing.calls = 0
-        cache.make(settings(stored="bfloat16", out=settings().out + "2"))
+        cache.make(settings(cache_dtype="bfloat16", output_dir=settings().output_dir + "2"))
 
 
 class Shaped:
@@ -226,14 +231,14 @@ def test_bytes_of_a_sample_of_sd15(kinds, expected, tmp_path, pictures):
 class TestCannotWrite:
     def test_below_a_file(self, settings, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(TrainingError, match=r"Nothing can be written to.*--out"):
-            cache.make(settings(out=str(tmp_path / "file" / "cache")))
+        with pytest.raises(TrainingError, match=r"Nothing can be written to.*--output_dir"):
+            cache.make(settings(output_dir=str(tmp_path / "file" / "cache")))
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
     def test_a_folder_of_others(self, settings, tmp_path):
         (tmp_path / "locked").mkdir(mode=0o500)
-        with pytest.raises(TrainingError, match=r"Nothing can be written to.*--out"):
-            cache.make(settings(out=str(tmp_path / "locked")))
+        with pytest.raises(TrainingError, match=r"Nothing can be written to.*--output_dir"):
+            cache.make(settings(output_dir=str(tmp_path / "locked")))
 
     def test_it_is_told_before_any_model_is_read(self, settings, tmp_path, monkeypatch):
         def never(*_):
@@ -242,19 +247,19 @@ class TestCannotWrite:
         monkeypatch.setattr(cache, "load_encoders", never)
         (tmp_path / "file").touch()
         with pytest.raises(TrainingError, match="Nothing can be written"):
-            cache.make(settings(out=str(tmp_path / "file")))
+            cache.make(settings(output_dir=str(tmp_path / "file")))
 
     def test_while_another_writes_there(self, settings):
-        Path(settings().out).mkdir()
+        Path(settings().output_dir).mkdir()
         said = pytest.raises(TrainingError, match=r"Another cache\.py is writing")
-        with FileLock(Path(settings().out) / ".lock"), said:
+        with FileLock(Path(settings().output_dir) / ".lock"), said:
             cache.make(settings())
         cache.make(settings())
 
     def test_a_full_disk(self, settings):
         """A limit on a file's size stands for it: the write fails half-way all the same."""
         given = settings()
-        out = Path(given.out)
+        out = Path(given.output_dir)
         cache.make(given)
         expected = contents(out)
         for shard in (1, 3):
@@ -281,36 +286,40 @@ class TestCannotWrite:
         assert "will not suffice" in caplog.text
 
 
+def parsed(arguments):
+    return parse(cache.CacheConfig, "cache.py", arguments)
+
+
 class TestCommandLine:
     def test_a_file_of_settings_and_the_command_line_over_it(self, settings, tmp_path):
         config = tmp_path / "cache.yaml"
-        config.write_text(json.dumps({**vars(settings()), "shard_rows": 5}))
-        found = cache.parse(["--config", str(config), "--batch_size", "2"])
-        assert (found.shard_rows, found.batch_size) == (5, 2)
-        assert found.base == settings().base
-        assert cache.parse(small_models.command(settings())) == settings()
+        config.write_text(json.dumps({**vars(settings()), "rows_per_shard": 5}))
+        found = parsed(["--config", str(config), "--batch_size", "2"])
+        assert (found.rows_per_shard, found.batch_size) == (5, 2)
+        assert found.pretrained_model_name_or_path == settings().pretrained_model_name_or_path
+        assert parsed(small_models.command(settings())) == settings()
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["--shard_rows", "0"], "shard_rows is 0; expected at least 1"),
+            (["--rows_per_shard", "0"], "rows_per_shard is 0; expected at least 1"),
             (["--features", "hidden"], "features"),
             (["--nonsense", "1"], "nonsense"),
         ],
     )
     def test_a_value_that_cannot_be(self, arguments, said, settings, capsys):
         with pytest.raises(SystemExit) as error:
-            cache.parse([*small_models.command(settings()), *arguments])
+            parsed([*small_models.command(settings()), *arguments])
         assert error.value.code == 2
         assert said in capsys.readouterr().err
 
     def test_errors_are_messages(self, settings):
         with pytest.raises(SystemExit, match=r"cache\.py: There is no '/nowhere'"):
-            cache.main([*small_models.command(settings()), "--data", "/nowhere"])
+            cache.main([*small_models.command(settings()), "--train_data_dir", "/nowhere"])
 
     def test_shards_to_stream_are_refused(self, settings):
         with pytest.raises(TrainingError, match="WebDataset shards"):
-            cache.make(settings(data="shards/{000..009}.tar"))
+            cache.make(settings(train_data_dir="shards/{000..009}.tar"))
 
 
 def test_batches_stay_in_their_shard_and_bucket():

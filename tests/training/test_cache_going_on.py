@@ -32,17 +32,17 @@ def settings(frozen, pictures, tmp_path):
 
     def settings(family="sd15", **changes):
         given = {
-            "base": str(frozen / family),
-            "image_encoder": str(frozen / "encoder"),
-            "data": str(pictures),
-            "out": str(tmp_path / "cache"),
-            "size": 64,
+            "pretrained_model_name_or_path": str(frozen / family),
+            "image_encoder_path": str(frozen / "encoder"),
+            "train_data_dir": str(pictures),
+            "output_dir": str(tmp_path / "cache"),
+            "resolution": 64,
             "features": "both",
-            "shard_rows": 8,
+            "rows_per_shard": 8,
             "batch_size": 3,
-            "workers": 0,
+            "dataloader_num_workers": 0,
         }
-        return cache.CacheSettings(**{**given, **changes})
+        return cache.CacheConfig(**{**given, **changes})
 
     return settings
 
@@ -53,13 +53,13 @@ def contents(folder):
 
 class TestProcesses:
     def test_two_write_what_one_writes(self, settings, tmp_path):
-        cache.make(settings(workers=1))
-        alone = contents(settings().out)
-        both = settings(out=str(tmp_path / "both"))
+        cache.make(settings(dataloader_num_workers=1))
+        alone = contents(settings().output_dir)
+        both = settings(output_dir=str(tmp_path / "both"))
         script = str(ROOT / "training" / "cache.py")
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         result = subprocess.run(
-            [*launch, "--num_processes", "2", script, *command(both)],
+            [*launch, "--nproc_per_node", "2", script, *command(both)],
             env={**os.environ, "OMP_NUM_THREADS": "2"},
             cwd=tmp_path,
             capture_output=True,
@@ -84,18 +84,18 @@ class TestGoingOn:
     def test_what_is_whole_is_kept(self, settings):
         given = settings()
         cache.make(given)
-        expected = contents(given.out)
-        times = {path: path.stat().st_mtime_ns for path in Path(given.out).glob("shard-*")}
-        cut = shard_path(Path(given.out), 1)
+        expected = contents(given.output_dir)
+        times = {path: path.stat().st_mtime_ns for path in Path(given.output_dir).glob("shard-*")}
+        cut = shard_path(Path(given.output_dir), 1)
         cut.write_bytes(cut.read_bytes()[:-1])
         cache.make(given)
-        assert contents(given.out) == expected
+        assert contents(given.output_dir) == expected
         for path, written in times.items():
             assert (path.stat().st_mtime_ns == written) == (path != cut)
 
     def test_killed_at_twenty_moments(self, settings):
-        given = settings(shard_rows=2)
-        out = Path(given.out)
+        given = settings(rows_per_shard=2)
+        out = Path(given.output_dir)
         assert launched(given) == 0
         expected = contents(out)
         shutil.rmtree(out)
@@ -119,32 +119,32 @@ class TestGoingOn:
         ("changes", "said"),
         [
             ({"family": "sdxl"}, r"vae|text encoder \(there '?.*sd15'?, now '?.*sdxl"),
-            ({"size": 72}, r"sizes \(there \(\(64, 64\),\), now \(\(72, 72\),\)\)"),
+            ({"resolution": 72}, r"sizes \(there \(\(64, 64\),\), now \(\(72, 72\),\)\)"),
             ({"features": EMBEDS}, "features"),
-            ({"stored": "float32"}, r"dtype \(there float16, now float32\)"),
-            ({"shard_rows": 4}, r"shard_rows \(there 8, now 4\)"),
+            ({"cache_dtype": "float32"}, r"dtype \(there float16, now float32\)"),
+            ({"rows_per_shard": 4}, r"shard_rows \(there 8, now 4\)"),
         ],
     )
     def test_other_settings_are_refused(self, changes, said, settings):
         cache.make(settings())
-        before = contents(settings().out)
+        before = contents(settings().output_dir)
         with pytest.raises(TrainingError, match=f"cache of another run.*{said}"):
             cache.make(settings(**changes))
-        assert contents(settings().out) == before
+        assert contents(settings().output_dir) == before
 
     def test_other_pictures_are_refused(self, settings, tmp_path):
         image_folders.with_metadata(tmp_path / "data", 40)
         cache.make(settings())
         with pytest.raises(TrainingError, match=r"data \(there .*pictures.*, now .*data\)"):
-            cache.make(settings(data=str(tmp_path / "data")))
+            cache.make(settings(train_data_dir=str(tmp_path / "data")))
 
     def test_more_workers_or_another_batch_are_no_other_settings(self, settings):
         cache.make(settings())
-        shard_path(Path(settings().out), 0).unlink()
-        cache.make(settings(workers=1, batch_size=5))
+        shard_path(Path(settings().output_dir), 0).unlink()
+        cache.make(settings(dataloader_num_workers=1, batch_size=5))
 
     def test_leftovers_of_a_kill_are_removed(self, settings):
-        out = Path(settings().out)
+        out = Path(settings().output_dir)
         out.mkdir()
         for name in ("shard-00001.safetensors.tmp", ".tmpAbCdEf", "cache.json.tmp"):
             (out / name).write_bytes(b"half")
@@ -153,7 +153,7 @@ class TestGoingOn:
 
     def test_shards_of_nobody(self, settings):
         cache.make(settings())
-        (Path(settings().out) / MANIFEST).unlink()
+        (Path(settings().output_dir) / MANIFEST).unlink()
         with pytest.raises(TrainingError, match=r"holds shards without a cache\.json"):
             cache.make(settings())
 
@@ -166,7 +166,7 @@ def launched(settings, shards=None, seconds=0.0):
     process = context.Process(target=cache.main, args=(command(settings),))
     process.start()
     if shards is not None:
-        out = Path(settings.out)
+        out = Path(settings.output_dir)
         while process.is_alive() and len(list(out.glob("shard-*.safetensors"))) < shards:
             time.sleep(0.002)
         time.sleep(seconds)

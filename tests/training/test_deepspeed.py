@@ -13,28 +13,40 @@ import torch
 from safetensors.torch import load_file
 
 from tools.comfyui.install import ROOT
-from training import distributed as acceleration
+from training import distributed
 
 # accelerate has DeepSpeed start on accelerators only; told of the backend, it starts on CPUs too.
 ON_CPUS = """
 import sys; sys.path.insert(0, {root!r})
 from accelerate import PartialState
-from training import launch, train
-launch.begin = lambda patience=None: PartialState(cpu=False, backend="gloo")
+from training import train
+train.begin = lambda: PartialState(cpu=False, backend="gloo")
 train.main()
 """
 OPTIONS = {
-    **{"size": 64, "workers": 0, "log_with": "none", "save_every": 3, "learning_rate": 1e-3},
-    **{"accumulation": 2, "clip_norm": 0.01, "ema": 0.5, "batch_size": 4},
+    **{
+        "resolution": 64,
+        "dataloader_num_workers": 0,
+        "report_to": "none",
+        "checkpointing_steps": 3,
+        "learning_rate": 1e-3,
+    },
+    **{
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.01,
+        "use_ema": True,
+        "ema_decay": 0.5,
+        "train_batch_size": 4,
+    },
 }
 
 
 def test_deepspeed_is_told_what_it_cannot_see(settings, monkeypatch):
     plugin = SimpleNamespace(deepspeed_config={"gradient_accumulation_steps": 1})
     made = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
-    monkeypatch.setattr(acceleration, "Accelerator", lambda **given: made)
-    given = settings(batch_size=6, accumulation=3, clip_norm=0.5)
-    assert acceleration.prepare_accelerator(given, "bf16") is made
+    monkeypatch.setattr(distributed, "Accelerator", lambda **given: made)
+    given = settings(train_batch_size=6, gradient_accumulation_steps=3, max_grad_norm=0.5)
+    assert distributed.make_accelerator(given, "bf16") is made
     assert plugin.deepspeed_config == {
         "train_micro_batch_size_per_gpu": 6,
         "gradient_accumulation_steps": 3,
@@ -47,7 +59,11 @@ def test_zero_2_follows_one_process(frozen, pictures, tmp_path, precision):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     (tmp_path / "on_cpus.py").write_text(ON_CPUS.format(root=str(ROOT)))
     start = [str(tmp_path / "on_cpus.py")]
-    given = {"base": frozen / "sd15", "image_encoder": frozen / "encoder", "data": pictures}
+    given = {
+        "pretrained_model_name_or_path": frozen / "sd15",
+        "image_encoder_path": frozen / "encoder",
+        "train_data_dir": pictures,
+    }
     split = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     zero = {
         "ACCELERATE_USE_DEEPSPEED": "true",
@@ -57,7 +73,7 @@ def test_zero_2_follows_one_process(frozen, pictures, tmp_path, precision):
     }
 
     def train(name: str, how: list[str], variables: dict[str, str], **changes) -> dict:
-        options = {**given, **OPTIONS, **changes, "out": tmp_path / name}
+        options = {**given, **OPTIONS, **changes, "output_dir": tmp_path / name}
         arguments = [f"--{key}={value}" for key, value in options.items()]
         environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": precision, **variables}
         environment["OMP_NUM_THREADS"] = "1"
@@ -66,10 +82,12 @@ def test_zero_2_follows_one_process(frozen, pictures, tmp_path, precision):
         return load_file(path) if path.exists() else {}
 
     one = {"ACCELERATE_USE_CPU": "true"}
-    whole = train("one", [str(ROOT / "training" / "train.py")], one, batch_size=8, steps=6)
-    straight = train("zero", split + start, zero, steps=6)
-    train("resumed", split + start, zero, steps=3)
-    resumed = train("resumed", split + start, zero, steps=6)
+    whole = train(
+        "one", [str(ROOT / "training" / "train.py")], one, train_batch_size=8, max_train_steps=6
+    )
+    straight = train("zero", split + start, zero, max_train_steps=6)
+    train("resumed", split + start, zero, max_train_steps=3)
+    resumed = train("resumed", split + start, zero, max_train_steps=6)
     first = load_file(tmp_path / "one" / "checkpoints" / "step-0000003" / "adapter.safetensors")
 
     def distance(a, b):

@@ -13,20 +13,21 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from training.config import Settings
-from training.train import train
+from training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("arrow")
 
 
-def command(settings: Settings, processes: int) -> list[str]:
+def command(settings: TrainConfig, processes: int) -> list[str]:
     """The command line of these settings."""
-    defaults = {field.name: field.default for field in fields(Settings)}
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
     changed = {n: v for n, v in vars(settings).items() if v != defaults[n]}
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    if processes > 1:
+        launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu"),
-        *("--num_processes", str(processes), str(ROOT / "training" / "train.py")),
+        *(sys.executable, "-m", *launch, str(ROOT / "training" / "train.py")),
         *(f"--{name}={value}" for name, value in changed.items()),
     ]
 
@@ -37,35 +38,47 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return {**os.environ, "HF_DATASETS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
 
-def test_two_processes_follow_one(settings, tmp_path, environment):
+def test_two_processes_follow_one(settings, tmp_path, environment, train):
     """With half the batch each; clipping, accumulation and the average included."""
-    more = {"clip_norm": 0.1, "accumulation": 2, "ema": 0.5, "drop_image": 0.3, "drop_text": 0.3}
-    one = settings(steps=6, **more)
+    more = {
+        "max_grad_norm": 0.1,
+        "gradient_accumulation_steps": 2,
+        "use_ema": True,
+        "ema_decay": 0.5,
+        "i_drop_rate": 0.3,
+        "t_drop_rate": 0.3,
+    }
+    one = settings(max_train_steps=6, **more)
     train(one)
-    two = settings(steps=6, batch_size=2, out=str(tmp_path / "two"), **more)
+    two = settings(max_train_steps=6, train_batch_size=2, output_dir=str(tmp_path / "two"), **more)
     result = subprocess.run(
         command(two, 2), env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "two" / "checkpoints" / "step-0000012").exists()
     name = "checkpoints/step-0000006/model.safetensors"
-    found, expected = load_file(Path(two.out, name)), load_file(Path(one.out, name))
-    start = settings(steps=1, learning_rate=0.0, weight_decay=0.0, out=str(tmp_path / "start"))
+    found, expected = load_file(Path(two.output_dir, name)), load_file(Path(one.output_dir, name))
+    start = settings(
+        max_train_steps=1,
+        learning_rate=0.0,
+        adam_weight_decay=0.0,
+        output_dir=str(tmp_path / "start"),
+    )
     train(start)
-    before = load_file(Path(start.out, "checkpoints/step-0000001/model.safetensors"))
+    before = load_file(Path(start.output_dir, "checkpoints/step-0000001/model.safetensors"))
     for key, value in found.items():
         moved = (expected[key] - before[key]).norm()
         assert moved > 0
         assert (value - expected[key]).norm() < 1e-3 * moved, key
     # It goes on in one process too: what a sample is does not depend on how many there are.
-    train(settings(steps=7, out=two.out, **more))
-    assert Path(two.out, "checkpoints/step-0000007").exists()
+    train(settings(max_train_steps=7, output_dir=two.output_dir, **more))
+    assert Path(two.output_dir, "checkpoints/step-0000007").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a launcher's end is not told")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_scheduler_that_ends_the_launcher(settings, tmp_path, environment, processes):
-    given = settings(steps=1_000_000, save_every=1_000_000)
+    given = settings(max_train_steps=1_000_000, checkpointing_steps=1_000_000)
     with open(tmp_path / "log", "w+") as log:
         launcher = subprocess.Popen(
             command(given, processes), env=environment, cwd=tmp_path, stdout=log, stderr=log
@@ -76,7 +89,21 @@ def test_a_scheduler_that_ends_the_launcher(settings, tmp_path, environment, pro
             time.sleep(0.1)
         os.kill(launcher.pid, signal.SIGTERM)
         launcher.wait(60)
-        newest = Path(given.out, "ip-adapter.safetensors")
+        newest = Path(given.output_dir, "ip-adapter.safetensors")
         while not newest.exists() and time.monotonic() < until:
             time.sleep(0.1)
     assert load_file(newest), (tmp_path / "log").read_text()
+
+
+def test_several_processes_on_cpus_are_torchruns(settings, tmp_path, environment):
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    given = command(settings(), 1)
+    result = subprocess.run(
+        [*given[:2], *launch, *given[6:]],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "torchrun --nproc_per_node N" in result.stderr

@@ -19,16 +19,17 @@ from safetensors.torch import load_file
 
 from ip_adapter_core.files import adapter_file as checkpoint
 from training.errors import TrainingError
-from training.train import train
+from training.trainer import Trainer
 
 EVERYTHING = {
-    "ema": 0.9,
-    "clip_norm": 1.0,
-    "schedule": "cosine",
-    "warmup_steps": 2,
-    "min_snr_gamma": 5.0,
+    "use_ema": True,
+    "ema_decay": 0.9,
+    "max_grad_norm": 1.0,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 2,
+    "snr_gamma": 5.0,
     "noise_offset": 0.05,
-    "accumulation": 2,
+    "gradient_accumulation_steps": 2,
 }
 pytestmark = pytest.mark.usefixtures("arrow")
 
@@ -73,18 +74,34 @@ def forked():
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_going_on_gives_the_same_files(settings, tmp_path, family):
-    straight = settings(family, steps=6, save_every=3, **EVERYTHING)
+def test_going_on_gives_the_same_files(settings, tmp_path, family, train):
+    straight = settings(family, max_train_steps=6, checkpointing_steps=3, **EVERYTHING)
     train(straight)
-    parts = settings(family, steps=6, save_every=3, out=str(tmp_path / "parts"), **EVERYTHING)
-    stopped = settings(family, steps=6, save_every=3, out=parts.out, **EVERYTHING)
+    parts = settings(
+        family,
+        max_train_steps=6,
+        checkpointing_steps=3,
+        output_dir=str(tmp_path / "parts"),
+        **EVERYTHING,
+    )
+    stopped = settings(
+        family, max_train_steps=6, checkpointing_steps=3, output_dir=parts.output_dir, **EVERYTHING
+    )
     with pytest.raises(KeyboardInterrupt), stopping_after(4):
         train(stopped)
-    assert steps(parts.out) == [3]
-    train(settings(family, steps=6, save_every=3, out=parts.out, **EVERYTHING))
-    assert steps(parts.out) == [3, 6]
-    assert files(straight.out, 6) == files(parts.out, 6)
-    assert files(straight.out, 3) == files(parts.out, 3)
+    assert steps(parts.output_dir) == [3]
+    train(
+        settings(
+            family,
+            max_train_steps=6,
+            checkpointing_steps=3,
+            output_dir=parts.output_dir,
+            **EVERYTHING,
+        )
+    )
+    assert steps(parts.output_dir) == [3, 6]
+    assert files(straight.output_dir, 6) == files(parts.output_dir, 6)
+    assert files(straight.output_dir, 3) == files(parts.output_dir, 3)
 
 
 class stopping_after:
@@ -94,67 +111,72 @@ class stopping_after:
         self.count = count
 
     def __enter__(self):
-        from training.run import Run
+        self.before = Trainer.after_step
 
-        self.before = Run.after_step
-
-        def after_step(run, bar):
-            self.before(run, bar)
-            if run.step == self.count:
+        def after_step(trainer, bar):
+            self.before(trainer, bar)
+            if trainer.step == self.count:
                 raise KeyboardInterrupt
 
-        Run.after_step = after_step
+        Trainer.after_step = after_step
 
     def __exit__(self, *exception):
-        from training.run import Run
-
-        Run.after_step = self.before
+        Trainer.after_step = self.before
 
 
-def test_the_average_is_what_is_saved(settings):
-    given = settings(steps=3, save_every=3, ema=0.5)
+def test_the_average_is_what_is_saved(settings, train):
+    given = settings(max_train_steps=3, checkpointing_steps=3, use_ema=True, ema_decay=0.5)
     train(given)
     adapter, model = (
-        load_file(Path(given.out, "checkpoints/step-0000003", name))
+        load_file(Path(given.output_dir, "checkpoints/step-0000003", name))
         for name in ("adapter.safetensors", "model.safetensors")
     )
     assert any(not torch.equal(adapter[k].float(), model[k].half().float()) for k in model)
-    plain = settings(steps=3, save_every=3, out=given.out + "-plain")
+    plain = settings(
+        max_train_steps=3, checkpointing_steps=3, output_dir=given.output_dir + "-plain"
+    )
     train(plain)
-    adapter = load_file(Path(plain.out, "ip-adapter.safetensors"))
+    adapter = load_file(Path(plain.output_dir, "ip-adapter.safetensors"))
     assert all(torch.equal(adapter[k], model[k].half()) for k in model)
 
 
-def test_the_last_few_are_kept_and_the_file_is_the_adapters_size(settings):
-    given = settings(steps=7, save_every=2, keep=2)
+def test_the_last_few_are_kept_and_the_file_is_the_adapters_size(settings, train):
+    given = settings(max_train_steps=7, checkpointing_steps=2, checkpoints_total_limit=2)
     train(given)
-    assert steps(given.out) == [6, 7]
-    newest = Path(given.out, "ip-adapter.safetensors")
-    assert newest.read_bytes() == files(given.out, 7)["adapter.safetensors"]
+    assert steps(given.output_dir) == [6, 7]
+    newest = Path(given.output_dir, "ip-adapter.safetensors")
+    assert newest.read_bytes() == files(given.output_dir, 7)["adapter.safetensors"]
     parameters = sum(w.numel() for w in load_file(newest).values())
     assert 2 * parameters < newest.stat().st_size < 2 * parameters + 8192
     with safe_open(newest, "pt") as file:
         about = json.loads(file.metadata()["ip_adapter"])
     assert (about["step"], about["settings"]["learning_rate"]) == (7, 1e-3)
-    assert given.out not in json.dumps(about) and str(Path(given.base).parent) not in str(about)
+    assert given.output_dir not in json.dumps(about) and str(
+        Path(given.pretrained_model_name_or_path).parent
+    ) not in str(about)
 
 
-def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_save(settings, forked, tmp_path):
-    straight = settings(steps=400, save_every=2, keep=2)
+def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_save(
+    settings, forked, tmp_path, train
+):
+    straight = settings(max_train_steps=400, checkpointing_steps=2, checkpoints_total_limit=2)
     train(straight)
-    given = settings(steps=400, save_every=2, keep=2, out=str(tmp_path / "killed"))
+    given = settings(
+        max_train_steps=400,
+        checkpointing_steps=2,
+        checkpoints_total_limit=2,
+        output_dir=str(tmp_path / "killed"),
+    )
     reached = multiprocessing.get_context("fork").Value("i", 0)
 
     def child():
-        from training.run import Run
+        before = Trainer.after_step
 
-        before = Run.after_step
+        def after_step(trainer, bar):
+            before(trainer, bar)
+            reached.value = trainer.step
 
-        def after_step(run, bar):
-            before(run, bar)
-            reached.value = run.step
-
-        Run.after_step = after_step
+        Trainer.after_step = after_step
         torch.set_num_threads(1)
         train(given)
 
@@ -171,30 +193,30 @@ def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_save(settings, f
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         kills += 1
-        check_readable(given.out)
-        assert max(steps(given.out), default=0) >= reached.value - given.save_every
+        check_readable(given.output_dir)
+        assert max(steps(given.output_dir), default=0) >= reached.value - given.checkpointing_steps
     assert kills == 20
     if process.exitcode != 0:
         child()
-    assert files(straight.out, 400) == files(given.out, 400)
-    assert not list(Path(given.out, "checkpoints").glob(".*"))
+    assert files(straight.output_dir, 400) == files(given.output_dir, 400)
+    assert not list(Path(given.output_dir, "checkpoints").glob(".*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_first(settings, forked, number):
-    given = settings(steps=100_000, save_every=100_000)
+def test_asked_to_stop_it_saves_first(settings, forked, number, train):
+    given = settings(max_train_steps=100_000, checkpointing_steps=100_000)
     started = multiprocessing.get_context("fork").Event()
 
     def child():
-        from training.metrics import Meter
+        from training.metrics import MetricsLogger
 
-        add = Meter.add
+        add = MetricsLogger.add
 
         def noting(*args):
             started.set()
             add(*args)
 
-        Meter.add = noting
+        MetricsLogger.add = noting
         torch.set_num_threads(1)
         train(given)
 
@@ -203,87 +225,101 @@ def test_asked_to_stop_it_saves_first(settings, forked, number):
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == 0
-    check_readable(given.out)
-    assert len(steps(given.out)) == 1 and steps(given.out)[0] < 100_000
+    check_readable(given.output_dir)
+    assert len(steps(given.output_dir)) == 1 and steps(given.output_dir)[0] < 100_000
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_settings_of_another_run_are_refused(settings):
+def test_settings_of_another_run_are_refused(settings, train):
     train(settings())
-    kept = files(settings().out, 4)
+    kept = files(settings().output_dir, 4)
     for changes, said in (
         ({"learning_rate": 1e-5}, "learning_rate was 0.001, is 1e-05"),
-        ({"batch_size": 8}, "global batch was 4, is 8"),
+        ({"train_batch_size": 8}, "global batch was 4, is 8"),
         ({"variant": "full"}, "variant was base, is full"),
         ({"seed": 1}, "seed was 0, is 1"),
     ):
         with pytest.raises(TrainingError, match=said) as error:
-            train(settings(steps=8, **changes))
-        assert "--adapter" in str(error.value) and "step 4" in str(error.value)
-    assert files(settings().out, 4) == kept
-    train(settings(steps=5, log_every=2, workers=1, keep=1))  # what may change
-    assert steps(settings().out) == [5]
+            train(settings(max_train_steps=8, **changes))
+        assert "--pretrained_ip_adapter_path" in str(error.value) and "step 4" in str(error.value)
+    assert files(settings().output_dir, 4) == kept
+    train(
+        settings(
+            max_train_steps=5, logging_steps=2, dataloader_num_workers=1, checkpoints_total_limit=1
+        )
+    )  # what may change
+    assert steps(settings().output_dir) == [5]
 
 
-def test_other_data_is_refused(settings, pictures, tmp_path):
+def test_other_data_is_refused(settings, pictures, tmp_path, train):
     train(settings())
     copy = tmp_path / "pictures"
     copy.mkdir()
     for path in sorted(pictures.iterdir())[:24]:
         (copy / path.name).write_bytes(path.read_bytes())
     with pytest.raises(TrainingError, match="data was"):
-        train(settings(steps=8, data=str(copy)))
+        train(settings(max_train_steps=8, train_data_dir=str(copy)))
 
 
-def test_from_the_adapter_of_another_run(settings, tmp_path):
+def test_from_the_adapter_of_another_run(settings, tmp_path, train):
     first = settings()
     train(first)
-    second = settings(adapter=first.out + "/ip-adapter.safetensors", out=str(tmp_path / "second"))
-    train(replace(second, learning_rate=0.0, weight_decay=0.0))
-    before, after = (load_file(Path(x.out, "ip-adapter.safetensors")) for x in (first, second))
+    second = settings(
+        pretrained_ip_adapter_path=first.output_dir + "/ip-adapter.safetensors",
+        output_dir=str(tmp_path / "second"),
+    )
+    train(replace(second, learning_rate=0.0, adam_weight_decay=0.0))
+    before, after = (
+        load_file(Path(x.output_dir, "ip-adapter.safetensors")) for x in (first, second)
+    )
     assert all(torch.equal(before[k], after[k]) for k in before)
     with pytest.raises(TrainingError, match="--variant full"):
         train(
             settings(
-                adapter=first.out + "/ip-adapter.safetensors",
-                out=str(tmp_path / "third"),
+                pretrained_ip_adapter_path=first.output_dir + "/ip-adapter.safetensors",
+                output_dir=str(tmp_path / "third"),
                 variant="full",
             )
         )
     with pytest.raises(TrainingError, match="cannot be read"):
-        train(settings(adapter="nowhere.safetensors", out=str(tmp_path / "fourth")))
+        train(
+            settings(
+                pretrained_ip_adapter_path="nowhere.safetensors",
+                output_dir=str(tmp_path / "fourth"),
+            )
+        )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite(settings, monkeypatch, value):
-    from training import loss as recipe
+def test_a_loss_that_is_not_finite(settings, monkeypatch, value, train):
+    from training import loss as module
 
-    loss, count = recipe.loss, []
+    loss, count = module.weighted_mse, []
 
     def failing(*args):
         count.append(1)
         return loss(*args) * (value if len(count) == 4 else 1)
 
-    monkeypatch.setattr(recipe, "loss", failing)
-    given = settings(steps=20, save_every=2)
+    monkeypatch.setattr(module, "weighted_mse", failing)
+    given = settings(max_train_steps=20, checkpointing_steps=2)
     with pytest.raises(TrainingError, match=r"loss became (nan|inf).*learning_rate"):
         train(given)
-    assert steps(given.out) == [2]
-    check_readable(given.out)
+    assert steps(given.output_dir) == [2]
+    check_readable(given.output_dir)
 
 
-def test_a_full_disk(settings, forked, caplog):
+def test_a_full_disk(settings, forked, caplog, train):
     """Files cannot grow beyond a limit, as on a disk that is full: real writes fail."""
-    given = settings(steps=6, save_every=2)
-    train(replace(given, steps=2))
-    whole = files(given.out, 2)
+    given = settings(max_train_steps=6, checkpointing_steps=2)
+    train(replace(given, max_train_steps=2))
+    whole = files(given.output_dir, 2)
     said = multiprocessing.get_context("fork").Array("c", 4096)
 
     def child():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         try:
-            settings_ = settings(steps=6, save_every=2)
+            settings_ = settings(max_train_steps=6, checkpointing_steps=2)
             train(settings_)
         except TrainingError as error:
             said.value = str(error).encode()[:4000]
@@ -294,71 +330,76 @@ def test_a_full_disk(settings, forked, caplog):
     message = said.value.decode()
     assert "step 6 could not be written" in message and "step 2 is whole" in message
     assert "Make room" in message
-    assert files(given.out, 2) == whole
-    assert steps(given.out) == [2]
-    check_readable(given.out)
-    assert not list(Path(given.out, "checkpoints").glob(".*"))
-    train(settings(steps=6, save_every=2))  # with room again
-    assert steps(given.out) == [2, 4, 6]
+    assert files(given.output_dir, 2) == whole
+    assert steps(given.output_dir) == [2]
+    check_readable(given.output_dir)
+    assert not list(Path(given.output_dir, "checkpoints").glob(".*"))
+    train(settings(max_train_steps=6, checkpointing_steps=2))  # with room again
+    assert steps(given.output_dir) == [2, 4, 6]
 
 
-def test_the_newest_file_is_put_right_after_a_kill_just_before_it(settings):
+def test_the_newest_file_is_put_right_after_a_kill_just_before_it(settings, train):
     given = settings()
     train(given)
-    newest = Path(given.out, "ip-adapter.safetensors")
+    newest = Path(given.output_dir, "ip-adapter.safetensors")
     newest.unlink()
-    (Path(given.out) / "checkpoints" / ".DS_Store").touch()  # not ours to delete
+    (Path(given.output_dir) / "checkpoints" / ".DS_Store").touch()  # not ours to delete
     train(settings())  # nothing left to do
-    assert newest.read_bytes() == files(given.out, 4)["adapter.safetensors"]
+    assert newest.read_bytes() == files(given.output_dir, 4)["adapter.safetensors"]
 
 
-def test_a_schedule_that_ends_elsewhere_is_another_run(settings):
-    train(settings(schedule="cosine"))
-    with pytest.raises(TrainingError, match="steps was 4, is 8"):
-        train(settings(schedule="cosine", steps=8))
+def test_a_schedule_that_ends_elsewhere_is_another_run(settings, train):
+    train(settings(lr_scheduler="cosine"))
+    with pytest.raises(TrainingError, match="max_train_steps was 4, is 8"):
+        train(settings(lr_scheduler="cosine", max_train_steps=8))
 
 
 @pytest.mark.parametrize(
     "changes, said",
-    [({"precision": "fp16"}, "--precision bf16"), ({"ema": 0.9}, "which FSDP splits")],
+    [
+        ({"mixed_precision": "fp16"}, "--mixed_precision bf16"),
+        ({"use_ema": True, "ema_decay": 0.9}, "which FSDP splits"),
+    ],
 )
-def test_what_split_adapters_cannot_do(settings, monkeypatch, changes, said):
+def test_what_split_adapters_cannot_do(settings, monkeypatch, changes, said, train):
     given = settings(**changes)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(TrainingError, match=said):
         train(given)
 
 
-def test_an_output_that_cannot_be_written(settings, tmp_path):
+def test_an_output_that_cannot_be_written(settings, tmp_path, train):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingError, match=r"Nothing can be written.*--out"):
-        train(settings(out=str(tmp_path / "file" / "run")))
+    with pytest.raises(TrainingError, match=r"Nothing can be written.*--output_dir"):
+        train(settings(output_dir=str(tmp_path / "file" / "run")))
 
 
-def test_broken_pictures_are_left_out_named_and_counted(settings, pictures, tmp_path, caplog):
+def test_broken_pictures_are_left_out_named_and_counted(
+    settings, pictures, tmp_path, caplog, train
+):
     data = tmp_path / "pictures"
     data.mkdir()
     for path in pictures.iterdir():
         (data / path.name).write_bytes(path.read_bytes())
     for name in ("03.png", "17.png"):
         (data / name).write_bytes((data / name).read_bytes()[:50])
-    given = settings(data=str(data), steps=30)
+    given = settings(train_data_dir=str(data), max_train_steps=30)
     with caplog.at_level("WARNING"):
         train(given)
-    named = Path(given.out, "broken-pictures-0.txt").read_text().splitlines()
+    named = Path(given.output_dir, "broken-pictures-0.txt").read_text().splitlines()
     assert sorted(line.split(":")[0].split("/")[-1] for line in named) == ["03.png", "17.png"]
     assert "03.png" in caplog.text and "17.png" in caplog.text
-    check_readable(given.out)
+    check_readable(given.output_dir)
 
 
 def test_errors_reach_a_person_without_a_traceback(settings, monkeypatch, capsys):
     from training import train as script
 
     given = {
-        "base": "nowhere.safetensors",
-        "image_encoder": "e",
-        "data": "d",
-        "out": settings().out,
+        "pretrained_model_name_or_path": "nowhere.safetensors",
+        "image_encoder_path": "e",
+        "train_data_dir": "d",
+        "output_dir": settings().output_dir,
     }
     arguments = [text for name, value in given.items() for text in (f"--{name}", value)]
     monkeypatch.setattr("sys.argv", ["train.py", *arguments])

@@ -23,8 +23,7 @@ from training.errors import TrainingError
 from training.evaluation.clip_score import clip_i, clip_t, load_clip
 from training.models.base import load_base
 from training.models.image_encoder import ImageEncoder
-from training.prompts import Prompts, encode_pictures, encode_text
-from training.sampling import Sampler, SamplingSettings
+from training.sampling import Prompts, Sampler, SamplingSettings, encode_images, encode_text
 from training.unet import attach
 from training.validation import Validation, ValidationSettings
 
@@ -102,7 +101,7 @@ def cell(sheet, row, column, top=TOP):
 def alone(settings, base, encoder, adapter, reference, prompt, weight):
     """One picture of the sheet, drawn for itself."""
     picture = Image.open(settings.references[reference])
-    features, zero = encode_pictures(encoder, [picture], KIND)
+    features, zero = encode_images(encoder, [picture], KIND)
     asked = Prompts(encode_text(base, [prompt]), features, zero, [weight], [3])
     return Sampler(base, settings.sampling).draw(adapter, asked)[0]
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ..data.buckets import LATENT_STEP, Buckets
 from ..data.randomness import NoiseSettings, sample_noise
 from ..errors import TrainingError
-from ..loss import Dropped
+from ..loss import DroppedConditions
 from .format import DROPPED, Manifest, open_tensors, read_manifest, shard_path
 
 Example = dict[str, Any]
@@ -88,10 +88,10 @@ class CachedDataset(Dataset[Example]):
         draws = sample_noise(self._draw_settings, number, (height, width))
         return example | {"draws": draws, "weight": 1.0, "broken": ""}
 
-    def dropped(self) -> Dropped:
+    def dropped(self) -> DroppedConditions:
         """Return what stands in for dropped conditions, as the encoders gave it."""
         found = load_file(self.folder / DROPPED)
-        return Dropped(found[self.kind], found["states"], found.get("pooled"))
+        return DroppedConditions(found[self.kind], found["states"], found.get("pooled"))
 
     @property
     def feature_dim(self) -> int:

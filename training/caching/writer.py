@@ -52,13 +52,13 @@ def claimed(folder: Path) -> Iterator[None]:
         lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise TrainingError(
-            f"Another cache.py is writing to '{folder}'. Wait for it, or give another --out. "
-            "(Several processes of one cache are started by one `accelerate launch`.)"
+            f"Another cache.py is writing to '{folder}'. Wait for it, or give another "
+            "--output_dir. (Several processes of one cache are started by one `accelerate launch`.)"
         ) from error
     except OSError as error:
         raise TrainingError(
-            f"Nothing can be written to '{folder}': {error.strerror}. Give --out a folder that "
-            "this user may write to."
+            f"Nothing can be written to '{folder}': {error.strerror}. Give --output_dir a folder "
+            "that this user may write to."
         ) from error
     with lock:
         yield
@@ -73,12 +73,12 @@ def begin(folder: Path, manifest: Manifest, encoders: FrozenEncoders) -> None:
     if found is None and any(folder.glob("shard-*.safetensors")):
         raise TrainingError(
             f"'{folder}' holds shards without a {MANIFEST}, so nobody knows whose they are. Delete "
-            "the folder, or choose another --out."
+            "the folder, or choose another --output_dir."
         )
     if found is not None and (differing := found.differing(manifest)):
         raise TrainingError(
             f"'{folder}' holds the cache of another run. It differs in: {'; '.join(differing)}. "
-            "Choose another --out, or delete that folder."
+            "Choose another --output_dir, or delete that folder."
         )
     for leftover in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):  # safetensors' own
         leftover.unlink()
@@ -190,7 +190,7 @@ class _Shard:
             raise TrainingError(
                 f"{name.replace('_', ' ')} of row {row} became NaN or infinite: it exceeds the "
                 f"numbers of the encoders' dtype, or those of the cache's, {self.manifest.dtype}. "
-                "Give --precision float32 or bfloat16; if that is not it, --stored bfloat16."
+                "Give --dtype float32 or bfloat16; if that is not it, --cache_dtype bfloat16."
             )
 
     def tensors(self, of_row: np.ndarray | None) -> dict[str, Tensor]:

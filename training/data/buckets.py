@@ -54,20 +54,25 @@ class Buckets:
             for (height, width), count in zip(self.sizes, counts, strict=True):
                 if 0 < count < batch:
                     logger.warning(
-                        "bucket of %d × %d pixels (width × height): its %d pictures never fill a "
-                        "batch of %d, so none of them is seen; a smaller batch_size would take "
-                        "them in",
+                        "bucket of %d × %d pixels (width × height): its %d images never fill a "
+                        "batch of %d, so none of them is seen; a smaller train_batch_size would "
+                        "take them in",
                         *(width, height, count, batch),
                     )
         return order
 
 
+def check_multiple(
+    name: str, value: int, of: int = LATENT_STEP, why: str = "the pixels of one latent"
+) -> None:
+    """Raise TrainingError unless `value` is a positive multiple of `of`."""
+    if value < of or value % of:
+        raise TrainingError(f"{name} is {value}; expected a multiple of {of}, {why}.")
+
+
 def square(size: int) -> Buckets:
-    """One bucket, `size` × `size` pixels. Raises TrainingError unless the VAE divides it."""
-    if size < LATENT_STEP or size % LATENT_STEP:
-        raise TrainingError(
-            f"size is {size} pixels; expected a multiple of {LATENT_STEP}, such as 512."
-        )
+    """Return one bucket, `size` × `size` pixels. Raises TrainingError unless the VAE divides it."""
+    check_multiple("resolution", size)
     return Buckets(((size, size),))
 
 
@@ -78,11 +83,7 @@ def bucket_sizes(size: int) -> tuple[tuple[int, int], ...]:
 
     Raises TrainingError unless `size` is a multiple of 64.
     """
-    if size < STEP or size % STEP:
-        raise TrainingError(
-            f"size is {size} pixels; expected a multiple of {STEP} with buckets, such as 512, 768 "
-            "or 1024."
-        )
+    check_multiple("resolution", size, STEP, "with enable_bucket: 512, 768 or 1024")
     found = {(size, size)}
     for short in range(STEP, size, STEP):
         long = int(min(size * size // short, RATIO * short)) // STEP * STEP

@@ -27,6 +27,15 @@ def counted(seed: int, *key: int) -> np.random.RandomState:
     return np.random.RandomState(np.random.Philox(np.random.SeedSequence((seed, *key))))
 
 
+def check_drop_rates(*rates: float) -> None:
+    """Raise TrainingError unless `rates` (image, text, both) are shares of the samples."""
+    if not (min(rates) >= 0 and sum(rates) <= 1):
+        raise TrainingError(
+            f"i_drop_rate, t_drop_rate and ti_drop_rate are {rates}; expected shares of the "
+            "samples between 0 and 1 whose sum is at most 1."
+        )
+
+
 @dataclass(frozen=True)
 class NoiseSettings:
     """What is drawn. Raises TrainingError for shares or counts that cannot be.
@@ -43,12 +52,7 @@ class NoiseSettings:
     noise_offset: float
 
     def __post_init__(self) -> None:
-        drops = self.drop_image, self.drop_text, self.drop_both
-        if not (min(drops) >= 0 and sum(drops) <= 1):
-            raise TrainingError(
-                f"drop_image, drop_text and drop_both are {drops}; expected shares of the samples "
-                "between 0 and 1 whose sum is at most 1."
-            )
+        check_drop_rates(self.drop_image, self.drop_text, self.drop_both)
         if self.timesteps < 1:
             raise TrainingError(f"timesteps is {self.timesteps}; expected at least 1.")
         if not 0 <= self.seed <= MAX_SEED:

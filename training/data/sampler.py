@@ -36,9 +36,9 @@ class BucketBatchSampler:
         if not self.steps_per_epoch:
             raise TrainingError(
                 f"The data has {rows} rows, and no bucket fills a batch: the fullest has "
-                f"{counts.max(initial=0)} pictures, a batch of all processes takes {batch}. Give "
-                "more pictures, a smaller batch_size (with more accumulation), fewer processes, or "
-                "no buckets."
+                f"{counts.max(initial=0)} images, a batch of all processes takes {batch}. Give "
+                "more images, a smaller train_batch_size (with more gradient_accumulation_steps), "
+                "fewer processes, or no buckets."
             )
         self._epoch = -1
         self._permuted = np.empty(0, np.int32)

@@ -287,7 +287,7 @@ class Lane:
             f"No batch of {self.batch} readable samples came of {len(shards)} shards, read by "
             f"{lanes} readers: '{shards[0]}', … Look for broken shards in the log above. If there "
             f"are none, the shards hold too few samples, and {self.batch * lanes} would be enough "
-            "if they were of one shape: give more, or a smaller batch_size."
+            "if they were of one shape: give more, or a smaller train_batch_size."
         )
 
     def _known_batches(self, units: Sequence[Unit]) -> int:

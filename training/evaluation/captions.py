@@ -23,7 +23,7 @@ def read(folder: str) -> Rows:
     root = Path(folder)
     if not root.exists():
         raise TrainingError(
-            f"'{folder}' does not exist. Give --coco the folder that holds val2017/ and "
+            f"'{folder}' does not exist. Give --eval_data_dir the folder that holds val2017/ and "
             f"{ANNOTATION}, or any folder of pictures with captions."
         )
     if (root / ANNOTATION).exists():

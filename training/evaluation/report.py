@@ -106,8 +106,9 @@ def table(found: Mapping[str, Any]) -> str:
     """Markdown: what was measured here, then what the paper published."""
     pictures, protocol = found["pictures"], found["protocol"]
     lines = [
-        f"Measured here: {pictures} pictures, {protocol['samples']} samples each, "
-        f"{protocol['clip']}; DDIM, {protocol['steps']} steps, guidance {protocol['guidance']:g}.",
+        f"Measured here: {pictures} pictures, {protocol['num_images_per_prompt']} samples each, "
+        f"{protocol['clip_model']}; DDIM, {protocol['num_inference_steps']} steps, guidance "
+        f"{protocol['guidance_scale']:g}.",
         "",
         "| adapter | parameters | prompt | weight | CLIP-T | CLIP-I |",
         "|---|---|---|---|---|---|",

@@ -21,7 +21,11 @@ from ip_adapter_core.files.atomic import atomic
 from ..errors import TrainingError
 
 PROTOCOL = "protocol.json"
-NAMES = ("base", "image_encoder", "clip")  # may change: their weights are compared
+NAMES = (
+    "pretrained_model_name_or_path",
+    "image_encoder_path",
+    "clip_model",
+)  # may change: their weights are compared
 IMAGE_ONLY, WITH_TEXT = "image_only", "with_text"
 
 logger = logging.getLogger(__name__)
@@ -70,8 +74,8 @@ def claim(folder: Path, protocol: Mapping[str, Any]) -> None:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TrainingError(
-            f"'{path}' cannot be written or read ({error}). Make room, give --out another folder, "
-            "or delete this one to measure anew."
+            f"'{path}' cannot be written or read ({error}). Make room, give --output_dir another "
+            "folder, or delete this one to measure anew."
         ) from error
     now = json.loads(json.dumps(dict(protocol)))
     keys = [key for key in {**stored, **now} if key not in NAMES]
@@ -81,7 +85,7 @@ def claim(folder: Path, protocol: Mapping[str, Any]) -> None:
         listed = "; ".join(f"{k}: {stored.get(k)!r}, now {now.get(k)!r}" for k in sorted(named))
         raise TrainingError(
             f"'{folder}' holds scores that were measured with other settings ({listed}). Give "
-            "--out another folder, or the same settings as before."
+            "--output_dir another folder, or the same settings as before."
         )
 
 

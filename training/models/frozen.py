@@ -13,7 +13,7 @@ from ip_adapter_core.variants import FeatureKind
 from .. import fingerprints
 from ..data.buckets import LATENT_STEP
 from ..errors import TrainingError
-from ..loss import Dropped
+from ..loss import DroppedConditions
 from .base import Encoders, Text
 from .image_encoder import ImageEncoder
 
@@ -149,7 +149,9 @@ class FrozenEncoders:
             found["pooled"] = pooled
         return found | self.image_encoder.features(batch["reference"], kinds)
 
-    def dropped(self, kind: str | None = None) -> Dropped:
+    def dropped(self, kind: str | None = None) -> DroppedConditions:
         """Return what stands in for dropped conditions: of the empty text, and of no image."""
         tokens = [ids[None] for ids in self.tokenise("")]
-        return Dropped(self.image_encoder.zero(kind or self.kind), *text_states(self.text, tokens))
+        return DroppedConditions(
+            self.image_encoder.zero(kind or self.kind), *text_states(self.text, tokens)
+        )

@@ -149,13 +149,13 @@ def test_small_buckets_are_named(caplog):
     assert order.steps_per_epoch == 3
     (message,) = [record.getMessage() for record in caplog.records]
     assert "640 × 384" in message
-    assert "3 pictures" in message
+    assert "3 images" in message
     assert "batch of 4" in message
 
 
 def test_no_bucket_fills_a_batch():
     found = Buckets(bucket_sizes(512), np.array([0, 1, 1], np.int16))
-    with pytest.raises(TrainingError, match=r"no bucket fills a batch.*smaller batch_size"):
+    with pytest.raises(TrainingError, match=r"no bucket fills a batch.*smaller train_batch_size"):
         found.sampler(3, batch=4, seed=0)
 
 
@@ -168,7 +168,7 @@ def test_one_square():
 
 @pytest.mark.parametrize("size", [0, -64, 511, 516])
 def test_sizes_that_cannot_be(size):
-    with pytest.raises(TrainingError, match=f"size is {size} pixels; expected a multiple of 8"):
+    with pytest.raises(TrainingError, match=f"resolution is {size}; expected a multiple of 8"):
         square(size)
-    with pytest.raises(TrainingError, match=f"size is {size} pixels; expected a multiple of 64"):
+    with pytest.raises(TrainingError, match=f"resolution is {size}; expected a multiple of 64"):
         bucket_sizes(size)

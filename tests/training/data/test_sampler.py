@@ -133,7 +133,7 @@ def test_memory_of_a_million_rows(buckets):
 @pytest.mark.parametrize(
     "buckets, rows, said",
     [
-        (None, 7, ["7 rows", "takes 8", "smaller batch_size"]),
+        (None, 7, ["7 rows", "takes 8", "smaller train_batch_size"]),
         (None, 0, ["0 rows", "more pictures"]),
         (np.arange(9) % 2, 9, ["fullest has 5 pictures", "no buckets"]),
     ],

@@ -269,7 +269,9 @@ def test_a_broken_shard_is_named_once_in_an_epoch(shards, tmp_path):
 
 
 def test_no_batch_of_any_shard(shards, tmp_path):
-    with pytest.raises(TrainingError, match=r"No batch of 4 readable.*too few.*smaller batch_size"):
+    with pytest.raises(
+        TrainingError, match=r"No batch of 4 readable.*too few.*smaller train_batch_size"
+    ):
         next(iter(opened(shards(8, 3), batch=4)))
     # One sample for eight readers: each finds it in some epoch.
     one = shard(tmp_path / "one.tar", {"a.png": png(), "a.txt": b"1"})

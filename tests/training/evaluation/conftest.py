@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.support import image_folders
 from tests.support import small_models as small
-from training.evaluate import EvaluationSettings
+from training.evaluate import EvaluationConfig
 from training.sampling import Sampler
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,18 +40,18 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def settings(folder, tmp_path):
-    return EvaluationSettings(
-        base=str(folder / "base"),
-        image_encoder=str(folder / "encoder"),
-        adapter=(str(folder / "one.safetensors"), str(folder / "two.bin")),
-        coco=str(folder / "coco"),
-        out=str(tmp_path / "out"),
-        clip=str(folder / "clip"),
-        weights=(0.5, 1.0),
-        samples=SAMPLES,
-        steps=2,
-        guidance=3.0,
-        batch=4,  # two rows at once
+    return EvaluationConfig(
+        pretrained_model_name_or_path=str(folder / "base"),
+        image_encoder_path=str(folder / "encoder"),
+        ip_adapter_path=(str(folder / "one.safetensors"), str(folder / "two.bin")),
+        eval_data_dir=str(folder / "coco"),
+        output_dir=str(tmp_path / "out"),
+        clip_model=str(folder / "clip"),
+        scale=(0.5, 1.0),
+        num_images_per_prompt=SAMPLES,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        batch_size=4,  # two rows at once
         dtype="float32",
     )
 
@@ -61,11 +61,17 @@ def start(folder):
     """Starts `evaluate.py` with the settings of `settings`, in some processes."""
 
     def started(out, processes=1):
-        several = ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}"]
-        given = {"base": "base", "image_encoder": "encoder", "coco": "coco", "clip": "clip"}
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        given = {
+            "pretrained_model_name_or_path": "base",
+            "image_encoder_path": "encoder",
+            "eval_data_dir": "coco",
+            "clip_model": "clip",
+        }
         options = [f"--{name}={folder / value}" for name, value in given.items()]
-        options += [f"--out={out}", "--weights=[0.5, 1.0]", f"--samples={SAMPLES}", "--steps=2"]
-        options += ["--guidance=3.0", "--batch=4", "--dtype=float32", "--adapter"]
+        options += [f"--output_dir={out}", f"--num_images_per_prompt={SAMPLES}"]
+        options += ["--scale", "0.5", "1.0", "--num_inference_steps=2", "--guidance_scale=3.0"]
+        options += ["--batch_size=4", "--dtype=float32", "--ip_adapter_path"]
         options += [str(folder / "one.safetensors"), str(folder / "two.bin")]
         script = [*(several if processes > 1 else []), str(ROOT / "training/evaluate.py")]
         return subprocess.Popen([sys.executable, *script, *options], env=ENVIRONMENT)

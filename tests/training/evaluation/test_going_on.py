@@ -58,15 +58,15 @@ def test_killed_and_resumed(start, straight, tmp_path):
 def test_torn_in_the_middle_of_a_line(settings, straight, torn, monkeypatch):
     """At any byte; what is there is kept, and nothing is glued to the rest of a line."""
     whole = evaluate(settings)
-    path = Path(settings.out, "scores-00000.jsonl")
+    path = Path(settings.output_dir, "scores-00000.jsonl")
     path.write_bytes(path.read_bytes()[:-torn])
     agree(evaluate(settings), whole)
-    assert all(json.loads(line) for line in lines(settings.out))
+    assert all(json.loads(line) for line in lines(settings.output_dir))
 
 
 def test_damaged_lines_are_measured_again(settings, caplog):
     whole = evaluate(settings)
-    path = Path(settings.out, "scores-00000.jsonl")
+    path = Path(settings.output_dir, "scores-00000.jsonl")
     content = path.read_bytes().split(b"\n")
     content[3] = b"\0" * 40
     content[9] = b'{"row": 1}'
@@ -98,14 +98,14 @@ def test_the_first_process_waits_for_slower_ones(settings, monkeypatch):
             wait_for_everyone=lambda: both_have_read.wait(60),
             destroy_process_group=lambda: left.append(number),
         )
-        return Evaluation(changed(settings, limit=4, weights=()), state)
+        return Evaluation(changed(settings, max_samples=4, scale=()), state)
 
     first, slower = process(0), process(1)
     measure = slower._measure
     monkeypatch.setattr(slower, "_measure", lambda *a: go.wait(60) and measure(*a))
     with ThreadPoolExecutor(2) as pool:
         results, other = pool.submit(first.run), pool.submit(slower.run)
-        while len(lines(settings.out)) < 2 * 2 * SAMPLES:
+        while len(lines(settings.output_dir)) < 2 * 2 * SAMPLES:
             time.sleep(0.02)
         time.sleep(0.5)
         waited = not results.done() and sorted(left) == [0, 1]
@@ -116,18 +116,24 @@ def test_the_first_process_waits_for_slower_ones(settings, monkeypatch):
 
 
 def test_nothing_is_drawn_twice(settings, drawn):
-    evaluate(changed(settings, limit=2, adapter=settings.adapter[:1], weights=(0.5,)))
+    evaluate(
+        changed(settings, max_samples=2, ip_adapter_path=settings.ip_adapter_path[:1], scale=(0.5,))
+    )
     assert sum(drawn) == 2 * SAMPLES * 2
     drawn.clear()
-    evaluate(changed(settings, limit=2, adapter=settings.adapter[:1], weights=(0.5,)))
+    evaluate(
+        changed(settings, max_samples=2, ip_adapter_path=settings.ip_adapter_path[:1], scale=(0.5,))
+    )
     assert not drawn
-    evaluate(changed(settings, limit=4, adapter=settings.adapter[:1], weights=(0.5,)))
+    evaluate(
+        changed(settings, max_samples=4, ip_adapter_path=settings.ip_adapter_path[:1], scale=(0.5,))
+    )
     assert sum(drawn) == 2 * SAMPLES * 2
     drawn.clear()
-    evaluate(changed(settings, limit=4, weights=(0.5,)))  # another adapter
+    evaluate(changed(settings, max_samples=4, scale=(0.5,)))  # another adapter
     assert sum(drawn) == 4 * SAMPLES * 2
     drawn.clear()
-    evaluate(changed(settings, limit=4))  # another weight
+    evaluate(changed(settings, max_samples=4))  # another weight
     assert sum(drawn) == 4 * SAMPLES * 2
 
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from tests.support import image_folders
 from tests.support import small_models as small
 from training import evaluate as script
+from training.config import parse
 from training.errors import TrainingError
-from training.evaluate import evaluate, parse
+from training.evaluate import EvaluationConfig, evaluate
 from training.sampling import NotFinite
 
 PICTURES = 5  # conftest.py's
@@ -24,33 +25,50 @@ PICTURES = 5  # conftest.py's
 
 @pytest.mark.parametrize(
     "name, value",
-    [("steps", 3), ("guidance", 2.0), ("samples", 1), ("seed", 5), ("negative", "grey")],
+    [
+        ("num_inference_steps", 3),
+        ("guidance_scale", 2.0),
+        ("num_images_per_prompt", 1),
+        ("seed", 5),
+        ("negative_prompt", "grey"),
+    ],
 )
 def test_other_settings_are_not_mixed_in(settings, name, value):
-    evaluate(changed(settings, limit=1, weights=()))
-    path = Path(settings.out, "scores-00000.jsonl")
+    evaluate(changed(settings, max_samples=1, scale=()))
+    path = Path(settings.output_dir, "scores-00000.jsonl")
     before = path.read_bytes()
     with pytest.raises(TrainingError, match=f"{name}: .*now {value!r}.*another folder"):
-        evaluate(changed(settings, limit=1, weights=(), **{name: value}))
+        evaluate(changed(settings, max_samples=1, scale=(), **{name: value}))
     assert path.read_bytes() == before
 
 
 def test_models_are_told_apart_by_their_weights(settings, folder, tmp_path):
-    evaluate(changed(settings, limit=1, weights=()))
+    evaluate(changed(settings, max_samples=1, scale=()))
     (tmp_path / "moved").symlink_to(folder / "base")
-    evaluate(changed(settings, limit=1, weights=(), base=str(tmp_path / "moved")))
+    evaluate(
+        changed(
+            settings, max_samples=1, scale=(), pretrained_model_name_or_path=str(tmp_path / "moved")
+        )
+    )
     pipeline = small.base(tmp_path / "other", "sd15", levels=2)
     pipeline.unet.conv_out.weight.mul_(2)
     pipeline.save_pretrained(tmp_path / "other")
     with pytest.raises(TrainingError, match=r"base: .*other"):
-        evaluate(changed(settings, limit=1, weights=(), base=str(tmp_path / "other")))
+        evaluate(
+            changed(
+                settings,
+                max_samples=1,
+                scale=(),
+                pretrained_model_name_or_path=str(tmp_path / "other"),
+            )
+        )
 
 
 def test_other_captions_are_not_mixed_in(settings, folder, tmp_path):
-    evaluate(changed(settings, limit=1, weights=()))
+    evaluate(changed(settings, max_samples=1, scale=()))
     image_folders.coco(tmp_path / "coco", PICTURES + 1)
     with pytest.raises(TrainingError, match="data: "):
-        evaluate(changed(settings, limit=1, weights=(), coco=str(tmp_path / "coco")))
+        evaluate(changed(settings, max_samples=1, scale=(), eval_data_dir=str(tmp_path / "coco")))
 
 
 def coco_with(folder, change):
@@ -100,44 +118,44 @@ def test_an_incomplete_coco(settings, tmp_path, drawn, damage, told):
     image_folders.coco(tmp_path / "coco", PICTURES)
     damage(tmp_path)
     with pytest.raises(TrainingError, match=told):
-        evaluate(changed(settings, coco=str(tmp_path / "coco")))
-    assert not drawn and not Path(settings.out).exists()
+        evaluate(changed(settings, eval_data_dir=str(tmp_path / "coco")))
+    assert not drawn and not Path(settings.output_dir).exists()
 
 
 def wrong_encoder(settings, tmp_path):
     save_file(small.adapter("sd15", "base", features=7).state_dict(), tmp_path / "a.safetensors")
-    return {"adapter": [str(tmp_path / "a.safetensors")]}
+    return {"ip_adapter_path": [str(tmp_path / "a.safetensors")]}
 
 
 def wrong_base(settings, tmp_path):
     save_file(small.adapter("sdxl", "base").state_dict(), tmp_path / "a.safetensors")
-    return {"adapter": [str(tmp_path / "a.safetensors")]}
+    return {"ip_adapter_path": [str(tmp_path / "a.safetensors")]}
 
 
 def no_adapter(settings, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
-    return {"adapter": [str(tmp_path / "a.safetensors")]}
+    return {"ip_adapter_path": [str(tmp_path / "a.safetensors")]}
 
 
 def twice(settings, tmp_path):
     copied = tmp_path / "copy.safetensors"
-    save_file(load_file(settings.adapter[0]), copied)
-    copied.write_bytes(Path(settings.adapter[0]).read_bytes())
-    return {"adapter": [settings.adapter[0], str(copied)]}
+    save_file(load_file(settings.ip_adapter_path[0]), copied)
+    copied.write_bytes(Path(settings.ip_adapter_path[0]).read_bytes())
+    return {"ip_adapter_path": [settings.ip_adapter_path[0], str(copied)]}
 
 
 def no_folder(settings, tmp_path):
-    return {"coco": str(tmp_path / "nowhere")}
+    return {"eval_data_dir": str(tmp_path / "nowhere")}
 
 
 def empty_folder(settings, tmp_path):
     (tmp_path / "empty").mkdir()
-    return {"coco": str(tmp_path / "empty")}
+    return {"eval_data_dir": str(tmp_path / "empty")}
 
 
 def file_as_out(settings, tmp_path):
     (tmp_path / "file").touch()
-    return {"out": str(tmp_path / "file" / "out")}
+    return {"output_dir": str(tmp_path / "file" / "out")}
 
 
 @pytest.mark.parametrize(
@@ -170,33 +188,52 @@ def test_a_diverged_base_is_named(settings, tmp_path):
     pipeline.unet.conv_out.weight.mul_(float("inf"))
     pipeline.save_pretrained(tmp_path / "base")
     with pytest.raises(NotFinite, match="NaN or infinite"):
-        evaluate(changed(settings, base=str(tmp_path / "base"), limit=1))
+        evaluate(
+            changed(settings, pretrained_model_name_or_path=str(tmp_path / "base"), max_samples=1)
+        )
+
+
+GIVEN = [
+    *("--pretrained_model_name_or_path", "b", "--image_encoder_path", "e"),
+    *("--eval_data_dir", "c", "--ip_adapter_path", "x"),
+]
+
+
+def parsed(arguments):
+    return parse(EvaluationConfig, "evaluate.py", arguments)
 
 
 def test_command_line_over_yaml(tmp_path):
     (tmp_path / "my.yaml").write_text(
-        "base: b\nimage_encoder: e\ncoco: c\nadapter: [x.bin]\nsteps: 7\nweights: [0.3]\n"
+        "pretrained_model_name_or_path: b\nimage_encoder_path: e\neval_data_dir: c\n"
+        "ip_adapter_path: [x.bin]\nnum_inference_steps: 7\nscale: [0.3]\n"
     )
-    found = parse(["--config", str(tmp_path / "my.yaml"), "--steps", "9"])
-    assert (found.steps, list(found.weights), list(found.adapter)) == (9, [0.3], ["x.bin"])
-    given = ["--base", "b", "--image_encoder", "e", "--coco", "c", "--adapter", "x", "y"]
-    assert list(parse(given).adapter) == ["x", "y"]
-    assert (parse(given).steps, parse(given).guidance, parse(given).samples) == (50, 7.5, 4)
+    found = parsed(["--config", str(tmp_path / "my.yaml"), "--num_inference_steps", "9"])
+    assert (found.num_inference_steps, found.scale) == (9, [0.3])
+    assert found.ip_adapter_path == ["x.bin"]
+    found = parsed([*GIVEN, "y"])
+    assert found.ip_adapter_path == ["x", "y"]
+    assert (found.num_inference_steps, found.guidance_scale) == (50, 7.5)
+    assert (found.num_images_per_prompt, parsed([*GIVEN, "--scale"]).scale) == (4, [])
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--steps", "0"], ["--limit", "0"], ["--dtype", "int8"], ["--size", "100"]]
+    "wrong",
+    [
+        ["--num_inference_steps", "0"],
+        ["--max_samples", "0"],
+        ["--dtype", "int8"],
+        ["--resolution", "100"],
+    ],
 )
 def test_command_line_mistakes(wrong, capsys):
-    given = ["--base", "b", "--image_encoder", "e", "--coco", "c", "--adapter", "x"]
     with pytest.raises(SystemExit):
-        parse([*given, *wrong])
+        parsed([*GIVEN, *wrong])
     assert wrong[0].removeprefix("--") in capsys.readouterr().err
 
 
 def test_the_script_ends_with_a_message(settings, monkeypatch):
-    given = ["--base", "b", "--image_encoder", "e", "--coco", "nowhere", "--adapter", "x"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *given])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *GIVEN, "--eval_data_dir=nowhere"])
     with pytest.raises(SystemExit, match=r"evaluate.py: 'nowhere' does not exist"):
         script.main()
     logging.getLogger("training").setLevel(logging.NOTSET)

@@ -19,8 +19,7 @@ from training.evaluation import report, scores
 from training.evaluation.clip_score import clip_i, clip_t, load_clip
 from training.models.base import load_base
 from training.models.image_encoder import ImageEncoder
-from training.prompts import Prompts, encode_pictures, encode_text
-from training.sampling import Sampler
+from training.sampling import Prompts, Sampler, encode_images, encode_text
 from training.unet import attach
 
 PICTURES, SAMPLES = 5, 2  # conftest.py's
@@ -29,10 +28,10 @@ PICTURES, SAMPLES = 5, 2  # conftest.py's
 def test_means_are_those_of_single_pictures(settings, folder):
     """All of it again, one picture at a time."""
     results = evaluate(settings)
-    base = load_base(settings.base)
+    base = load_base(settings.pretrained_model_name_or_path)
     attach(base.unet)
-    encoder = ImageEncoder.from_name(settings.image_encoder)
-    clip = load_clip(settings.clip, torch.device("cpu"))
+    encoder = ImageEncoder.from_name(settings.image_encoder_path)
+    clip = load_clip(settings.clip_model, torch.device("cpu"))
     sampler = Sampler(base, settings.sampling)
     annotations = json.loads((folder / "coco/annotations/captions_val2017.json").read_text())
     adapters = small.adapter("sd15", "base"), small.adapter("sd15", "plus", seed=9)
@@ -42,7 +41,7 @@ def test_means_are_those_of_single_pictures(settings, folder):
             for row, image in enumerate(annotations["images"]):
                 picture = Image.open(folder / "coco/val2017" / image["file_name"])
                 caption = f"the first caption of picture {row}"
-                features, zero = encode_pictures(encoder, [picture], adapter.spec.features)
+                features, zero = encode_images(encoder, [picture], adapter.spec.features)
                 for sample in range(SAMPLES):
                     asked = Prompts(
                         encode_text(base, [caption if text else ""]),
@@ -67,7 +66,7 @@ def test_means_are_those_of_single_pictures(settings, folder):
 
 def test_what_is_written(settings):
     results = evaluate(settings)
-    out = Path(settings.out)
+    out = Path(settings.output_dir)
     assert json.loads((out / "results.json").read_text()) == results
     assert len((out / "scores-00000.jsonl").read_text().splitlines()) == 2 * 3 * PICTURES * SAMPLES
     table = (out / "table.md").read_text()
@@ -100,37 +99,37 @@ def test_the_plot_shows_the_measured_points(settings, monkeypatch):
 
 def test_a_limit_takes_the_first_pictures_only(settings):
     evaluate(settings)
-    few = evaluate(changed(settings, limit=2))
+    few = evaluate(changed(settings, max_samples=2))
     assert few["pictures"] == 2
     assert few["adapters"][0]["image_only"]["samples"] == 2 * SAMPLES
 
 
 def test_the_batch_changes_nothing_but_last_bits(settings, tmp_path):
     large = evaluate(settings)
-    one = evaluate(changed(settings, batch=1, out=str(tmp_path / "other")))
+    one = evaluate(changed(settings, batch_size=1, output_dir=str(tmp_path / "other")))
     for a, b in zip(large["adapters"], one["adapters"], strict=True):
         assert a["image_only"]["clip_i"] == pytest.approx(b["image_only"]["clip_i"], abs=2e-3)
 
 
 def test_image_only(settings, drawn):
-    results = evaluate(changed(settings, weights=()))
+    results = evaluate(changed(settings, scale=()))
     assert sum(drawn) == 2 * PICTURES * SAMPLES
     assert results["adapters"][0]["with_text"] == []
-    assert Path(settings.out, "weights.png").exists()
+    assert Path(settings.output_dir, "weights.png").exists()
 
 
 def test_broken_pictures_are_left_out_and_named(settings, tmp_path, drawn):
     image_folders.coco(tmp_path / "coco", PICTURES)
     (tmp_path / "coco/val2017/000000000001.png").write_bytes(b"\x89PNG")
-    given = changed(settings, coco=str(tmp_path / "coco"), weights=())
+    given = changed(settings, eval_data_dir=str(tmp_path / "coco"), scale=())
     results = evaluate(given)
     assert list(results["broken"]) == ["000000000001.png"] and results["pictures"] == PICTURES - 1
     assert results["adapters"][0]["image_only"]["samples"] == (PICTURES - 1) * SAMPLES
-    assert "000000000001.png" in Path(settings.out, "table.md").read_text()
+    assert "000000000001.png" in Path(settings.output_dir, "table.md").read_text()
     drawn.clear()
     assert evaluate(given) == results and not drawn
-    expected = evaluate(changed(settings, weights=(), out=str(tmp_path / "whole")))
-    found = scores.read(Path(settings.out)).scores
+    expected = evaluate(changed(settings, scale=(), output_dir=str(tmp_path / "whole")))
+    found = scores.read(Path(settings.output_dir)).scores
     for key, score in scores.read(tmp_path / "whole").scores.items():
         if key.row != 1:  # seeds belong to rows, so the others have not changed
             assert found[key].clip_i == pytest.approx(score.clip_i, abs=2e-3)
@@ -145,15 +144,18 @@ def test_a_plain_folder_with_captions(settings, tmp_path):
         image_folders.image(number).save(folder / f"{number}.png")
         rows.append({"file_name": f"{number}.png", "text": f"caption {number}"})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    results = evaluate(changed(settings, coco=str(folder)))
+    results = evaluate(changed(settings, eval_data_dir=str(folder)))
     assert results["pictures"] == 2
 
 
 def test_sdxl(settings, tmp_path):
     small.base(tmp_path / "base", "sdxl", levels=2)
     save_file(small.adapter("sdxl", "base").state_dict(), tmp_path / "xl.safetensors")
-    chosen = {"base": str(tmp_path / "base"), "adapter": [str(tmp_path / "xl.safetensors")]}
-    results = evaluate(changed(settings, limit=1, **chosen))
+    chosen = {
+        "pretrained_model_name_or_path": str(tmp_path / "base"),
+        "ip_adapter_path": [str(tmp_path / "xl.safetensors")],
+    }
+    results = evaluate(changed(settings, max_samples=1, **chosen))
     assert results["adapters"][0]["with_text"][0]["samples"] == SAMPLES
 
 

@@ -6,35 +6,40 @@ from dataclasses import replace
 
 import pytest
 
-from training.config import Settings
+from training.checkpoints import check_same_run
+from training.config import TrainConfig
 from training.errors import TrainingError
-from training.same_run import check_same
 
 IDENTITY = {"data": "d0", "global batch": 8}
-BEGUN = Settings(base="base", image_encoder="encoder", cache="cache", out="run")
+BEGUN = TrainConfig(
+    pretrained_model_name_or_path="base",
+    image_encoder_path="encoder",
+    feature_cache_dir="cache",
+    output_dir="run",
+)
 
 
 @pytest.fixture
 def stored():
-    """What a run wrote before `debiased_estimation` was a setting."""
-    settings = BEGUN.deciding()
-    settings.pop("debiased_estimation")
+    """What a run wrote before `debiased_estimation_loss` was an option."""
+    settings = BEGUN.identity()
+    settings.pop("debiased_estimation_loss")
     return {"step": 7, "settings": settings, "identity": IDENTITY}
 
 
 def test_an_older_run_goes_on(stored):
-    check_same(stored, BEGUN, IDENTITY)
+    check_same_run(stored, BEGUN, IDENTITY)
 
 
 @pytest.mark.parametrize(
     "changed, identity, said",
     [
-        ({"debiased_estimation": True}, {}, "debiased_estimation was False, is True"),
-        ({"drop_image": 0.1}, {}, "drop_image was 0.05, is 0.1"),
+        ({"debiased_estimation_loss": True}, {}, "debiased_estimation_loss was False, is True"),
+        ({"i_drop_rate": 0.1}, {}, "i_drop_rate was 0.05, is 0.1"),
         ({}, {"data": "d1"}, "data was d0, is d1"),
     ],
 )
 def test_another_is_refused(stored, changed, identity, said):
     with pytest.raises(TrainingError, match=said) as raised:
-        check_same(stored, replace(BEGUN, **changed), IDENTITY | identity)
+        check_same_run(stored, replace(BEGUN, **changed), IDENTITY | identity)
     assert "at step 7" in str(raised.value)

@@ -1,60 +1,71 @@
-"""The recipe, against a plain derivation of it that shares nothing with it."""
+"""The loss of a training step, against a plain derivation of it that shares nothing with it."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from tests.support.reference_training import ReferenceStep, dropped
-from training import loss as recipe
+from training.config import LossConfig
 from training.errors import TrainingError
-from training.loss import Recipe
+from training.loss import (
+    DiffusionLoss,
+    DroppedConditions,
+    timestep_weights,
+    training_scheduler,
+    weighted_mse,
+)
+from training.trainer import Trainer
 
 STEPS = 20
-DROPS = {"drop_image": 0.2, "drop_text": 0.2, "drop_both": 0.2}
+DROPS = {"i_drop_rate": 0.2, "t_drop_rate": 0.2, "ti_drop_rate": 0.2}
 
 
 @pytest.fixture
 def losses(monkeypatch):
     """What each step's loss was, of the runs in this test."""
-    from training.metrics import Meter
+    from training.metrics import MetricsLogger
 
     found: list[float] = []
-    add = Meter.add
+    add = MetricsLogger.add
 
     def noting(self, loss, batch):
         found.append(loss.item())
         add(self, loss, batch)
 
-    monkeypatch.setattr(Meter, "add", noting)
+    monkeypatch.setattr(MetricsLogger, "add", noting)
     return found
 
 
 def batches(settings):
     """The run's batches once more: same pixels, tokens, noise and drops."""
-    from training.feed import Place, open_feed
+    from training.dataloader import Position, open_data
     from training.models.base import load_base
     from training.models.frozen import FrozenEncoders, ImageEncoder
 
-    encoder = ImageEncoder.from_name(settings.image_encoder)
-    encoders = FrozenEncoders(load_base(settings.base), encoder, "image_embeds")
-    return iter(open_feed(settings, encoders, 1000, Place(0, 1, settings.batch_size, 0)).batches)
+    encoder = ImageEncoder.from_name(settings.image_encoder_path)
+    base = load_base(settings.pretrained_model_name_or_path)
+    encoders = FrozenEncoders(base, encoder, "image_embeds")
+    position = Position(0, 1, settings.train_batch_size, 0)
+    return iter(open_data(settings, encoders, 1000, position).batches)
 
 
 class Plain:
     """The reference's loop as its scripts have it."""
 
     def __init__(self, settings, start):
-        sdxl = "sdxl" in settings.base
-        self.model = ReferenceStep(settings.base, settings.image_encoder, start, sdxl)
+        name = settings.pretrained_model_name_or_path
+        self.model = ReferenceStep(name, settings.image_encoder_path, start, "sdxl" in name)
         trained = self.trained = self.model.trained
         flat = [p for n, p in trained.items() if n.endswith("bias") or "norm" in n]
         rest = [p for p in trained.values() if all(p is not q for q in flat)]
         self.optimizer = torch.optim.AdamW(
             [{"params": rest}, {"params": flat, "weight_decay": 0}],
             lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
+            weight_decay=settings.adam_weight_decay,
             foreach=False,
         )
 
@@ -69,23 +80,20 @@ class Plain:
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_twenty_steps_follow_the_plain_derivation(settings, losses, arrow, family):
+def test_twenty_steps_follow_the_plain_derivation(settings, losses, arrow, train, family):
     from safetensors.torch import load_file
 
-    from training.setup import prepare
-    from training.train import train
-
-    given = settings(family, steps=STEPS, save_every=STEPS, **DROPS)
-    run = prepare(given)
-    start = {k: v.clone() for k, v in run.sampled().state_dict().items()}
-    empty = run.encode.__self__.tokenise("")  # of the frozen encoders
+    given = settings(family, max_train_steps=STEPS, checkpointing_steps=STEPS, **DROPS)
+    trainer = Trainer(given)
+    start = {k: v.clone() for k, v in trainer.sampled().state_dict().items()}
+    empty = trainer.encoders.tokenise("")
     plain = Plain(given, start)
     stream = batches(given)
     expected = [plain.step(next(stream), empty) for _ in range(STEPS)]
 
-    train(settings(family, steps=STEPS, save_every=STEPS, **DROPS))
+    train(settings(family, max_train_steps=STEPS, checkpointing_steps=STEPS, **DROPS))
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-5, atol=0)
-    end = load_file(f"{given.out}/checkpoints/step-{STEPS:07}/model.safetensors")
+    end = load_file(f"{given.output_dir}/checkpoints/step-{STEPS:07}/model.safetensors")
     assert end.keys() == start.keys()
     moved = {k: (end[k] - start[k]).norm() for k in end}
     assert all(moved.values())
@@ -100,34 +108,25 @@ def test_twenty_steps_follow_the_plain_derivation(settings, losses, arrow, famil
 
 
 @pytest.mark.parametrize("variant", ["base", "plus", "full"])
-def test_nothing_else_changes_not_one_bit(settings, arrow, monkeypatch, variant):
-    from training import train as script
-
-    runs = []
-
-    def keep(given):
-        runs.append(prepare(given))
-        run = runs[0]
-        frozen.update({k: v.clone() for k, v in parts(run).items()})
-        return run
-
-    def parts(run):
-        encoders = run.encode.__self__
-        modules = {"unet": run.unet, "vae": encoders.vae, "image": encoders.image_encoder}
+def test_nothing_else_changes_not_one_bit(settings, arrow, variant):
+    def parts():
+        encoders = trainer.encoders
+        modules = {"unet": trainer.unet, "vae": encoders.vae, "image": encoders.image_encoder}
         modules |= {f"text{i}": text.encoder for i, text in enumerate(encoders.text)}
         return {
-            f"{m}.{k}": v for m, module in modules.items() for k, v in module.state_dict().items()
+            f"{m}.{k}": v.clone()
+            for m, module in modules.items()
+            for k, v in module.state_dict().items()
         }
 
-    frozen: dict[str, torch.Tensor] = {}
-    prepare = script.prepare
-    monkeypatch.setattr(script, "prepare", keep)
-    script.train(settings(variant=variant))
-    after = parts(runs[0])
+    trainer = Trainer(settings(variant=variant))
+    frozen = parts()
+    trainer.train()
+    after = parts()
     assert len(after) > 200
     assert all(torch.equal(frozen[k], v) for k, v in after.items())
-    assert not any(p.requires_grad for p in runs[0].unet.parameters())
-    assert all(p.grad is None for p in runs[0].unet.parameters())
+    assert not any(p.requires_grad for p in trainer.unet.parameters())
+    assert all(p.grad is None for p in trainer.unet.parameters())
 
 
 def config(**changes):
@@ -137,6 +136,15 @@ def config(**changes):
     return dict(scheduler.config)
 
 
+def scheduler(base=None, **changes):
+    return training_scheduler(config(**base or {}), LossConfig(**changes))
+
+
+def diffusion_loss(noise_scheduler=None, dropped=None, scaling_factor=1.0, shift_factor=None):
+    vae = SimpleNamespace(scaling_factor=scaling_factor, shift_factor=shift_factor)
+    return DiffusionLoss(None, vae, noise_scheduler, dropped, LossConfig())
+
+
 def batch(count=6):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(count, 4, 8, 8, generator=generator)
@@ -144,11 +152,11 @@ def batch(count=6):
 
 
 def test_v_prediction_and_zero_terminal_snr():
-    schedule = Recipe("v_prediction", zero_terminal_snr=True).schedule(config())
+    schedule = scheduler(prediction_type="v_prediction", zero_terminal_snr=True)
     given = batch()
     clean = torch.randn(6, 4, 8, 8)
-    seen, target = recipe.noised(schedule, clean, given)
-    assert torch.allclose(seen[-1], given["noise"][-1], atol=1e-4)  # nothing of the picture
+    noisy, target = diffusion_loss(schedule).add_noise(clean, given)
+    assert torch.allclose(noisy[-1], given["noise"][-1], atol=1e-4)  # nothing of the picture
     assert torch.allclose(target[-1], -clean[-1], atol=1e-4)
     signal = schedule.alphas_cumprod[given["timestep"]].view(-1, 1, 1, 1)
     torch.testing.assert_close(target, signal.sqrt() * given["noise"] - (1 - signal).sqrt() * clean)
@@ -156,20 +164,21 @@ def test_v_prediction_and_zero_terminal_snr():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_min_snr(prediction):
-    schedule = Recipe(prediction).schedule(config())
+    schedule = scheduler(prediction_type=prediction)
     timesteps = torch.tensor([0, 1, 200, 500, 999])
     signal = schedule.alphas_cumprod[timesteps].double()
     snr = signal / (1 - signal)
     expected = snr.clamp(max=5) / (snr if prediction == "epsilon" else snr + 1)
-    found = Recipe(prediction, min_snr_gamma=5).loss_weights(schedule, timesteps)
+    found = timestep_weights(schedule, timesteps, LossConfig(snr_gamma=5))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
-    assert torch.equal(Recipe(prediction).loss_weights(schedule, timesteps), torch.ones(5))
+    assert torch.equal(timestep_weights(schedule, timesteps, LossConfig()), torch.ones(5))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_debiased_estimation(prediction):
     """Its weighted loss is (ε̂ − ε)²/√SNR, whichever of ε and v the UNet predicts."""
-    schedule = Recipe(prediction, debiased_estimation=True).schedule(config())
+    given = LossConfig(prediction_type=prediction, debiased_estimation_loss=True)
+    schedule = training_scheduler(config(), given)
     timesteps = torch.tensor([0, 1, 200, 500, 999])
     signal = schedule.alphas_cumprod[timesteps].double()
     clean, noise, wrong = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).double()
@@ -181,28 +190,28 @@ def test_debiased_estimation(prediction):
         return (noise - (1 - signal).sqrt() * noisy) / signal.sqrt()  # v, from x and ε
 
     error = (predicted(noise) - predicted(noise + wrong)) ** 2
-    weights = Recipe(prediction, debiased_estimation=True).loss_weights(schedule, timesteps)
+    weights = timestep_weights(schedule, timesteps, given)
     snr = signal / (1 - signal)
     torch.testing.assert_close(weights.double() * error, wrong**2 / snr.sqrt(), rtol=1e-4, atol=0)
 
 
 def test_the_bases_own_prediction_is_found():
-    found = Recipe().schedule(config(prediction_type="v_prediction"))
+    found = scheduler({"prediction_type": "v_prediction"})
     assert isinstance(found, DDPMScheduler)
     assert found.config.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize(
-    "made, base, said",
+    "changes, base, said",
     [
-        (Recipe(zero_terminal_snr=True), {}, "needs a base with v_prediction"),
-        (Recipe(), {"prediction_type": "sample"}, "predicts 'sample'"),
-        (Recipe(min_snr_gamma=5, debiased_estimation=True), {}, "leave one of them out"),
+        ({"zero_terminal_snr": True}, {}, "needs a model with v_prediction"),
+        ({}, {"prediction_type": "sample"}, "predicts 'sample'"),
+        ({"snr_gamma": 5, "debiased_estimation_loss": True}, {}, "leave one of them out"),
     ],
 )
-def test_combinations_without_meaning(made, base, said):
+def test_combinations_without_meaning(changes, base, said):
     with pytest.raises(TrainingError, match=said):
-        made.schedule(config(**base))
+        scheduler(base, **changes)
 
 
 def test_dropped_conditions():
@@ -213,8 +222,8 @@ def test_dropped_conditions():
         "drop_image": torch.tensor([False, True, False, True]),
         "drop_text": torch.tensor([False, False, True, True]),
     }
-    dropped = recipe.Dropped(torch.zeros(1, 5, 3), torch.full((1, 7, 2), 2.0), torch.zeros(1, 6))
-    features, states, pooled = recipe.conditions(given, dropped)
+    dropped = DroppedConditions(torch.zeros(1, 5, 3), torch.full((1, 7, 2), 2.0), torch.zeros(1, 6))
+    features, states, pooled = diffusion_loss(dropped=dropped).drop_conditions(given)
     assert features.mean((1, 2)).tolist() == [1, 0, 1, 0]
     assert states.mean((1, 2)).tolist() == [1, 1, 2, 2]
     assert pooled.mean(1).tolist() == [1, 1, 0, 0]
@@ -229,13 +238,13 @@ def test_the_posterior_is_sampled_as_diffusers_does():
     mean, log_variance = moments.chunk(2, dim=1)
     given = {"mean": mean, "log_variance": log_variance, "latent_noise": noise}
     expected = (posterior.mean + posterior.std * noise - 0.1) * 0.5
-    torch.testing.assert_close(recipe.latents(given, 0.5, 0.1), expected)
+    torch.testing.assert_close(diffusion_loss(None, None, 0.5, 0.1).sample_latents(given), expected)
 
 
 def test_halves_of_a_batch_average_to_the_whole_also_with_broken_pictures():
     torch.manual_seed(0)
     a, b = torch.randn(2, 6, 4, 8, 8).unbind()
     weights = torch.tensor([1.0, 0, 1, 1, 1, 1])
-    halves = [recipe.loss(*x) for x in zip(a.chunk(2), b.chunk(2), weights.chunk(2), strict=True)]
-    torch.testing.assert_close(sum(halves) / 2, recipe.loss(a, b, weights))
-    assert recipe.loss(a.half(), b.half(), weights).dtype == torch.float32
+    halves = [weighted_mse(*x) for x in zip(a.chunk(2), b.chunk(2), weights.chunk(2), strict=True)]
+    torch.testing.assert_close(sum(halves) / 2, weighted_mse(a, b, weights))
+    assert weighted_mse(a.half(), b.half(), weights).dtype == torch.float32

@@ -1,0 +1,162 @@
+"""Where a run's batches come from: a cache, rows of images, or a stream of shards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .caching.dataset import CachedDataset
+from .config import DataConfig, TrainConfig
+from .data.buckets import Buckets, bucket_sizes, by_aspect, square
+from .data.dataset import Examples, RawDataset, loader
+from .data.randomness import NoiseSettings
+from .data.sampler import RankBatchSampler
+from .data.sources import Columns, open_source
+from .data.webdataset import ShardReader, StreamDataset, expand_shards, is_stream
+from .loss import Batch, DroppedConditions
+from .models.frozen import FrozenEncoders
+
+FOLDER = "data"  # of a run: what was found out about its data
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in a run, and as which of its processes, to begin.
+
+    `step` counts forward passes, `batch` is the global batch of one.
+    """
+
+    rank: int
+    world: int
+    batch: int
+    step: int
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """`batches` of this process, without end.
+
+    `encode` makes of one what `DiffusionLoss` reads; it needs the frozen encoders if `raw`.
+    `fingerprint`: of the rows and their order. `size`: height and width of a square image among
+    them.
+    """
+
+    batches: Iterable[Batch]
+    dropped: DroppedConditions
+    encode: Callable[[Batch], Batch]
+    raw: bool
+    fingerprint: str
+    size: tuple[int, int]
+
+
+def open_data(
+    config: TrainConfig, encoders: FrozenEncoders, timesteps: int, position: Position
+) -> TrainingData:
+    """Open what the config names, to begin at a position.
+
+    Raises:
+        TrainingError: Data or a cache that cannot be trained on.
+    """
+    draws = NoiseSettings(
+        seed=config.seed,
+        drop_image=config.i_drop_rate,
+        drop_text=config.t_drop_rate,
+        drop_both=config.ti_drop_rate,
+        timesteps=timesteps,
+        noise_offset=config.noise_offset,
+    )
+    if config.feature_cache_dir:
+        return _cached(config, encoders, draws, position)
+    assert config.train_data_dir is not None  # as the config sees to
+    if is_stream(config.train_data_dir):
+        return _stream(config, encoders, draws, position)
+    return _rows(config, encoders, draws, position)
+
+
+def _cached(
+    config: TrainConfig, encoders: FrozenEncoders, draws: NoiseSettings, position: Position
+) -> TrainingData:
+    assert config.feature_cache_dir is not None
+    dataset = CachedDataset(
+        config.feature_cache_dir, encoders.kind, draws, encoders.fingerprints, encoders.names
+    )
+    sizes = dataset.manifest.sizes
+    defaults = {field.name: field.default for field in fields(DataConfig)}
+    defaults.pop("dataloader_num_workers")
+    ignored = [name for name, default in defaults.items() if getattr(config, name) != default]
+    if config.resolution in sizes[0]:
+        ignored = [name for name in ignored if name != "resolution"]
+    if ignored:
+        logger.warning(
+            "%s: not looked at, the cache '%s' has its own",
+            *(", ".join(ignored), config.feature_cache_dir),
+        )
+    batches, order = _batches(dataset, dataset.buckets, len(dataset), config, position)
+    return TrainingData(
+        batches,
+        dataset.dropped(),
+        encode=lambda batch: batch,
+        raw=False,
+        fingerprint=f"{dataset.manifest.parts['data']} {order}",
+        size=sizes[0],
+    )
+
+
+def _rows(
+    config: TrainConfig, encoders: FrozenEncoders, draws: NoiseSettings, position: Position
+) -> TrainingData:
+    assert config.train_data_dir is not None
+    source = open_source(
+        config.train_data_dir,
+        image_root=config.data_root_path,
+        columns=Columns(text=config.caption_column),
+        default_caption=config.default_caption,
+    )
+    size, folder = config.resolution, Path(config.output_dir, FOLDER)
+    buckets = by_aspect(source, size, folder) if config.enable_bucket else square(size)
+    preprocess = encoders.image_encoder.preprocess
+    dataset = RawDataset(source, encoders.tokenise, preprocess, buckets, draws)
+    batches, order = _batches(dataset, buckets, len(source), config, position)
+    return _raw(encoders, batches, f"{source.fingerprint} {order}", buckets)
+
+
+def _stream(
+    config: TrainConfig, encoders: FrozenEncoders, draws: NoiseSettings, position: Position
+) -> TrainingData:
+    assert config.train_data_dir is not None
+    size = config.resolution
+    buckets = Buckets(bucket_sizes(size)) if config.enable_bucket else square(size)
+    dataset = StreamDataset(
+        expand_shards(config.train_data_dir),
+        ShardReader(Columns(text=config.caption_column), config.default_caption),
+        Examples(encoders.tokenise, encoders.image_encoder.preprocess, draws),
+        buckets,
+        batch=position.batch,
+        seed=config.seed,
+        rank=position.rank,
+        world=position.world,
+        first_step=position.step,
+        folder=Path(config.output_dir, FOLDER),
+    )
+    batches = loader(dataset, None, config.dataloader_num_workers)
+    return _raw(encoders, batches, dataset.fingerprint, buckets)
+
+
+def _raw(
+    encoders: FrozenEncoders, batches: Iterable[Batch], fingerprint: str, buckets: Buckets
+) -> TrainingData:
+    size = buckets.sizes[0]
+    return TrainingData(batches, encoders.dropped(), encoders.encode, True, fingerprint, size)
+
+
+def _batches(
+    dataset: Any, buckets: Buckets, rows: int, config: TrainConfig, position: Position
+) -> tuple[Iterable[Batch], str]:
+    order = buckets.sampler(rows, position.batch, config.seed)
+    sampler = RankBatchSampler(order, position.rank, position.world, position.step)
+    return loader(dataset, sampler, config.dataloader_num_workers), order.fingerprint
