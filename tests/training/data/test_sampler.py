@@ -134,8 +134,8 @@ def test_memory_of_a_million_rows(buckets):
     "buckets, rows, said",
     [
         (None, 7, ["7 rows", "takes 8", "smaller train_batch_size"]),
-        (None, 0, ["0 rows", "more pictures"]),
-        (np.arange(9) % 2, 9, ["fullest has 5 pictures", "no buckets"]),
+        (None, 0, ["0 rows", "more images"]),
+        (np.arange(9) % 2, 9, ["fullest has 5 images", "no buckets"]),
     ],
 )
 def test_too_few_rows(buckets, rows, said):
