@@ -91,8 +91,8 @@ def test_published_models_are_drawn_by_a_server_that_finds_them(
     @contextmanager
     def running(base, host, arguments, **options):
         (input_,) = (base / "input").iterdir()
-        paths = json.loads(Path(arguments[1]).read_text("utf-8"))["demo"]
-        started.append((input_.name, arguments[0], paths["base_path"], options["threads"]))
+        paths = json.loads(Path(arguments[-1]).read_text("utf-8"))["demo"]
+        started.append((input_.name, arguments[-2], paths["base_path"], options["threads"]))
         yield server
 
     monkeypatch.setattr(demo, "Server", running)
