@@ -29,7 +29,7 @@ from tools.comfyui.server import Client, Server  # noqa: E402
 _host.load_pack()  # so that test modules can import it by its name; needs no ComfyUI
 
 
-SHARED = ("page", "_started")  # one browser, one server on the stand-ins
+SHARED = ("page", "miniature_server", "_started")  # one browser, one server of each kind
 CPU_SECONDS = 10.0  # what a test of the day set may take
 
 
@@ -137,6 +137,15 @@ def server_id(_started: tuple[Server, Client]) -> int:
     process = _started[0].process
     assert process is not None
     return process.pid
+
+
+@pytest.fixture(scope="session")
+def miniature_server(host_path: Path) -> Iterator[Client]:
+    """A client of a ComfyUI server that runs on the miniature with this pack."""
+    from miniature import setup
+
+    with Server(setup.ensure(), host_path, ("--cache-classic",)) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from miniature import setup
 from miniature.classifier import Judge
 from miniature.drawing import WORKFLOWS, as_tensor
 from miniature.metrics import judge
-from tools.comfyui.server import Client, Server
+from tools.comfyui.server import Client
 
 
 @pytest.fixture(scope="session")
@@ -26,10 +26,9 @@ def world() -> Path:
 
 
 @pytest.fixture(scope="session")
-def client(host_path: Path, world: Path) -> Iterator[Client]:
+def client(miniature_server: Client) -> Client:
     """A ComfyUI server with this pack that runs on the miniature."""
-    with Server(world, host_path, ("--cache-classic",)) as client:
-        yield client
+    return miniature_server
 
 
 @pytest.fixture(scope="session")

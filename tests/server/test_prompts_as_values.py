@@ -49,6 +49,7 @@ def loading(made: Any, name: str) -> Any:
     return made
 
 
+@pytest.mark.nightly
 def test_a_saved_prompt_samples_the_same_latents_in_a_new_process(
     server: Client, graph: Callable[..., Any], place: Path, models: Path, host_path: Path
 ) -> None:

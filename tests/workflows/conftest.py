@@ -1,4 +1,4 @@
-"""The workflows' files, read once."""
+"""The workflows' files, read once, and what their tests run them on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image
 
 from tests.support import standins
 from tools.comfyui.server import Client, Result
+from tools.workflows import api
 from tools.workflows.api import FOLDER, NAMES
 
 
@@ -37,19 +37,20 @@ class Workflow:
 
 
 def read(name: str) -> Workflow:
-    """The files of one task. Raises FileNotFoundError if either format is missing."""
-    paths = FOLDER / f"{name}.json", FOLDER / "api" / f"{name}.json"
-    return Workflow(name, *(json.loads(path.read_text("utf-8")) for path in paths))
+    """Read the files of one task. Raises FileNotFoundError if either format is missing."""
+    editor = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
+    return Workflow(name, editor, api.read(name))
+
+
+@pytest.fixture(scope="session")
+def workflows() -> list[Workflow]:
+    """Every workflow, for tests that tell at once of all that fail."""
+    return [read(name) for name in NAMES]
 
 
 @pytest.fixture(params=NAMES)
 def workflow(request: pytest.FixtureRequest) -> Workflow:
     return read(request.param)
-
-
-@pytest.fixture
-def folder() -> Path:
-    return FOLDER
 
 
 @pytest.fixture(scope="session")
@@ -60,14 +61,14 @@ def reading() -> Callable[[str], Workflow]:
 
 @pytest.fixture(scope="session")
 def client(server: Client) -> Client:
-    """The server, with every stand-in and every saved prompt that a workflow names."""
+    """The server on stand-ins, with every one and every saved prompt that a workflow names."""
     standins.ensure("workflows")
-    server.run(_needed(read("save_prompt").api, "IPA_SavePrompt"))
+    server.run(needed(api.read("save_prompt"), "IPA_SavePrompt"))
     return server
 
 
-def _needed(api: dict[str, Any], class_: str) -> dict[str, Any]:
-    """The node of that class, and all that it needs."""
+def needed(api: dict[str, Any], class_: str) -> dict[str, Any]:
+    """Return the node of that class, and all that it needs."""
     found = [id_ for id_, node in api.items() if node["class_type"] == class_]
     for id_ in found:
         found += [value[0] for value in api[id_]["inputs"].values() if isinstance(value, list)]
@@ -81,8 +82,8 @@ def object_info(client: Client) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def pictures() -> Callable[[Result], list[np.ndarray]]:
-    """A run's pictures, [height, width, 3]; not their files, which hold the prompt too."""
+def images() -> Callable[[Result], list[np.ndarray]]:
+    """A run's images, [height, width, 3]; not their files, which hold the prompt too."""
 
     def decode(result: Result) -> list[np.ndarray]:
         files = (data for node in result.images.values() for data in node)

@@ -12,7 +12,7 @@ import pytest
 from tools.comfyui.install import ROOT
 
 FOLDER = ROOT / "workflows"
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.nightly]
 
 LOAD = """async (workflow) => {
     await app.loadGraphData(workflow)

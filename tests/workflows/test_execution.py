@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from miniature.workflows import on_miniature
 from tools.comfyui.server import Progress, PromptInterrupted
-from tools.workflows.api import smaller
 
 STEPS = 300  # more than any server takes before an interrupt reaches it
 APPLY = ("IPA_Apply", "IPA_ApplyConditioning")
@@ -50,34 +50,34 @@ def uncached(api: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=["image_only", "several_images_masks", "per_prompt"])
 def api(request, reading) -> dict[str, Any]:
-    """Of the module's scope, so that tests of one workflow follow each other: encoding is slow."""
-    return smaller(reading(request.param).api, steps=2, side=64)
+    """Of the module's scope, so that tests of one workflow follow each other."""
+    return on_miniature(reading(request.param).api, "a star", steps=2)
 
 
 @pytest.mark.parametrize("knob, value", [("weight", 0.35), ("start_at", 0.6), ("end_at", 0.4)])
-def test_a_changed_knob_runs_apply_and_what_follows(client, api, pictures, knob, value):
-    before = client.run(api)
+def test_a_changed_knob_runs_apply_and_what_follows(miniature_server, api, images, knob, value):
+    before = miniature_server.run(api)
     changed = copy.deepcopy(api)
     apply = first_apply(changed)
     changed[apply]["inputs"][knob] = value
-    after = client.run(changed)
+    after = miniature_server.run(changed)
     assert set(after.executed) == downstream(api, apply)
     assert set(after.cached) == set(api) - downstream(api, apply)
     for reused in ("CheckpointLoaderSimple", "IPA_LoadAdapter", "IPA_EncodeImage"):
         assert of_class(api, reused) in after.cached
-    (new,), (old,) = pictures(after), pictures(before)
+    (new,), (old,) = images(after), images(before)
     assert np.abs(new - old).max() > 5
 
 
-def test_nothing_runs_again_without_a_change(client, api):
-    client.run(api)
-    again = client.run(api)
+def test_nothing_runs_again_without_a_change(miniature_server, api):
+    miniature_server.run(api)
+    again = miniature_server.run(api)
     assert again.executed == []
     assert set(again.cached) == set(api)
 
 
-def test_an_interrupt_leaves_the_next_prompt_correct(client, api, pictures):
-    before = client.run(api)
+def test_an_interrupt_leaves_the_next_prompt_correct(miniature_server, api, images):
+    before = miniature_server.run(api)
     sampler = of_class(api, "KSampler")
     long = copy.deepcopy(api)
     long[sampler]["inputs"]["steps"] = STEPS
@@ -85,14 +85,14 @@ def test_an_interrupt_leaves_the_next_prompt_correct(client, api, pictures):
 
     def stop(progress: Progress) -> None:
         if not seen:
-            client.interrupt()
+            miniature_server.interrupt()
         seen.append(progress)
 
     with pytest.raises(PromptInterrupted):
-        client.run(long, stop)
+        miniature_server.run(long, stop)
     assert {progress.node for progress in seen} == {sampler}
     assert 1 <= seen[-1].step < STEPS
-    after = client.run(uncached(api))
+    after = miniature_server.run(uncached(api))
     assert sampler in after.executed
-    for picture, expected in zip(pictures(after), pictures(before), strict=True):
-        np.testing.assert_array_equal(picture, expected)
+    for image, expected in zip(images(after), images(before), strict=True):
+        np.testing.assert_array_equal(image, expected)

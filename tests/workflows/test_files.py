@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ip_adapter_core.files import published
-from tools.workflows.api import NAMES, PUBLIC, of_class
+from tools.workflows.api import FOLDER, NAMES, PUBLIC, of_class
 
 FOLDER_OF = {
     "ckpt_name": "checkpoints",
@@ -26,15 +26,15 @@ FOUND = {  # what Auto finds with its standard preset
 TITLE_BAR = 30
 
 
-def test_every_task_and_nothing_else_has_files(folder):
+def test_every_task_and_nothing_else_has_files():
     names = set(NAMES)
-    assert {path.stem for path in folder.glob("*.json")} == names
-    assert {path.stem for path in (folder / "api").glob("*.json")} == names
+    assert {path.stem for path in FOLDER.glob("*.json")} == names
+    assert {path.stem for path in (FOLDER / "api").glob("*.json")} == names
     assert all(re.fullmatch("[a-z][a-z_]*", name) for name in names)
 
 
-def test_a_picture_stands_beside_it_where_the_template_browser_looks(workflow, folder):
-    path = folder / f"{workflow.name}.jpg"
+def a_picture_stands_beside_it_where_the_template_browser_looks(workflow):
+    path = FOLDER / f"{workflow.name}.jpg"
     assert path.stat().st_size <= 60 * 1024
     with Image.open(path) as picture:
         assert picture.format == "JPEG"
@@ -42,7 +42,7 @@ def test_a_picture_stands_beside_it_where_the_template_browser_looks(workflow, f
         assert len(picture.convert("L").getcolors(256) or range(257)) > 16, "an empty picture"
 
 
-def test_each_model_file_comes_with_its_download(workflow):
+def each_model_file_comes_with_its_download(workflow):
     wanted = {
         (value, FOLDER_OF[name])
         for node in workflow.api.values()
@@ -60,14 +60,14 @@ def test_each_model_file_comes_with_its_download(workflow):
     assert len(offered) == len(wanted)
 
 
-def test_files_are_those_that_auto_tells_people_to_get(workflow):
+def files_are_those_that_auto_tells_people_to_get(workflow):
     recommended = {own.name for family in published.ADAPTERS.values() for own in family.values()}
     inputs = [node["inputs"] for node in workflow.api.values()]
     assert {i["adapter_name"] for i in inputs if "adapter_name" in i} <= recommended
     assert {i["clip_name"] for i in inputs if "clip_name" in i} <= {published.VIT_H.name}
 
 
-def test_downloads_stand_at_the_node_that_names_the_file(workflow):
+def downloads_stand_at_the_node_that_names_the_file(workflow):
     for node in workflow.nodes:
         files = [value for value in node["widgets_values"] if str(value).endswith(".safetensors")]
         if node["type"] == "IPA_AutoLoad":
@@ -75,7 +75,7 @@ def test_downloads_stand_at_the_node_that_names_the_file(workflow):
         assert [model["name"] for model in node["properties"].get("models", ())] == files
 
 
-def test_notes_link_every_model(workflow):
+def notes_link_every_model(workflow):
     text = "\n".join(note["widgets_values"][0] for note in workflow.notes)
     for node in workflow.nodes:
         for model in node["properties"].get("models", ()):
@@ -93,7 +93,7 @@ def test_downloads_are_of_a_kind_that_the_host_offers(weights):
     assert weights.name.endswith(".safetensors") and weights.saved_as.endswith(".safetensors")
 
 
-def test_a_file_has_one_download_everywhere(workflow):
+def a_file_has_one_download_everywhere(workflow):
     for node in workflow.nodes:
         for model in node["properties"].get("models", ()):
             public = PUBLIC[model["name"]]
@@ -104,14 +104,14 @@ def test_a_file_has_one_download_everywhere(workflow):
             }
 
 
-def test_nodes_name_the_pack_they_come_from(workflow):
+def nodes_name_the_pack_they_come_from(workflow):
     for node in workflow.nodes:
         ours = node["type"].startswith("IPA_")
         assert node["properties"]["cnr_id"] == ("comfyui-ip-adapter" if ours else "comfy-core")
         assert node["properties"]["Node name for S&R"] == node["type"]
 
 
-def test_nothing_overlaps_and_frames_hold_their_nodes(workflow):
+def nothing_overlaps_and_frames_hold_their_nodes(workflow):
     def box(node):
         (x, y), (width, height) = node["pos"], node["size"]
         return x, y - TITLE_BAR, x + width, y + height
@@ -128,13 +128,13 @@ def test_nothing_overlaps_and_frames_hold_their_nodes(workflow):
         assert any(x <= left and y <= top and right <= r and bottom <= b for x, y, r, b in frames)
 
 
-def test_links_run_forward(workflow):
+def links_run_forward(workflow):
     left = {node["id"]: node["pos"][0] for node in workflow.editor["nodes"]}
     for _, source, _, target, _, _ in workflow.editor["links"]:
         assert left[source] <= left[target]
 
 
-def test_paper_settings(workflow):
+def paper_settings(workflow):
     for node in workflow.api.values():
         inputs = node["inputs"]
         if node["class_type"] == "KSampler":
@@ -154,6 +154,27 @@ def test_paper_settings(workflow):
     if not weights:  # a list of them
         return
     assert weights == {1.0} if texts == {""} else max(weights) < 1
+
+
+CHECKS = (
+    a_picture_stands_beside_it_where_the_template_browser_looks,
+    each_model_file_comes_with_its_download,
+    files_are_those_that_auto_tells_people_to_get,
+    downloads_stand_at_the_node_that_names_the_file,
+    notes_link_every_model,
+    a_file_has_one_download_everywhere,
+    nodes_name_the_pack_they_come_from,
+    nothing_overlaps_and_frames_hold_their_nodes,
+    links_run_forward,
+    paper_settings,
+)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_of_every_workflow(check, workflows, subtests):
+    for workflow in workflows:
+        with subtests.test(workflow.name):
+            check(workflow)
 
 
 def test_per_latent_has_one_latent_for_each_picture(reading):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from types import SimpleNamespace
 from typing import Any
 from urllib import request
 
 import pytest
 
+from tools.comfyui.install import ROOT
 from tools.generated import out_of_step
+from tools.workflows.api import FOLDER
 from tools.workflows.export import build
 
 DRAWN = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "CURVE"}
@@ -59,26 +63,24 @@ def test_files_are_what_the_api_format_and_the_nodes_give(object_info):
     assert out_of_step(build(object_info)) == [], "run `python -m tools.workflows.export`"
 
 
-def test_both_formats_say_the_same(workflow, object_info):
+def both_formats_say_the_same(workflow, object_info):
     assert exported(workflow.editor, object_info) == workflow.api
 
 
-@pytest.mark.parametrize("list_, at", [("widgets_values", 0), ("links", 1)])
-def test_a_change_in_one_format_is_seen(workflow, object_info, list_, at):
+def a_change_in_one_format_is_seen(workflow, object_info):
     """So that the comparison above cannot pass by looking at nothing."""
-    editor = workflow.editor
-    holder = next(node for node in workflow.nodes if node["type"] == "KSampler")
-    target = holder if list_ == "widgets_values" else editor
-    if list_ == "widgets_values":
-        target[list_][at] += 1
-    else:
-        target[list_][at][1] = next(
-            node["id"] for node in workflow.nodes if node["id"] != target[list_][at][1]
-        )
-    assert exported(editor, object_info) != workflow.api
+    for list_ in ("widgets_values", "links"):
+        editor = copy.deepcopy(workflow.editor)
+        if list_ == "links":
+            link = editor["links"][1]
+            link[1] = next(node["id"] for node in workflow.nodes if node["id"] != link[1])
+        else:
+            sampler = next(node for node in editor["nodes"] if node["type"] == "KSampler")
+            sampler["widgets_values"][0] += 1
+        assert exported(editor, object_info) != workflow.api, list_
 
 
-def test_sockets_are_the_classes_own(workflow, object_info):
+def sockets_are_the_classes_own(workflow, object_info):
     for node in workflow.nodes:
         own = object_info[node["type"]]
         outputs = [(output["name"], output["type"]) for output in node["outputs"]]
@@ -102,7 +104,7 @@ def test_sockets_are_the_classes_own(workflow, object_info):
         assert sockets == {}
 
 
-def test_links_join_equal_types_and_are_known_at_both_ends(workflow):
+def links_join_equal_types_and_are_known_at_both_ends(workflow, object_info):
     nodes = {node["id"]: node for node in workflow.editor["nodes"]}
     links = workflow.editor["links"]
     assert len({link[0] for link in links}) == len(links) == workflow.editor["last_link_id"]
@@ -115,7 +117,7 @@ def test_links_join_equal_types_and_are_known_at_both_ends(workflow):
     assert max(nodes) == workflow.editor["last_node_id"]
 
 
-def test_values_are_ones_that_the_classes_allow(workflow, object_info):
+def values_are_ones_that_the_classes_allow(workflow, object_info):
     for node in workflow.api.values():
         for name, (type_, options, required) in declared(object_info, node["class_type"]).items():
             if not drawn(type_, options):
@@ -131,14 +133,44 @@ def test_values_are_ones_that_the_classes_allow(workflow, object_info):
                 assert options["min"] <= value <= options["max"]
 
 
-def test_the_host_offers_them_as_templates_with_their_pictures(client, folder):
+CHECKS = (
+    both_formats_say_the_same,
+    a_change_in_one_format_is_seen,
+    sockets_are_the_classes_own,
+    links_join_equal_types_and_are_known_at_both_ends,
+    values_are_ones_that_the_classes_allow,
+)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_of_every_workflow(check, workflows, object_info, subtests):
+    for workflow in workflows:
+        with subtests.test(workflow.name):
+            check(workflow, object_info)
+
+
+def test_blueprints_hold_nodes_as_their_classes_are(object_info, subtests):
+    """They are kept as the editor saved them."""
+    ends = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    for path in (ROOT / "subgraphs").iterdir():
+        (inner,) = json.loads(path.read_text("utf-8"))["definitions"]["subgraphs"]
+        links = [[link[end] for end in ends] for link in inner["links"]]
+        with subtests.test(path.name):
+            assert path.name == f"{inner['name']}.json"
+            api = exported({"nodes": inner["nodes"], "links": links}, object_info)
+            blueprint = SimpleNamespace(nodes=inner["nodes"], api=api)
+            sockets_are_the_classes_own(blueprint, object_info)
+            values_are_ones_that_the_classes_allow(blueprint, object_info)
+
+
+def test_the_host_offers_them_as_templates_with_their_pictures(client):
     """And those for headless runs not: the host looks no deeper than `workflows/`."""
     direct = request.build_opener(request.ProxyHandler({}))
     base = f"http://{client.address}/api/workflow_templates"
     with direct.open(base) as answer:
         offered = json.load(answer)
     (pack,) = (name for name, templates in offered.items() if "image_only" in templates)
-    assert sorted(offered[pack]) == sorted(path.stem for path in folder.glob("*.json"))
-    for path in (*folder.glob("*.json"), *folder.glob("*.jpg")):
+    assert sorted(offered[pack]) == sorted(path.stem for path in FOLDER.glob("*.json"))
+    for path in (*FOLDER.glob("*.json"), *FOLDER.glob("*.jpg")):
         with direct.open(f"{base}/{pack}/{path.name}") as answer:
             assert answer.read() == path.read_bytes()

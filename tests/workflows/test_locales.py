@@ -75,6 +75,7 @@ def test_the_host_offers_them(client, language):
 
 
 @pytest.mark.browser
+@pytest.mark.nightly
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_editor_shows_them(page, language):
     """The title and the widgets of a node that is added in that language."""

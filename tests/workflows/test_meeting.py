@@ -11,10 +11,11 @@ import pytest
 
 from tools.comfyui.browser import COMPLAINTS
 from tools.comfyui.install import ROOT
+from tools.workflows.api import FOLDER, NAMES
 
 pytestmark = pytest.mark.browser
+nightly = pytest.mark.nightly
 
-FOLDER = ROOT / "workflows"
 NODES = sorted(json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text("utf-8")))
 WORDS = {  # what people type: the node that they mean
     "ip adapter": "Apply IP-Adapter",
@@ -42,6 +43,19 @@ FOUND = """() => [...document.querySelectorAll('#results-list [role=option]')].m
     (entry) => entry.innerText.split('\\n')[0])"""
 
 
+SHRINK = """() => {
+    const values = {EmptyLatentImage: {width: 64, height: 64}, KSampler: {steps: 1}}
+    for (const node of app.graph._nodes)
+        for (const [name, value] of Object.entries(values[node.type] ?? {}))
+            node.widgets.find((widget) => widget.name === name).value = value
+}"""
+SHOWN = """() => {
+    const [saved] = app.graph._nodes.filter((node) => node.type === 'SaveImage')
+    const [image] = saved.imgs ?? []
+    return image?.naturalWidth ? [image.naturalWidth, image.naturalHeight] : null
+}"""
+
+
 @pytest.fixture
 def bare(page: Any) -> Any:
     """The editor with an empty graph and nothing open over it."""
@@ -52,6 +66,7 @@ def bare(page: Any) -> Any:
     return page
 
 
+@nightly
 @pytest.mark.parametrize("words", WORDS)
 def test_the_search_box_finds_nodes_by_what_people_type(bare, words):
     box = bare.get_by_role("combobox", name="Add a node...")
@@ -66,6 +81,7 @@ def test_the_search_box_finds_nodes_by_what_people_type(bare, words):
     assert WORDS[words] in bare.evaluate(FOUND)
 
 
+@nightly
 @pytest.mark.parametrize("name", NODES)
 def test_the_help_panel_shows_the_page(bare, name):
     page = (ROOT / "web" / "docs" / f"{name}.md").read_text("utf-8")
@@ -87,10 +103,11 @@ def test_the_help_panel_shows_the_page(bare, name):
         assert pictures.nth(place).evaluate("async (img) => { await img.decode(); return true }")
 
 
+@nightly
 def test_the_template_browser_shows_every_workflow_with_its_picture(bare):
     bare.get_by_role("button", name="Templates").click()
     bare.get_by_role("dialog").get_by_text("ip_adapter").first.click()
-    wanted = {path.stem for path in FOLDER.glob("*.json")}
+    wanted = set(NAMES)
     seen: set[str] = set()
     bare.mouse.move(900, 500)
     bare.wait_for_function(f"() => ({CARDS})().length >= 4", timeout=20_000)
@@ -103,26 +120,42 @@ def test_the_template_browser_shows_every_workflow_with_its_picture(bare):
     assert seen == wanted
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.json")))
-def test_a_template_opens_from_the_browser(bare, name):
-    """All of its nodes are there, its models too, and nothing is complained of."""
-    bare.get_by_role("button", name="Templates").click()
-    dialog = bare.get_by_role("dialog")
+def open_template(page: Any, name: str) -> None:
+    """Open a template from the browser: all of its nodes and models are there, no complaints."""
+    page.get_by_role("button", name="Templates").click()
+    dialog = page.get_by_role("dialog")
     dialog.get_by_text("ip_adapter").first.click()
     dialog.get_by_placeholder(re.compile("Search")).fill(name)
     dialog.get_by_text(name, exact=True).first.click()
     nodes = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))["nodes"]
-    bare.wait_for_function(
+    page.wait_for_function(
         "(count) => app.graph._nodes.length === count", arg=len(nodes), timeout=20_000
     )
-    bare.wait_for_timeout(500)  # a warning would come after the graph
-    assert bare.evaluate(
+    page.wait_for_timeout(500)  # a warning would come after the graph
+    assert page.evaluate(
         "() => app.graph._nodes.every((node) => !node.has_errors && node.constructor?.nodeData"
         " || node.type === 'MarkdownNote')"
     )
+    assert page.evaluate(COMPLAINTS) == []
+
+
+@nightly
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_opens_from_the_browser(bare, name):
+    open_template(bare, name)
+
+
+@pytest.mark.xdist_group("_started")  # by day, not worth a server for itself
+def test_a_template_runs_and_shows_its_image(bare):
+    open_template(bare, "text_and_image")
+    bare.evaluate(SHRINK)
+    bare.evaluate("() => { app.queuePrompt(0) }")
+    bare.wait_for_function(f"() => ({SHOWN})() || ({COMPLAINTS})().length", timeout=120_000)
     assert bare.evaluate(COMPLAINTS) == []
+    assert bare.evaluate(SHOWN) == [64, 64]
 
 
+@nightly
 def test_a_wrong_adapter_is_told_with_its_remedy(bare, client):
     """An SDXL adapter on an SD1.5 model: the editor shows what the node says."""
     workflow = copy.deepcopy(json.loads((FOLDER / "text_and_image.json").read_text("utf-8")))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tools.workflows.pictures import LIMIT, SIDE, draw, images_of, in_order, jpeg, stages_of
 
 
-def test_every_picture_leads_into_a_stage_and_every_adapter_is_one(workflow):
+def every_picture_leads_into_a_stage_and_every_adapter_is_one(workflow):
     stages = stages_of(workflow.api)
     assert {file for stage in stages for file in stage.files} == set(
         images_of(workflow.api).values()
@@ -22,7 +23,7 @@ def test_every_picture_leads_into_a_stage_and_every_adapter_is_one(workflow):
         assert not controls or "ControlNetApplyAdvanced" in classes
 
 
-def test_inputs_and_results_are_in_it(workflow):
+def inputs_and_results_are_in_it(workflow):
     colours = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]
     files = list(dict.fromkeys(images_of(workflow.api).values()))
     loaded = {
@@ -34,6 +35,19 @@ def test_inputs_and_results_are_in_it(workflow):
     assert sheet.size == (SIDE, SIDE)
     shown = set(map(tuple, np.asarray(sheet).reshape(-1, 3)))
     assert {*colours[: len(files)], (250, 250, 20)} <= shown
+
+
+CHECKS = (
+    every_picture_leads_into_a_stage_and_every_adapter_is_one,
+    inputs_and_results_are_in_it,
+)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_of_every_workflow(check, workflows, subtests):
+    for workflow in workflows:
+        with subtests.test(workflow.name):
+            check(workflow)
 
 
 def test_a_saved_prompt_is_told_without_a_picture(reading):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tools.workflows.api import smaller
+from miniature.workflows import on_miniature
 
 SETTINGS = {"blocks": "all", "start_at": 0.0, "end_at": 1.0, "prompt_number": 0, "opacity": 0.6}
 
@@ -45,12 +45,12 @@ def mapped(api: dict[str, Any], name: str = "map") -> dict[str, Any]:
 @pytest.fixture
 def api(reading) -> dict[str, Any]:
     """Of two latents."""
-    made = smaller(reading("text_and_image").api, steps=2, side=64)
+    made = on_miniature(reading("text_and_image").api, "a star", steps=2)
     made[of_class(made, "EmptyLatentImage")]["inputs"]["batch_size"] = 2
     return made
 
 
-def test_a_list_of_latents(client, api, pictures):
+def test_a_list_of_latents(miniature_server, api, images):
     """The host samples all of it before the first map: each gets that of its own run."""
     sampler = api[of_class(api, "KSampler")]["inputs"]
     both = sampler["latent_image"]
@@ -58,9 +58,9 @@ def test_a_list_of_latents(client, api, pictures):
     def maps(class_, **inputs):
         api["latents"] = node(class_, **inputs)
         sampler["latent_image"] = ["latents", 0]
-        result = client.run(mapped(api))
+        result = miniature_server.run(mapped(api))
         result.images = {"": result.images["map saved"]}  # without the node's own preview
-        return pictures(result)
+        return images(result)
 
     found = maps("RebatchLatents", latents=both, batch_size=1)
     for number, one in enumerate(found):
@@ -69,7 +69,7 @@ def test_a_list_of_latents(client, api, pictures):
     assert np.abs(found[0] - found[1]).max() > 2
 
 
-def test_two_records_of_one_model(client, api):
+def test_two_records_of_one_model(miniature_server, api):
     """Equal inputs, and yet a record of its own each: the host does not take one for both."""
     both = {**mapped(api, "one"), **mapped(api, "other")}
-    assert {"one record", "other record"} <= set(client.run(both).executed)
+    assert {"one record", "other record"} <= set(miniature_server.run(both).executed)
