@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from contextlib import contextmanager
@@ -65,16 +66,22 @@ def test_the_sheet_shows_every_reference_and_every_picture():
     assert shown.issuperset(colours)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+@pytest.fixture(
+    params=[
         pytest.param([], id="host", marks=pytest.mark.nightly),
         pytest.param(["--no-host"], id="no host"),
     ],
 )
-def test_the_demo_draws_its_sheet(request, tmp_path, monkeypatch, capsys, arguments):
-    if not arguments:
-        request.getfixturevalue("host_path")  # skips where there is none
+def arguments(request):
+    """Of the demo, on each road: what that needs is imported, or skips where there is none."""
+    if request.param:
+        importlib.import_module("tools.demo_diffusers")
+    else:
+        request.getfixturevalue("host_path")
+    return request.param
+
+
+def test_the_demo_draws_its_sheet(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.setattr(demo, "OUTPUT", tmp_path / "output" / "demo.png")
     monkeypatch.setattr(sys, "argv", ["demo", "--steps", "1", *arguments])
     demo.main()

@@ -29,17 +29,6 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def configure(home: Path, text: str) -> None:
-    """comfy-cli's config.ini on Linux."""
-    folder = home / ".config" / "comfy-cli"
-    folder.mkdir(parents=True)
-    (folder / "config.ini").write_text(text)
-
-
-def test_none_where_there_is_none(nowhere):
-    assert host.locate() is None
-
-
 def test_the_variable_comes_first(nowhere, tmp_path, monkeypatch):
     named = comfyui(tmp_path / "named")
     comfyui(host.default_workspace())
@@ -65,28 +54,22 @@ def test_the_install_around_the_pack_comes_second(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="paths as on Linux")
-class TestComfyCli:
-    def test_default_workspace(self, nowhere):
-        assert host.locate() is None
-        comfyui(nowhere / "comfy" / "ComfyUI")
-        assert host.locate() == nowhere / "comfy" / "ComfyUI"
-
-    def test_configured_comes_before_recent_before_default(self, nowhere, tmp_path):
-        default = comfyui(nowhere / "comfy" / "ComfyUI")
-        places = tmp_path / "configured", tmp_path / "recent"
-        configure(
-            nowhere, "[DEFAULT]\ndefault_workspace = {}\nrecent_workspace = {}".format(*places)
-        )
-        assert host.locate() == default
-        comfyui(places[1])
-        assert host.locate() == places[1]
-        comfyui(places[0])
-        assert host.locate() == places[0]
-
-    def test_a_broken_configuration_is_passed_over(self, nowhere):
-        configure(nowhere, "no section\n")
-        comfyui(nowhere / "comfy" / "ComfyUI")
-        assert host.locate() == nowhere / "comfy" / "ComfyUI"
+def test_comfy_clis_workspaces_are_found_configured_before_recent_before_default(nowhere, tmp_path):
+    assert host.locate() is None
+    default = comfyui(nowhere / "comfy" / "ComfyUI")
+    assert host.locate() == default
+    folder = nowhere / ".config" / "comfy-cli"
+    folder.mkdir(parents=True)
+    (folder / "config.ini").write_text("no section\n")
+    assert host.locate() == default, "a broken configuration is passed over"
+    configured, recent = tmp_path / "configured", tmp_path / "recent"
+    (folder / "config.ini").write_text(
+        f"[DEFAULT]\ndefault_workspace = {configured}\nrecent_workspace = {recent}"
+    )
+    assert host.locate() == default
+    for place in (recent, configured):
+        comfyui(place)
+        assert host.locate() == place
 
 
 def test_require_installs_where_there_is_none(nowhere, tmp_path, monkeypatch):
@@ -94,17 +77,14 @@ def test_require_installs_where_there_is_none(nowhere, tmp_path, monkeypatch):
     assert host.require() == tmp_path / "installed"
 
 
-def test_a_failed_install_says_what_to_do_by_hand(nowhere, monkeypatch):
+def test_where_none_can_be_installed_the_remedy_is_said(nowhere, monkeypatch):
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(host.HostMissing, match=r"nor comfy-cli.*COMFYUI_PATH"):
+        host.require()
     monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(host, "_shown", lambda command: 1)
     with pytest.raises(host.HostMissing, match=r"comfy-cli could not install.*COMFYUI_PATH"):
         host.require()
-
-
-def test_without_comfy_cli_the_remedy_is_the_same(nowhere, monkeypatch):
-    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(host.HostMissing, match=r"nor comfy-cli.*COMFYUI_PATH"):
-        host.install()
 
 
 def test_the_packs_modules_have_one_identity_and_shadow_nothing(host, pack):

@@ -15,9 +15,11 @@ from PIL import Image
 
 from tools.comfyui.client import Progress, PromptError, PromptInterrupted
 from tools.comfyui.server import WATCHED, Server, ServerError
+from tools.workflows.api import read, smaller
 
 Prompt = dict[str, dict]
 STEPS = 300
+SAMPLER = next(i for i, n in read("text_and_image").items() if n["class_type"] == "KSampler")
 
 
 @pytest.fixture
@@ -41,31 +43,11 @@ def fresh(models) -> Iterator[str]:
 
 @pytest.fixture
 def sampled() -> Prompt:
-    """A prompt that samples without text, for so many steps that it can be stopped on the way."""
-    name = "v1-5-pruned-emaonly-fp16.safetensors"
-    settings = {"steps": STEPS, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal"}
-    return {
-        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}},
-        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": ""}},
-        "3": {
-            "class_type": "EmptyLatentImage",
-            "inputs": {"width": 64, "height": 64, "batch_size": 1},
-        },
-        "4": {
-            "class_type": "KSampler",
-            "inputs": {
-                **settings,
-                "seed": 1,
-                "denoise": 1.0,
-                "model": ["1", 0],
-                "positive": ["2", 0],
-                "negative": ["2", 0],
-                "latent_image": ["3", 0],
-            },
-        },
-        "5": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": ["1", 2]}},
-        "6": {"class_type": "PreviewImage", "inputs": {"images": ["5", 0]}},
-    }
+    """A workflow without its adapter, of so many steps that it can be stopped on the way."""
+    made = smaller(read("text_and_image"), STEPS, side=64)
+    clip = made[made[SAMPLER]["inputs"]["positive"][0]]["inputs"]["clip"]
+    made[SAMPLER]["inputs"] |= {"cfg": 1.0, "model": [clip[0], 0]}
+    return made
 
 
 def test_the_pack_is_loaded(server):
@@ -95,13 +77,14 @@ def test_progress_is_reported_and_an_interrupt_ends_the_prompt(server, sampled):
 
     with pytest.raises(PromptInterrupted) as raised:
         server.run(sampled, stop)
-    assert raised.value.node_id == "4"
-    assert {(progress.node, progress.total) for progress in seen} == {("4", STEPS)}
+    assert raised.value.node_id == SAMPLER
+    assert {(progress.node, progress.total) for progress in seen} == {(SAMPLER, STEPS)}
     assert 1 <= seen[0].step <= seen[-1].step < STEPS
-    sampled["4"]["inputs"]["steps"] = 8
+    sampled[SAMPLER]["inputs"]["steps"] = 8
     again = server.run(sampled, seen.append)
-    assert seen[-1] == Progress("4", 8, 8)
-    assert again.images["6"]
+    assert seen[-1] == Progress(SAMPLER, 8, 8)
+    (images,) = again.images.values()
+    assert images
     server.free()
 
 

@@ -19,18 +19,21 @@ _READY = """() => window.app?.extensionManager?.workflow?.activeWorkflow
 COMPLAINTS = """() => [...document.querySelectorAll(`
     [role=dialog], [data-testid=error-overlay], .p-toast-message-error, .p-toast-message-warn`
 )].map((found) => found.innerText)"""
-"""What the editor has to say against a workflow, or a run of it: dialogs, warnings and errors."""
+"""What the editor says against a workflow, or a run of it: dialogs, warnings and errors."""
 
 
 def chromium() -> str | None:
-    """The one that CHROMIUM_PATH names, or that is on the path."""
+    """Return the browser that CHROMIUM_PATH names, or that is on the path."""
     return os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, NAMES)), None)
 
 
 @contextmanager
 def editor(client: Client, **options: Any) -> Iterator[Any]:
-    """A page with the editor, cut off from everything but the server; `options`: of the page. While
-    it is there, its thread has a running event loop, and no `Client` can run a prompt."""
+    """Open a page with the editor, cut off from everything but the server.
+
+    While it is there, its thread has a running event loop, and no `Client` can run a prompt.
+    `options` are the page's.
+    """
     from playwright.sync_api import sync_playwright
 
     url = f"http://{client.address}"

@@ -17,7 +17,7 @@ Prompt = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Progress:
-    """A node got to ``step`` of ``total`` (a sampler's steps)."""
+    """A node got to `step` of `total` (a sampler's steps)."""
 
     node: str
     step: int
@@ -26,7 +26,7 @@ class Progress:
 
 @dataclass
 class Result:
-    """What a prompt did: ``images`` are file contents by output node, in order."""
+    """What a prompt did: `images` are file contents by output node, in order."""
 
     prompt_id: str
     images: dict[str, list[bytes]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class PromptInterrupted(PromptError):
 
 
 def _refusal(body: Mapping[str, Any]) -> PromptError:
-    """The first error of a /prompt answer with status 400."""
+    """Return the first error of a /prompt answer with status 400."""
     for node_id, node in (body.get("node_errors") or {}).items():
         first = (node.get("errors") or [{}])[0]
         message = f"{first.get('message', 'invalid')}: {first.get('details', '')}".strip(": ")
@@ -67,10 +67,10 @@ def _refusal(body: Mapping[str, Any]) -> PromptError:
 
 
 class Client:
-    """One conversation with the server at ``address`` (``host:port``)."""
+    """Talk to the server at `address` (`host:port`)."""
 
     def __init__(self, address: str, timeout: float = 600.0) -> None:
-        """``timeout``: seconds for a whole prompt, and for any single answer."""
+        """`timeout`: seconds for a whole prompt, and for any single answer."""
         self.address = address
         self.timeout = timeout
         self.id = uuid.uuid4().hex
@@ -84,35 +84,35 @@ class Client:
             return bytes(answer.read())
 
     def get(self, path: str) -> Any:
-        """What the server answers to GET `path`, from JSON."""
+        """Return what the server answers to GET `path`, from JSON."""
         return json.loads(self._request(path))
 
     def object_info(self, node_class: str = "") -> dict[str, Any]:
-        """The schema of every node, or of one."""
-        return dict(json.loads(self._request(f"/object_info/{node_class}".rstrip("/"))))
+        """Return the schema of every node, or of one."""
+        return dict(self.get(f"/object_info/{node_class}".rstrip("/")))
 
     def system_stats(self) -> dict[str, Any]:
-        """Versions, devices and memory, as the server sees them."""
-        return dict(json.loads(self._request("/system_stats")))
+        """Return versions, devices and memory, as the server sees them."""
+        return dict(self.get("/system_stats"))
 
     def interrupt(self) -> None:
-        """Stop the prompt that runs; callable from ``on_progress`` and other threads."""
+        """Stop the prompt that runs; callable from `on_progress` and other threads."""
         self._request("/interrupt", {})
 
     def free(self) -> None:
         """Unload all models and forget cached results once the current prompt is done."""
         self._request("/free", {"unload_models": True, "free_memory": True})
 
-    def view(self, picture: Mapping[str, str]) -> bytes:
-        """The file that an output's entry (filename, subfolder, type) names."""
-        return self._request(f"/view?{parse.urlencode(picture)}")
+    def view(self, image: Mapping[str, str]) -> bytes:
+        """Return the file that an output's entry (filename, subfolder, type) names."""
+        return self._request(f"/view?{parse.urlencode(image)}")
 
     def run(self, prompt: Prompt, on_progress: Callable[[Progress], None] | None = None) -> Result:
-        """Run ``prompt`` to its end.
+        """Run `prompt` to its end.
 
         Raises:
             PromptError: refused by validation, or a node raised; PromptInterrupted likewise.
-            TimeoutError: not done within ``timeout`` seconds; the prompt is interrupted.
+            TimeoutError: not done within `timeout` seconds; the prompt is interrupted.
         """
         followed = self._follow(prompt, on_progress or (lambda progress: None))
         try:
@@ -122,7 +122,7 @@ class Client:
             raise TimeoutError(f"the prompt was not done after {self.timeout:g} s") from None
         for node_id, output in result.outputs.items():
             if "images" in output:
-                result.images[node_id] = [self.view(picture) for picture in output["images"]]
+                result.images[node_id] = [self.view(image) for image in output["images"]]
         return result
 
     def _post(self, prompt: Prompt) -> str:

@@ -1,9 +1,9 @@
 """Find ComfyUI, install it, boot it in this process, and load this pack into it.
 
-Looked for in this order: ``COMFYUI_PATH``; the install that the pack lies in
-(``ComfyUI/custom_nodes/<pack>``); comfy-cli's workspaces. Finding needs the standard
-library only, so that ``noxfile.py`` can ask before anything is installed:
-``python -m tools.comfyui.install`` prints the path, ``--install`` installs one where there is none.
+Looked for in this order: `COMFYUI_PATH`; the install that the pack lies in
+(`ComfyUI/custom_nodes/<pack>`); comfy-cli's workspaces. Finding needs the standard
+library only, so that `noxfile.py` can ask before anything is installed:
+`python -m tools.comfyui.install` prints the path, `--install` installs one where there is none.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ REMEDY = (
 
 
 class HostMissing(RuntimeError):
-    """No usable ComfyUI; the message says what was looked at and what to do."""
+    """Say that there is no usable ComfyUI; the message says what was looked at and what to do."""
 
 
 def is_comfyui(path: Path) -> bool:
-    """Whether ``path`` is the root of a ComfyUI source tree."""
+    """Return whether `path` is the root of a ComfyUI source tree."""
     return all((path / marker).exists() for marker in _MARKERS)
 
 
 def _around() -> Path | None:
-    """The install that the pack lies in; a linked pack counts where its link is."""
+    """Return the install that the pack lies in; a linked pack counts where its link is."""
     for root in (ROOT, Path(os.path.abspath(__file__)).parents[2]):
         if root.parent.name == "custom_nodes" and is_comfyui(root.parents[1]):
             return root.parents[1]
@@ -55,13 +55,13 @@ def _around() -> Path | None:
 
 
 def default_workspace() -> Path:
-    """Where comfy-cli installs when nobody says otherwise (its constants.py)."""
+    """Return where comfy-cli installs when nobody says otherwise (its constants.py)."""
     documents = () if sys.platform.startswith("linux") else ("Documents",)
     return Path.home().joinpath(*documents, "comfy", "ComfyUI")
 
 
 def _workspaces() -> Iterator[Path]:
-    """comfy-cli's candidates in its own order: configured, recent, default."""
+    """Yield comfy-cli's candidates in its own order: configured, recent, default."""
     folder = {
         "win32": ("AppData", "Local"),
         "darwin": ("Library", "Application Support"),
@@ -78,10 +78,10 @@ def _workspaces() -> Iterator[Path]:
 
 
 def locate() -> Path | None:
-    """The ComfyUI to use, or None where there is none.
+    """Return the ComfyUI to use, or None where there is none.
 
     Raises:
-        HostMissing: ``COMFYUI_PATH`` is set, but is no ComfyUI.
+        HostMissing: `COMFYUI_PATH` is set, but is no ComfyUI.
     """
     if value := os.environ.get(PATH_VARIABLE):
         path = Path(value).expanduser().absolute()
@@ -129,20 +129,20 @@ def _shown(command: list[str]) -> int:
 
 
 def require() -> Path:
-    """The ComfyUI to use, installed if need be; HostMissing where none can be had."""
+    """Return the ComfyUI to use, installed if need be; HostMissing where none can be had."""
     return locate() or install()
 
 
 def flags() -> list[str]:
-    """ComfyUI's flags for where and how to compute; IP_ADAPTER_HOST_FLAGS replaces them."""
+    """Return ComfyUI's flags for where and how to compute; IP_ADAPTER_HOST_FLAGS replaces them."""
     return shlex.split(os.environ.get(FLAGS_VARIABLE, DEFAULT_FLAGS))
 
 
 def boot(host: Path) -> Path:
-    """Make ``comfy``, ``nodes``, ``folder_paths`` … of ``host`` importable in this process.
+    """Make `comfy`, `nodes`, `folder_paths` … of `host` importable in this process.
 
-    The host comes first on ``sys.path`` and the pack last, so that the pack's ``nodes``
-    package never shadows the host's ``nodes.py``. Booting twice is harmless.
+    The host comes first on `sys.path` and the pack last, so that the pack's `nodes`
+    package never shadows the host's `nodes.py`. Booting twice is harmless.
 
     Raises:
         RuntimeError: another module already goes by a name of the host's.
@@ -174,16 +174,16 @@ def boot(host: Path) -> Path:
 
 
 def add_models(base_directory: Path) -> None:
-    """Let the booted host look for models below ``base_directory/models`` first."""
+    """Let the booted host look for models below `base_directory/models` first."""
     folder_paths = importlib.import_module("folder_paths")
     for folder in sorted((base_directory / "models").iterdir()):
         folder_paths.add_model_folder_path(folder.name, str(folder), is_default=True)
 
 
 def load_pack() -> ModuleType:
-    """This pack, loaded by file as the host does it, under the one name ``comfyui_ip_adapter``.
+    """Load this pack by file, as the host does it, under the one name `comfyui_ip_adapter`.
 
-    Afterwards ``from comfyui_ip_adapter.ip_adapter_core.resampler import Resampler`` works.
+    Afterwards `from comfyui_ip_adapter.ip_adapter_core.resampler import Resampler` works.
     Needs no host: the pack's root imports nothing.
     """
     if PACK in sys.modules:

@@ -1,4 +1,4 @@
-"""A real ComfyUI server with this pack, started for as long as a ``with`` block lasts."""
+"""A real ComfyUI server with this pack, started for as long as a `with` block lasts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def free_port() -> int:
 
 
 def link_pack(base_directory: Path) -> Path:
-    """Link this repository into ``base_directory/custom_nodes`` and return the link."""
+    """Link this repository into `base_directory/custom_nodes` and return the link."""
     link = base_directory / "custom_nodes" / PACK
     link.parent.mkdir(parents=True, exist_ok=True)
     if link.is_symlink() and link.resolve() != ROOT:
@@ -69,7 +69,7 @@ class Server:
     """Run ComfyUI as a subprocess, with this pack and the models and inputs of a base directory.
 
     What it writes (outputs, temporary files, settings) goes to a folder of its own, which
-    ends with it; so servers may share a base directory. ``with Server(base, host) as client``.
+    ends with it; so servers may share a base directory. `with Server(base, host) as client`.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class Server:
         """Set the server up; `start` starts it.
 
         Args:
-            base_directory: holds ``models/`` and ``input/``.
+            base_directory: holds `models/` and `input/`.
             host: ComfyUI's folder.
             arguments: further flags for ComfyUI.
             start_timeout: in seconds.
             prompt_timeout: in seconds.
-            threads: CPU threads of the computation where ``OMP_NUM_THREADS`` is not set. Layers of
+            threads: CPU threads of the computation where `OMP_NUM_THREADS` is not set. Layers of
                 small models wait for each other with more than one, above all beside another busy
                 process. None leaves the choice to torch.
         """
@@ -134,7 +134,7 @@ class Server:
         """Start the server and wait until it answers.
 
         Raises:
-            ServerError: it ended, or did not answer within ``start_timeout`` seconds.
+            ServerError: it ended, or did not answer within `start_timeout` seconds.
         """
         link_pack(self.base_directory)
         self._folder = tempfile.TemporaryDirectory(prefix="ip-adapter-", ignore_cleanup_errors=True)
