@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from ip_adapter_core.files.published import BASE, BASE_SDXL_VIT_H, PLUS, PLUS_FACE, VIT_H, Weights
 from tools.comfyui.install import ROOT
@@ -53,7 +53,7 @@ def of_class(api: Api, *classes: str) -> Iterator[dict[str, Any]]:
     return (node["inputs"] for node in api.values() if node["class_type"] in classes)
 
 
-def is_link(value: Any) -> bool:
+def is_link(value: Any) -> TypeGuard[list[Any]]:
     """Return whether an input's value is another node's output, `[node, number]`."""
     return isinstance(value, list)
 
