@@ -83,10 +83,13 @@ def arguments(request):
 
 def test_the_demo_draws_its_sheet(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.setattr(demo, "OUTPUT", tmp_path / "output" / "demo.png")
+    if arguments:  # by day
+        monkeypatch.setattr(demo, "WEIGHTS", (0.0, 1.0))
+        monkeypatch.setattr(demo, "TEXTS", ("circle",))
     monkeypatch.setattr(sys, "argv", ["demo", "--steps", "1", *arguments])
     demo.main()
     assert capsys.readouterr().out.splitlines()[-1] == str(demo.OUTPUT)
-    assert Image.open(demo.OUTPUT).width > 1200
+    assert Image.open(demo.OUTPUT).width > (600 if arguments else 1200)
 
 
 def test_published_models_are_drawn_by_a_server_that_finds_them(

@@ -18,7 +18,7 @@ from tools.comfyui.server import WATCHED, Server, ServerError
 from tools.workflows.api import read, smaller
 
 Prompt = dict[str, dict]
-STEPS = 300
+STEPS = 250
 SAMPLER = next(i for i, n in read("text_and_image").items() if n["class_type"] == "KSampler")
 
 
