@@ -1,4 +1,4 @@
-"""Rows of a cache: what the frozen encoders gave, so that no picture is opened again."""
+"""Rows of a cache: what the frozen encoders gave, so that no image is opened again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CachedDataset(Dataset[Example]):
 
     `mean` and `log_variance` (4, h, w), `states` (77, D), `pooled` (P,) for SDXL, `features` of
     `kind`, all as they were stored; `time_ids` (6,), `draws`, `weight` 1, `broken` empty. Rows are
-    those whose pictures could be read, in the source's order; `buckets` has their sizes.
+    those whose images could be read, in the source's order; `buckets` has their sizes.
 
     A row's file is opened for that row alone: its mapped pages go with it, and a file cut short is
     refused. Besides two bytes a row (with buckets) nothing grows with the number of rows.

@@ -4,10 +4,10 @@
     dropped.safetensors         what stands in for a dropped text or image
     shard-00000.safetensors     rows 0 … S-1 of the source, shard-00001 the next S, …
 
-A shard holds, for its n rows whose pictures could be read: `row` (n,) and `bucket` (n,), in the
+A shard holds, for its n rows whose images could be read: `row` (n,) and `bucket` (n,), in the
 source's order; and sorted by bucket, rows of one in the source's order, `states`, `pooled`,
 `time_ids` and each kind of features (n, …), and for each bucket of m rows `mean.HxW` and
-`log_variance.HxW` (m, 4, H, W). Its metadata names the pictures that could not be read.
+`log_variance.HxW` (m, 4, H, W). Its metadata names the images that could not be read.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reading:
-    """How pictures reach the encoders: `batch` at once, read ahead by `workers` processes."""
+    """How images reach the encoders: `batch` at once, read ahead by `workers` processes."""
 
     batch: int
     workers: int

@@ -1,1 +1,1 @@
-"""From files to batches: rows, their order, their randomness, and the pictures themselves."""
+"""From files to batches: rows, their order, their randomness, and the images themselves."""

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: pictures of like shape go into one batch, and little is cropped away."""
+"""Aspect-ratio buckets: images of like shape go into one batch, and little is cropped away."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .sources import Source
 STEP = 64  # pixels; the UNet halves latents three times
 LATENT_STEP = 8  # pixels of the VAE's latents
 RATIO = 2.0  # of the longer side to the shorter: beyond, SDXL's own training had little
-FULL = 0.85  # of size² pixels: smaller pictures would be rare and wasteful
+FULL = 0.85  # of size² pixels: smaller images would be rare and wasteful
 MANY = 1 << 16  # rows that are computed at a time
 BLOCK = 256  # rows whose headers one thread reads in one go
 
@@ -40,7 +40,7 @@ class Buckets:
     of_row: np.ndarray | None = None
 
     def size_of(self, row: int) -> tuple[int, int]:
-        """Height and width that this row's picture is fitted to."""
+        """Height and width that this row's image is fitted to."""
         return self.sizes[0 if self.of_row is None else int(self.of_row[row])]
 
     def sampler(self, rows: int, batch: int, seed: int) -> BucketBatchSampler:
@@ -84,63 +84,63 @@ def bucket_sizes(size: int) -> tuple[tuple[int, int], ...]:
     Raises TrainingError unless `size` is a multiple of 64.
     """
     check_multiple("resolution", size, STEP, "with enable_bucket: 512, 768 or 1024")
-    found = {(size, size)}
+    sizes = {(size, size)}
     for short in range(STEP, size, STEP):
         long = int(min(size * size // short, RATIO * short)) // STEP * STEP
         if short * long >= FULL * size * size:
-            found |= {(short, long), (long, short)}
-    return tuple(sorted(found, key=lambda s: (s[0] != s[1], s)))
+            sizes |= {(short, long), (long, short)}
+    return tuple(sorted(sizes, key=lambda s: (s[0] != s[1], s)))
 
 
-def nearest(sizes: tuple[tuple[int, int], ...], pictures: np.ndarray) -> np.ndarray:
-    """Which of `sizes` is nearest in aspect ratio (by its logarithm) to each of `pictures`.
+def nearest(sizes: tuple[tuple[int, int], ...], images: np.ndarray) -> np.ndarray:
+    """Which of `sizes` is nearest in aspect ratio (by its logarithm) to each of `images`.
 
-    `pictures` (rows, 2) height and width; (rows,) int16. Of unknown size (0): as if square.
+    `images` (rows, 2) height and width; (rows,) int16. Of unknown size (0): as if square.
     """
     edges = np.log([height / width for height, width in sizes])
     order = np.argsort(edges, kind="stable")
     between = (edges[order][1:] + edges[order][:-1]) / 2
-    found = np.zeros(len(pictures), np.int16)
-    for start in range(0, len(pictures), MANY):  # what is computed on the way is larger
-        height, width = pictures[start : start + MANY].T
+    buckets = np.zeros(len(images), np.int16)
+    for start in range(0, len(images), MANY):  # what is computed on the way is larger
+        height, width = images[start : start + MANY].T
         known: np.ndarray = (height > 0) & (width > 0)
         aspect = np.log(np.where(known, height, 1) / np.where(known, width, 1))
-        found[start : start + MANY] = order[np.searchsorted(between, aspect)]
-    return found
+        buckets[start : start + MANY] = order[np.searchsorted(between, aspect)]
+    return buckets
 
 
 def by_aspect(source: Source, size: int, folder: Path) -> Buckets:
     """Return a bucket for every row of `source`, of about `size`² pixels.
 
     Sizes come from the data's `height` and `width` columns; for the others the headers of the
-    pictures are read, once: they are kept in `folder`. Unreadable ones go to the square bucket.
+    images are read, once: they are kept in `folder`. Unreadable ones go to the square bucket.
     """
     sizes = bucket_sizes(size)
-    of_row = nearest(sizes, picture_sizes(source, folder))
+    of_row = nearest(sizes, image_sizes(source, folder))
     counts = _counts(of_row, len(sizes))
     listed = (f"{w}×{h}: {n}" for (h, w), n in zip(sizes, counts, strict=True) if n)
     logger.info("buckets (width × height: pictures): %s", ", ".join(listed))
     return Buckets(sizes, of_row)
 
 
-def picture_sizes(source: Source, folder: Path) -> np.ndarray:
-    """Upright height and width of every picture, (rows, 2) int32; 0 for those that are broken."""
-    told = source.sizes()
-    found: np.ndarray = np.zeros((len(source), 2), np.int32) if told is None else told
-    if found.all():
-        return found
+def image_sizes(source: Source, folder: Path) -> np.ndarray:
+    """Upright height and width of every image, (rows, 2) int32; 0 for those that are broken."""
+    stated = source.sizes()
+    sizes: np.ndarray = np.zeros((len(source), 2), np.int32) if stated is None else stated
+    if sizes.all():
+        return sizes
     name = hashlib.blake2b(f"sizes {source.fingerprint}".encode(), digest_size=16).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.npy"
     with FileLock(path.with_suffix(".lock")):
         if path.exists():
-            found = np.where(found == 0, np.load(path), found)
-        unknown = np.flatnonzero(np.min(found, axis=1) == 0)  # broken ones are tried again
+            sizes = np.where(sizes == 0, np.load(path), sizes)
+        unknown = np.flatnonzero(np.min(sizes, axis=1) == 0)  # broken ones are tried again
         if len(unknown):
-            found = _read_headers(source, found.copy(), unknown)
+            sizes = _read_headers(source, sizes.copy(), unknown)
             with atomic(path) as temporary, temporary.open("wb") as file:
-                np.save(file, found)
-    return found
+                np.save(file, sizes)
+    return sizes
 
 
 def _read_headers(source: Source, sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -48,8 +48,8 @@ class Examples:
         """Sample `number` of the run, fitted to `(height, width)` pixels.
 
         `pixels` (3, H, W) in -1..1; `reference` (3, s, s); `tokens`; `time_ids` (6,) original
-        height and width, top and left of the crop in the resized picture, target height and
-        width; `draws`; `weight` 1; `broken` empty. A picture that cannot be read gives zeros of
+        height and width, top and left of the crop in the resized image, target height and
+        width; `draws`; `weight` 1; `broken` empty. An image that cannot be read gives zeros of
         the same shapes, weight 0, and in `broken` its name and what is wrong.
         """
         height, width = size
@@ -61,8 +61,8 @@ class Examples:
         try:
             if record.broken:
                 raise BrokenImageError(record.broken)
-            picture = open_image(record.image)
-            reference = picture
+            image = open_image(record.image)
+            reference = image
             if record.reference is not None:
                 reference = _open_reference(record)
         except BrokenImageError as error:
@@ -73,8 +73,8 @@ class Examples:
                 "weight": 0.0,
                 "broken": f"{record.name}: {error}",
             }
-        fitted = fit(picture, size)
-        ids = (picture.height, picture.width, fitted.top, fitted.left, height, width)
+        fitted = fit(image, size)
+        ids = (image.height, image.width, fitted.top, fitted.left, height, width)
         return example | {
             "pixels": fitted.pixels,
             "reference": self._preprocess(reference),

@@ -1,4 +1,4 @@
-"""Opening pictures of every kind as upright RGB, and fitting them to a size."""
+"""Opening images of every kind as upright RGB, and fitting them to a size."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ ImageData = Path | bytes | Image.Image
 
 MAX_ASPECT = 32  # beyond, the shortest side's enlargement alone would fill the memory
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_DEEP = 65535  # white of a 16-bit picture
+_DEEP = 65535  # white of a 16-bit image
 
 
 class BrokenImageError(Exception):
-    """A picture that cannot be used; the message says why, not which."""
+    """An image that cannot be used; the message says why, not which."""
 
 
-def open_image(picture: ImageData) -> Image.Image:
+def open_image(data: ImageData) -> Image.Image:
     """Return an upright RGB copy, transparency over white, the first frame of an animation.
 
-    Raises BrokenImageError for what cannot be read: missing, cut short, no picture at all,
+    Raises BrokenImageError for what cannot be read: missing, cut short, no image at all,
     larger than Pillow's decompression-bomb limit, of floating-point numbers, or a mere strip.
     """
     try:
-        with _opened(picture) as image:
+        with _opened(data) as image:
             image.load()
             _turn_upright(image)
             return _rgb(image)
@@ -40,13 +40,13 @@ def open_image(picture: ImageData) -> Image.Image:
         raise BrokenImageError(_reason(error)) from error
 
 
-def upright_size(picture: ImageData) -> tuple[int, int]:
+def upright_size(data: ImageData) -> tuple[int, int]:
     """(height, width) as `open_image` will give it, from the header: no pixels are decoded.
 
     Raises BrokenImageError for what cannot be read.
     """
     try:
-        with _opened(picture) as image:
+        with _opened(data) as image:
             width, height = image.size
             # Pillow decodes a whole PNG in search of EXIF behind its pixels, and tells a TIFF's
             # size as it will be turned.
@@ -60,7 +60,7 @@ def upright_size(picture: ImageData) -> tuple[int, int]:
 
 
 class Fitted(NamedTuple):
-    """`pixels` (3, H, W) float32 in -1..1, and where the crop began in the resized picture."""
+    """`pixels` (3, H, W) float32 in -1..1, and where the crop began in the resized image."""
 
     pixels: Tensor
     top: int
@@ -87,12 +87,12 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Fitted:
     return Fitted(pixels.div_(127.5).sub_(1), top, left)
 
 
-def _opened(picture: ImageData) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture.copy()  # the caller's stays open
-    if isinstance(picture, bytes) and not picture:
+def _opened(data: ImageData) -> Image.Image:
+    if isinstance(data, Image.Image):
+        return data.copy()  # the caller's stays open
+    if isinstance(data, bytes) and not data:
         raise BrokenImageError("it is empty (0 bytes)")
-    image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+    image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise BrokenImageError(f"a strip of {image.width} × {image.height} pixels")
     return image
@@ -120,7 +120,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
 
 
 def _turn_upright(image: Image.Image) -> None:
-    # Damaged EXIF beside sound pixels is no reason to lose the picture.
+    # Damaged EXIF beside sound pixels is no reason to lose the image.
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
 

@@ -89,7 +89,7 @@ class ShardReader:
     """Reader of shards.
 
     `columns.text` names the key of captions in `.json` files; `default_caption` is the caption of
-    pictures without.
+    images without.
     """
 
     columns: Columns = field(default_factory=Columns)
@@ -134,14 +134,14 @@ class ShardReader:
     def _record(self, sample: dict[str, Any], shard: str) -> Record:
         files = {key: value for key, value in sample.items() if not key.startswith("__")}
         references = [key for key in files if key.startswith("reference.") and _is_image(key)]
-        pictures = [key for key in files if _is_image(key) and key not in references]
+        images = [key for key in files if _is_image(key) and key not in references]
         name = f"{sample['__key__']} in {os.path.basename(shard)}"
         caption, wrong = self._caption(files)
-        if not pictures:
+        if not images:
             wrong = f"no picture among its files {', '.join(files)}"
         return Record(
             name=name,
-            image=files[pictures[0]] if pictures else b"",
+            image=files[images[0]] if images else b"",
             text=caption,
             reference=files[references[0]] if references else None,
             broken=wrong,
@@ -344,7 +344,7 @@ def _shuffled(items: Iterator[Any], chance: np.random.RandomState) -> Iterator[A
 class StreamDataset(IterableDataset[dict[str, Any]]):
     """This process's collated batches from `first_step` on, without end.
 
-    `batch` is the global one; `buckets.of_row` is not used: the pictures' headers decide.
+    `batch` is the global one; `buckets.of_row` is not used: the images' headers decide.
     `folder` keeps what was learnt about the shards for resuming. The order follows from seed,
     shards, batch and `world`. Raises TrainingError if the shards cannot be read or hold no
     captions.

@@ -30,7 +30,7 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
-    """What of a base turns pictures and texts into what its UNet sees.
+    """What of a base turns images and texts into what its UNet sees.
 
     `vae`: an AutoencoderKL. `text`: one for SD1.5, two for SDXL. `weights`: a hash of
     each part as its file holds it, so the same whatever dtype it was cast to.

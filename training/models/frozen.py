@@ -1,4 +1,4 @@
-"""Everything frozen that stands before the UNet: pictures and texts in, its conditions out."""
+"""Everything frozen that stands before the UNet: images and texts in, its conditions out."""
 
 from __future__ import annotations
 

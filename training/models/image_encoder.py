@@ -36,7 +36,7 @@ Processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImag
 
 
 class Preprocess:
-    """A picture to `(3, s, s)` float32; can be sent to another process.
+    """An image to `(3, s, s)` float32; can be sent to another process.
 
     `settings`: sizes and colours, as plain values.
     """
@@ -44,8 +44,8 @@ class Preprocess:
     def __init__(self, function: Callable[[Image.Image], Tensor], settings: dict[str, Any]) -> None:
         self._function, self.settings = function, settings
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        return self._function(picture if picture.mode == "RGB" else picture.convert("RGB"))
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self._function(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 class OpenClipTower(nn.Module):
@@ -113,7 +113,7 @@ class ImageEncoder(nn.Module):
     `penultimate_hidden_states (N, T, W)`: what goes into the last transformer block, class token
     first and before any final norm: transformers' `hidden_states[-2]`.
 
-    `preprocess` is the encoder's own, for one picture. `weights` is a hash of parameters and
+    `preprocess` is the encoder's own, for one image. `weights` is a hash of parameters and
     settings as they were given, before any cast.
     """
 
@@ -205,8 +205,8 @@ def of_transformers(
     return TransformersTower(model), Preprocess(partial(_processed, processor), settings)
 
 
-def _processed(processor: Any, picture: Image.Image) -> Tensor:
-    return processor(images=picture, return_tensors="pt").pixel_values[0]
+def _processed(processor: Any, image: Image.Image) -> Tensor:
+    return processor(images=image, return_tensors="pt").pixel_values[0]
 
 
 def open_clip_tower(name: str) -> tuple[OpenClipTower, Preprocess]:

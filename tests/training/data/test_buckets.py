@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.support.image_folders import encoded
 from training.data import buckets
-from training.data.buckets import Buckets, bucket_sizes, by_aspect, nearest, picture_sizes, square
+from training.data.buckets import Buckets, bucket_sizes, by_aspect, image_sizes, nearest, square
 from training.data.sources import Record
 from training.errors import TrainingError
 
@@ -83,7 +83,7 @@ def test_headers_are_read_once(tmp_path):
     ]
     source = Pictures(images)
     expected = [[40, 60], [60, 40], [50, 50], [60, 40], [400, 200]]
-    assert picture_sizes(source, tmp_path).tolist() == expected
+    assert image_sizes(source, tmp_path).tolist() == expected
     assert sorted(source.reads) == [0, 1, 2, 3, 4]
     again = Pictures(images)
     found = by_aspect(again, 512, tmp_path)
@@ -91,7 +91,7 @@ def test_headers_are_read_once(tmp_path):
     shapes = [(384, 640), (640, 384), (512, 512), (640, 384), (640, 384)]
     assert [found.size_of(row) for row in range(5)] == shapes
     other = Pictures(images, fingerprint="other")
-    picture_sizes(other, tmp_path)
+    image_sizes(other, tmp_path)
     assert len(other.reads) == 5
 
 
@@ -100,7 +100,7 @@ def test_broken_pictures_go_to_the_square_and_are_tried_again(tmp_path):
     source = Pictures(images)
     assert by_aspect(source, 512, tmp_path).of_row.tolist() == [0, 1, 0]
     mended = Pictures([picture(60, 40), b"never read", b""])
-    assert picture_sizes(mended, tmp_path).tolist() == [[60, 40], [40, 60], [0, 0]]
+    assert image_sizes(mended, tmp_path).tolist() == [[60, 40], [40, 60], [0, 0]]
     assert sorted(mended.reads) == [0, 2]
 
 
@@ -111,23 +111,23 @@ def test_sizes_that_the_data_tells_need_no_headers(tmp_path):
     assert source.reads == []
     told[1] = 0
     partly = Pictures([b"", picture(30, 30)], told)
-    assert picture_sizes(partly, tmp_path).tolist() == [[40, 60], [30, 30]]
+    assert image_sizes(partly, tmp_path).tolist() == [[40, 60], [30, 30]]
     assert partly.reads == [1]
 
 
 def test_sizes_that_are_told_later_win(tmp_path):
     told = np.array([[40, 60], [0, 0]], np.int32)
-    picture_sizes(Pictures([b"", picture(30, 30)], told), tmp_path)
+    image_sizes(Pictures([b"", picture(30, 30)], told), tmp_path)
     told = np.array([[0, 0], [20, 90]], np.int32)
     again = Pictures([b"", b""], told)
-    assert picture_sizes(again, tmp_path).tolist() == [[40, 60], [20, 90]]
+    assert image_sizes(again, tmp_path).tolist() == [[40, 60], [20, 90]]
     assert again.reads == []
 
 
 def test_many_headers_in_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(buckets, "BLOCK", 3)
     images = [picture(10 + row, 20) for row in range(50)]
-    found = picture_sizes(Pictures(images), tmp_path)
+    found = image_sizes(Pictures(images), tmp_path)
     assert found.tolist() == [[10 + row, 20] for row in range(50)]
 
 
@@ -137,7 +137,7 @@ def test_an_error_in_a_thread_is_no_broken_picture(tmp_path):
             raise RuntimeError("disk on fire")
 
     with pytest.raises(RuntimeError, match="disk on fire"):
-        picture_sizes(Faulty([b""]), tmp_path)
+        image_sizes(Faulty([b""]), tmp_path)
     assert not list(tmp_path.glob("*.npy"))
 
 
