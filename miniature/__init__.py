@@ -1,4 +1,4 @@
-"""The miniature world: small pictures made by rule, and models trained on them.
+"""The miniature: images made by rule, and models trained on them, beside their weights.
 
-``python -m miniature`` builds everything that lies in ``miniature/`` anew.
+`python -m miniature` builds everything that lies in this folder anew.
 """

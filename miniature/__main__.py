@@ -1,3 +1,3 @@
-from miniature.command import main
+from miniature.build import main
 
 main()

@@ -1,4 +1,4 @@
-"""The miniature's adapters, made by `training/cache.py` and `training/train.py` as anyone's are."""
+"""The miniature's adapters, trained by the same two scripts as anyone's are."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from miniature.scenes import references, render, scenes
+from miniature.scenes import references, render, scenes, to_pil
 from tools.comfyui.install import ROOT
 
 SIDE = 64
@@ -21,7 +19,6 @@ RESAMPLER = {"resampler_dim": 192, "resampler_depth": 2, "lr_warmup_steps": 100}
 smaller learning rate than the base adapter (see build.STEPS): at 2e-3, 1,000 steps destroy what
 even an untrained network's tokens tell of where a shape lies (a linear fit of x and y: R² 0.41 and
 0.54 before, 0.02 and 0.06 after)."""
-
 
 SETTINGS: dict[str, Any] = {
     "train_batch_size": 16,
@@ -36,11 +33,12 @@ SETTINGS: dict[str, Any] = {
     "checkpointing_steps": 1000,
     "checkpoints_total_limit": 1,
 }
-"""Where they differ from the paper's: a short run on a small set."""
+"""Where they differ from the paper's: a short run on a small set. The manifest has them too, as
+part of what tells a build's recipe."""
 
 
-def write_pictures(folder: Path, seed: int, count: int) -> None:
-    """Pictures of the stream `seed`, captions that name the shape, and a reference for each."""
+def write_images(folder: Path, seed: int, count: int) -> None:
+    """Write images of the stream `seed`, captions that name the shape, and references."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for start in range(0, count, 250):
@@ -49,23 +47,24 @@ def write_pictures(folder: Path, seed: int, count: int) -> None:
         rows = zip(render(targets, SIDE), render(others, SIDE), targets.captions, strict=True)
         for number, (target, other, caption) in enumerate(rows, start):
             names = f"{number:05}.png", f"{number:05}-reference.png"
-            for name, picture in zip(names, (target, other), strict=True):
-                array = (picture.movedim(0, -1) * 255).round().byte().numpy()
-                Image.fromarray(array).save(folder / name)
+            for name, image in zip(names, (target, other), strict=True):
+                to_pil(image).save(folder / name)
             line = {"file_name": names[0], "text": caption, "reference_file_name": names[1]}
             lines.append(json.dumps(line))
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
-def cache(base: Path, encoder: Path, pictures: Path, out: Path, device: str = "cpu") -> None:
-    """What the frozen parts give of all pictures, for both kinds of adapter, on `device`: cpu or
-    cuda."""
+def cache(base: Path, encoder: Path, images: Path, out: Path, device: str = "cpu") -> None:
+    """Store what the frozen parts give of all images, for both kinds of adapter.
+
+    On `device`, cpu or cuda.
+    """
     _launch(
         "training/cache.py",
         device,
         pretrained_model_name_or_path=base,
         image_encoder_path=f"open_clip:{encoder}",
-        train_data_dir=pictures,
+        train_data_dir=images,
         output_dir=out,
         resolution=SIDE,
         features="both",
@@ -85,7 +84,7 @@ def train(
     device: str = "cpu",
     **settings: Any,
 ) -> Path:
-    """An adapter of that variant, trained on `device`, cpu or cuda. Returns its file."""
+    """Train an adapter of that variant on `device`, cpu or cuda. Returns its file."""
     if variant == "plus":
         settings = RESAMPLER | settings
     _launch(

@@ -9,18 +9,17 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from miniature import text
-from miniature.autoencoder import Autoencoder
-from miniature.scenes import COLOURS, KINDS, PLACES, SHAPES, caption, render, scenes
-from miniature.training import Average, Progress, decaying
+from miniature.models import Autoencoder, decaying, fit, text_states
+from miniature.scenes import COLORS, KINDS, PLACES, SHAPES, caption, render, scenes
 from training.config import LossConfig
 from training.loss import timestep_weights, training_scheduler
 
@@ -37,9 +36,9 @@ CONFIG: dict[str, Any] = {
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SD1.5's
 PEAK, WARMUP = 8e-4, 50  # of the learning rate; every part of a training warms its optimiser up
 DROP_TEXT = 0.1
-PLACED = 0.35  # of the texts name the place, and beside it nothing but, perhaps, the colour
-SHAPE_ALONE = 0.2  # of the others name nothing else; of those with a place, no colour
-NAMED = 0.85  # how often each of colour, texture and background is named in what then remains
+PLACED = 0.35  # of the texts name the place, and beside it nothing but, perhaps, the color
+SHAPE_ALONE = 0.2  # of the others name nothing else; of those with a place, no color
+NAMED = 0.85  # how often each of color, texture and background is named in what then remains
 NONE = len(SHAPES)  # the row of the empty text
 
 _NAMES = (
@@ -63,18 +62,18 @@ _RESIDUAL = {
 
 
 def new(seed: int) -> Any:
-    """A UNet that begins as nothing: what each block adds starts from zero."""
+    """Return a UNet that begins as nothing: what each block adds starts from zero."""
     torch.manual_seed(seed)
-    made = UNet2DConditionModel(**CONFIG)
-    for name, module in made.named_modules():
+    unet = UNet2DConditionModel(**CONFIG)
+    for name, module in unet.named_modules():
         if name.endswith(("conv2", "proj_out", "conv_out")):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-    return made
+    return unet
 
 
 def original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' names to the original layout's, for a UNet of one level without a middle."""
+    """Rename a UNet of one level without a middle from diffusers' layout to the original."""
     found = {}
     for key, tensor in state.items():
         for pattern, new_name in _NAMES:
@@ -89,60 +88,66 @@ def original(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def latents(autoencoder: Autoencoder, seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Latents `(count, 4, 8, 8)` of the stream `seed`, and the kinds and the place `(count, 5)` of
-    each."""
-    made, kinds = [], []
+    """Return latents `(count, 4, 8, 8)` of the stream `seed`, and kinds and place `(count, 5)`."""
+    encoded, kinds = [], []
     for start in range(0, count, 100):
         rows = scenes(seed, 100, start)
-        made.append(autoencoder.encode(render(rows)))
+        encoded.append(autoencoder.encode(render(rows)))
         kinds.append(torch.stack([getattr(rows, kind) for kind in (*KINDS, "place")], 1))
-    return torch.cat(made), torch.cat(kinds)
+    return torch.cat(encoded), torch.cat(kinds)
 
 
 def contexts() -> Tensor:
-    """The text states of every shape's caption and, as the last row, of the empty one."""
-    return text.states([*(caption(shape) for shape in range(len(SHAPES))), ""])
+    """Return the text states of every shape's caption and, as the last row, of the empty one."""
+    return text_states([*(caption(shape) for shape in range(len(SHAPES))), ""])
 
 
 def all_texts() -> list[str]:
-    """Whatever of a scene a caption can name, as `naming` counts them: shape and any of colour,
-    texture and background; shape, perhaps the colour, and the place; and last the empty text."""
+    """Return whatever of a scene a caption can name, as `naming` counts them.
+
+    Shape and any of color, texture and background; shape, perhaps the color, and the place; and
+    last the empty text.
+    """
     shapes, *others = (range(number) for number in KINDS.values())
     every = itertools.product(shapes, *((None, *kind) for kind in others))
     placed = itertools.product(shapes, (None, *others[0]), range(len(PLACES)))
     return [
         *(caption(*kinds) for kinds in every),
-        *(caption(shape, colour, place=place) for shape, colour, place in placed),
+        *(caption(shape, color, place=place) for shape, color, place in placed),
         "",
     ]
 
 
-def told() -> dict[str, Any]:
-    """Which texts the base hears and how often, for a recipe: a checksum stands for the texts."""
+def texts_recipe() -> dict[str, Any]:
+    """Say for a recipe which texts the base hears and how often; a checksum stands for them."""
     texts = hashlib.sha256("\n".join(all_texts()).encode()).hexdigest()[:16]
     shares = {"drop": DROP_TEXT, "placed": PLACED, "shape_alone": SHAPE_ALONE, "named": NAMED}
     return {"texts": texts, **shares}
 
 
 def all_contexts(device: str = "cpu") -> Tensor:
-    """The text states of all texts, in float16, on the CPU; computed on `device`. 250 MB, which
-    take minutes on two CPU cores."""
-    return text.states(all_texts(), device, torch.float16)
+    """Compute the text states of all texts on `device`: in float16, on the CPU.
+
+    250 MB, which take minutes on two CPU cores.
+    """
+    return text_states(all_texts(), device, torch.float16)
 
 
 def naming(kinds: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows of `all_texts` for scenes of these kinds and places `(N, 5)`: texts that name the shape
-    alone, or some of the rest too, or nothing."""
+    """Draw rows of `all_texts` for scenes of these kinds and places `(N, 5)`.
+
+    The texts name the shape alone, or some of the rest too, or nothing.
+    """
     count = len(kinds)
-    shape, colour, *_, place = kinds.unbind(1)
+    shape, color, *_, place = kinds.unbind(1)
     named = torch.rand(count, 3, generator=generator) < NAMED
     named &= (torch.rand(count, generator=generator) >= SHAPE_ALONE)[:, None]
     rows = shape
     for kind, number in enumerate([*KINDS.values()][1:]):
         rows = rows * (number + 1) + torch.where(named[:, kind], kinds[:, kind + 1] + 1, 0)
     unplaced = KINDS["shape"] * math.prod(number + 1 for number in [*KINDS.values()][1:])
-    coloured = shape * (len(COLOURS) + 1) + torch.where(named[:, 0], colour + 1, 0)
-    placed = unplaced + coloured * len(PLACES) + place
+    colored = shape * (len(COLORS) + 1) + torch.where(named[:, 0], color + 1, 0)
+    placed = unplaced + colored * len(PLACES) + place
     rows = torch.where(torch.rand(count, generator=generator) < PLACED, placed, rows)
     rows[torch.rand(count, generator=generator) < DROP_TEXT] = -1
     return rows
@@ -150,8 +155,11 @@ def naming(kinds: Tensor, generator: torch.Generator) -> Tensor:
 
 @cache
 def _recipe() -> tuple[LossConfig, Any]:
-    """`training/`'s, with its scheduler. Weighted by 1/√SNR: colour and background are decided
-    where there is almost only noise, and a plain error hardly feels them there."""
+    """Return the trainer's loss, with its scheduler.
+
+    Weighted by 1/√SNR: color and background are decided where there is almost only noise, and a
+    plain error hardly feels them there.
+    """
     config = LossConfig(prediction_type="epsilon", debiased_estimation_loss=True)
     return config, training_scheduler(SCHEDULE, config)
 
@@ -163,7 +171,7 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 def denoising_loss(
     predict: Predict, latents: Tensor, context: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """How far `predict` is from the noise that was added to latents `(N, 4, h, w)`: a scalar."""
+    """Measure how far `predict` is from the noise added to latents `(N, 4, h, w)`: a scalar."""
     config, scheduler = _recipe()
     times = torch.randint(1000, (len(latents),), generator=generator).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
@@ -186,25 +194,62 @@ def train(
     batch: int = 16,
     device: str = "cpu",
 ) -> None:
-    """Train `unet` in place, which moves to `device`, on latents and kinds as `latents` gives them
-    and the states of `all_texts`: the steps `part` of a training of `steps`, whose learning rate
-    falls from PEAK to nearly none. It ends with the running average of its weights."""
-    made, kinds = pool
+    """Train `unet` in place, which moves to `device`; it ends as the average of its weights.
+
+    Args:
+        unet: As `new` makes it.
+        pool: Latents and kinds as `latents` gives them.
+        context: The states of `all_texts`.
+        seed: Of noise, texts and the choice of latents.
+        part: The steps to take, of a training of `steps`.
+        steps: Over which the learning rate falls from PEAK to nearly none.
+        batch: Latents a step.
+        device: Where it trains.
+    """
+    encoded, kinds = pool
     unet.to(device)
     generator = torch.Generator().manual_seed(seed + part.start)
     optimizer = torch.optim.AdamW(
         unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
-    average, progress = Average(unet, 0.995), Progress(f"base from {part.start} on", len(part))
-    for number, step in enumerate(part):
-        decaying(optimizer, PEAK * min(1.0, (number + 1) / WARMUP), step, steps, warmup=1)
-        rows = torch.randint(len(made), (batch,), generator=generator)
-        told = context[naming(kinds[rows], generator)].to(device).float()
-        loss = denoising_loss(noise_by(unet), made[rows].to(device), told, generator)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        average.update()
-        progress.step(number, loss)
-    average.apply()
+    average = AveragedModel(unet, multi_avg_fn=_average)
+    average.update_parameters(unet)  # the first is a copy
+
+    def loss_at(number: int) -> Tensor:
+        if number:
+            average.update_parameters(unet)
+        rows = torch.randint(len(encoded), (batch,), generator=generator)
+        states = context[naming(kinds[rows], generator)].to(device).float()
+        return denoising_loss(noise_by(unet), encoded[rows].to(device), states, generator)
+
+    falling = decaying(PEAK, steps, warmup=1)
+
+    def rate(number: int) -> float:
+        return min(1.0, (number + 1) / WARMUP) * falling(part.start + number)
+
+    fit(f"base from {part.start} on", optimizer, loss_at, len(part), rate, unet.parameters())
+    average.update_parameters(unet)
+    unet.load_state_dict(average.module.state_dict())
+
+
+def _average(averages: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    """Average weights exponentially: quick at first, slowing to a decay of 0.995."""
+    torch._foreach_lerp_(averages, current, 1 - min(0.995, int(count) / (int(count) + 10)))
+
+
+def ddim(config: Mapping[str, Any]) -> Any:
+    """Return diffusers' scheduler that does as ComfyUI's ddim with ddim_uniform, for a base.
+
+    ComfyUI ends at σ = 0; diffusers' default for Stable Diffusion is to end one step before.
+    """
+    return DDIMScheduler.from_config({**config, "set_alpha_to_one": True})
+
+
+def starting_noise(scheduler: Any, seed: int, steps: int, side: int) -> Tensor:
+    """Return noise `(1, 4, side, side)`: as much as there is at the first of `steps` steps.
+
+    That is not the schedule's last. Sets the scheduler's steps.
+    """
+    noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed))
+    scheduler.set_timesteps(steps)
+    return noise * (1 - scheduler.alphas_cumprod[scheduler.timesteps[0]]).sqrt()

@@ -1,36 +1,35 @@
-"""A build of the miniature: its parts, each trained or made from those before, and what is
-shipped."""
+"""Build the miniature anew: train every model, part by part, and write what is shipped.
+
+    python -m miniature [--seed 0] [--device cpu] [--work .cache/build-SEED]
+                        [--out output/miniature-SEED]
+
+Goes on where it stopped: a part whose file lies in the work folder is not made again. On a GPU
+(--device cuda; CUDA_VISIBLE_DEVICES says which) it takes minutes: images and texts are those of the
+seed there too. A build's manifest.json has the time of the whole and of every part.
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
+import logging
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from miniature import (
-    adapters,
-    autoencoder,
-    base,
-    concatenated,
-    control,
-    files,
-    image_encoder,
-)
-from miniature import (
-    classifier as judge,
-)
-from miniature.parts import Part, Stage, Work
+from miniature import adapters, base, concatenated, control, files, models
 from miniature.scenes import mark
+from tools.comfyui.install import ROOT
 
+logger = logging.getLogger("comfyui_ip_adapter.tools")
 STEPS: dict[str, Any] = {
     "autoencoder": (2500, 2500, 5000),
     "image encoder": 1500,
@@ -43,144 +42,203 @@ STEPS: dict[str, Any] = {
     "control": 800,
     "second base": 800,
 }
-_TEXTS = "texts.safetensors"
-_LATENTS = "latents.safetensors"
+"""Steps of each part, or how many; under the names that manifests have."""
+SHIPPED = (
+    *(files.UNET, files.AUTOENCODER, files.ENCODER),
+    *(files.ADAPTER, files.ADAPTER_PLUS, files.CLASSIFIER),
+    *(files.CONTROL, files.SECOND_BASE, files.CONCATENATED),
+)
+_TEXTS, _LATENTS, _IMAGES, _CACHE = "texts.safetensors", "latents.safetensors", "images", "cache"
 _BASE = "unet-{}.safetensors"  # after so many parts of its training, in float16
 _CHECKPOINT = "checkpoint.safetensors"  # with the UNet as it is shipped, for the adapters
-_SHIPPED = (
-    *(files.UNET, files.AUTOENCODER, files.ENCODER),
-    *(files.ADAPTER, files.ADAPTER_PLUS, files.JUDGE),
-    *(files.CONTROL, files.RESTYLED, files.CONCATENATED),
-)
+_RECIPE, _TIMES = "recipe.json", "times.json"
 
 
-class Build(Work):
+class RecipeError(ValueError):
+    """A work folder holds parts of another build."""
+
+
+class Build:
     """One build in the folder `work`, from the streams of `seed` on."""
 
     def __init__(
         self, seed: int, work: Path, steps: Mapping[str, Any] = STEPS, device: str = "cpu"
     ) -> None:
-        super().__init__(work, _hardware(device))
-        self.seed, self.steps, self.device = seed, steps, device
+        self.seed, self.work, self.steps, self.device = seed, work, steps, device
 
     def recipe(self) -> dict[str, Any]:
-        """What was asked for, as JSON has it: seed, steps, texts, the adapters' settings, and
-        the set."""
+        """Return what was asked for, as JSON has it."""
         recipe = {
             "seed": self.seed,
             "steps": {**self.steps},
-            "texts": base.told(),
+            "texts": base.texts_recipe(),
             "adapters": adapters.SETTINGS,
             "resampler": adapters.RESAMPLER,
             "scenes": mark(),
         }
         return dict(json.loads(json.dumps(recipe)))
 
-    def command(self, name: str) -> list[str]:
-        """Makes the part of that name in a process of its own."""
-        given = {"seed": str(self.seed), "work": str(self.work), "only": name}
-        given["device"] = self.device
-        given["steps"] = json.dumps({**self.steps})
-        options = (part for key, value in given.items() for part in (f"--{key}", value))
-        return [sys.executable, "-m", "miniature", *options]
+    def parts(self) -> list[tuple[str, str, Callable[[Path], object]]]:
+        """List the parts in order: name, file or folder, and what writes it given a path."""
+        count = len(self.steps["base"])
+        plus, plain = files.ADAPTER_PLUS, files.ADAPTER
+        return [
+            ("autoencoder", files.AUTOENCODER, self._autoencoder),
+            ("image encoder", files.ENCODER, self._image_encoder),
+            ("texts", _TEXTS, self._texts),
+            ("judge", files.CLASSIFIER, self._classifier),
+            ("latents", _LATENTS, self._latents),
+            *((f"base {n}", _BASE.format(n), partial(self._base, n)) for n in range(1, count + 1)),
+            ("8 bits", files.UNET, self._eight_bits),
+            ("checkpoint", _CHECKPOINT, self._checkpoint),
+            ("pictures", _IMAGES, self._images),
+            ("cache", _CACHE, self._cache),
+            (plus, plus, partial(self._adapter, "plus", plus)),
+            (plain, plain, partial(self._adapter, "base", plain)),
+            ("control", files.CONTROL, self._control),
+            ("concatenated", files.CONCATENATED, self._concatenated),
+            ("second base", files.SECOND_BASE, self._second_base),
+        ]
 
-    def stages(self) -> Iterator[Stage]:
-        """First what needs nothing, then the base, which an adapter trains on, then the rest."""
-        yield self._first_parts()
-        yield (Part("latents", _LATENTS, self._latents),)
-        for number in range(1, len(self.steps["base"]) + 1):
-            yield (Part(f"base {number}", _BASE.format(number), partial(self._base, number)),)
-        yield (Part("8 bits", files.UNET, self._eight_bits),)
-        yield (Part("checkpoint", _CHECKPOINT, self._checkpoint),)
-        yield (Part("pictures", "pictures", self._pictures),)
-        yield (Part("cache", "cache", self._cache),)
-        yield self._last_parts()
+    def run(self) -> None:
+        """Make every part that is not there, each from those before, and note how long it took.
 
-    def _first_parts(self) -> Stage:
-        return (
-            Part("autoencoder", files.AUTOENCODER, self._autoencoder),
-            Part("image encoder", files.ENCODER, self._image_encoder),
-            Part("texts", _TEXTS, self._texts),
-            Part("judge", files.JUDGE, self._judge),
-        )
+        Raises:
+            RecipeError: The work folder holds parts of another build.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        path, ours = self.work / _RECIPE, json.dumps(self.recipe(), indent=1)
+        if not any(self.work.iterdir()):
+            path.write_text(ours, encoding="utf-8")
+        theirs = path.read_text(encoding="utf-8") if path.exists() else "no recipe at all"
+        if theirs != ours:
+            raise RecipeError(
+                f"'{self.work}' holds parts of another build: {_RECIPE} has {theirs}; expected "
+                f"{ours}. Give another folder with --work, or delete this one."
+            )
+        for name, target, make in self.parts():
+            if (self.work / target).exists():
+                logger.info("%s: there already", name)
+                continue
+            logger.info("%s …", name)
+            begun = time.monotonic()
+            unfinished = self.work / f"unfinished-{target}"
+            try:
+                make(unfinished)
+            finally:  # an interrupted attempt took its time too
+                self.note(name, time.monotonic() - begun)
+            unfinished.rename(self.work / target)
 
-    def _last_parts(self) -> Stage:
-        plus, small = files.ADAPTER_PLUS, files.ADAPTER
-        return (
-            Part(plus, plus, partial(self._adapter, "plus", plus)),
-            Part(small, small, partial(self._adapter, "base", small)),
-            Part("control", files.CONTROL, self._control),
-            Part("concatenated", files.CONCATENATED, self._concatenated),
-            Part("second base", files.RESTYLED, self._restyled),
-        )
+    def note(self, name: str, seconds: float) -> None:
+        """Add to a part's time, and note on what it was made."""
+        times = self.times()
+        times["seconds"][name] = times["seconds"].get(name, 0) + round(seconds)
+        if (hardware := _hardware(self.device)) not in times["made_on"]:
+            times["made_on"].append(hardware)
+        (self.work / _TIMES).write_text(json.dumps(times, indent=1), encoding="utf-8")
+
+    def times(self) -> dict[str, Any]:
+        """Return `made_on`, what made the parts, and the `seconds` that each took."""
+        path = self.work / _TIMES
+        if path.exists():
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        return {"made_on": [], "seconds": {}}
+
+    def seconds(self) -> int:
+        """Return what all took."""
+        return sum(self.times()["seconds"].values())
+
+    def ship(self, out: Path) -> int:
+        """Copy what is shipped, and write its manifest. Returns the bytes of all files."""
+        out.mkdir(parents=True, exist_ok=True)
+        for name in SHIPPED:
+            adapter = name in (files.ADAPTER, files.ADAPTER_PLUS)
+            copy = files.without_idle_layer if adapter else shutil.copyfile
+            copy(self.work / name, out / name)
+        times = self.times()
+        manifest = {
+            **self.recipe(),
+            "made_on": " and ".join(times["made_on"]),
+            "seconds": times["seconds"],
+            "seconds_in_all": self.seconds(),
+            "files": {
+                name: {
+                    "bytes": (out / name).stat().st_size,
+                    "sha256": files.checksum(out / name),
+                }
+                for name in SHIPPED
+            },
+        }
+        (out / files.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        return sum(what["bytes"] for what in manifest["files"].values())
 
     def _autoencoder(self, target: Path) -> None:
-        made = autoencoder.train(self.seed, self.steps["autoencoder"], device=self.device)
-        files.save(target, files.halved(made.state_dict()))
+        steps = self.steps["autoencoder"]
+        model = models.train_autoencoder(self.seed, steps, device=self.device)
+        files.save(target, files.halved(model.state_dict()))
 
     def _image_encoder(self, target: Path) -> None:
-        made = image_encoder.train(self.seed, self.steps["image encoder"], device=self.device)
-        files.save_encoder(target, made)
+        steps = self.steps["image encoder"]
+        model = models.train_image_encoder(self.seed, steps, device=self.device)
+        files.save_encoder(target, model)
 
     def _texts(self, target: Path) -> None:
         files.save(target, {"states": base.all_contexts(self.device)})
 
-    def _judge(self, target: Path) -> None:
-        made = judge.train(self.seed, self.steps["judge"], device=self.device)
-        files.save(target, files.halved(made.state_dict()))
-
-    def _frozen(self) -> tuple[autoencoder.Autoencoder, Any]:
-        """Autoencoder and UNet as they are shipped."""
-        unet = base.new(self.seed)
-        state = files.dequantised(load_file(self.work / files.UNET))
-        unet.load_state_dict({key: x.float() for key, x in state.items()})
-        vae = files.autoencoder(self.work / files.AUTOENCODER)
-        return vae, unet.eval().requires_grad_(False)
-
-    def _eight_bits(self, target: Path) -> None:
-        last = _BASE.format(len(self.steps["base"]))
-        files.save(target, files.quantised(_floats(self.work / last)))
+    def _classifier(self, target: Path) -> None:
+        model = models.train_classifier(self.seed, self.steps["judge"], device=self.device)
+        files.save(target, files.halved(model.state_dict()))
 
     def _latents(self, target: Path) -> None:
         vae = files.autoencoder(self.work / files.AUTOENCODER)
-        made, kinds = base.latents(vae, self.seed, self.steps["latents"])
-        files.save(target, {"latents": made, "kinds": kinds})
+        latents, kinds = base.latents(vae, self.seed, self.steps["latents"])
+        files.save(target, {"latents": latents, "kinds": kinds})
 
     def _base(self, number: int, target: Path) -> None:
-        """One part of its training, from where the one before ended."""
+        """Train the base for one part of its steps, from where the one before ended."""
         unet = base.new(self.seed)
         if number > 1:
-            unet.load_state_dict(_floats(self.work / _BASE.format(number - 1)))
-        made = load_file(self.work / _LATENTS)
+            unet.load_state_dict(files.load(self.work / _BASE.format(number - 1)))
+        pool = load_file(self.work / _LATENTS)
         context = load_file(self.work / _TEXTS)["states"]
         ends = list(itertools.accumulate(self.steps["base"], initial=0))
-        part = range(ends[number - 1], ends[number])
-        pool = made["latents"], made["kinds"]
-        base.train(unet, pool, context, self.seed, part, ends[-1], device=self.device)
+        base.train(
+            unet,
+            (pool["latents"], pool["kinds"]),
+            context,
+            self.seed,
+            range(ends[number - 1], ends[number]),
+            ends[-1],
+            device=self.device,
+        )
         files.save(target, files.halved(unet.state_dict()))
 
+    def _eight_bits(self, target: Path) -> None:
+        last = files.load(self.work / _BASE.format(len(self.steps["base"])))
+        files.save(target, files.quantized(last))
+
     def _checkpoint(self, target: Path) -> None:
-        unet = files.dequantised(load_file(self.work / files.UNET))
+        unet = files.dequantized(load_file(self.work / files.UNET))
         vae = files.autoencoder(self.work / files.AUTOENCODER)
         files.save(target, files.checkpoint(unet, vae))
 
-    def _pictures(self, target: Path) -> None:
-        adapters.write_pictures(target, self.seed + 1, self.steps["pictures"])
+    def _images(self, target: Path) -> None:
+        adapters.write_images(target, self.seed + 1, self.steps["pictures"])
 
     def _cache(self, target: Path) -> None:
-        frozen = self.work / _CHECKPOINT, self.work / files.ENCODER, self.work / "pictures"
-        adapters.cache(*frozen, target, device=self.device)
+        frozen = self.work / _CHECKPOINT, self.work / files.ENCODER
+        adapters.cache(*frozen, self.work / _IMAGES, target, device=self.device)
 
     def _adapter(self, variant: str, name: str, target: Path) -> None:
-        """In cycles of steps and a peak learning rate, each from the adapter before."""
+        """Train in cycles of steps and a peak learning rate, each from the adapter before."""
         stem = name.removesuffix(".safetensors")
         before: dict[str, Any] = {}
         for number, (steps, peak) in enumerate(self.steps[stem]):
-            made = adapters.train(
+            adapter = adapters.train(
                 variant,
                 self.work / _CHECKPOINT,
                 self.work / files.ENCODER,
-                self.work / "cache",
+                self.work / _CACHE,
                 self.work / f"run-{stem}-{number}",
                 steps,
                 seed=self.seed + number,
@@ -188,57 +246,82 @@ class Build(Work):
                 device=self.device,
                 **before,
             )
-            before = {"adapter": made}
-        shutil.copyfile(made, target)
+            before = {"adapter": adapter}
+        shutil.copyfile(adapter, target)
 
-    def _concatenated(self, target: Path) -> None:
-        steps = sum(number for number, _ in self.steps["ip-adapter"])  # as long as the base adapter
-        encoder = image_encoder.tower(self.work / files.ENCODER)
-        asked = self.seed, self.steps["pictures"], steps
-        made = concatenated.train(*self._frozen(), encoder, asked, device=self.device)
-        files.save(target, files.quantised(made.state_dict()))
+    def _frozen(self) -> tuple[models.Autoencoder, Any]:
+        """Load autoencoder and UNet as they are shipped."""
+        vae = files.autoencoder(self.work / files.AUTOENCODER)
+        return vae, files.frozen(base.new(self.seed), self.work / files.UNET)
 
     def _control(self, target: Path) -> None:
-        made = control.train_control(
-            *self._frozen(), self.seed, self.steps["control"], device=self.device
+        steps = self.steps["control"]
+        model = control.train_control(*self._frozen(), self.seed, steps, device=self.device)
+        files.save(target, files.quantized(model.state_dict()))
+
+    def _concatenated(self, target: Path) -> None:
+        encoder = models.image_tower(self.work / files.ENCODER)
+        steps = sum(number for number, _ in self.steps["ip-adapter"])  # as long as the base adapter
+        images = self.steps["pictures"]
+        model = concatenated.train(
+            *self._frozen(), encoder, self.seed, images, steps, device=self.device
         )
-        files.save(target, files.quantised(made.state_dict()))
+        files.save(target, files.quantized(model.state_dict()))
 
-    def _restyled(self, target: Path) -> None:
-        made = control.restyle(
-            *self._frozen(), self.seed, self.steps["second base"], device=self.device
-        )
-        files.save(target, files.quantised(made))
-
-    def ship(self, out: Path) -> int:
-        """Copy what is shipped, and write its manifest. Returns the bytes of all files."""
-        out.mkdir(parents=True, exist_ok=True)
-        made = [name for name in _SHIPPED if (self.work / name).exists()]
-        for name in made:
-            if name in (files.ADAPTER, files.ADAPTER_PLUS):
-                files.without_idle_layer(self.work / name, out / name)
-            else:
-                shutil.copyfile(self.work / name, out / name)
-        sizes = {name: (out / name).stat().st_size for name in made}
-        times = self.times()
-        manifest = {
-            **self.recipe(),
-            **times,
-            "made_on": " and ".join(times["made_on"]),
-            "seconds_in_all": self.seconds(),
-            "files": {
-                name: {"bytes": sizes[name], "sha256": files.checksum(out / name)} for name in made
-            },
-        }
-        (out / files.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        return sum(sizes.values())
-
-
-def _floats(path: Path) -> dict[str, Tensor]:
-    return {key: x.float() for key, x in load_file(path).items()}
+    def _second_base(self, target: Path) -> None:
+        steps = self.steps["second base"]
+        change = control.train_second_base(*self._frozen(), self.seed, steps, device=self.device)
+        files.save(target, files.quantized(change))
 
 
 def _hardware(device: str) -> str:
-    """What trains, by name."""
+    """Name what trains."""
     threads = f"{torch.get_num_threads()} CPU threads"
     return threads if device == "cpu" else f"{torch.cuda.get_device_name(device)}, {threads}"
+
+
+def steps(text: str) -> dict[str, Any]:
+    """Read STEPS with what is given in its place, as JSON."""
+    given = json.loads(text)
+    if not isinstance(given, dict) or given.keys() - STEPS.keys():
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected an object whose keys are among {', '.join(STEPS)}"
+        )
+    return STEPS | given
+
+
+def device(text: str) -> str:
+    """Check the name of what trains."""
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU"
+        )
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(
+            f"cuda: torch {torch.__version__} finds no GPU that it can use. Give cpu, or install "
+            "PyTorch for your GPU."
+        )
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="of all weights, images and noise")
+    parser.add_argument("--device", type=device, default="cpu", help="what trains: cpu or cuda")
+    parser.add_argument("--work", type=Path, help="folder of the parts")
+    parser.add_argument("--out", type=Path, help="folder of what is shipped")
+    parser.add_argument(
+        "--steps", type=steps, default=STEPS, metavar="JSON", help='others: {"control": 2000}'
+    )
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    work = arguments.work or ROOT / ".cache" / f"build-{arguments.seed}"
+    out = arguments.out or ROOT / "output" / f"miniature-{arguments.seed}"
+    build = Build(arguments.seed, work.resolve(), arguments.steps, arguments.device)
+    try:
+        build.run()
+    except RecipeError as error:
+        sys.exit(str(error))
+    size = build.ship(out)
+    print(f"{out}: {size / 1e6:.1f} MB, made in {build.seconds() / 60:.0f} minutes")
+    print(f"{files.FOLDER_VARIABLE}={out} nox -s evaluate    # measures it")

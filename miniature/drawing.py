@@ -1,4 +1,4 @@
-"""Pictures of the miniature for many references, drawn by ComfyUI through shipped workflows."""
+"""Images for many references, drawn by ComfyUI on the miniature through shipped workflows."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from miniature import setup
-from miniature.scenes import SHAPES, Scenes, caption, render, scenes
+from miniature.scenes import SHAPES, Scenes, caption, render, scenes, to_tensor
 from miniature.workflows import SIDE, Api, given, on_miniature
 from tools.comfyui.client import Client
 from tools.comfyui.install import ROOT
@@ -32,40 +31,40 @@ APART = 1 << 16  # scenes and noises from one set's first to the next one's
 
 @dataclass(frozen=True)
 class Task:
-    """References, their pictures `(N, 3, 64, 64)`, and a text's shape for each, never its own."""
+    """References, their images `(N, 3, 64, 64)`, and a text's shape for each, never its own."""
 
     rows: Scenes
-    pictures: Tensor
-    told: Tensor
+    images: Tensor
+    shapes: Tensor
     seeds: Sequence[int]
 
     @staticmethod
     def of(count: int, seed: int) -> Task:
-        """Set number `seed`; no two share a reference or a noise."""
+        """Make set number `seed`; no two share a reference or a noise."""
         rows = scenes(setup.SHOWN, count, FIRST + seed * APART)
         shift = 1 + torch.arange(count) % (len(SHAPES) - 1)
-        told = (rows.shape + shift) % len(SHAPES)
-        return Task(rows, render(rows, SIDE), told, [seed * APART + i for i in range(count)])
+        shapes = (rows.shape + shift) % len(SHAPES)
+        return Task(rows, render(rows, SIDE), shapes, [seed * APART + i for i in range(count)])
 
     @property
     def texts(self) -> list[str]:
-        return [caption(shape) for shape in self.told.tolist()]
+        return [caption(shape) for shape in self.shapes.tolist()]
 
 
 class Drawer:
     """Draws a task's references through one workflow after the other."""
 
     def __init__(self, clients: Sequence[Client], task: Task, inputs: Path) -> None:
-        """`clients`: of servers that share the work. `inputs`: their folder of input pictures."""
+        """Take `clients` of servers that share the work, and their folder of input images."""
         self.clients, self.task, self.inputs = clients, task, inputs
-        self.names = self.lay("evaluated", task.rows)
+        self.names = self.write_inputs("evaluated", task.rows)
 
-    def lay(self, stem: str, rows: Scenes) -> list[str]:
-        """Write the scenes as input pictures; returns their names."""
+    def write_inputs(self, stem: str, rows: Scenes) -> list[str]:
+        """Write the scenes as input images; returns their names."""
         self.inputs.mkdir(parents=True, exist_ok=True)
         names = [f"{stem}_{number}.png" for number in self.task.seeds]
         for at, name in enumerate(names):
-            setup.picture(rows[at : at + 1]).save(self.inputs / name)
+            setup.shown(rows[at : at + 1]).save(self.inputs / name)
         return names
 
     def __call__(
@@ -78,10 +77,15 @@ class Drawer:
         others: Sequence[str] | None = None,
         change: Callable[[Api], Api] | None = None,
     ) -> Tensor:
-        """Pictures `(N, batch, 3, 64, 64)`, a batch a reference, from a workflow in workflows/api/.
+        """Draw images `(N, batch, 3, 64, 64)`, a batch a reference.
 
-        `adapter`: as `on_miniature` takes it. `texts`: the task's by default. `others`: the picture
-        of the workflow's second LoadImage, for each reference. `change`: of the workflow, last.
+        Args:
+            workflow: Its name in workflows/api/.
+            weight: λ.
+            adapter: As `on_miniature` takes it.
+            texts: The task's by default.
+            others: The image of the workflow's second LoadImage, for each reference.
+            change: Of the workflow, last.
         """
         api = json.loads((WORKFLOWS / f"{workflow}.json").read_text(encoding="utf-8"))
         free: SimpleQueue[Client] = SimpleQueue()
@@ -105,17 +109,11 @@ class Drawer:
                 images = client.run(prompt).images[saved]  # previews are no results
             finally:
                 free.put(client)
-            return torch.stack([as_tensor(Image.open(io.BytesIO(picture))) for picture in images])
+            return torch.stack([to_tensor(Image.open(io.BytesIO(image))) for image in images])
 
         begun = time.monotonic()
         with ThreadPoolExecutor(len(self.clients)) as pool:
-            made = torch.stack([*pool.map(drawn, range(len(self.task.seeds)))])
+            images = torch.stack([*pool.map(drawn, range(len(self.task.seeds)))])
         seconds = time.monotonic() - begun
         logger.info("%s, λ = %g, %s: %.0f s", workflow, weight, adapter or "its own", seconds)
-        return made
-
-
-def as_tensor(picture: Image.Image) -> Tensor:
-    """`(3, h, w)`, 0 … 1."""
-    array = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(array).movedim(-1, 0)
+        return images

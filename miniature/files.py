@@ -1,4 +1,4 @@
-"""The miniature's files: what is shipped in `miniature/`, and what ComfyUI reads.
+"""The miniature's files: what is shipped in `miniature/`, and how ComfyUI reads it.
 
 The UNet is shipped in 8 bits, as are control, second base and what is for comparison only; the
 rest is in float16. So everything together takes less than 32 MB. A checkpoint as ComfyUI loads it
@@ -21,31 +21,34 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ip_adapter_core.files.encoder_file import METADATA_KEY
-from miniature import image_encoder, text
-from miniature.autoencoder import Autoencoder
+from miniature import models
 from miniature.base import original
+from miniature.models import Autoencoder, State
 from tests.support import checkpoint_layouts as layouts
 from tests.support.random_models import under
 
-State = dict[str, Tensor]
 FOLDER_VARIABLE = "IP_ADAPTER_BUILD"
 SHIPPED = Path(__file__).resolve().parent
 FOLDER = Path(os.environ.get(FOLDER_VARIABLE) or SHIPPED).expanduser().absolute()
 """Where they lie; the variable names another build's."""
 UNET, AUTOENCODER, ENCODER = "unet.safetensors", "autoencoder.safetensors", "encoder.safetensors"
 ADAPTER, ADAPTER_PLUS = "ip-adapter.safetensors", "ip-adapter-plus.safetensors"
-JUDGE, CONTROL, RESTYLED = "judge.safetensors", "control.safetensors", "outlined.safetensors"
-CONCATENATED = "concatenated.safetensors"
+CLASSIFIER, CONTROL = "judge.safetensors", "control.safetensors"
+SECOND_BASE, CONCATENATED = "outlined.safetensors", "concatenated.safetensors"
 MANIFEST = "manifest.json"
+NOT_ASKED = ("made_on", "seconds", "side_by_side", "seconds_in_all", "files")
+"""What a manifest has besides the recipe."""
 _IDLE, _BUSY = "ip_adapter.1.", "ip_adapter.3."  # an adapter's first and second layer
 _LEVELS = 127  # of 8 bits on either side of zero
 _SCALE = "::scale"
 _LATENT_SCALE = 0.18215  # SD1.5's: ComfyUI divides latents by it before it calls a VAE
 
 
-def quantised(state: Mapping[str, Tensor]) -> State:
-    """Matrices and convolutions in 8 bits, symmetric, with one float16 scale an output channel;
-    vectors in float16."""
+def quantized(state: Mapping[str, Tensor]) -> State:
+    """Round matrices and convolutions to 8 bits, symmetric, and vectors to float16.
+
+    Each output channel has a scale in float16.
+    """
     found: State = {}
     for key, x in state.items():
         if x.ndim < 2:
@@ -58,8 +61,8 @@ def quantised(state: Mapping[str, Tensor]) -> State:
     return found
 
 
-def dequantised(state: Mapping[str, Tensor]) -> State:
-    """What `quantised` made, in float16."""
+def dequantized(state: Mapping[str, Tensor]) -> State:
+    """Return in float16 what `quantized` made."""
     found: State = {}
     for key, x in state.items():
         if key.endswith(_SCALE):
@@ -74,33 +77,46 @@ def dequantised(state: Mapping[str, Tensor]) -> State:
 def save(
     path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Tensors as they are, in one file."""
+    """Write tensors as they are into one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: x.detach().contiguous() for key, x in state.items()}
     save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
 
 
+def load(path: Path) -> State:
+    """Read a file of tensors, those of 8 bits too, in float32; whole numbers stay as they are."""
+    state = dequantized(load_file(path))
+    return {key: x.float() if x.is_floating_point() else x for key, x in state.items()}
+
+
 def halved(state: Mapping[str, Tensor]) -> State:
+    """Return floating-point tensors in float16."""
     return {key: x.half() if x.is_floating_point() else x for key, x in state.items()}
 
 
 def save_encoder(path: Path, model: CLIP) -> None:
-    """The image tower alone, its configuration inside, as IPA_LoadImageEncoder reads it."""
-    tower = {f"visual.{key}": x for key, x in model.visual.state_dict().items()}
-    config = {"model_cfg": image_encoder.CONFIG, "preprocess_cfg": image_encoder.PREPROCESS}
+    """Write the image tower alone, its configuration inside, as IPA_LoadImageEncoder reads it."""
+    tower = under("visual.", model.visual.state_dict())
+    config = {"model_cfg": models.ENCODER, "preprocess_cfg": models.PREPROCESS}
     save(path, halved(tower), {METADATA_KEY: json.dumps(config)})
 
 
 def autoencoder(path: Path) -> Autoencoder:
-    """The one that `save` wrote, in float32."""
-    made = Autoencoder()
-    made.load_state_dict({key: x.float() for key, x in load_file(path).items()})
-    return made.eval().requires_grad_(False)
+    """Load the autoencoder that `save` wrote, in float32."""
+    return frozen(Autoencoder(), path)
+
+
+def frozen(model: Any, path: Path) -> Any:
+    """Return a model with the weights of a file, in float32 and frozen."""
+    model.load_state_dict(load(path))
+    return model.eval().requires_grad_(False)
 
 
 def idle_transformer() -> State:
-    """A transformer for the UNet's input block that passes on what it gets: its last projection is
-    zeros. The base trains without one, but ComfyUI reads the context's width off the input blocks.
+    """Return a transformer for the UNet's input block that passes on what it gets.
+
+    Its last projection is zeros. The base trains without one, but ComfyUI reads the context's
+    width off the input blocks.
     """
     size = layouts.UNet(320, 768, (1,), (1,), (8,), blocks=1)
     return {
@@ -111,10 +127,10 @@ def idle_transformer() -> State:
 
 
 def checkpoint(unet: Mapping[str, Tensor], vae: Autoencoder) -> State:
-    """A whole SD1.5 checkpoint for CheckpointLoaderSimple, of diffusers' names of a UNet."""
+    """Return a whole SD1.5 checkpoint for CheckpointLoaderSimple; `unet` has diffusers' names."""
     return {
         **under("model.diffusion_model.", halved(original(dict(unet)) | idle_transformer())),
-        **under("cond_stage_model.transformer.", text.state()),
+        **under("cond_stage_model.transformer.", models.text_state()),
         **under("first_stage_model.", halved(vae.taesd())),
         "first_stage_model.vae_scale": torch.tensor(_LATENT_SCALE),
         "first_stage_model.vae_shift": torch.tensor(0.0),
@@ -122,8 +138,10 @@ def checkpoint(unet: Mapping[str, Tensor], vae: Autoencoder) -> State:
 
 
 def without_idle_layer(source: Path, target: Path) -> None:
-    """Copy an adapter's file without its layer for `idle_transformer`, which trains nothing and
-    stays zeros, and takes a megabyte."""
+    """Copy an adapter's file without its layer for `idle_transformer`.
+
+    That trains nothing and stays zeros, and takes a megabyte.
+    """
     state, metadata = _adapter(source)
     save(target, {key: x for key, x in state.items() if not key.startswith(_IDLE)}, metadata)
 
@@ -142,20 +160,28 @@ def _adapter(source: Path) -> tuple[State, dict[str, str]]:
 
 
 def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def checksums() -> dict[str, str]:
-    """Of every file of the build, by its name."""
+    """Return every shipped file's checksum, by its name."""
     return {name: what["sha256"] for name, what in manifest()["files"].items()}
 
 
 def made() -> dict[str, Any]:
-    """How the build was made: `recipe`, a checksum of all that was asked for but the seed, `seed`,
-    `minutes`, and `on` what. Raises FileNotFoundError as `manifest` does."""
+    """Tell how the build was made.
+
+    Returns:
+        `recipe`, a checksum of all that was asked for but the seed, `seed`, `minutes`, and `on`
+        what.
+
+    Raises:
+        FileNotFoundError: As `manifest` does.
+    """
     known = manifest()
-    apart = ("seed", "made_on", "seconds", "side_by_side", "seconds_in_all", "files")
-    recipe = json.dumps({key: known[key] for key in known.keys() - {*apart}}, sort_keys=True)
+    asked = {key: known[key] for key in known.keys() - {"seed", *NOT_ASKED}}
+    recipe = json.dumps(asked, sort_keys=True)
     return {
         "recipe": hashlib.sha256(recipe.encode()).hexdigest()[:16],
         "seed": known["seed"],
@@ -165,8 +191,11 @@ def made() -> dict[str, Any]:
 
 
 def manifest() -> dict[str, Any]:
-    """What is shipped: file names, checksums, seeds, steps, times. Raises FileNotFoundError where
-    `FOLDER` holds no build."""
+    """Read what is shipped: file names, checksums, seeds, steps, times.
+
+    Raises:
+        FileNotFoundError: `FOLDER` holds no build.
+    """
     if not (FOLDER / MANIFEST).is_file():
         raise FileNotFoundError(
             f"'{FOLDER}' has no {MANIFEST}, so it holds no miniature. {FOLDER_VARIABLE} in the "

@@ -9,38 +9,60 @@ it, in a table of their own.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
-from miniature import builds, files
-from miniature import thresholds as must
-from miniature.lines import Figures, at, figure, shared, table
+from PIL import Image
+from torch import Tensor
+
+from miniature import files
+from miniature.scenes import KINDS, caption, to_pil
+from miniature.thresholds import EVALUATION, SETS, Figures, demands, measured
 from tools.comfyui.install import ROOT
 
+if TYPE_CHECKING:
+    from miniature.drawing import Task
+
 BEGIN, END = "<!-- measured -->", "<!-- end -->"
-KINDS = {
-    "colour": "colour of the reference",
-    "background": "background of the reference",
-    "texture": "texture of the reference",
-    "shape": "shape of the text",
-}
+SHOWN = 6  # references on the sheet
 
 
-def measured(found: Figures, others: Sequence[Figures] = ()) -> str:
-    """The card's section, in Markdown; `others`: evaluations of builds from other seeds. Raises
-    NotAlike for some that cannot be held against `found`."""
-    asked = [*must.demands(found)]
+class NotComparable(ValueError):
+    """Evaluations that cannot lie in one table."""
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Format a table in Markdown."""
+    lines = [[*head], *([*row] for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def section(found: Figures, others: Sequence[Figures] = ()) -> str:
+    """Write the card's section in Markdown.
+
+    Args:
+        found: The evaluation of the build that bears the card.
+        others: Those of builds from other seeds.
+
+    Raises:
+        NotComparable: Some of them cannot be held against `found`.
+    """
+    asked = [*demands(found)]
     missed = [demand for demand in asked if not demand.met]
     parts = [_follows(found), _likeness(found)]
     if "findings" in found:
-        parts.append(_findings(found["findings"]))
+        parts.append(_sets(found["findings"]))
     if others:
-        parts.append(builds.beside([found, *others]))
-    count = f"{len(asked) - len(missed)} are met"
-    met = f"Of the {len(asked)} demands in `miniature/thresholds.py`, {count}."
+        parts.append(_builds([found, *others]))
+    met = f"{len(asked) - len(missed)} are met"
+    count = f"Of the {len(asked)} demands in `miniature/thresholds.py`, {met}."
     lines = [f"- {str(demand).removeprefix('MISS ')}" for demand in missed]
-    parts.append(met + (" Missed:\n\n" + "\n".join(lines) if missed else ""))
+    parts.append(count + (" Missed:\n\n" + "\n".join(lines) if missed else ""))
     return "\n\n".join(parts)
 
 
@@ -49,13 +71,13 @@ def _follows(found: Figures) -> str:
     head = ["", "λ = 0", "λ = 1 (95 %)"]
     head += [f"λ = 1, {name.replace('_', '-')}" for name in beside]
     rows = []
-    for kind, name in KINDS.items():
+    for kind in ("colour", "background", "texture", "shape"):
         full = found["by_weight"]["1"][kind]
         low, high = found["intervals"][kind]
         chance = found["chance"][kind]
         rows.append(
             [
-                name,
+                "shape of the text" if kind == "shape" else f"{kind} of the reference",
                 f"{found[f'{kind}_at_zero']:.2f}",
                 f"{full:.2f} ({low:.2f} … {high:.2f})",
                 *(f"{found[other][kind]:.2f}" for other in beside),
@@ -71,7 +93,7 @@ def _follows(found: Figures) -> str:
         "tokens by diffusers with the same noises, steps and guidance), pictures show\n\n"
         + table([*head, "by chance (99 %)"], rows)
         + "\n\nBy chance: how often the pictures at λ = 0 agree with shuffled references. "
-        "Tried on drawn pictures, the judge is right in "
+        "Tried on drawn pictures, the classifier is right in "
         f"{min(found['judge_accuracy'].values()):.1%} of the kind that it knows least, "
         f"and in {min(found['judge_accuracy_outlined'].values()):.1%} of those in the second "
         "base's style."
@@ -80,7 +102,7 @@ def _follows(found: Figures) -> str:
 
 def _likeness(found: Figures) -> str:
     rising = ", ".join(f"{x:.2f} at {w}" for w, x in found["image_similarity"].items())
-    alone, told = found["image_only"], found["described"]
+    alone, described = found["image_only"], found["described"]
     asked = {"base": found, "fine-grained": found["fine_grained"]}
     if "concatenated" in found:
         asked["concatenated"] = found["concatenated"]
@@ -92,14 +114,19 @@ def _likeness(found: Figures) -> str:
         f"With no text the image alone gives colour {alone['colour']:.2f}, background "
         f"{alone['background']:.2f}, texture {alone['texture']:.2f}, the reference's own shape "
         f"{alone['shape_of_reference']:.2f} and a likeness of {alone['image_similarity']:.2f}. The "
-        f"base alone, told all in words, gets colour {told['colour']:.2f}, background "
-        f"{told['background']:.2f}, texture {told['texture']:.2f}, shape {told['shape']:.2f}."
+        f"base alone, told all in words, gets colour {described['colour']:.2f}, background "
+        f"{described['background']:.2f}, texture {described['texture']:.2f}, shape "
+        f"{described['shape']:.2f}."
     )
 
 
-def _findings(findings: Figures) -> str:
+def _sets(findings: Figures) -> str:
     sets = findings["sets"]
-    rows = [[name, *(figure(at(one, path), path) for one in sets)] for name, path in shared(sets)]
+    rows = [
+        [figure.label, *(figure.text(figure.value(one)) for one in sets)]
+        for figure in measured(SETS, *sets)
+        if figure.label
+    ]
     return (
         f"Further, with {findings['references']} references and noises of {len(sets)} other sets "
         "(distance in 8-bit levels, displacement of the shape's centre in pixels, error of the "
@@ -110,15 +137,132 @@ def _findings(findings: Figures) -> str:
     )
 
 
+def _builds(evaluations: Sequence[Figures]) -> str:
+    """Lay side by side what each of several trainings gives, and the means of its sets.
+
+    Raises:
+        NotComparable: They are of one build, of several recipes, or of other references.
+    """
+    _check_comparable(evaluations)
+    made = [one["made"] for one in evaluations]
+    sets = [one["findings"]["sets"] for one in evaluations]
+    head = ["", *(f"seed {one['seed']}" for one in made)]
+    own = [
+        [figure.label, *(figure.text(figure.value(one)) for one in evaluations)]
+        for figure in measured(EVALUATION, *evaluations)
+        if figure.label
+    ]
+    rising = [
+        ", ".join(f"{x:.2f}" for x in one["image_similarity"].values()) for one in evaluations
+    ]
+    own.append(["likeness to the reference as λ rises", *rising])
+    means = [
+        [figure.label, *(figure.text(fmean(map(figure.value, some))) for some in sets)]
+        for figure in measured(SETS, *itertools.chain(*sets))
+        if figure.label
+    ]
+    asked = [[*demands(one)] for one in evaluations]
+    met = [f"{sum(demand.met for demand in some)} of {len(some)}" for some in asked]
+    means.append(["demands of `miniature/thresholds.py` met", *met])
+    times = "; ".join(f"seed {x['seed']} in {x['minutes']} minutes ({x['on']})" for x in made)
+    return (
+        f"The same recipe from {len(evaluations)} seeds, every model trained anew: {times}. Of the "
+        f"{evaluations[0]['references']} references:\n\n{table(head, own)}\n\n"
+        f"and, as means over the {len(sets[0])} further sets of each:\n\n{table(head, means)}"
+    )
+
+
+def _check_comparable(evaluations: Sequence[Figures]) -> None:
+    for one in evaluations:
+        for needed in ("made", "findings"):
+            if not one.get(needed):
+                raise NotComparable(
+                    f"an evaluation has no '{needed}': measure that build with nox -s evaluate"
+                )
+    recipes = {one["made"]["recipe"] for one in evaluations}
+    if len(recipes) > 1:
+        named = ", ".join(sorted(recipes))
+        raise NotComparable(
+            f"found builds of the recipes {named}; expected one recipe, several seeds"
+        )
+    seeds = [one["made"]["seed"] for one in evaluations]
+    if len({*seeds}) < len(seeds):
+        raise NotComparable(
+            f"found builds of the seeds {seeds}; expected one evaluation of each seed"
+        )
+    first, *others = (_asked(one) for one in evaluations)
+    for other in others:
+        if other != first:
+            raise NotComparable(
+                f"found evaluations of {first} and of {other}; expected both to be asked for the "
+                "same: measure one again with the other's options"
+            )
+
+
+def _asked(found: Figures) -> Figures:
+    """Return what an evaluation was asked for, so that others can be held against it."""
+    findings = found["findings"]
+    asked = {name: found[name] for name in ("references", "seed", "sampling")}
+    sets = [one["seed"] for one in findings["sets"]]
+    return {**asked, "findings": findings["references"], "sets": sets}
+
+
+def plot(found: Figures, path: Path) -> None:
+    """Draw what follows the reference as λ grows, and how like the images are to it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (shares, alike) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    weights = [float(weight) for weight in found["by_weight"]]
+    for kind in KINDS:
+        values = [row[kind] for row in found["by_weight"].values()]
+        label = "shape of the text" if kind == "shape" else f"{kind} of the reference"
+        (line,) = shares.plot(weights, values, marker="o", label=label)
+        shares.axhline(found["chance"][kind]["mean"], color=line.get_color(), ls=":", lw=1)
+    shares.set(xlabel="λ", ylabel="share of pictures", ylim=(0, 1.02))
+    shares.set_title(f"What follows ({found['references']} references; dotted: chance)")
+    shares.legend(loc="center right", fontsize=8)
+    similarity = [*found["image_similarity"].values()]
+    alike.plot(weights, similarity, marker="o", label="base, with text")
+    alike.plot([1], [found["fine_grained"]["image_similarity"]], "s", label="fine-grained")
+    alike.plot([1], [found["image_only"]["image_similarity"]], "^", label="base, no text")
+    alike.axhline(found["image_similarity_of_strangers"], color="grey", ls=":", lw=1)
+    alike.set(xlabel="λ", ylabel="cosine of image embeddings")
+    alike.set_title("Likeness to the reference (dotted: two references)")
+    alike.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def contact_sheet(drawn: Mapping[str, Tensor], task: Task) -> Image.Image:
+    """Draw some references, and beside each its images as λ grows."""
+    from tools.demo import DemoRow, Render, draw_sheet
+
+    columns = [name for name in drawn if name.startswith("text ")]
+    rows, images = [], []
+    for number in range(min(SHOWN, len(task.rows))):
+        text = caption(int(task.shapes[number]))
+        renders = tuple(Render(float(name.split()[1]), text) for name in columns)
+        rows.append(DemoRow(f'"{text}"', "", to_pil(task.images[number]), renders))
+        images.append([to_pil(drawn[name][number, 0]) for name in columns])
+    return draw_sheet(rows, images)
+
+
 def write(found: Figures, card: Path, others: Sequence[Figures] = ()) -> None:
-    """Put the section into the file `card`. Raises ValueError where it lacks the marks, NotAlike as
-    `measured` does."""
+    """Put the section into the file `card`.
+
+    Raises:
+        ValueError: The card lacks the marks.
+        NotComparable: As `section` does.
+    """
     text = card.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{card} needs one line {BEGIN!r} and after it one line {END!r}.")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     card.write_text(
-        f"{before}{BEGIN}\n\n{measured(found, others)}\n\n{END}{after}", encoding="utf-8"
+        f"{before}{BEGIN}\n\n{section(found, others)}\n\n{END}{after}", encoding="utf-8"
     )
 
 
@@ -130,12 +274,12 @@ def main() -> None:
     for path in paths:
         if not path.is_file():
             parser.error(f"{path} is not there: nox -s evaluate writes one")
-    found, *others = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
-    if found["build"] != files.checksums():
+    evaluations: list[dict[str, Any]] = [json.loads(path.read_text("utf-8")) for path in paths]
+    if evaluations[0]["build"] != files.checksums():
         parser.error(f"{paths[0]} measured other files than those in {files.FOLDER}")
     try:
-        write(found, files.FOLDER / "README.md", others)
-    except builds.NotAlike as error:
+        write(evaluations[0], files.FOLDER / "README.md", evaluations[1:])
+    except NotComparable as error:
         parser.error(str(error))
 
 

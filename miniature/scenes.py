@@ -1,8 +1,8 @@
-"""The pictures of the miniature world: one shape before a background, drawn by rule.
+"""The miniature's images: one shape before a background, drawn by rule.
 
 A scene is a row of numbers that follow from (seed, number) alone, so that any stretch of the
 endless stream can be had at once, in any size, in any process. Its caption names the shape and
-nothing else: colour, texture and background can come from nowhere but a reference. Its description
+nothing else: color, texture and background can come from nowhere but a reference. Its description
 names all.
 """
 
@@ -16,10 +16,11 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-COLOURS = {
+COLORS = {
     "red": (0.86, 0.10, 0.12),
     "orange": (0.98, 0.52, 0.05),
     "yellow": (0.98, 0.86, 0.12),
@@ -44,15 +45,15 @@ PLACES = (
 )
 KINDS = {
     "shape": len(SHAPES),
-    "colour": len(COLOURS),
+    "colour": len(COLORS),
     "texture": len(TEXTURES),
     "background": len(BACKGROUNDS),
 }
 CELL = 8
-"""Sixty-fourths of the picture's width that a band, stripe or check is wide."""
+"""Sixty-fourths of the image's width that a band, stripe or check is wide."""
 DARK = 0.42  # of a texture's darker part, times the colour
-SAME_SHAPE = 0.85  # of an adapter's references: how often they are the picture itself
-_FURTHEST = 0.18  # that a centre lies from the picture's, across or down; half the picture is 1
+SAME_SHAPE = 0.85  # of an adapter's references: how often they are the image itself
+_FURTHEST = 0.18  # that a centre lies from the image's, across or down; half the image is 1
 _DRAWS = 16  # numbers a scene, four of Philox's counts
 
 
@@ -60,7 +61,7 @@ _DRAWS = 16  # numbers a scene, four of Philox's counts
 class Scenes:
     """N scenes. `shape`, `colour`, `texture`, `background (N,)`: numbers of the tables above.
 
-    `x`, `y`: centre, −1 … 1; `size`: half the picture is 1; `angle`: radians. `light`,
+    `x`, `y`: centre, −1 … 1; `size`: half the image is 1; `angle`: radians. `light`,
     `tint (N, 3)`: what makes two scenes of equal kinds differ in colour, factors near 1.
     """
 
@@ -83,7 +84,7 @@ class Scenes:
 
     @property
     def place(self) -> Tensor:
-        """Which ninth of where centres lie holds this one's, `(N,)`: a number of PLACES."""
+        """Which ninth of where centers lie holds this one's, `(N,)`: a number of PLACES."""
         column, row = (((at / _FURTHEST + 1) * 1.5).long().clamp(0, 2) for at in (self.x, self.y))
         return row * 3 + column
 
@@ -106,11 +107,13 @@ def caption(
     background: int | None = None,
     place: int | None = None,
 ) -> str:
-    """Names the shape, and of the rest what is given: "a striped red star, sky background",
-    "a red star, top left"."""
+    """Name the shape, and of the rest what is given.
+
+    "A striped red star, sky background", "a red star, top left".
+    """
     named = [
         *([] if texture is None else [TEXTURES[texture]]),
-        *([] if colour is None else [list(COLOURS)[colour]]),
+        *([] if colour is None else [list(COLORS)[colour]]),
         SHAPES[shape],
     ]
     behind = "" if background is None else f", {list(BACKGROUNDS)[background]} background"
@@ -119,7 +122,7 @@ def caption(
 
 
 def scenes(seed: int, count: int, start: int = 0) -> Scenes:
-    """Scenes `start` … `start + count - 1` of the stream `seed`."""
+    """Return scenes `start` … `start + count - 1` of the stream `seed`."""
     bits = np.random.Philox(key=seed)
     bits.advance(start * _DRAWS // 4)
     u = torch.from_numpy(np.random.Generator(bits).random((count, _DRAWS))).float()
@@ -138,9 +141,12 @@ def scenes(seed: int, count: int, start: int = 0) -> Scenes:
 def references(
     targets: Scenes, seed: int, start: int = 0, same_shape: float = SAME_SHAPE
 ) -> Scenes:
-    """A reference for each target: the picture itself, as in the paper, but in all but `same_shape`
-    of them with a shape drawn anew. So an adapter learns that the text has the last word on the
-    shape, that the image has it where there is no text, and all else from the image."""
+    """Return a reference for each target: the image itself, as in the paper, or a variation.
+
+    In all but `same_shape` of them the shape is drawn anew. So an adapter learns that the text has
+    the last word on the shape, that the image has it where there is no text, and all else from the
+    image.
+    """
     others = scenes(seed, len(targets), start)
     draw = np.random.Generator(np.random.Philox(key=seed + (1 << 32))).random(len(targets) + start)
     keep = torch.from_numpy(draw[start:]) < same_shape
@@ -188,18 +194,16 @@ _DISTANCES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 )
 
 
-def _table(colours: dict[str, tuple[float, float, float]]) -> Tensor:
-    return torch.tensor(list(colours.values()))
-
-
 def outlines(rows: Scenes, side: int) -> Tensor:
-    """How much of each pixel the shape covers, `(N, side, side)`, 0 … 1."""
+    """Return how much of each pixel the shape covers, `(N, side, side)`, 0 … 1."""
     return _cover(_distance(rows, side), side)
 
 
 def _distance(rows: Scenes, side: int, below: float = 0.0) -> Tensor:
-    """Signed distance to the outline, negative inside, `(N, side, side)`; half the picture is 1.
-    `below`: how far down the shape is moved."""
+    """Return the signed distance to the outline, negative inside, `(N, side, side)`.
+
+    Half the image is 1. `below`: how far down the shape is moved.
+    """
     at = (torch.arange(side) + 0.5) * 2 / side - 1
     y, x = torch.meshgrid(at, at, indexing="ij")
     x = x - rows.x[:, None, None]
@@ -215,19 +219,19 @@ def _distance(rows: Scenes, side: int, below: float = 0.0) -> Tensor:
 
 
 def _cover(distance: Tensor, side: int, soft: float = 1.0) -> Tensor:
-    """`soft`: pixels over which the edge fades."""
+    """Return how much of each pixel is covered; `soft`: pixels over which the edge fades."""
     return (0.5 - distance * side / 2 / soft).clamp(0, 1)
 
 
 def pattern(texture: int, side: int) -> Tensor:
-    """Where the texture is dark, `(side, side)` booleans."""
+    """Return where the texture is dark, `(side, side)` booleans."""
     at = torch.arange(side) * 64 // (side * CELL) % 2 == 1
     rows, columns = at[:, None].expand(side, side), at[None].expand(side, side)
     return (torch.zeros(side, side, dtype=torch.bool), rows, columns, rows ^ columns)[texture]
 
 
 def render(rows: Scenes, side: int = 64) -> Tensor:
-    """Pictures `(N, 3, side, side)`, 0 … 1."""
+    """Draw images `(N, 3, side, side)`, 0 … 1."""
     distance = _distance(rows, side)
     cover = _cover(distance, side)[:, None]
     shadow = _cover(_distance(rows, side, below=0.09), side, soft=side / 9)[:, None]
@@ -237,13 +241,13 @@ def render(rows: Scenes, side: int = 64) -> Tensor:
     behind = (behind * (1 - 0.22 * shadow)).expand(-1, -1, -1, side)
     patterns = torch.stack([pattern(texture, side) for texture in range(len(TEXTURES))])
     dark = torch.where(patterns[rows.texture], DARK, 1.0)[:, None]
-    colour = _table(COLOURS)[rows.colour] * rows.tint * rows.light[:, None]
+    colour = torch.tensor(list(COLORS.values()))[rows.colour] * rows.tint * rows.light[:, None]
     front = colour[:, :, None, None] * dark * (1.06 - 0.16 * fade)
     return (behind * (1 - cover) + front * cover).clamp(0, 1)
 
 
 def outlined(rows: Scenes, side: int = 64) -> Tensor:
-    """The style of a second base: every shape has a broad white outline."""
+    """Draw in the style of a second base: every shape has a broad white outline."""
     inner, outer = (
         outlines(replace(rows, size=rows.size * grown), side)[:, None] for grown in (0.86, 1.08)
     )
@@ -252,10 +256,24 @@ def outlined(rows: Scenes, side: int = 64) -> Tensor:
 
 
 def mark() -> str:
-    """Tells the set from one of other kinds, places or sizes: a checksum of some scenes' numbers
-    and of the tables. (Not of pixels, whose last bit depends on the machine.)"""
+    """Tell the set from one of other kinds, places or sizes.
+
+    A checksum of some scenes' numbers and of the tables. (Not of pixels, whose last bit depends on
+    the machine.)
+    """
     some = scenes(0, 16)
     both = some, references(some, 1)
     numbers = [getattr(rows, field.name).tolist() for rows in both for field in fields(rows)]
-    told = (numbers, SHAPES, COLOURS, TEXTURES, BACKGROUNDS, CELL, DARK, SAME_SHAPE)
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    rule = (numbers, SHAPES, COLORS, TEXTURES, BACKGROUNDS, CELL, DARK, SAME_SHAPE)
+    return hashlib.sha256(json.dumps(rule).encode()).hexdigest()[:16]
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Return `(3, h, w)` of 0 … 1 in 8 bits."""
+    return Image.fromarray((image.movedim(0, -1) * 255).round().clamp(0, 255).byte().numpy())
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Return an image as `(3, h, w)` of 0 … 1."""
+    array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    return torch.from_numpy(array).movedim(-1, 0)

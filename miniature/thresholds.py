@@ -1,34 +1,55 @@
-"""What the miniature has to show, and whether an evaluation shows it."""
+"""The figures of an evaluation: what the card calls each, and what the miniature has to show.
+
+`EVALUATION` and `SETS` are the one table of them, in the card's order; `model_card.py` prints its
+labels, `demands` checks its bounds.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from miniature.scenes import KINDS
+
 FOLLOWS = {"colour": 0.9, "background": 0.9, "texture": 0.8}  # of the reference, at λ = 1
 SHAPE_KEPT = 0.85  # of the text, at λ = 1
 SHAPE_ALONE = 0.5  # of the reference, where there is no text
-TRUSTED = 0.98  # of the judge's verdicts on drawn pictures that are right
+TRUSTED = 0.98  # of the classifier's answers on images drawn by rule that are right
 TRUSTED_OUTLINED = 0.95  # the same of the second base's style
-ONE_OF_TWO = 0.8  # of pictures show one of two references, or each latent or region its own
-UNCHANGED = 0.8  # of colours, backgrounds and shapes on a base that the adapter never saw
+ONE_OF_TWO = 0.8  # of images show one of two references, or each latent or region its own
+UNCHANGED = 0.8  # of colors, backgrounds and shapes on a base that the adapter never saw
 WHITER = 0.1  # by how much that base's outlines are whiter
 OVERLAP = 0.1  # by how much edges move shapes to where they are asked
-BRINGS = 0.1  # by how much more often an image prompt brings its colour to another picture
+BRINGS = 0.1  # by how much more often an image prompt brings its color to another image
 LEAVES = 0.1  # by how much less often the style preset brings the background
 ASTRAY = 0.5  # pixels by which shapes lie farther from the reference's with the style preset
-DRAWN = 0.9  # of pictures have a shape at all
+DRAWN = 0.9  # of images have a shape at all
 Figures = Mapping[str, Any]
+
+
+def at(found: Figures, path: str) -> Any:
+    """Return what lies at "a.b.c"."""
+    for key in path.split("."):
+        found = found[key]
+    return found
+
+
+def has(found: Figures, path: str) -> bool:
+    """Tell whether something lies at "a.b.c"."""
+    first, _, rest = path.partition(".")
+    return first in found and (not rest or has(found[first], rest))
 
 
 @dataclass(frozen=True)
 class Demand:
-    """One figure, and between what it has to lie: `low` and `high` are allowed, `above` is not.
-    NaN, for what was not measured, meets nothing."""
+    """One value, and between what it has to lie: `low` and `high` are allowed, `above` is not.
+
+    NaN, for what was not measured, meets nothing.
+    """
 
     name: str
     value: float
@@ -47,127 +68,248 @@ class Demand:
         return f"{'ok  ' if self.met else 'MISS'} {self.name}: {found} ({asked})"
 
 
-def demands(found: Figures) -> Iterator[Demand]:
-    """Of an evaluation as miniature.json has it, and of its findings in each set."""
+@dataclass(frozen=True)
+class Figure:
+    """Where a figure lies, its label on the card, and what is demanded of it; either may lack.
+
+    `path`: "a.b", or "a.b - c.d" for a difference; of several numbers the least counts. Bounds are
+    numbers, or paths of numbers.
+    """
+
+    path: str
+    label: str = ""
+    demand: str = ""
+    low: float | str = -math.inf
+    high: float | str = math.inf
+    above: float = -math.inf
+
+    def value(self, found: Figures) -> float:
+        """Return it in an evaluation. Raises KeyError where it is not measured."""
+        terms = [at(found, term) for term in self.path.split(" - ")]
+        first, *less = (min(term) if isinstance(term, list) else term for term in terms)
+        return first - sum(less)
+
+    def text(self, value: float) -> str:
+        """Write a value with as many digits as it is worth."""
+        coarse = self.path.endswith(("distance", "displacement", "shade_error"))
+        return f"{value:.{1 if coarse else 2}f}"
+
+    def demanded(self, found: Figures, prefix: str = "") -> Demand:
+        """Hold an evaluation against the bounds."""
+        low, high = (at(found, x) if isinstance(x, str) else x for x in (self.low, self.high))
+        return Demand(prefix + self.demand, self.value(found), low, high, self.above)
+
+
+def _evaluation() -> Iterator[Figure]:
     for kind, low in FOLLOWS.items():
-        yield Demand(f"{kind} follows the reference at λ = 1", found[f"{kind}_follows"], low)
-    yield Demand("the text's shape is kept at λ = 1", found["shape_kept"], SHAPE_KEPT)
-    for kind in FOLLOWS:
-        chance = found["chance"][kind]
-        name = f"{kind} is at chance at λ = 0"
-        yield Demand(name, found[f"{kind}_at_zero"], chance["low"], chance["high"])
-    for (before, lower), (weight, higher) in itertools.pairwise(found["image_similarity"].items()):
-        yield Demand(f"likeness rises from λ = {before} to {weight}", higher - lower, above=0)
-    alone = found["image_only"]
+        label, demand = (
+            f"{kind} of the reference at λ = 1",
+            f"{kind} follows the reference at λ = 1",
+        )
+        yield Figure(f"{kind}_follows", label, demand, low)
+        chance = f"chance.{kind}.low", f"chance.{kind}.high"
+        yield Figure(f"{kind}_at_zero", "… at λ = 0", f"{kind} is at chance at λ = 0", *chance)
+    kept = "shape of the text at λ = 1", "the text's shape is kept at λ = 1"
+    yield Figure("shape_kept", *kept, SHAPE_KEPT)
+    yield Figure("fine_grained.shape", "… fine-grained")
+    yield Figure("concatenated.shape", "… concatenated")
     for kind, low in FOLLOWS.items():
-        yield Demand(f"{kind} follows the image alone", alone[kind], low)
-    yield Demand("shape follows the image alone", alone["shape_of_reference"], SHAPE_ALONE)
-    yield Demand(
-        "fine-grained is more like what is asked than base",
-        found["fine_grained_over_base"],
+        label = "with no text: colour of the reference" if kind == "colour" else f"… {kind}"
+        yield Figure(f"image_only.{kind}", label, f"{kind} follows the image alone", low)
+    alone = "image_only.shape_of_reference"
+    yield Figure(alone, "… shape", "shape follows the image alone", SHAPE_ALONE)
+    yield Figure("similarity_to_asked", "likeness to what is asked at λ = 1, base adapter")
+    yield Figure("fine_grained.similarity_to_asked", "… fine-grained")
+    yield Figure("concatenated.similarity_to_asked", "… concatenated")
+    more = "fine-grained is more like what is asked than base"
+    yield Figure("fine_grained_over_base", "", more, above=0)
+    over = "decoupled attention over concatenation"
+    yield Figure("decoupled_over_concatenated", "", f"{over}: likeness", above=0)
+    path = "shape_kept - concatenated.shape"
+    yield Figure(path, "", f"{over}: the text's shape is kept", above=0)
+    for kind in KINDS:
+        yield Figure(f"judge_accuracy.{kind}", "", f"the classifier knows {kind}", TRUSTED)
+        name = f"the classifier knows {kind} of outlined shapes"
+        yield Figure(f"judge_accuracy_outlined.{kind}", "", name, TRUSTED_OUTLINED)
+
+
+def _variants() -> Iterator[Figure]:
+    for setting, figure, name in (
+        ("text_and_image", "distance", "distance from what is asked"),
+        ("text_and_image", "displacement", "displacement"),
+        ("text_and_image", "shade_error", "error of the shade"),
+        ("image_only", "distance", "distance with no text"),
+        ("image_only", "displacement", "displacement with no text"),
+        ("image_only", "shade_error", "error of the shade with no text"),
+        ("text_and_image", "image_similarity", "likeness"),
+        ("image_only", "image_similarity", "likeness with no text"),
+    ):
+        yield Figure(f"variants.base.{setting}.{figure}", f"{name}, base adapter")
+        yield Figure(f"variants.fine_grained.{setting}.{figure}", "… fine-grained")
+        yield Figure(f"variants.concatenated.{setting}.{figure}", "… concatenated")
+        if setting == "text_and_image" and figure != "image_similarity":
+            yield Figure(f"variants.strangers.{setting}.{figure}", "… a stranger's")
+    closer = "fine-grained is closer to what is asked than base"
+    over = "decoupled attention over concatenation"
+    for setting in ("text_and_image", "image_only"):
+        base, fine, theirs = (
+            f"variants.{kind}.{setting}" for kind in ("base", "fine_grained", "concatenated")
+        )
+        for figure, unit in (("distance", "levels"), ("displacement", "pixels of displacement")):
+            name = f"{closer}, {setting}, in {unit}"
+            yield Figure(f"{base}.{figure} - {fine}.{figure}", "", name, above=0)
+        yield Figure(f"{fine}.seen", "", f"fine-grained draws a shape, {setting}", DRAWN)
+        yield Figure(f"{base}.seen", "", f"base draws a shape, {setting}", DRAWN)
+        path = f"{base}.image_similarity - {theirs}.image_similarity"
+        yield Figure(path, "", f"{over}, {setting}: likeness to what is asked", above=0)
+        path = f"{theirs}.distance - {base}.distance"
+        yield Figure(path, "", f"{over}, {setting}: closer to it, in levels", above=0)
+
+
+def _under(prefix: str, *rows: tuple[Any, ...], **last: float) -> Iterator[Figure]:
+    """Give figures below one path: path, label, demand and lower bound of each."""
+    for path, *rest in rows:
+        yield Figure(" - ".join(f"{prefix}.{term}" for term in path.split(" - ")), *rest, **last)
+
+
+def _several() -> Iterator[Figure]:
+    two, either = "several_references", ("concat: colour of either", "concat: background of either")
+    yield from _under(
+        f"{two}.concat",
+        ("colour_of_either", "two references, concat: colour of either", either[0], ONE_OF_TWO),
+        ("background_of_either", "… background of either", either[1], ONE_OF_TWO),
+    )
+    yield Figure(f"{two}.average.colour_of_either", "average: colour of either")
+    yield Figure(f"{two}.average.image_similarity_of_strangers", "… likeness to a stranger")
+    for combine in ("concat", "average"):
+        name = f"{combine}: like each of the two more than a stranger"
+        path = "image_similarity - image_similarity_of_strangers"
+        yield from _under(f"{two}.{combine}", (path, "", name), above=0)
+    own, other = "one per latent: {} of its own", "one per latent: {} of the other"
+    shown = {"colour": (own.format("colour"), "… colour of the other"), "background": ("", "")}
+    for kind, labels in shown.items():
+        paths = [f"{two}.per_latent.{kind}_of_{whose}" for whose in ("own", "other")]
+        yield Figure(paths[0], labels[0], own.format(kind), ONE_OF_TWO)
+        yield Figure(paths[1], labels[1], other.format(kind), high=1 - ONE_OF_TWO)
+
+
+def _structure_and_base() -> Iterator[Figure]:
+    edges, start, base = "edges and image", "image to image", "another base"
+    yield from _under(
+        "structure",
+        ("overlap", f"{edges}: overlap of the shapes"),
+        ("overlap_without", "… without the edges"),
+        ("overlap - overlap_without", "", f"{edges}: shapes lie on the edges", OVERLAP),
+        ("colour", "… colour of the image", f"{edges}: colour of the image", UNCHANGED),
+        ("background", "… background of the image", f"{edges}: background of the image", UNCHANGED),
+    )
+    yield from _under(
+        "structure.image_to_image",
+        ("overlap", f"{start}: overlap with the start"),
+        ("overlap_without", "… with none"),
+        ("colour", "… colour of the image"),
+        ("colour_without", "… without the prompt"),
+        ("colour - colour_without", "", f"{start}: the prompt brings its colour", BRINGS),
+    )
+    white, before = "whiteness_of_outlines", "whiteness_on_the_first_base"
+    yield from _under(
+        "another_base",
+        ("colour", "second base: colour", f"{base}: colour", UNCHANGED),
+        ("background", "… background", f"{base}: background", UNCHANGED),
+        ("shape_kept", "… shape of the text", f"{base}: shape_kept", UNCHANGED),
+        (white, "… whiteness of its outlines"),
+        (before, "… on the first base"),
+        (f"{white} - {before}", "", f"{base}: its outlines are whiter", WHITER),
+    )
+
+
+def _toolbox() -> Iterator[Figure]:
+    regions, own, other = "toolbox.regions", "regions: {} of its own", "regions: {} of the other"
+    yield from _under(
+        regions,
+        ("colour_of_inner", "two regions: colour of the one inside", own.format("colour")),
+        low=ONE_OF_TWO,
+    )
+    yield from _under(
+        regions,
+        ("colour_of_outer", "… of the one outside", other.format("colour")),
+        ("background_of_inner", "", other.format("background")),
+        high=1 - ONE_OF_TWO,
+    )
+    outer = "background_of_outer", "… background of the one outside", own.format("background")
+    yield from _under(regions, outer, low=ONE_OF_TWO)
+    presets = {
+        "style": "style preset",
+        "uniform": "uniform weights",
+        "weaker": "half of them",
+        "composition": "composition preset",
+    }
+    for preset, name in presets.items():
+        prefix = f"toolbox.style.{preset}"
+        yield Figure(f"{prefix}.colour", f"{name}: colour")
+        demand = ("style brings the texture", FOLLOWS["texture"]) if preset == "style" else ()
+        yield Figure(f"{prefix}.texture", "… texture", *demand)
+        for figure in ("shape", "background", "displacement"):
+            yield Figure(f"{prefix}.{figure}", f"… {figure}")
+    for preset in ("uniform", "weaker"):
+        name = f"style leaves the reference's background more than {presets[preset]}"
+        path = f"{preset}.background - style.background"
+        yield from _under("toolbox.style", (path, "", name, LEAVES))
+    name = "style brings the texture more than composition"
+    path = "style.texture - composition.texture"
+    yield from _under("toolbox.style", (path, "", name), above=0)
+    yield from _under(
+        "toolbox.attention_map",
+        ("inside", "attention map: inside the mask"),
+        ("outside", "… outside"),
+        ("inside - outside - outside", "", "the map is twice as warm inside the mask"),
         above=0,
     )
-    if "concatenated" in found:
-        name = "decoupled attention over concatenation"
-        yield Demand(f"{name}: likeness", found["decoupled_over_concatenated"], above=0)
-        kept = found["shape_kept"] - found["concatenated"]["shape"]
-        yield Demand(f"{name}: the text's shape is kept", kept, above=0)
-    for kind, right in found["judge_accuracy"].items():
-        yield Demand(f"the judge knows {kind}", right, TRUSTED)
-    for kind, right in found["judge_accuracy_outlined"].items():
-        yield Demand(f"the judge knows {kind} of outlined shapes", right, TRUSTED_OUTLINED)
+
+
+EVALUATION = (*_evaluation(),)
+"""Of an evaluation as miniature.json has it."""
+SETS = (*_variants(), *_several(), *_structure_and_base(), *_toolbox())
+"""Of its further experiments, in each set of references."""
+OPTIONAL = {  # what needs further models, and what is demanded in its place where it lacks
+    "variants.concatenated": "decoupled attention over concatenation",
+    "structure": "structure",
+    "another_base": "another base",
+}
+
+
+def measured(figures: Iterable[Figure], *evaluations: Figures) -> list[Figure]:
+    """Return the figures whose models all of the evaluations have."""
+    parts = (*OPTIONAL, "concatenated", "decoupled_over_concatenated")
+    lacking = [part for part in parts if not all(has(one, part) for one in evaluations)]
+
+    def known(figure: Figure) -> bool:
+        terms = figure.path.split(" - ")
+        return not any(f"{term}.".startswith(f"{part}.") for term in terms for part in lacking)
+
+    return [figure for figure in figures if known(figure)]
+
+
+def demands(found: Figures) -> Iterator[Demand]:
+    """Hold an evaluation against every bound, and the experiments of each of its sets."""
+    for figure in measured(EVALUATION, found):
+        if figure.demand:
+            yield figure.demanded(found)
+    for (before, lower), (weight, higher) in itertools.pairwise(found["image_similarity"].items()):
+        yield Demand(f"likeness rises from λ = {before} to {weight}", higher - lower, above=0)
     sets = found.get("findings", {}).get("sets", ())
     if not sets:
-        yield _missing("findings")
-    for one in sets:
-        for demand in _of_findings(one):
-            name = f"set {one['seed']}: {demand.name}"
-            yield Demand(name, demand.value, demand.low, demand.high, demand.above)
-    if sets:  # of all sets together: one's shapes lie astray by chance too
-        styles = [one["toolbox"]["style"] for one in sets]
-        away = fmean(
-            one["style"]["displacement"] - one["uniform"]["displacement"] for one in styles
-        )
-        yield Demand("style leaves the reference's place more than uniform weights", away, ASTRAY)
-
-
-def _missing(what: str) -> Demand:
-    return Demand(what, math.nan, above=0)
-
-
-def _of_findings(one: Figures) -> Iterator[Demand]:
-    for setting in ("text_and_image", "image_only"):
-        fine, base = (one["variants"][kind][setting] for kind in ("fine_grained", "base"))
-        name = f"fine-grained is closer to what is asked than base, {setting}"
-        yield Demand(f"{name}, in levels", base["distance"] - fine["distance"], above=0)
-        nearer = base["displacement"] - fine["displacement"]
-        yield Demand(f"{name}, in pixels of displacement", nearer, above=0)
-        for kind, figures in (("fine-grained", fine), ("base", base)):
-            yield Demand(f"{kind} draws a shape, {setting}", figures["seen"], DRAWN)
-    yield from _of_concatenation(one["variants"])
-    yield from _of_several(one["several_references"])
-    yield from _of_structure(one["structure"]) if "structure" in one else [_missing("structure")]
-    if second := one.get("another_base"):
-        for kind in ("colour", "background", "shape_kept"):
-            yield Demand(f"another base: {kind}", second[kind], UNCHANGED)
-        whiter = second["whiteness_of_outlines"] - second["whiteness_on_the_first_base"]
-        yield Demand("another base: its outlines are whiter", whiter, WHITER)
-    else:
-        yield _missing("another base")
-    yield from _of_toolbox(one["toolbox"])
-
-
-def _of_concatenation(variants: Figures) -> Iterator[Demand]:
-    name = "decoupled attention over concatenation"
-    if "concatenated" not in variants:
-        yield _missing(name)
+        yield Demand("findings", math.nan, above=0)
         return
-    for setting in ("text_and_image", "image_only"):
-        ours, theirs = (variants[kind][setting] for kind in ("base", "concatenated"))
-        more = ours["image_similarity"] - theirs["image_similarity"]
-        yield Demand(f"{name}, {setting}: likeness to what is asked", more, above=0)
-        closer = theirs["distance"] - ours["distance"]
-        yield Demand(f"{name}, {setting}: closer to it, in levels", closer, above=0)
-
-
-def _of_several(two: Figures) -> Iterator[Demand]:
-    for kind in ("colour", "background"):
-        yield Demand(f"concat: {kind} of either", two["concat"][f"{kind}_of_either"], ONE_OF_TWO)
-        own, other = (two["per_latent"][f"{kind}_of_{whose}"] for whose in ("own", "other"))
-        yield Demand(f"one per latent: {kind} of its own", own, ONE_OF_TWO)
-        yield Demand(f"one per latent: {kind} of the other", other, high=1 - ONE_OF_TWO)
-    for combine in ("concat", "average"):
-        figures = two[combine]
-        more = min(figures["image_similarity"]) - figures["image_similarity_of_strangers"]
-        yield Demand(f"{combine}: like each of the two more than a stranger", more, above=0)
-
-
-def _of_structure(shown: Figures) -> Iterator[Demand]:
-    moved = shown["overlap"] - shown["overlap_without"]
-    yield Demand("edges and image: shapes lie on the edges", moved, OVERLAP)
-    for kind in ("colour", "background"):
-        yield Demand(f"edges and image: {kind} of the image", shown[kind], UNCHANGED)
-    start = shown["image_to_image"]
-    more = start["colour"] - start["colour_without"]
-    yield Demand("image to image: the prompt brings its colour", more, BRINGS)
-
-
-def _of_toolbox(one: Figures) -> Iterator[Demand]:
-    regions = one["regions"]
-    for kind, own, other in (("colour", "inner", "outer"), ("background", "outer", "inner")):
-        yield Demand(f"regions: {kind} of its own", regions[f"{kind}_of_{own}"], ONE_OF_TWO)
-        strange = regions[f"{kind}_of_{other}"]
-        yield Demand(f"regions: {kind} of the other", strange, high=1 - ONE_OF_TWO)
-    style, uniform, weaker, composition = (
-        one["style"][name] for name in ("style", "uniform", "weaker", "composition")
-    )
-    for name, other in (("uniform weights", uniform), ("half of them", weaker)):
-        less = other["background"] - style["background"]
-        yield Demand(f"style leaves the reference's background more than {name}", less, LEAVES)
-    yield Demand("style brings the texture", style["texture"], FOLLOWS["texture"])
-    more = style["texture"] - composition["texture"]
-    yield Demand("style brings the texture more than composition", more, above=0)
-    heat = one["attention_map"]
-    yield Demand(
-        "the map is twice as warm inside the mask", heat["inside"] - 2 * heat["outside"], above=0
-    )
+    for one in sets:
+        prefix = f"set {one['seed']}: "
+        for figure in measured(SETS, one):
+            if figure.demand:
+                yield figure.demanded(one, prefix)
+        for part, name in OPTIONAL.items():
+            if not has(one, part):
+                yield Demand(prefix + name, math.nan, above=0)
+    # Of all sets together: one's shapes lie astray by chance too.
+    styles = [one["toolbox"]["style"] for one in sets]
+    away = fmean(one["style"]["displacement"] - one["uniform"]["displacement"] for one in styles)
+    yield Demand("style leaves the reference's place more than uniform weights", away, ASTRAY)

@@ -24,9 +24,11 @@ def on_miniature(
     steps: int = STEPS,
     guidance: float = GUIDANCE,
 ) -> Api:
-    """A copy that runs on the miniature's models at their size. `text` stands in for every positive
-    text but the empty one; negative texts become empty: the miniature knows shapes, not flaws.
-    `adapter`: "base" or "fine-grained", by default whichever kind the workflow names.
+    """Return a copy that runs on the miniature's models at their size.
+
+    `text` stands in for every positive text but the empty one; negative texts become empty: the
+    miniature knows shapes, not flaws. `adapter`: "base" or "fine-grained" (plus), by default
+    whichever kind the workflow names.
     """
     made = smaller(api, steps, SIDE)
     for node in made.values():
@@ -51,8 +53,7 @@ def on_miniature(
 
 
 def in_editor(workflow: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """A workflow of ComfyUI's editor, a copy that runs on the miniature as `on_miniature` makes it
-    run over the API."""
+    """Return a copy of an editor's workflow that runs as `on_miniature` makes it run by API."""
     made = copy.deepcopy(dict(workflow))
     sides = {"EmptyLatentImage": slice(0, 2), "ImageScale": slice(1, 3)}  # of the widgets
     shortest = min(
@@ -86,7 +87,7 @@ def in_editor(workflow: Mapping[str, Any], text: str) -> dict[str, Any]:
 
 
 def given(api: Mapping[str, Any], **values: Mapping[str, Any]) -> Api:
-    """A copy with these inputs in every node of a class: `given(api, KSampler={"seed": 1})`."""
+    """Return a copy with these inputs in all nodes of a class: `given(api, KSampler={…})`."""
     made = copy.deepcopy(dict(api))
     for node in made.values():
         node["inputs"].update(values.get(node["class_type"], {}))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from miniature import setup, workflows
-from miniature.ddim import ddim, starting_noise
+from miniature.base import ddim, starting_noise
 from training.models.base import load_base
 from training.models.image_encoder import ImageEncoder
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from miniature import base
 from miniature.scenes import KINDS, PLACES, SHAPES, caption, outlines, scenes
-from miniature.text import states
 
 
 def test_a_caption_names_what_it_is_given():
@@ -87,13 +88,33 @@ def test_the_loss_is_weighted_by_the_noise_that_is_added():
     torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)
 
 
-def test_states_of_many_texts_are_those_of_each(monkeypatch):
-    captions = [caption(shape) for shape in range(3)]
-    alone = torch.cat([states([one]) for one in captions])
-    monkeypatch.setattr("miniature.text._AT_ONCE", 2)
-    together = states(captions)
-    assert together.shape == (3, 77, 768)
-    assert float((together - alone).abs().max()) < 1e-4 * float(alone.abs().max())
-    assert not torch.allclose(together[0], together[2])
-    halved = states(captions, stored=torch.float16)
-    assert halved.dtype == torch.float16 and torch.equal(halved, together.half())
+def test_the_base_ends_as_the_average_of_its_weights(monkeypatch):
+    """Against the formula, for a network of one weight that grows by one a step."""
+
+    class Tiny(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self, noisy, times, context):
+            return SimpleNamespace(sample=noisy * self.weight[0])
+
+    tiny, rates = Tiny(), []
+
+    def fit(name, optimizer, loss_at, steps, rate, clipped):
+        assert [*map(id, clipped)] == [id(tiny.weight)]
+        for step in range(steps):
+            rates.append(rate(step))
+            loss_at(step)
+            tiny.weight.data += 1
+
+    monkeypatch.setattr(base, "fit", fit)
+    pool = torch.randn(8, 4, 2, 2), torch.stack([torch.zeros(8, dtype=torch.long)] * 5, 1)
+    context = torch.zeros(len(base.all_texts()), 1, 8)
+    base.train(tiny, pool, context, 0, range(100, 103), 200)
+    average = 0.0
+    for count in (1, 2, 3):
+        average += (count - average) * (1 - count / (count + 10))
+    assert tiny.weight.tolist() == pytest.approx([average] * 2)
+    half = 0.02 + 0.98 / 2  # the middle of the cosine, while the optimizer warms up
+    assert rates[0] == pytest.approx(base.PEAK * half / base.WARMUP)

@@ -1,4 +1,4 @@
-"""Several servers share a task's pictures; each comes out where its reference is."""
+"""Several servers share a task's images; each comes out where its reference is."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_servers_share_the_work_and_the_order_stays(tmp_path, count):
     meeting = threading.Barrier(count)
     servers = [Server(meeting) for _ in range(count)]
     task = Task.of(12, seed=0)
-    made = Drawer(servers, task, tmp_path)("text_and_image")
-    assert made.shape == (12, 1, 3, 8, 8)
-    shown = (made[:, 0, 0, 0, 0] * 255).round().int().tolist()
+    drawn = Drawer(servers, task, tmp_path)("text_and_image")
+    assert drawn.shape == (12, 1, 3, 8, 8)
+    shown = (drawn[:, 0, 0, 0, 0] * 255).round().int().tolist()
     assert shown == [seed % 256 for seed in task.seeds]
     assert sum(server.drawn for server in servers) == 12
     assert all(server.drawn for server in servers)
@@ -49,7 +49,7 @@ def test_servers_share_the_work_and_the_order_stays(tmp_path, count):
 def test_what_a_server_raises_is_raised(tmp_path):
     class Failing:
         def run(self, prompt):
-            raise RuntimeError("out of pictures")
+            raise RuntimeError("out of images")
 
-    with pytest.raises(RuntimeError, match="out of pictures"):
+    with pytest.raises(RuntimeError, match="out of images"):
         Drawer([Failing()], Task.of(8, seed=0), tmp_path)("text_and_image")

@@ -1,4 +1,4 @@
-"""The set: counted draws, captions that keep silent, and pictures that show what they say."""
+"""The set: counted draws, captions that keep silent, and images that show what they say."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from miniature.scenes import (
-    COLOURS,
+    COLORS,
     KINDS,
     SAME_SHAPE,
     SHAPES,
@@ -47,14 +47,14 @@ def test_kinds_are_equally_frequent_and_independent(kind):
 
 def test_captions_name_the_shape_and_nothing_else():
     rows = scenes(2, 200)
-    others = {*COLOURS, *TEXTURES} - {"plain"}
+    others = {*COLORS, *TEXTURES} - {"plain"}
     for text, shape in zip(rows.captions, rows.shape, strict=True):
         assert text == f"a {SHAPES[shape]}"
         assert not others & {*text.split()}
     assert len({*scenes(2, 2000).descriptions}) > 500
 
 
-def test_references_are_the_pictures_but_for_some_of_the_shapes():
+def test_references_are_the_images_but_for_some_of_the_shapes():
     targets = scenes(3, 2000)
     others = references(targets, 99)
     for kept in {*vars(targets)} - {"shape"}:
@@ -65,7 +65,7 @@ def test_references_are_the_pictures_but_for_some_of_the_shapes():
 
 
 @pytest.mark.parametrize("side", [64, 128, 200])
-def test_pictures_of_any_size_show_the_same(side):
+def test_images_of_any_size_show_the_same(side):
     rows = scenes(4, 12)
     small, large = render(rows, 64), render(rows, side)
     assert large.shape == (12, 3, side, side)
@@ -78,7 +78,7 @@ def test_a_shape_covers_what_its_formula_says():
     rows = scenes(8, 600)
     covered = outlines(rows, 256).mean((1, 2))
     for shape, area in ((0, torch.pi * 0.72**2), (1, (2 * 0.62) ** 2)):
-        chosen = (rows.shape == shape) & (rows.size < 0.85)  # not cut by the picture's edge
+        chosen = (rows.shape == shape) & (rows.size < 0.85)  # not cut by the image's edge
         expected = area * rows.size[chosen] ** 2 / 4
         assert float((covered[chosen] - expected).abs().max()) < 0.01
 

@@ -22,8 +22,8 @@ from tools.workflows.api import of_class, read
 
 @pytest.fixture
 def row():
-    picture = setup.as_image(setup.render(setup.scenes(1, 1))[0])
-    return DemoRow("a title", "some.png", picture, (Render(0.5, "a boat"),))
+    image = setup.shown(scenes(1, 1), 64)
+    return DemoRow("a title", "some.png", image, (Render(0.5, "a boat"),))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from miniature.scenes import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, Scenes, render, scenes
+from miniature.scenes import BACKGROUNDS, COLORS, SHAPES, TEXTURES, Scenes, render, scenes
 from tools.comfyui.install import ROOT
 
 SIDE, TILE = 400, 232  # the registry takes squares of at most 400 pixels
@@ -20,7 +20,7 @@ GROUND, INK = "#1e2127", "#f2f2f2"
 
 def _tile(shape: str) -> Image.Image:
     """Draw a scene of the miniature's that differs in its shape alone."""
-    numbers = {"colour": [*COLOURS].index("orange"), "texture": TEXTURES.index("plain")}
+    numbers = {"colour": [*COLORS].index("orange"), "texture": TEXTURES.index("plain")}
     numbers |= {"background": [*BACKGROUNDS].index("sky"), "shape": SHAPES.index(shape)}
     row = replace(scenes(0, 1), **{name: torch.tensor([n]) for name, n in numbers.items()})
     still = {name: torch.zeros(1) for name in ("x", "y", "angle")}

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from miniature import builds, files
+from miniature import files
 from miniature import model_card as card
-from miniature import thresholds as must
-from tests.miniature.test_must import GOOD
+from miniature.thresholds import demands
+from tests.miniature.test_thresholds import GOOD
 
 KINDS = ("colour", "background", "texture", "shape")
 EVALUATION = {
@@ -41,7 +41,7 @@ for one in EVALUATION["findings"]["sets"]:
 
 @pytest.fixture
 def text():
-    return card.measured(EVALUATION)
+    return card.section(EVALUATION)
 
 
 def test_the_figures_are_in_it(text):
@@ -64,13 +64,13 @@ def test_further_builds_lie_beside_the_first():
     other = of_seed(2, shape_kept=0.8765)
     for number, one in enumerate(other["findings"]["sets"]):
         one["variants"]["base"]["text_and_image"]["distance"] = 40.0 + number
-    text = card.measured(of_seed(1), [other])
+    text = card.section(of_seed(1), [other])
     assert "seed 1 in 10 minutes (a machine); seed 2 in 20 minutes (a machine)" in text
     kept = EVALUATION["shape_kept"]
     assert f"| shape of the text at λ = 1 | {kept:.2f} | 0.88 |" in text
     first = EVALUATION["findings"]["sets"][0]["variants"]["base"]["text_and_image"]["distance"]
     assert f"| distance from what is asked, base adapter | {first:.1f} | 40.5 |" in text
-    met = f"{len([*must.demands(other)])}"
+    met = f"{len([*demands(other)])}"
     assert f"met | {met} of {met} |" in text
 
 
@@ -81,9 +81,9 @@ def test_without_further_builds_no_table_of_them(text):
 def test_a_model_that_one_build_lacks_is_left_out():
     other = of_seed(2)
     del other["findings"]["sets"][0]["structure"], other["concatenated"]
-    text = card.measured(of_seed(1), [other])
+    text = card.section(of_seed(1), [other])
     assert text.count("edges and image: overlap") == 1  # of the first build's sets
-    assert text.count("\n| … concatenated") + 2 == card.measured(of_seed(1), [of_seed(2)]).count(
+    assert text.count("\n| … concatenated") + 2 == card.section(of_seed(1), [of_seed(2)]).count(
         "\n| … concatenated"
     )
 
@@ -102,33 +102,33 @@ def test_a_model_that_one_build_lacks_is_left_out():
     ],
 )
 def test_builds_that_cannot_be_compared_are_refused(change, told):
-    with pytest.raises(builds.NotAlike, match=told):
-        card.measured(of_seed(1), [of_seed(2) | change])
+    with pytest.raises(card.NotComparable, match=told):
+        card.section(of_seed(1), [of_seed(2) | change])
 
 
 def test_a_build_without_findings_is_refused():
     other = of_seed(2)
     del other["findings"]
-    with pytest.raises(builds.NotAlike, match="no 'findings'"):
-        card.measured(of_seed(1), [other])
+    with pytest.raises(card.NotComparable, match="no 'findings'"):
+        card.section(of_seed(1), [other])
 
 
 def test_a_figure_that_a_build_lacks_is_no_model_that_it_lacks():
     other = of_seed(2)
     del other["texture_at_zero"]
     with pytest.raises(KeyError, match="texture_at_zero"):
-        card.measured(of_seed(1), [other])
+        card.section(of_seed(1), [other])
 
 
 def test_every_line_of_a_table_has_as_many_cells(text):
-    text += "\n\n" + card.measured(of_seed(1), [of_seed(2), of_seed(3)])
+    text += "\n\n" + card.section(of_seed(1), [of_seed(2), of_seed(3)])
     for block in text.split("\n\n"):
         widths = {line.count("|") for line in block.splitlines() if line.startswith("|")}
         assert len(widths) <= 1, block
 
 
 def test_what_is_missed_is_said():
-    missed = card.measured({**EVALUATION, "colour_follows": 0.5})
+    missed = card.section({**EVALUATION, "colour_follows": 0.5})
     assert "Missed:\n\n- colour follows the reference at λ = 1: 0.500 (≥ 0.9)" in missed
 
 
@@ -136,17 +136,17 @@ def test_without_further_models_there_are_fewer_lines(text):
     few = copy.deepcopy(EVALUATION)
     for one in few["findings"]["sets"]:
         del one["structure"], one["another_base"], one["variants"]["concatenated"]
-    assert card.measured(few).count("\n|") < text.count("\n|") - 12
-    assert "structure: not measured" in card.measured(few)
+    assert card.section(few).count("\n|") < text.count("\n|") - 12
+    assert "structure: not measured" in card.section(few)
     del few["findings"]
-    assert "| set 1 |" not in card.measured(few)
+    assert "| set 1 |" not in card.section(few)
 
 
 def test_a_figure_that_is_missing_is_no_model_that_is_missing():
     few = copy.deepcopy(EVALUATION)
     del few["findings"]["sets"][0]["structure"]["overlap"]
     with pytest.raises(KeyError):
-        card.measured(few)
+        card.section(few)
 
 
 @pytest.fixture
