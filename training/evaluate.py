@@ -40,7 +40,7 @@ from training.data.buckets import check_multiple
 from training.data.image import BrokenImageError, open_image
 from training.distributed import begin
 from training.errors import TrainingError
-from training.evaluation import captions, report, scores, subjects
+from training.evaluation import adapters, coco, report, scores
 from training.evaluation.clip_score import Clip, clip_i, clip_t, load_clip
 from training.evaluation.scores import IMAGE_ONLY, WITH_TEXT, Condition, Key, Score
 from training.models.base import Base, load_base
@@ -120,11 +120,11 @@ class Evaluation:
         self.config, self.state = config, state
         self.folder = Path(config.output_dir)
         # From what fails at once to what takes minutes.
-        self.rows = captions.read(config.eval_data_dir)
+        self.rows = coco.read(config.eval_data_dir)
         self.numbers = range(len(self.rows))[: config.max_samples]
-        captions.check_present(self.rows, self.numbers)
+        coco.check_present(self.rows, self.numbers)
         make_writable(self.folder)
-        self.adapters = subjects.load(config.ip_adapter_path)
+        self.adapters = adapters.load(config.ip_adapter_path)
         self.clip: Clip = load_clip(config.clip_model, state.device)
         dtype = getattr(torch, config.dtype)
         self.encoder = ImageEncoder.from_name(config.image_encoder_path, dtype)
@@ -132,7 +132,7 @@ class Evaluation:
             config.pretrained_model_name_or_path, dtype, config.pretrained_vae_model_name_or_path
         )
         for subject, adapter in self.adapters:
-            subjects.check_fits(adapter, subject.name, self.base.unet, self.encoder)
+            adapters.check_fits(adapter, subject.name, self.base.unet, self.encoder)
         attach(self.base.unet)
         texts = (encoder for _, encoder in self.base.text)
         frozen: tuple[Any, ...] = (self.encoder, self.base.unet, self.base.vae, *texts)
@@ -154,7 +154,7 @@ class Evaluation:
         return {
             **{name: getattr(self.config, name) for name in (*names, *chosen)},
             "size": list(self.sampler.size),
-            "data": captions.fingerprint(self.rows),
+            "data": coco.fingerprint(self.rows),
             "base_weights": fingerprints.of_settings(*weights),
             "image_encoder_weights": self.encoder.weights,
             "clip_weights": self.clip.fingerprint(),
@@ -232,13 +232,13 @@ class Evaluation:
         seeds = [
             self.config.seed + rows[p] * self.config.num_images_per_prompt + s for p, s in keep
         ]
-        adapters = {subject.digest: adapter for subject, adapter in self.adapters}
-        kinds = {adapter.spec.features for adapter in adapters.values()}
+        by_digest = {subject.digest: adapter for subject, adapter in self.adapters}
+        kinds = {adapter.spec.features for adapter in by_digest.values()}
         features = {kind: encode_images(self.encoder, images, kind) for kind in kinds}
         written = {IMAGE_ONLY: [""] * len(rows), WITH_TEXT: texts}
         states = {prompt: encode_text(self.base, text) for prompt, text in written.items()}
         for condition in conditions:
-            adapter = adapters[condition.adapter]
+            adapter = by_digest[condition.adapter]
             positive, zero = features[adapter.spec.features]
             asked = Prompts(
                 text=states[condition.prompt][places],

@@ -53,7 +53,7 @@ def row_of(row, bucket, pooled):
 
 
 def write(folder, rows=23, shard_rows=8, buckets=None, pooled=False, broken=(), **changes):
-    """A cache as cache_writing makes it, of tensors made up for each row."""
+    """A cache as writer.py makes it, of tensors made up for each row."""
     folder.mkdir(exist_ok=True)
     of_row = np.zeros(rows, np.int16) if buckets is None else np.array(buckets, np.int16)
     about = {

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ip_adapter_core.adapter import IPAdapter
-from ip_adapter_core.files import adapter_file as checkpoint
+from ip_adapter_core.files import adapter_file
+from ip_adapter_core.files.header import CheckpointError
 
 from ..errors import TrainingError
 from ..models.image_encoder import ImageEncoder
@@ -25,8 +26,8 @@ def load(paths: Sequence[str]) -> list[tuple[Subject, IPAdapter]]:
     loaded: list[tuple[Subject, IPAdapter]] = []
     for path, name in zip(paths, names, strict=True):
         try:
-            adapter = checkpoint.load(path).float().eval().requires_grad_(False)
-        except checkpoint.CheckpointError as error:
+            adapter = adapter_file.load(path).float().eval().requires_grad_(False)
+        except CheckpointError as error:
             raise TrainingError(str(error)) from error
         digest = _sha256(path)
         if any(subject.digest == digest for subject, _ in loaded):

@@ -27,7 +27,7 @@ def read(folder: str) -> Rows:
             f"{ANNOTATION}, or any folder of pictures with captions."
         )
     if (root / ANNOTATION).exists():
-        return coco(root)
+        return _annotated(root)
     if (root / "val2017").exists():
         raise TrainingError(
             f"'{folder}' holds val2017/, but not {ANNOTATION}. Fetch "
@@ -41,7 +41,7 @@ def read(folder: str) -> Rows:
         ) from error
 
 
-def coco(root: Path) -> list[Record]:
+def _annotated(root: Path) -> list[Record]:
     """One row a picture, with the first of its captions (the file has five and more).
 
     Raises TrainingError if the annotation file is not one, or a picture has no caption.
