@@ -37,6 +37,7 @@ def largest_error(both, pair, kind, size, mask=None):
     return max(errors)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("real", ["SD15"], indirect=True)
 def test_sd15(unets, both, real):
     unet = unets.comfy_model(real.family).model.diffusion_model

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from ip_adapter_core.files import adapter_file as checkpoint
-from ip_adapter_core.variants import VARIANTS
 from tests.support import image_folders, small_models
 from tests.support.checkpoint_layouts import POOLED
+from tests.support.sets import nightly
 
 TOLERANCE = 1e-4
 pytestmark = pytest.mark.usefixtures("arrow")
@@ -73,8 +73,13 @@ def trained(bases, pictures, tmp_path, accelerate_anew):
     return trained
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "family, variant",
+    [
+        *(("sd15", "base"), ("sdxl", "plus")),
+        *nightly(("sd15", "plus"), ("sd15", "full"), ("sdxl", "base"), ("sdxl", "full")),
+    ],
+)
 def test_the_three_agree(bases, both, adapters, trained, family, variant):
     from training.unet import attach
 

@@ -7,6 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.support.sets import nightly
+
 GUIDANCES = (
     "cfg",
     "cfg_1",
@@ -18,13 +20,11 @@ GUIDANCES = (
     "self_attention",
 )
 LAYOUTS = (
-    "masks",
     "masks bounding areas",
     "area over all",
-    "equal areas",
     "negative area",
-    "default",
     "default beside area",
+    *nightly("masks", "equal areas", "default"),
 )
 
 

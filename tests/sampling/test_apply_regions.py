@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.sets import nightly
+
 
 def masks(count: int) -> list[torch.Tensor]:
     """Soft ones that overlap, on the latent's own pixels, so that resizing them is no matter."""
@@ -37,7 +39,7 @@ def shares(given, overlap, rest):
     return [*found, (1 - total).clamp(min=0)] if rest else found
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl70"])
+@pytest.mark.parametrize("family", ["sd15", *nightly("sdxl", "sdxl70")])
 @pytest.mark.parametrize("overlap", ["normalize", "add"])
 @pytest.mark.parametrize("rest", [False, True])
 def test_each_image_acts_in_its_own_region(small, truth, family, overlap, rest):

@@ -9,6 +9,8 @@ import torch
 from comfyui_ip_adapter.ip_adapter_core.attention_map import KEPT, blocks_of
 from torch.nn.functional import interpolate, linear
 
+from tests.support.sets import nightly
+
 AT = (0.2, 0.5, 0.8)
 ALL = [("all", None)]
 
@@ -107,7 +109,7 @@ def expected(small, seen, family, adapter, prompts, weights, masks, at, blocks, 
     return total / count
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl70"])
+@pytest.mark.parametrize("family", ["sd15", *nightly("sdxl", "sdxl70")])
 @pytest.mark.parametrize(
     "blocks, start, end, which",
     [("all", 0.0, 1.0, 0), ("input, output 5", 0.0, 1.0, 2), ("middle", 0.4, 0.9, 1)],

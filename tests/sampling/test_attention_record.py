@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import l1_loss
 
+from tests.support.sets import nightly
+
 ALL = [("all", None)]
 HALVES = torch.zeros(2, 1, 64, 64)
 HALVES[0, :, :, :32] = HALVES[1, :, :, 32:] = 1
@@ -106,8 +108,8 @@ def perp_neg_node(model, positive, middle, negative):
 @pytest.mark.parametrize(
     "name",
     [
-        *("cfg_1", "dual_cfg", "dual_cfg_nested", "dual_cfg_1", "perp_neg", "perp_neg_node"),
-        *("perturbed_attention", "self_attention"),
+        *("dual_cfg", "perp_neg", "perp_neg_node", "perturbed_attention", "self_attention"),
+        *nightly("cfg_1", "dual_cfg_nested", "dual_cfg_1"),
     ],
 )
 def test_the_positive_side_of_every_guidance(small, recorded, guidances, memory, name):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from tests.support.sets import nightly
+
 
 @pytest.fixture(autouse=True)
 def _fresh():
@@ -40,7 +42,11 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(
-    "route, setting", [*(("model", s) for s in SETTINGS), ("conditioning", "window")]
+    "route, setting",
+    [
+        *(("model", s) for s in ("plain", "per latent", "window")),
+        *nightly(("model", "mask"), ("conditioning", "window")),
+    ],
 )
 def test_traced_in_one_piece(small, route, setting):
     model, given = small.model("tiny"), (small.adapter("tiny"), small.images(2))
@@ -82,6 +88,7 @@ def test_a_patch_of_another_pack_is_traced_too(small):
 PYTHON_H = Path(sysconfig.get_path("include"), "Python.h")
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(
     shutil.which("g++") is None or not PYTHON_H.exists(),
     reason="inductor compiles with g++ and Python's headers",

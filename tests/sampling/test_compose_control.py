@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.sets import nightly
+
 
 def controlnet(small, **_):
     import comfy.cldm.cldm
@@ -34,7 +36,7 @@ def hinted(control, seed, window=(0.0, 1.0)):
     return control.copy().set_cond_hint(hint, 0.7, window)
 
 
-@pytest.mark.parametrize("sides", ["both", "positive", "each its own"])
+@pytest.mark.parametrize("sides", ["both", "each its own", *nightly("positive")])
 @pytest.mark.parametrize("kind", CONTROLS, ids=lambda c: c.__name__)
 def test_control_and_images(small, truth, kind, sides):
     window = {"start_at": 0.5}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.sets import nightly
 
-@pytest.fixture(params=["sd15", "sdxl"])
+
+@pytest.fixture(params=["sd15", *nightly("sdxl")])
 def family(request):
     return request.param
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.sets import nightly
+
 
 def run(small, model, *texts):
     return small.run(small.guider(model, *texts))
@@ -20,7 +22,7 @@ OVER_TIME = {
 
 
 @pytest.mark.parametrize("case", OVER_TIME)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, *nightly(torch.bfloat16)], ids=str)
 def test_half_precision_weights_cast_as_the_host_does_on_a_cpu(small, truth, dtype, case):
     """Exactly the float32 result of the same rounded weights."""
     texts, adapter, images = (small.text(1), small.text(2)), small.adapter(), small.images()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.sets import nightly
+
 AT = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 PIECES = [[0.1 * i, [0.2, 1.0, 0.0, 0.7, 0.4][i % 5]] for i in range(11)]
 
@@ -37,7 +39,7 @@ def compare(small, truth, family, given, wanted, batch=2, images=1, **options):
     )
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl70"])
+@pytest.mark.parametrize("family", ["sd15", *nightly("sdxl", "sdxl70")])
 @pytest.mark.parametrize(
     "points", [[[0, 1], [1, 0]], [[0.3, 0.2], [0.5, 2.0], [0.9, -1.0]], PIECES], ids=len
 )
@@ -61,7 +63,7 @@ def test_it_is_the_hosts_curve(small, truth):
         compare(small, truth, "sd15", {"weight_curve": given}, {"steps": steps})
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["heun", *nightly("ddim", "dpmpp_2m")])
 def test_samplers(small, truth, sampler):
     """heun evaluates every sigma but the last twice."""
     points = [[0, 0], [0.5, 1], [1, 0.2]]
@@ -71,7 +73,7 @@ def test_samplers(small, truth, sampler):
     )
 
 
-@pytest.mark.parametrize("sampler", ["dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde"])
+@pytest.mark.parametrize("sampler", ["dpm_2", *nightly("dpmpp_2s_ancestral", "dpmpp_sde")])
 def test_samplers_that_evaluate_between_the_runs_sigmas(small, truth, sampler):
     points = [[0, 0], [0.5, 1], [1, 0.2]]
     model, adapter, images = small.model(), small.adapter(), small.images()
@@ -197,7 +199,7 @@ def test_conditionings_with_curves_of_their_own(small, truth):
     )
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl70"])
+@pytest.mark.parametrize("family", ["sd15", *nightly("sdxl", "sdxl70")])
 @pytest.mark.parametrize("masks", [0, 1, 3])
 def test_weights_per_latent_of_which_the_last_holds(small, truth, family, masks):
     settings = {"latent_weights": [0.0, 0.5, -1.5], "weight": 0.8}

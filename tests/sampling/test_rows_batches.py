@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.sets import nightly
+
 
 def masks(count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(count)
@@ -33,7 +35,9 @@ def windowed(model, schedule, fix):
     ).args[0]
 
 
-@pytest.mark.parametrize("pictures, mask_count", [(4, None), (2, None), (1, None), (4, 2), (1, 4)])
+@pytest.mark.parametrize(
+    "pictures, mask_count", [(2, None), (4, 2), (1, 4), *nightly((4, None), (1, None))]
+)
 @pytest.mark.parametrize("route", ["model", "conditioning"])
 def test_one_image_per_latent(small, truth, route, pictures, mask_count):
     model, adapter, images = small.model(), small.adapter(), small.images(pictures)
@@ -70,8 +74,7 @@ ALWAYS, SECOND = {}, {"start_at": 0.5, "end_at": 0.7}
     [
         ("standard_static", True, ALWAYS),
         ("standard_static", False, SECOND),
-        ("looped_uniform", True, SECOND),
-        ("batched", False, ALWAYS),
+        *nightly(("looped_uniform", True, SECOND), ("batched", False, ALWAYS)),
     ],
 )
 def test_context_windows(small, truth, schedule, fix, settings):

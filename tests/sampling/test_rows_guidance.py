@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.sets import nightly
+
 WINDOWS = {"always": {}, "second step": {"start_at": 0.5, "end_at": 0.7}}
-UNEQUAL = [(77, 154), (154, 77), (77, 385), (385, 77)]
+UNEQUAL = [(77, 154), (385, 77), *nightly(((154, 77),), ((77, 385),))]
 
 
 @pytest.fixture(params=["one call", "split for memory"])
@@ -14,7 +16,7 @@ def memory(request):
         request.getfixturevalue("split_for_memory")
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", ["second step", *nightly("always")])
 def test_model_route(small, truth, guidances, memory, guidance, window):
     settings = {"weight": 0.7, **WINDOWS[window]}
     model, adapter, images = small.model(), small.adapter(), small.images(2)
@@ -50,7 +52,7 @@ def test_conditioning_route_with_a_reference_for_each(small, truth, guidances, m
 
 
 @pytest.mark.parametrize("lengths", UNEQUAL, ids=str)
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", ["second step", *nightly("always")])
 def test_prompts_of_unequal_length(small, truth, lengths, window):
     model, adapter, images = small.model(), small.adapter(), small.images()
     texts = [small.text(i, length) for i, length in enumerate(lengths)]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.sets import nightly
+
 WINDOWS = {"always": {}, "second step": {"start_at": 0.5, "end_at": 0.7}}
 
 
@@ -24,7 +26,7 @@ def image_mask(regions):
     return regions.image_mask()
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", ["second step", *nightly("always")])
 def test_model_route_with_mask(small, truth, run, regional, image_mask, window):
     settings = {"mask": image_mask, "weight": 1.3, **WINDOWS[window]}
     model, adapter, images = small.model(), small.adapter(), small.images()

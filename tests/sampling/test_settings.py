@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.sets import nightly
+
 
 def mask(*shape: int) -> torch.Tensor:
     return 0.2 + 0.8 * torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
@@ -25,7 +27,7 @@ def check(small, truth, images=1, family="sd15", size=8, **settings):
 
 
 @pytest.mark.parametrize("weight", [0.3, -1.0, 2.5])
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", *nightly("sdxl")])
 def test_weight(small, truth, family, weight):
     check(small, truth, family=family, weight=weight)
 
@@ -41,7 +43,7 @@ def test_layer_weights_are_in_checkpoint_order(small, truth, family):
     check(small, truth, family=family, layer_weights=weights)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", *nightly("sdxl")])
 @pytest.mark.parametrize("layer", [0, -2, -1], ids=["first down", "last up", "middle"])
 def test_every_layer_contributes(small, truth, family, layer):
     weights = [0.0] * len(small.LAYERS[family])

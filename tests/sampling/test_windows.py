@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.sets import nightly
+
 AT = (0.2, 0.4, 0.6, 0.8)  # where the steps lie
-WINDOWS = [(0.4, 0.6), (0.4, 0.4), (0.0, 0.2), (0.8, 1.0), (0.41, 0.79)]
-SAMPLERS = ["euler", "ddim", "heun", "dpmpp_2m", "uni_pc"]
+WINDOWS = [
+    *((0.4, 0.6), (0.4, 0.4)),
+    *nightly(((0.0, 0.2),), ((0.8, 1.0),), ((0.41, 0.79),)),
+]
+SAMPLERS = ["euler", "heun", "uni_pc", *nightly("ddim", "dpmpp_2m")]
 
 
 def recorded(model):
