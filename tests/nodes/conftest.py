@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.support import sparse_files as sparse
+from tests.support.checkpoint_layouts import SD2, SD15, SDXL
 
 
 @pytest.fixture(scope="session")
@@ -151,9 +152,17 @@ def put(folder, encoders):
 @pytest.fixture(scope="session")
 def real(host):
     """ModelPatchers of the families, in the host's real layouts and sizes, without weights."""
-    from tests.nodes import real
+    import comfy.supported_models as known
+    from comfy.model_patcher import ModelPatcher
 
-    return real.models()
+    kinds = {"SD1.5": (known.SD15, SD15), "SD2": (known.SD20, SD2), "SDXL": (known.SDXL, SDXL)}
+    found, cpu = {}, torch.device("cpu")
+    for name, (kind, size) in kinds.items():
+        config = kind({})
+        config.unet_config = {**size.comfy_config(), "dtype": torch.float16}
+        model = config.get_model({}, device="meta")
+        found[name] = ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    return found
 
 
 @pytest.fixture(autouse=True)

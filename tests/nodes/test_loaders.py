@@ -1,0 +1,191 @@
+"""IPA_LoadAdapter and IPA_LoadImageEncoder: which files they offer, when one is read again."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.support import small_models
+
+NAME = "small.safetensors"
+
+
+@pytest.fixture
+def load(nodes):
+    return nodes["IPA_LoadAdapter"]
+
+
+@pytest.fixture
+def load_encoder(nodes):
+    return nodes["IPA_LoadImageEncoder"]
+
+
+def listed(load):
+    return load.GET_NODE_INFO_V1()["input"]["required"]["adapter_name"][1]["options"]
+
+
+def test_lists_every_kind_of_file_in_every_folder(load, folder):
+    for name in ("b.safetensors", "a.bin", "c.pt", "notes.txt", "deeper/d.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    deeper = os.path.join("deeper", "d.safetensors")
+    assert listed(load) == ["a.bin", "b.safetensors", "c.pt", deeper]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_empty_folder_and_none_at_all(load, folder, there):
+    if not there:
+        folder.rmdir()
+    assert listed(load) == []
+
+
+@pytest.mark.parametrize("first", ["the yaml file", "the pack"])
+def test_extra_model_paths_yaml(load, folder, tmp_path, saved, first):
+    """The host reads the file before it loads packs; both orders must do."""
+    from utils.extra_config import load_extra_path_config
+
+    extra = tmp_path / "elsewhere" / "adapters"
+    extra.mkdir(parents=True)
+    module = saved(extra / "extra.safetensors")
+    (folder / "own.bin").touch()
+    yaml = tmp_path / "extra_model_paths.yaml"
+    yaml.write_text("elsewhere:\n  base_path: elsewhere\n  ipadapter: adapters\n")
+    if first == "the pack":
+        assert listed(load) == ["own.bin"]
+    load_extra_path_config(str(yaml))
+    assert listed(load) == ["extra.safetensors", "own.bin"]
+    adapter = load.execute("extra.safetensors").args[0]
+    assert adapter.name == "extra.safetensors"
+    weights = adapter.module.state_dict()
+    for key, weight in module.state_dict().items():
+        assert torch.equal(weights[key], weight.half())
+
+
+def test_the_fingerprint_follows_the_file(load, folder, saved):
+    path = folder / "a.safetensors"
+    saved(path, seed=1)
+
+    def fingerprint():
+        return load.fingerprint_inputs(adapter_name="a.safetensors")
+
+    first = fingerprint()
+    assert fingerprint() == first
+    times = path.stat()
+    saved(path, seed=2)  # another file of the same size and name
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1000))
+    second = fingerprint()
+    assert second != first
+    saved(path, tokens=5)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1000))
+    assert fingerprint() not in (first, second)
+    saved(folder / "b.safetensors", seed=1)
+    assert load.fingerprint_inputs(adapter_name="b.safetensors") != first
+
+
+def test_a_damaged_file_is_named(load, folder):
+    (folder / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    with pytest.raises(ValueError, match=r"cut\.safetensors"):
+        load.execute(adapter_name="cut.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["adapter", "encoder"])
+def test_names_that_lead_nowhere_or_come_over_a_link(nodes, folder, encoders, tmp_path, kind):
+    """A missing file names the folders searched. Over a link the host gives None for a name:
+    whatever the fingerprint raised would have the node run each time."""
+    import folder_paths
+
+    node = nodes[{"adapter": "IPA_LoadAdapter", "encoder": "IPA_LoadImageEncoder"}[kind]]
+    key, own = {"adapter": ("ipadapter", folder), "encoder": ("clip_vision", encoders)}[kind]
+    folder_paths.add_model_folder_path(key, str(tmp_path / "second"))
+    for ask in (node.execute, node.fingerprint_inputs):
+        with pytest.raises(FileNotFoundError) as error:
+            ask(**{f"{kind}_name": "gone.safetensors"})
+        for word in ("gone.safetensors", str(own), str(tmp_path / "second"), "refresh"):
+            assert word in str(error.value)
+    (tmp_path / "outside.safetensors").touch()
+    with pytest.raises(FileNotFoundError):
+        node.execute(**{f"{kind}_name": "../outside.safetensors"})
+    assert node.fingerprint_inputs(**{f"{kind}_name": None}) is None
+
+
+def write(path, seed=0):
+    model = small_models.open_clip_model()
+    state = {key: (x + seed).contiguous() for key, x in model.state_dict().items()}
+    save_file(state, path)
+    path.with_suffix(".json").write_text(json.dumps(small_models.open_clip_config()))
+
+
+def test_it_offers_the_hosts_image_encoders_and_loads_one(load_encoder, encoders):
+    write(encoders / NAME)
+    options = load_encoder.GET_NODE_INFO_V1()["input"]["required"]["encoder_name"][1]["options"]
+    assert options == [NAME]
+    (encoder,) = load_encoder.execute(NAME).args
+    assert (encoder.image_size, encoder.model_type) == (small_models.SIDE, "clip_vision_model")
+
+
+@pytest.mark.parametrize("which", [NAME, "small.json", "open_clip_config.json"])
+def test_the_encoders_fingerprint_follows_the_file_and_its_configuration(
+    load_encoder, encoders, which
+):
+    write(encoders / NAME)
+    (encoders / "open_clip_config.json").write_text("{}")
+    first = load_encoder.fingerprint_inputs(encoder_name=NAME)
+    assert load_encoder.fingerprint_inputs(encoder_name=NAME) == first
+    status = (encoders / which).stat()
+    os.utime(encoders / which, ns=(status.st_atime_ns, status.st_mtime_ns + 1000))
+    assert load_encoder.fingerprint_inputs(encoder_name=NAME) != first
+
+
+def test_the_fingerprint_tells_no_folder(load_encoder, encoders):
+    """The host writes it into every picture that is saved."""
+    write(encoders / NAME)
+    assert isinstance(told := load_encoder.fingerprint_inputs(encoder_name=NAME), str)
+    assert not any(part in told for part in ("/", os.sep, "small"))
+
+
+def test_a_file_of_torch_before_1_6(load_encoder, encoders):
+    """Which the search of IPA_AutoLoad leaves to this node."""
+    write(encoders / NAME)
+    state = small_models.open_clip_model().state_dict()
+    torch.save(state, encoders / "small.pt", _use_new_zipfile_serialization=False)
+    (old,), (new,) = load_encoder.execute("small.pt").args, load_encoder.execute(NAME).args
+    for key, weight in new.model.state_dict().items():
+        assert torch.equal(old.model.state_dict()[key], weight)
+
+
+@pytest.mark.parametrize("layers, width", [(31, 1408), (22, 768)])
+def test_a_size_of_transformers_that_the_host_does_not_know(load_encoder, encoders, layers, width):
+    """It takes such a file for one of the nearest size that it knows, or for none."""
+    last = f"vision_model.encoder.layers.{layers - 1}"
+    state = {
+        **{f"{last}.layer_norm1.{name}": torch.ones(width) for name in ("weight", "bias")},
+        "vision_model.embeddings.position_embedding.weight": torch.ones(257, width),
+        "vision_model.embeddings.patch_embedding.weight": torch.ones(width, 3, 14, 14),
+        "visual_projection.weight": torch.ones(1024, width),
+    }
+    save_file(state, encoders / NAME)
+    with pytest.raises(ValueError, match=f"'{NAME}'.*in a size that ComfyUI does not know"):
+        load_encoder.execute(NAME)
+
+
+def test_short_memory_is_not_taken_for_an_unknown_size(load_encoder, encoders, monkeypatch):
+    import comfy.clip_vision
+
+    def fail(path):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+    save_file({"vision_model.embeddings.class_embedding": torch.ones(8)}, encoders / NAME)
+    monkeypatch.setattr(comfy.clip_vision, "load", fail)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        load_encoder.execute(NAME)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "{}"])
+def test_a_folders_configuration_of_something_else(load_encoder, encoders, text):
+    write(encoders / NAME)
+    (encoders / "open_clip_config.json").write_text(text)
+    assert load_encoder.execute(NAME).args[0].image_size == small_models.SIDE
