@@ -1,6 +1,6 @@
 """Where image prompts acted in a sampling run: means over what was written down of it.
 
-A layer's output is text + Σ image. At a place of the picture the share of prompt p is
+A layer's output is text + Σ image. At a place of the image the share of prompt p is
 ‖image_p‖ / (‖text‖ + Σ ‖image‖), norms over the channels: between 0, where it adds nothing, and 1,
 whatever λ and mask are.
 

@@ -37,7 +37,7 @@ def register() -> str:
 
 
 def adapter_names() -> list[str]:
-    """Files to choose from, as the host lists them."""
+    """Files to choose from, as ComfyUI lists them."""
     return folder_paths.get_filename_list(register())
 
 
@@ -47,7 +47,7 @@ def adapter_path(name: str) -> str:
 
 
 def encoder_names() -> list[str]:
-    """Image encoders to choose from, as the host lists them for its own loader."""
+    """Image encoders to choose from, as ComfyUI lists them for its own loader."""
     known = ENCODERS in folder_paths.folder_names_and_paths
     return folder_paths.get_filename_list(ENCODERS) if known else []
 
@@ -58,12 +58,12 @@ def encoder_path(name: str) -> str:
 
 
 def adapters() -> Folder:
-    """All adapters, as the host finds them."""
+    """All adapters, as ComfyUI finds them."""
     return _folder(register(), adapter_names())
 
 
 def encoders() -> Folder:
-    """All image encoders, as the host finds them."""
+    """All image encoders, as ComfyUI finds them."""
     return _folder(ENCODERS, encoder_names())
 
 
@@ -86,7 +86,7 @@ def _path(folder: str, name: str, what: str) -> str:
 
 
 class Target(NamedTuple):
-    """Where a new file goes: its path, and how the host names it to its editor."""
+    """Where a new file goes: its path, and how ComfyUI names it to its editor."""
 
     path: str
     filename: str
@@ -116,7 +116,7 @@ def prompt_names() -> list[str]:
 def prompt_path(name: object) -> str:
     """Full path of a prompt that `prompt_names` lists, or of another in the same folders.
 
-    Links inside models/image_prompts are followed, as the host follows those of all models; in the
+    Links inside models/image_prompts are followed, as ComfyUI follows those of all models; in the
     other two they may not lead out. Raises ValueError for a name that leads out of the folders,
     FileNotFoundError where no such file is.
     """

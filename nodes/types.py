@@ -44,7 +44,7 @@ def show(node: type[io.ComfyNode], text: str) -> None:
     number = node.hidden.unique_id if node.hidden is not None else None
     if number is None:
         return
-    from server import PromptServer  # the host's
+    from server import PromptServer  # ComfyUI's
 
     server = getattr(PromptServer, "instance", None)
     if server is not None:

@@ -106,7 +106,7 @@ def _trim(image: Tensor, size: int) -> Tensor:
     reach = 2 * math.ceil(max(1.0, short / size)) + 1  # of the bicubic filter, in pixels
     keep = max(4 * short, short + 2 * reach)
     for dim in (1, 2):
-        margin = (image.shape[dim] - keep) // 2  # equal on both sides: the centre stays
+        margin = (image.shape[dim] - keep) // 2  # equal on both sides: the center stays
         if margin > 0:
             image = image.narrow(dim, margin, image.shape[dim] - 2 * margin)
     return image
@@ -122,11 +122,11 @@ def _shrink(image: Tensor, limit: int) -> Tensor:
     return small.movedim(1, -1).clamp(0, 1)
 
 
-def _pad(image: Tensor, colour: list[float]) -> Tensor:
+def _pad(image: Tensor, color: list[float]) -> Tensor:
     height, width = image.shape[1:3]
     side = max(height, width)
     left, top = (side - width) // 2, (side - height) // 2
-    mean = image.new_tensor(colour)
+    mean = image.new_tensor(color)
     margins = (0, 0, left, side - width - left, top, side - height - top)
     return pad(image - mean, margins) + mean
 
@@ -135,7 +135,7 @@ def _features(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str)
     out = clip_vision.encode_image(_cropped(clip_vision, image, crop, name), crop=crop != "none")
     embeds = out["image_embeds"]
     if isinstance(clip_vision.model.visual_projection, torch.nn.Identity):
-        embeds = embeds[:, :0]  # the host passes on the pooled state: no embedding, of any width
+        embeds = embeds[:, :0]  # ComfyUI passes on the pooled state: no embedding, of any width
     return ImageFeatures(embeds.float().cpu(), out["penultimate_hidden_states"].float().cpu())
 
 
@@ -150,7 +150,7 @@ def _check_finite(prompt: ImagePrompt) -> None:
 
 
 def _fingerprint(clip_vision: ClipVisionModel) -> str:
-    """Of the weights and of what else decides what they make of a picture."""
+    """Of the weights and of what else decides what they make of an image."""
     return fingerprint(
         clip_vision.model,
         activation=_activation(clip_vision),

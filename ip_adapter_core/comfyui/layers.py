@@ -24,7 +24,7 @@ RECORD = f"{KEY}.record"  # the same, and an attachment of the model
 
 @dataclass(frozen=True)
 class Layer:
-    """One cross-attention layer: its place in the host's attention patches, and its widths.
+    """One cross-attention layer: its place in ComfyUI's attention patches, and its widths.
 
     `key` is ("input" | "output" | "middle", number of the block, index of the transformer).
     """

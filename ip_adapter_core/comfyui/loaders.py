@@ -54,7 +54,7 @@ _UNKNOWN_SIZE = (
     "its tensors are named as in transformers, in a size that ComfyUI does not know. Save the "
     "open_clip model instead, with its configuration"
 )
-_HOST_LAYERS = 48  # that the host's conversion of names goes through
+_CONVERTED_LAYERS = 48  # that ComfyUI's conversion of names goes through
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class ManagedAdapter:
 
 
 def load_adapter(path: str | os.PathLike[str]) -> ManagedAdapter:
-    """Read a checkpoint for use in the host. Raises CheckpointError."""
+    """Read a checkpoint for use in ComfyUI. Raises CheckpointError."""
     module = checkpoint.load(path, operations=comfy.ops.manual_cast)
     module.requires_grad_(False)
     patcher = comfy.model_patcher.CoreModelPatcher(
@@ -128,8 +128,8 @@ def load_image_encoder(path: str | os.PathLike[str]) -> ClipVisionModel:
 
 def _loaded(tower: Tower, state: dict[str, Tensor], name: str) -> ClipVisionModel:
     size = tower.image_size
-    hosts = tower.plain and tower.vision.get("layers", 12) <= _HOST_LAYERS
-    model = _as_hosts(tower, state) if hosts else _OpenClipVision(build(tower, state), size)
+    convertible = tower.plain and tower.vision.get("layers", 12) <= _CONVERTED_LAYERS
+    model = _as_comfyui(tower, state) if convertible else _OpenClipVision(build(tower, state), size)
     model.image_mean = list(tower.preprocess.get("mean", MEAN))
     model.image_std = list(tower.preprocess.get("std", STD))
     resampling = tower.preprocess.get("interpolation", "bicubic")
@@ -155,7 +155,7 @@ def _comfyui_model(path: Path) -> ClipVisionModel:
     return model
 
 
-def _as_hosts(tower: Tower, state: dict[str, Tensor]) -> ClipVisionModel:
+def _as_comfyui(tower: Tower, state: dict[str, Tensor]) -> ClipVisionModel:
     """Build a plain vision transformer as ComfyUI's own model."""
     vision = tower.vision
     width = vision.get("width", 768)
@@ -183,7 +183,7 @@ def _as_hosts(tower: Tower, state: dict[str, Tensor]) -> ClipVisionModel:
 
 
 class _Visual(nn.Module):
-    """open_clip's image tower with the interface of the host's CLIP vision model."""
+    """open_clip's image tower with the interface of ComfyUI's CLIP vision model."""
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class _Visual(nn.Module):
 
 
 class _OpenClipVision(ClipVisionModel):
-    """Runs open_clip's own module under the host's memory management."""
+    """Run open_clip's own module under ComfyUI's memory management."""
 
     def __init__(self, visual: nn.Module, image_size: int) -> None:
         self.image_size = image_size
@@ -310,7 +310,7 @@ def _loadable(file: EncoderFile | Unusable) -> EncoderFile | Unusable:
         return file
     sizes = file.sizes
     found = sizes.hidden_dim, sizes.layers, sizes.mlp_dim, sizes.positions
-    known = _hosts_sizes()
+    known = _known_sizes()
     if found in known and sizes.embed_dim in (0, known[found]):
         return file
     reason = (
@@ -322,7 +322,7 @@ def _loadable(file: EncoderFile | Unusable) -> EncoderFile | Unusable:
 
 
 @functools.cache
-def _hosts_sizes() -> dict[tuple[int, int, int, int], int]:
+def _known_sizes() -> dict[tuple[int, int, int, int], int]:
     """Return each CLIP that ComfyUI's loader knows.
 
     Width, layers, MLP's width, positions; width of the embedding.

@@ -90,8 +90,8 @@ def mask_levels(mask: Tensor, latent: Sequence[int], area: Sequence[int] | None)
     height, width, top, left = area or (*latent, 0, 0)
     grids = []
     for rows, columns in level_sizes(height, width):
-        y = _centres(rows, top / latent[0], height / latent[0])
-        x = _centres(columns, left / latent[1], width / latent[1])
+        y = _centers(rows, top / latent[0], height / latent[0])
+        x = _centers(columns, left / latent[1], width / latent[1])
         grids.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1))
     grid = torch.cat(grids)[None, None].to(mask.device)
     # Coordinates of a 4096-pixel mask need float64; one mask at a time keeps the copy small.
@@ -108,7 +108,7 @@ def mask_levels(mask: Tensor, latent: Sequence[int], area: Sequence[int] | None)
     return torch.cat(sampled).flatten(1)[..., None].to(mask.dtype)
 
 
-def _centres(count: int, start: float, length: float) -> Tensor:
+def _centers(count: int, start: float, length: float) -> Tensor:
     """Return centers of `count` cells over [start, start + length] of a unit side, -1 … 1."""
     cells = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return 2 * (start + cells * length) - 1

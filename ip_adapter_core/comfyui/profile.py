@@ -14,7 +14,7 @@ from ..layer_weights import LayerKey, forward, layer_names
 WIDTH, HEIGHT = 768, 320
 _MARGIN, _LABELS = 44, 92
 _GROUND, _INK, _GRID = (32, 34, 40), (222, 224, 230), (70, 74, 84)
-_COLOURS = {"input": (92, 158, 235), "middle": (236, 190, 84), "output": (112, 200, 128)}
+_COLORS = {"input": (92, 158, 235), "middle": (236, 190, 84), "output": (112, 200, 128)}
 
 
 def draw_profile(weights: Sequence[float], layers: Sequence[LayerKey]) -> Tensor:
@@ -39,7 +39,7 @@ def draw_profile(weights: Sequence[float], layers: Sequence[LayerKey]) -> Tensor
         left = _MARGIN + number * step
         ends = sorted((y(0.0), y(table[layer])))
         box = (left + 0.12 * step, ends[0], left + 0.88 * step, max(ends[1], ends[0] + 1))
-        pen.rectangle(box, fill=_COLOURS[layer[0]])
+        pen.rectangle(box, fill=_COLORS[layer[0]])
         if left >= labelled:
             _upright(sheet, name, (round(left + step / 2), bottom + 6))
             labelled = left + 15

@@ -1,13 +1,13 @@
-"""Image prompts as part of the host's conditionings.
+"""Image prompts as part of ComfyUI's conditionings.
 
 `AttachedPrompts` is what a node writes into a conditioning's `model_conds`; when sampling starts
-it becomes `PromptRows`, which the host slices, repeats and concatenates like everything else there
+it becomes `PromptRows`, which ComfyUI slices, repeats and concatenates like everything else there
 (and tells the area, for masks), so that its rows always lie beside the right latents.
 
 A run of two texts and two latents, one image prompt, per latent: OUTER_SAMPLE gives the positive
 text rows [0, 1] with (K'₀V'₀, K'₁V'₁), the negative one rows [0, 1] with the zero image's. A
 context window of the second latent makes both [1]. At a step outside the prompt's window both
-entries are taken out. Inside, the host concatenates them for one UNet call of two texts, which gets
+entries are taken out. Inside, ComfyUI concatenates them for one UNet call of two texts, which gets
 [K'₁V'₁, zero K'V'] beside [latent 1 with the positive text, latent 1 with the negative one].
 """
 
@@ -184,7 +184,7 @@ class PromptRows(comfy.conds.CONDRegular):
 
     `cond (B,)` numbers the latents that the rows stand beside. Being a tensor of the batch's
     length it is sliced by whoever slices the batch, context windows for example. `area`: the part
-    of the picture that is sampled; `latent`: the size of the latents that are evaluated.
+    of the image that is sampled; `latent`: the size of the latents that are evaluated.
     `positive`: the guider's name for the conditioning says so.
     """
 

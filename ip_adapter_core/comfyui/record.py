@@ -1,8 +1,8 @@
-"""Watching image prompts at work while a picture is sampled: what a record writes down.
+"""Watch image prompts at work while an image is sampled, and write down where they act.
 
 Only conditionings are looked at to which the guider gives a positive name, and each only the first
 time that a prediction of the noise evaluates it: what guidance runs once more (PAG, SAG, skipped
-layers) is none of the picture's own.
+layers) is none of the image's own.
 """
 
 from __future__ import annotations

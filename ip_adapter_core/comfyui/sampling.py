@@ -84,7 +84,7 @@ def drop_inactive_prompts(
     """Drop the prompts whose window this step lies outside of: the CALC_COND_BATCH wrapper.
 
     All conditionings of the call then have our entry, or none has: one without prompts gets an
-    empty one, since the host runs those with other entries in a UNet call of their own. One that
+    empty one, since ComfyUI runs those with other entries in a UNet call of their own. One that
     the guider does not know (the PerpNeg node's) gets the model's negative side.
     """
     entries = [entry for conditioning in conds if conditioning for entry in conditioning]

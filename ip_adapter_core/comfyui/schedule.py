@@ -61,7 +61,7 @@ class PreparedSchedule:
     table: tuple[Tensor, Tensor] | None
 
     def includes(self, sigma: float) -> bool:
-        """As the host's own ranges: both ends belong to the window."""
+        """As ComfyUI's own ranges: both ends belong to the window."""
         return self.sigma_end <= sigma <= self.sigma_start
 
 
@@ -108,7 +108,7 @@ def _schedule(model_sampling: Any) -> tuple[Floats, Floats]:
     They lie closer towards the ends, where it bends (Chebyshev nodes).
     """
     fractions = (1 - np.cos(np.linspace(0, np.pi, _ASKED))) / 2
-    # The host only turns fractions into sigmas, and gives the two ends special values.
+    # ComfyUI only turns fractions into sigmas, and gives the two ends special values.
     ends = float(model_sampling.sigma_max), float(model_sampling.sigma_min)
     inner = [float(model_sampling.percent_to_sigma(x)) for x in fractions[1:-1].tolist()]
     return fractions, _minus_log([ends[0], *inner, ends[1]])

@@ -217,7 +217,7 @@ def test_encoders_that_the_host_cannot_load_are_left_out(find, put):
 
 
 @pytest.mark.parametrize("name", sparse.SIZES)
-def test_the_hosts_sizes_are_the_real_ones(host, name):
+def test_the_known_sizes_are_the_real_ones(host, name):
     """What the finder says of a file is what the host's own model of that size holds."""
     import comfy.clip_model
     import comfy.clip_vision
@@ -225,7 +225,7 @@ def test_the_hosts_sizes_are_the_real_ones(host, name):
 
     width, layers, _, mlp, embed, pixels = sparse.SIZES[name]
     positions = (pixels // 14) ** 2 + 1
-    assert loaders._hosts_sizes()[width, layers, mlp, positions] == embed
+    assert loaders._known_sizes()[width, layers, mlp, positions] == embed
     file = {"ViT-L": "vitl", "ViT-L-336": "vitl_336", "ViT-H": "h", "ViT-bigG": "g"}[name]
     path = os.path.join(
         os.path.dirname(comfy.clip_vision.__file__), f"clip_vision_config_{file}.json"
