@@ -25,15 +25,17 @@ class Graph(dict):
         return self
 
     def add(self, class_type: str, **inputs: Any) -> list[Any]:
-        """A further node, named like its class; the link to its first output."""
+        """Add a node, named like its class, and return the link to its first output."""
         self[class_type] = {"class_type": class_type, "inputs": inputs}
         return [class_type, 0]
 
 
 @pytest.fixture(scope="session")
 def graph() -> Callable[..., Graph]:
-    """Makes the named workflow with one step at 64 px, ending in latents: the decoder takes
-    longest."""
+    """Return what makes the named workflow with one step at 64 px.
+
+    It ends in latents: the decoder takes longest.
+    """
 
     def made(name: str = "text_and_image") -> Graph:
         made = Graph(smaller(json.loads((API / f"{name}.json").read_text()), steps=1, side=64))

@@ -19,7 +19,7 @@ def later(models):
 
 @pytest.fixture
 def auto(graph):
-    """The workflow with one node in place of both loaders."""
+    """Return the workflow with one node in place of both loaders."""
 
     def auto(**inputs):
         made = graph()

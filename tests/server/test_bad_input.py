@@ -90,13 +90,13 @@ def hostile(path: Path) -> None:
 
 
 def of(projection: Layout) -> Callable[[Path], None]:
-    """An adapter of that projection, with layers that fit."""
+    """Return what writes an adapter of that projection, with layers that fit."""
     layout = layouts.ip_adapter(projection, WIDTHS, CONTEXT)
     return lambda path: save_file(standins.half(layout, 0), path)
 
 
 def file(change: Callable[[Path], None], suffix: str = ".safetensors") -> Case:
-    """A bad adapter: `change` is given the path of a good one."""
+    """Return the case of a bad adapter: `change` is given the path of a good one."""
 
     def case(made: Any, files: Files) -> None:
         path = files.new("models/ipadapter", suffix)
@@ -124,7 +124,7 @@ def model_without_cross_attention(made: Any, files: Files) -> None:
 
 
 def nan_pixels(made: Any, files: Files) -> list[Any]:
-    """What a VAE makes of a NaN latent."""
+    """Return the link to what a VAE makes of a NaN latent."""
     path = files.new("input", ".latent")
     latent = torch.full((1, 4, 8, 8), float("nan"))
     save_file({"latent_tensor": latent, "latent_format_version_0": torch.tensor([])}, path)

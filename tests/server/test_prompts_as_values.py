@@ -36,13 +36,13 @@ def latent(client: Client, result: Result) -> torch.Tensor:
 
 
 def saving(made: Any, prefix: str) -> Any:
-    """The workflow, which saves its prompt too."""
+    """Let the workflow save its prompt too."""
     made.add("IPA_SavePrompt", image_prompt=[made.of("IPA_EncodeImage"), 0], filename_prefix=prefix)
     return made
 
 
 def loading(made: Any, name: str) -> Any:
-    """The workflow with a saved prompt in the place of its pictures and their encoder."""
+    """Put a saved prompt in the place of the workflow's images and their encoder."""
     made.set("IPA_Apply", image_prompt=made.add("IPA_LoadPrompt", prompt_name=name))
     for class_type in GIVEN:
         del made[made.of(class_type)]

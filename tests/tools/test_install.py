@@ -11,7 +11,7 @@ from tools.comfyui import install as host
 
 
 def comfyui(folder: Path) -> Path:
-    """An empty tree that looks like ComfyUI's source."""
+    """Make an empty tree that looks like ComfyUI's source."""
     (folder / "comfy").mkdir(parents=True)
     for name in ("main.py", "nodes.py", "folder_paths.py"):
         (folder / name).touch()
@@ -20,7 +20,7 @@ def comfyui(folder: Path) -> Path:
 
 @pytest.fixture
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home without ComfyUI, and a pack that lies in none."""
+    """Return a home without ComfyUI, for a pack that lies in none."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setattr(Path, "home", lambda: home)

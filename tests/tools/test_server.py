@@ -24,7 +24,7 @@ SAMPLER = next(i for i, n in read("text_and_image").items() if n["class_type"] =
 
 @pytest.fixture
 def inverted() -> Prompt:
-    """A prompt without models: a picture, inverted and saved."""
+    """Return a prompt without models: an image, inverted and saved."""
     return {
         "1": {"class_type": "LoadImage", "inputs": {"image": "reference.png"}},
         "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
@@ -34,7 +34,7 @@ def inverted() -> Prompt:
 
 @pytest.fixture
 def fresh(models) -> Iterator[str]:
-    """The name of a picture that no prompt has loaded: the server still remembers the others'."""
+    """Name an image that no prompt has loaded: the server still remembers the others'."""
     picture = models / "input" / f"{uuid.uuid4().hex}.png"
     shutil.copy(models / "input" / "reference.png", picture)
     yield picture.name
@@ -43,7 +43,7 @@ def fresh(models) -> Iterator[str]:
 
 @pytest.fixture
 def sampled() -> Prompt:
-    """A workflow without its adapter, of so many steps that it can be stopped on the way."""
+    """Return a workflow without its adapter, of so many steps that one can stop it on the way."""
     made = smaller(read("text_and_image"), STEPS, side=64)
     clip = made[made[SAMPLER]["inputs"]["positive"][0]]["inputs"]["clip"]
     made[SAMPLER]["inputs"] |= {"cfg": 1.0, "model": [clip[0], 0]}

@@ -55,13 +55,13 @@ def workflow(request: pytest.FixtureRequest) -> Workflow:
 
 @pytest.fixture(scope="session")
 def reading() -> Callable[[str], Workflow]:
-    """Reads a workflow by name, for tests of particular ones."""
+    """Return what reads a workflow by name, for tests of particular ones."""
     return read
 
 
 @pytest.fixture(scope="session")
 def client(server: Client) -> Client:
-    """The server on stand-ins, with every one and every saved prompt that a workflow names."""
+    """Return the server on stand-ins, with every file and saved prompt that a workflow names."""
     standins.ensure("workflows")
     server.run(needed(api.read("save_prompt"), "IPA_SavePrompt"))
     return server
@@ -77,13 +77,13 @@ def needed(api: dict[str, Any], class_: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def object_info(client: Client) -> dict[str, Any]:
-    """The host's node classes."""
+    """Return the host's node classes."""
     return client.object_info()
 
 
 @pytest.fixture(scope="session")
 def images() -> Callable[[Result], list[np.ndarray]]:
-    """A run's images, [height, width, 3]; not their files, which hold the prompt too."""
+    """Return what decodes a run's images, [height, width, 3]: their files hold the prompt too."""
 
     def decode(result: Result) -> list[np.ndarray]:
         files = (data for node in result.images.values() for data in node)

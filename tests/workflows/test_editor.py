@@ -24,7 +24,7 @@ LOAD = """async (workflow) => {
 
 @pytest.fixture(scope="module")
 def load(page: Any) -> Callable[[Any], dict[str, Any]]:
-    """Loads a workflow into the editor."""
+    """Return what loads a workflow into the editor."""
     loaded: dict[str, Any] = {}
 
     def load(workflow: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def first_apply(api: dict[str, Any]) -> str:
 
 
 def downstream(api: dict[str, Any], start: str) -> set[str]:
-    """The node and all that depend on it."""
+    """Return the node and all that depend on it."""
     found = {start}
     while True:
         more = {
@@ -39,7 +39,7 @@ def of_class(api: dict[str, Any], class_: str) -> str:
 
 
 def uncached(api: dict[str, Any]) -> dict[str, Any]:
-    """The same with a node before the sampler that changes nothing, so that it samples anew."""
+    """Put a node before the sampler that changes nothing, so that it samples anew."""
     made = copy.deepcopy(api)
     inputs = made[of_class(made, "KSampler")]["inputs"]
     repeat = {"samples": inputs["latent_image"], "amount": 1}

@@ -79,8 +79,10 @@ def test_a_page_shows_and_names_a_workflow_with_the_node(reading, subtests):
 
 
 def test_the_host_serves_pages_and_pictures_where_the_panel_looks(client, object_info):
-    """The panel takes the pack's name out of `python_module`. It asks for a page in the user's
-    language first, and must get nothing there."""
+    """The panel takes the pack's name out of `python_module`.
+
+    It asks for a page in the user's language first, and must get nothing there.
+    """
     direct = request.build_opener(request.ProxyHandler({}))
     base = f"http://{client.address}/extensions"
     for name in NAMES:

@@ -20,7 +20,7 @@ DRAWN = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "CURVE"}
 
 
 def declared(info: dict[str, Any], type_: str) -> dict[str, tuple[Any, dict[str, Any], bool]]:
-    """A class's inputs in its own order: name to (type, options, required)."""
+    """Return a class's inputs in its own order: name to (type, options, required)."""
     return {
         name: (spec[0], spec[1] if len(spec) > 1 else {}, kind == "required")
         for kind in ("required", "optional")
@@ -33,7 +33,7 @@ def drawn(type_: Any, options: dict[str, Any]) -> bool:
 
 
 def exported(editor: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
-    """What the editor would send to the server, worked out from its own file alone."""
+    """Return what the editor would send to the server, worked out from its own file alone."""
     came_from = {link[0]: [str(link[1]), link[2]] for link in editor["links"]}
     prompt = {}
     for node in editor["nodes"]:

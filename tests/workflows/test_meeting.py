@@ -58,7 +58,7 @@ SHOWN = """() => {
 
 @pytest.fixture
 def bare(page: Any) -> Any:
-    """The editor with an empty graph and nothing open over it."""
+    """Return the editor with an empty graph and nothing open over it."""
     for _ in range(3):
         page.keyboard.press("Escape")
     page.evaluate("() => app.graph.clear()")

@@ -21,8 +21,10 @@ def node(class_: str, **inputs: Any) -> dict[str, Any]:
 
 
 def mapped(api: dict[str, Any], name: str = "map") -> dict[str, Any]:
-    """The workflow with its sampler recorded and the map saved instead of the picture, by nodes
-    that begin with `name`."""
+    """Return the workflow with its sampler recorded, and the map saved instead of the image.
+
+    The ids of the nodes for that begin with `name`.
+    """
     sampler, decoder = (api[of_class(api, c)]["inputs"] for c in ("KSampler", "VAEDecode"))
     made = {
         f"{name} record": node("IPA_RecordAttention", model=sampler["model"]),
