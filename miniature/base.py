@@ -212,7 +212,7 @@ def train(
     optimizer = torch.optim.AdamW(
         unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
-    average = AveragedModel(unet, multi_avg_fn=_average)
+    average = AveragedModel(unet, multi_avg_fn=_average)  # type: ignore[arg-type]
     average.update_parameters(unet)  # the first is a copy
 
     def loss_at(number: int) -> Tensor:

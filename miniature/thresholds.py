@@ -169,7 +169,7 @@ def _variants() -> Iterator[Figure]:
 def _under(prefix: str, *rows: tuple[Any, ...], **last: float) -> Iterator[Figure]:
     """Give figures below one path: path, label, demand and lower bound of each."""
     for path, *rest in rows:
-        yield Figure(" - ".join(f"{prefix}.{term}" for term in path.split(" - ")), *rest, **last)
+        yield Figure(" - ".join(f"{prefix}.{term}" for term in path.split(" - ")), *rest, **last)  # type: ignore[arg-type]
 
 
 def _several() -> Iterator[Figure]:

@@ -84,6 +84,7 @@ def make(config: CacheConfig) -> CachedDataset:
 
     Raises TrainingError for what a user can mend.
     """
+    assert config.train_data_dir is not None  # as the config sees to
     if is_stream(config.train_data_dir):
         raise TrainingError(
             f"'{config.train_data_dir}' are WebDataset shards, whose samples have no numbers to go "

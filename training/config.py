@@ -306,5 +306,5 @@ def _argument(field: Field[Any], kind: Any) -> dict[str, Any]:
     elif typing.get_origin(kind) is Sequence:
         given |= {"type": typing.get_args(kind)[0], "nargs": "*"}
         if "default" in given:
-            given["default"] = [*field.default]
+            given["default"] = list(given["default"])
     return given

@@ -208,9 +208,9 @@ class RowSource:
         tried = [self[row].image for row in rows]
         if not any(isinstance(image, Path) and image.is_file() for image in tried):
             raise TrainingError(
-                f"None of {len(tried)} pictures that '{data}' lists, tried from its first to its "
-                f"last row, is there: looked for '{tried[0]}'. File names are relative to "
-                f"'{self._root}'; set image_root to the folder that they are relative to."
+                f"None of {len(tried)} images that '{data}' lists, tried from its first to its "
+                f"last row, is there: looked for '{tried[0]!s}'. File names are relative to "
+                f"'{self._root}'; set data_root_path to the folder that they are relative to."
             )
 
     def _chunks(self, column: str) -> Iterator[tuple[int, Any]]:
@@ -223,12 +223,13 @@ class RowSource:
         feature = self._rows.features[column]
         if getattr(feature, "dtype", None) not in ("string", "large_string"):
             raise TrainingError(
-                f"{where}: column '{column}' holds {feature}; expected one caption as a text in "
+                f"{where}: column '{column}' holds {feature!s}; expected one caption as a text in "
                 "each row."
             )
         if self._default_caption is not None:
             return
-        count, first = 0, []
+        count = 0
+        first: list[str] = []
         for start, chunk in self._chunks(column):
             blank = pc.equal(pc.utf8_trim_whitespace(chunk), "")
             places = pc.indices_nonzero(pc.fill_null(blank, True)).to_numpy()

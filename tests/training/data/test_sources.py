@@ -269,7 +269,7 @@ def test_files_that_are_not_there(folder, refused, opened):
     write_metadata(folder, "jsonl", listed)
     message = refused(folder)
     assert f"looked for '{folder / '0.jpg'}'" in message
-    assert "image_root" in message
+    assert "data_root_path" in message
     Image.new("RGB", (8, 8)).save(folder / "99.jpg")
     assert len(opened(folder)) == 100  # single ones are broken pictures, named when they come
 
