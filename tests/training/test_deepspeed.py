@@ -54,6 +54,7 @@ def test_deepspeed_is_told_what_it_cannot_see(settings, monkeypatch):
     }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_zero_2_follows_one_process(frozen, pictures, tmp_path, precision):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -78,7 +79,7 @@ def test_zero_2_follows_one_process(frozen, pictures, tmp_path, precision):
         environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": precision, **variables}
         environment["OMP_NUM_THREADS"] = "1"
         subprocess.run([sys.executable, *how, *arguments], env=environment, check=True)
-        path = Path(options["out"], "checkpoints", "step-0000006", "adapter.safetensors")
+        path = Path(options["output_dir"], "checkpoints", "step-0000006", "adapter.safetensors")
         return load_file(path) if path.exists() else {}
 
     one = {"ACCELERATE_USE_CPU": "true"}

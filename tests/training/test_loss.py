@@ -79,7 +79,7 @@ class Plain:
         return loss.item()
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.nightly)])
 def test_twenty_steps_follow_the_plain_derivation(settings, losses, arrow, train, family):
     from safetensors.torch import load_file
 
@@ -107,7 +107,10 @@ def test_twenty_steps_follow_the_plain_derivation(settings, losses, arrow, train
         )
 
 
-@pytest.mark.parametrize("variant", ["base", "plus", "full"])
+@pytest.mark.parametrize(
+    "variant",
+    ["base", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("plus", "full"))],
+)
 def test_nothing_else_changes_not_one_bit(settings, arrow, variant):
     def parts():
         encoders = trainer.encoders

@@ -306,6 +306,7 @@ accelerator.end_training()  # a process group that is still there can abort a pr
 """
 
 
+@pytest.mark.nightly
 def test_two_processes_draw_what_one_draws(folder, tmp_path):
     for processes in (1, 2):
         script = tmp_path / f"run{processes}.py"
