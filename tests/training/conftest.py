@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,31 @@ def train():
         return trainer
 
     return train
+
+
+@pytest.fixture
+def finished(settings, train, arrow, tmp_path_factory):
+    """The config of a run of four steps, whose folder holds it: made once, copied here."""
+    config, kept = settings(), tmp_path_factory.getbasetemp() / "finished-run"
+    if kept.exists():
+        shutil.copytree(kept, config.output_dir)
+    else:
+        train(config)
+        shutil.copytree(config.output_dir, kept)
+    return config
+
+
+@pytest.fixture
+def forked():
+    """Run a function in a child process that has all imports done already."""
+    context = multiprocessing.get_context("fork")
+    children = []
+
+    def forked(function, *args):
+        children.append(context.Process(target=function, args=args))
+        children[-1].start()
+        return children[-1]
+
+    yield forked
+    for child in children:
+        child.kill()

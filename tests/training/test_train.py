@@ -57,48 +57,16 @@ def check_readable(out):
         checkpoint.load(newest)
 
 
-@pytest.fixture
-def forked():
-    """Run a function in a child process that has all imports done already."""
-    context = multiprocessing.get_context("fork")
-    children = []
-
-    def forked(function, *args):
-        children.append(context.Process(target=function, args=args))
-        children[-1].start()
-        return children[-1]
-
-    yield forked
-    for child in children:
-        child.kill()
-
-
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.nightly)])
 def test_going_on_gives_the_same_files(settings, tmp_path, family, train):
-    straight = settings(family, max_train_steps=6, checkpointing_steps=3, **EVERYTHING)
+    given = {"max_train_steps": 6, "checkpointing_steps": 3, **EVERYTHING}
+    straight = settings(family, **given)
     train(straight)
-    parts = settings(
-        family,
-        max_train_steps=6,
-        checkpointing_steps=3,
-        output_dir=str(tmp_path / "parts"),
-        **EVERYTHING,
-    )
-    stopped = settings(
-        family, max_train_steps=6, checkpointing_steps=3, output_dir=parts.output_dir, **EVERYTHING
-    )
+    parts = settings(family, output_dir=str(tmp_path / "parts"), **given)
     with pytest.raises(KeyboardInterrupt), stopping_after(4):
-        train(stopped)
+        train(parts)
     assert steps(parts.output_dir) == [3]
-    train(
-        settings(
-            family,
-            max_train_steps=6,
-            checkpointing_steps=3,
-            output_dir=parts.output_dir,
-            **EVERYTHING,
-        )
-    )
+    train(settings(family, output_dir=parts.output_dir, **given))
     assert steps(parts.output_dir) == [3, 6]
     assert files(straight.output_dir, 6) == files(parts.output_dir, 6)
     assert files(straight.output_dir, 3) == files(parts.output_dir, 3)
@@ -156,17 +124,16 @@ def test_the_last_few_are_kept_and_the_file_is_the_adapters_size(settings, train
     ) not in str(about)
 
 
-def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_save(
-    settings, forked, tmp_path, train
+@pytest.mark.parametrize(
+    "wanted, last", [(4, 80), pytest.param(20, 400, marks=pytest.mark.nightly)]
+)
+def test_kills_lose_nothing_but_the_steps_since_the_last_save(
+    settings, forked, tmp_path, train, wanted, last
 ):
-    straight = settings(max_train_steps=400, checkpointing_steps=2, checkpoints_total_limit=2)
+    options = {"max_train_steps": last, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
+    straight = settings(**options)
     train(straight)
-    given = settings(
-        max_train_steps=400,
-        checkpointing_steps=2,
-        checkpoints_total_limit=2,
-        output_dir=str(tmp_path / "killed"),
-    )
+    given = settings(**options, output_dir=str(tmp_path / "killed"))
     reached = multiprocessing.get_context("fork").Value("i", 0)
 
     def child():
@@ -182,7 +149,7 @@ def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_save(
 
     chance = random.Random(0)
     kills = 0
-    while kills < 20:
+    while kills < wanted:
         process = forked(child)
         start = reached.value
         while reached.value == start and process.is_alive():
@@ -195,10 +162,10 @@ def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_save(
         kills += 1
         check_readable(given.output_dir)
         assert max(steps(given.output_dir), default=0) >= reached.value - given.checkpointing_steps
-    assert kills == 20
+    assert kills == wanted
     if process.exitcode != 0:
         child()
-    assert files(straight.output_dir, 400) == files(given.output_dir, 400)
+    assert files(straight.output_dir, last) == files(given.output_dir, last)
     assert not list(Path(given.output_dir, "checkpoints").glob(".*"))
 
 
@@ -230,9 +197,8 @@ def test_asked_to_stop_it_saves_first(settings, forked, number, train):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_settings_of_another_run_are_refused(settings, train):
-    train(settings())
-    kept = files(settings().output_dir, 4)
+def test_settings_of_another_run_are_refused(settings, finished, train):
+    kept = files(finished.output_dir, 4)
     for changes, said in (
         ({"learning_rate": 1e-5}, "learning_rate was 0.001, is 1e-05"),
         ({"train_batch_size": 8}, "global batch was 4, is 8"),
@@ -242,17 +208,16 @@ def test_settings_of_another_run_are_refused(settings, train):
         with pytest.raises(TrainingError, match=said) as error:
             train(settings(max_train_steps=8, **changes))
         assert "--pretrained_ip_adapter_path" in str(error.value) and "step 4" in str(error.value)
-    assert files(settings().output_dir, 4) == kept
+    assert files(finished.output_dir, 4) == kept
     train(
         settings(
             max_train_steps=5, logging_steps=2, dataloader_num_workers=1, checkpoints_total_limit=1
         )
     )  # what may change
-    assert steps(settings().output_dir) == [5]
+    assert steps(finished.output_dir) == [5]
 
 
-def test_other_data_is_refused(settings, pictures, tmp_path, train):
-    train(settings())
+def test_other_data_is_refused(settings, finished, pictures, tmp_path, train):
     copy = tmp_path / "pictures"
     copy.mkdir()
     for path in sorted(pictures.iterdir())[:24]:
@@ -261,9 +226,8 @@ def test_other_data_is_refused(settings, pictures, tmp_path, train):
         train(settings(max_train_steps=8, train_data_dir=str(copy)))
 
 
-def test_from_the_adapter_of_another_run(settings, tmp_path, train):
-    first = settings()
-    train(first)
+def test_from_the_adapter_of_another_run(settings, finished, tmp_path, train):
+    first = finished
     second = settings(
         pretrained_ip_adapter_path=first.output_dir + "/ip-adapter.safetensors",
         output_dir=str(tmp_path / "second"),
@@ -290,7 +254,9 @@ def test_from_the_adapter_of_another_run(settings, tmp_path, train):
         )
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.nightly)]
+)
 def test_a_loss_that_is_not_finite(settings, monkeypatch, value, train):
     from training import loss as module
 
@@ -338,14 +304,12 @@ def test_a_full_disk(settings, forked, caplog, train):
     assert steps(given.output_dir) == [2, 4, 6]
 
 
-def test_the_newest_file_is_put_right_after_a_kill_just_before_it(settings, train):
-    given = settings()
-    train(given)
-    newest = Path(given.output_dir, "ip-adapter.safetensors")
+def test_the_newest_file_is_put_right_after_a_kill_just_before_it(settings, finished, train):
+    newest = Path(finished.output_dir, "ip-adapter.safetensors")
     newest.unlink()
-    (Path(given.output_dir) / "checkpoints" / ".DS_Store").touch()  # not ours to delete
+    (Path(finished.output_dir) / "checkpoints" / ".DS_Store").touch()  # not ours to delete
     train(settings())  # nothing left to do
-    assert newest.read_bytes() == files(given.output_dir, 4)["adapter.safetensors"]
+    assert newest.read_bytes() == files(finished.output_dir, 4)["adapter.safetensors"]
 
 
 def test_a_schedule_that_ends_elsewhere_is_another_run(settings, train):

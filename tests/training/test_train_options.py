@@ -63,7 +63,10 @@ def cached(settings, tmp_path):
     return cached
 
 
-@pytest.mark.parametrize("family, variant", [("sd15", "base"), ("sdxl", "plus")])
+@pytest.mark.parametrize(
+    "family, variant",
+    [("sd15", "base"), pytest.param("sdxl", "plus", marks=pytest.mark.nightly)],
+)
 def test_from_a_cache_it_learns_the_same(settings, cached, family, variant, train):
     raw = settings(family, variant=variant)
     train(raw)
@@ -142,12 +145,10 @@ def test_from_shards_and_on_again(settings, pictures, tmp_path, train):
     agree(weights(settings(), 6), weights(straight, 6), 0)
 
 
-def test_gradient_checkpointing_changes_nothing(settings, tmp_path, train):
-    plain = settings()
-    train(plain)
+def test_gradient_checkpointing_changes_nothing(settings, finished, tmp_path, train):
     saving = settings(gradient_checkpointing=True, output_dir=str(tmp_path / "saving"))
     train(saving)
-    agree(weights(saving), weights(plain), 1e-6)
+    agree(weights(saving), weights(finished), 1e-6)
 
 
 def test_compiled_it_learns_the_same(settings, tmp_path, monkeypatch, train):
@@ -166,7 +167,7 @@ def test_compiled_it_learns_the_same(settings, tmp_path, monkeypatch, train):
     agree(weights(given, 2), weights(plain, 2), 1e-6)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.nightly)])
 def test_half_precision_starts_from_the_weights_that_the_file_has(
     settings, frozen, tmp_path, precision, train
 ):
@@ -184,7 +185,12 @@ def test_half_precision_starts_from_the_weights_that_the_file_has(
 
 
 @pytest.mark.parametrize(
-    "precision, variant", [("bf16", "base"), ("bf16", "plus"), ("fp16", "base")]
+    "precision, variant",
+    [
+        ("bf16", "plus"),
+        pytest.param("bf16", "base", marks=pytest.mark.nightly),
+        pytest.param("fp16", "base", marks=pytest.mark.nightly),
+    ],
 )
 def test_half_precision_keeps_the_adapter_in_full(settings, tmp_path, precision, variant, train):
     given = settings(mixed_precision=precision, variant=variant)
@@ -205,11 +211,9 @@ def test_the_8_bit_optimiser_is_missed_by_name(settings, train):
         pytest.skip("bitsandbytes is installed")
 
 
-def test_samples_and_curves_leave_training_as_it_is(settings, frozen, tmp_path, train):
+def test_samples_and_curves_leave_training_as_it_is(settings, finished, tmp_path, train):
     small_models.clip(tmp_path / "clip")
     image_folders.image(99).save(tmp_path / "reference.png")
-    plain = settings()
-    train(plain)
     watched = settings(
         output_dir=str(tmp_path / "watched"),
         validation_steps=2,
@@ -220,7 +224,7 @@ def test_samples_and_curves_leave_training_as_it_is(settings, frozen, tmp_path, 
         report_to="tensorboard",
     )
     train(watched)
-    agree(weights(watched), weights(plain), 0)
+    agree(weights(watched), weights(finished), 0)
     sheets = sorted(Path(watched.output_dir, "validation").glob("*.png"))
     assert [path.name for path in sheets] == ["step-000002.png", "step-000004.png"]
     with Image.open(sheets[0]) as sheet:
