@@ -12,7 +12,7 @@ WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint() -> ComfyExtension:
-    """Called by ComfyUI once; nothing is imported before."""
+    """Give ComfyUI the nodes; it calls this once, and nothing is imported before."""
     from .nodes import IPAdapterExtension
 
     return IPAdapterExtension()

@@ -45,7 +45,7 @@ nox.options.reuse_venv = "yes"
 
 
 def extra(name: str) -> Iterator[str]:
-    """The requirements of one of pyproject's extras, those that it includes among them."""
+    """Give the requirements of one of pyproject's extras, with those that it includes."""
     for requirement in PROJECT["optional-dependencies"][name]:
         inner = requirement.removeprefix(PROJECT["name"])
         if inner.startswith("["):
@@ -55,7 +55,7 @@ def extra(name: str) -> Iterator[str]:
 
 
 def python_of(folder: Path) -> str:
-    """The interpreter of the virtual environment in ``folder``."""
+    """Return the interpreter of the virtual environment in `folder`."""
     scripts = ("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")
     return str(folder.joinpath(*scripts))
 
@@ -78,7 +78,7 @@ def host_folder(session: nox.Session, python: str) -> Path | None:
 
 @nox.session(venv_params=["--system-site-packages"], default=False)
 def environment(session: nox.Session) -> None:
-    """The environment of demo, tests and bench; touched only when a requirement changes."""
+    """Make the environment of demo, tests and bench; touched only when a requirement changes."""
     folder = Path(session.virtualenv.location)
     python = python_of(folder)
     see_outer_packages(folder)

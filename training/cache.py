@@ -1,8 +1,10 @@
-"""Cache what the frozen encoders give, so that training is about twice as fast. The commands:
+r"""Cache what the frozen encoders give, so that training is about twice as fast.
 
-    accelerate launch training/cache.py \\
-        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --image_encoder_path open_clip:ViT-H-14/laion2b_s32b_b79k \\
+The commands:
+
+    accelerate launch training/cache.py \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --image_encoder_path open_clip:ViT-H-14/laion2b_s32b_b79k \
         --train_data_dir images --output_dir cache
     accelerate launch training/train.py … --feature_cache_dir cache --output_dir run
 
@@ -136,8 +138,7 @@ def _bar(state: PartialState, rows: int) -> tqdm:
 
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU, sums depend on the number of threads, and so would the bytes. Processes use the
-    cores."""
+    """Use one thread on a CPU: sums depend on their number, and so would the bytes."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -163,7 +164,7 @@ def _encoders(config: CacheConfig, device: torch.device) -> FrozenEncoders:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     config = parse(CacheConfig, "cache.py", arguments)
     try:
         state = begin(PATIENCE)

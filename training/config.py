@@ -25,7 +25,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Frozen models"""
+    """Frozen models."""
 
     pretrained_model_name_or_path: str
     """Diffusion model that stays frozen: a diffusers folder, a hub id, or a checkpoint file."""
@@ -38,7 +38,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Data"""
+    """Data."""
 
     train_data_dir: str | None = None
     """Images and captions: a folder, the reference's JSON, a `datasets` folder, or WebDataset
@@ -64,7 +64,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureCacheConfig:
-    """Cached data"""
+    """Cached data."""
 
     feature_cache_dir: str | None = None
     """Folder that training/cache.py wrote for these models, in place of train_data_dir: about twice
@@ -73,7 +73,7 @@ class FeatureCacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Adapter"""
+    """Adapter."""
 
     variant: Variant = "base"
     """base: 4 tokens from the embedding; plus (fine-grained): 16 from a resampler; full: one a
@@ -90,7 +90,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Loss"""
+    """Loss."""
 
     i_drop_rate: float = 0.05
     """Share of samples without the image: guidance needs them (paper, section 4.1.2)."""
@@ -114,7 +114,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Optimizer"""
+    """Optimizer."""
 
     max_train_steps: int = 1_000_000
     """Optimizer steps: the paper's. A small set shows its reference after some thousands."""
@@ -144,7 +144,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Run"""
+    """Run."""
 
     output_dir: str
     """Folder for checkpoints, samples and logs. If it holds a run with these options, that is
@@ -172,7 +172,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Validation"""
+    """Validation."""
 
     validation_steps: int = 0
     """Steps between contact sheets with CLIP-I and CLIP-T; 0: none. Loss says little: look at
@@ -277,7 +277,7 @@ def parse(config: type[Config], script: str, arguments: Sequence[str] | None = N
     types = typing.get_type_hints(config)
     added: set[str] = set()
     for section in filter(is_dataclass, reversed(config.__mro__)):
-        group = parser.add_argument_group(section.__doc__)
+        group = parser.add_argument_group((section.__doc__ or "").rstrip("."))
         told = {param.arg_name: param.description for param in parse_from_object(section).params}
         for field in fields(section):
             if field.name not in added:

@@ -1,8 +1,10 @@
-"""Measure adapters as the paper's Table 1 does. The commands:
+r"""Measure adapters as the paper's Table 1 does.
 
-    accelerate launch training/evaluate.py \\
-        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --image_encoder_path open_clip:ViT-H-14/laion2b_s32b_b79k --eval_data_dir coco \\
+The commands:
+
+    accelerate launch training/evaluate.py \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --image_encoder_path open_clip:ViT-H-14/laion2b_s32b_b79k --eval_data_dir coco \
         --ip_adapter_path run/ip-adapter.safetensors ip-adapter_sd15.bin --output_dir scores
 
 `coco` holds val2017/ and annotations/captions_val2017.json, or is any folder of images with
@@ -143,7 +145,7 @@ class Evaluation:
         scores.claim(self.folder, self.protocol)
 
     def _protocol(self) -> dict[str, Any]:
-        """What all scores of one table must have in common."""
+        """Return what all scores of one table must have in common."""
         names = ("pretrained_model_name_or_path", "image_encoder_path", "clip_model")
         chosen = (
             *("num_images_per_prompt", "num_inference_steps", "guidance_scale"),
@@ -256,16 +258,19 @@ class Evaluation:
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
-    """Measure and write; returns the results on the main process, None on the others. Of several
-    processes it ends the group, so that a launch of several measures once.
+    """Measure and write; return the results on the main process, None on the others.
 
-    Raises TrainingError for what a user can mend, NotFinite if a picture becomes NaN.
+    Of several processes it ends the group, so that a launch of several measures once.
+
+    Raises:
+        TrainingError: What a user can mend.
+        NotFinite: An image became NaN.
     """
     return Evaluation(config, begin()).run()
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     try:
         state = begin()
         config = parse(EvaluationConfig, "evaluate.py")

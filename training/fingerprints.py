@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def of_weights(module: nn.Module) -> str:
-    """A hash of every parameter of `module`, in the order in which they were registered.
+    """Hash every parameter of `module`, in the order in which they were registered.
 
     Values are hashed as float32, to which float16 and bfloat16 widen without loss: a model
     gives the same hash from a file of either width that holds the same values. Take it before the
@@ -26,7 +26,7 @@ def of_weights(module: nn.Module) -> str:
 
 
 def of_settings(*settings: Any) -> str:
-    """A hash of plain values: numbers, texts, lists and dicts (whose order does not count)."""
+    """Hash plain values: numbers, texts, lists and dicts (whose order does not count)."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return xxhash.xxh3_128(text.encode()).hexdigest()
 

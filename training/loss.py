@@ -151,9 +151,9 @@ def training_scheduler(base: Mapping[str, Any], config: LossConfig) -> Any:
 
 
 def timestep_weights(scheduler: Any, timesteps: Tensor, config: LossConfig) -> Tensor:
-    """Return `(B,)`: 1, or min-SNR-γ's (arXiv 2303.09556, section 3.4), or 1/√SNR (arXiv
-    2310.08442).
+    """Return each sample's weight `(B,)`.
 
+    1, or min-SNR-γ's (arXiv 2303.09556, section 3.4), or 1/√SNR (arXiv 2310.08442).
     Both are said of the noise's squared error, which is SNR / (SNR + 1) times v's.
     """
     if config.snr_gamma is None and not config.debiased_estimation_loss:

@@ -1,8 +1,10 @@
-"""Train an IP-Adapter. The commands:
+r"""Train an IP-Adapter.
 
-    accelerate launch training/train.py \\
-        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --image_encoder_path open_clip:ViT-H-14/laion2b_s32b_b79k \\
+The commands:
+
+    accelerate launch training/train.py \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --image_encoder_path open_clip:ViT-H-14/laion2b_s32b_b79k \
         --train_data_dir images --output_dir run
 
 From a cache of what the frozen models give, about twice as fast:

@@ -61,10 +61,12 @@ class DecoupledAttnProcessor:
 
 
 def cross_attention_layers(unet: Any) -> dict[str, Any]:
-    """The cross-attention modules of a UNet2DConditionModel by name, in checkpoint order: down,
-    up, middle.
+    """Return the cross-attention modules of a UNet2DConditionModel by name.
 
-    Raises TrainingError if they are not where N = 1, 3, 5 … of the official keys says.
+    They come in checkpoint order: down, up, middle.
+
+    Raises:
+        TrainingError: They are not where N = 1, 3, 5 … of the official keys says.
     """
     names = [name.removesuffix(".processor") for name in unet.attn_processors]
     layers = {name: unet.get_submodule(name) for name in names if name.endswith("attn2")}
@@ -90,7 +92,7 @@ def new_adapter(
     resampler_dim: int | None = None,
     resampler_depth: int = 4,
 ) -> IPAdapter:
-    """An adapter in float32 whose W'k, W'v are the UNet's W_k, W_v (paper, section 3.2.2).
+    """Build an adapter in float32 whose W'k, W'v are the UNet's W_k, W_v (paper, section 3.2.2).
 
     `feature_dim`: width of what the variant reads of the image encoder. `resampler_dim`,
     `resampler_depth`: of the plus variant's resampler, in heads of 64 each; by default
