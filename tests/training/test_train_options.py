@@ -151,6 +151,7 @@ def test_gradient_checkpointing_changes_nothing(settings, finished, tmp_path, tr
     agree(weights(saving), weights(finished), 1e-6)
 
 
+@pytest.mark.nightly
 def test_compiled_it_learns_the_same(settings, tmp_path, monkeypatch, train):
     plain = settings(max_train_steps=2)
     train(plain)

@@ -42,6 +42,7 @@ def agree(found, expected):
         assert found == expected
 
 
+@pytest.mark.nightly
 def test_killed_and_resumed(start, straight, tmp_path):
     """Killed at whatever it is doing, the command goes on to the same results."""
     process = start(tmp_path)
@@ -75,6 +76,7 @@ def test_damaged_lines_are_measured_again(settings, caplog):
     assert "2 damaged lines" in caplog.text
 
 
+@pytest.mark.nightly
 def test_two_processes_measure_what_one_measures(start, straight, tmp_path):
     assert start(tmp_path, processes=2).wait() == 0
     agree(json.loads((tmp_path / "results.json").read_bytes()), json.loads(straight))
