@@ -6,6 +6,7 @@ others skip and say so; with ``CI`` set they fail.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -154,6 +155,18 @@ def small(pack: ModuleType) -> ModuleType:
     from tests.sampling import small
 
     return small
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap() -> None:
+    """Keep what lives already out of later garbage collections.
+
+    ComfyUI collects at every sampling run whose model another patcher has held before, which is
+    each one here: over the heap of all libraries that takes a second, over a test's own objects
+    none.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
