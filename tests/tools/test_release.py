@@ -47,6 +47,7 @@ def test_only_what_the_nodes_need_and_small(archived):
     assert sum((ROOT / name).stat().st_size for name in archived) < 3 * 2**20
 
 
+@pytest.mark.nightly
 def test_nodes_load_from_it_alone(archived, host_path, tmp_path):
     for name in archived:
         target = tmp_path / name
