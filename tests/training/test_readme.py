@@ -45,10 +45,14 @@ def test_every_option_exists(capsys):
                 else:
                     required += ["--eval_data_dir=d", "--ip_adapter_path=e"]
                 if "…" in options or "my.yaml" in options:
-                    options = [
-                        *required,
-                        *(o for o in options if o not in ("…", "--config", "my.yaml")),
+                    before = ["", *options]  # "…" stands for a value, or for further options
+                    given = [
+                        "x" if option == "…" else option
+                        for last, option in zip(before, options, strict=False)
+                        if option not in ("--config", "my.yaml")
+                        and (option != "…" or last.startswith("--"))
                     ]
+                    options = [*required, *given]
                 config.parse(CONFIGS[file], file, options)
                 checked.append((name, file))
     assert {file for _, file in checked} == {*CONFIGS}
