@@ -238,7 +238,8 @@ def plot(found: Figures, path: Path) -> None:
 
 def contact_sheet(drawn: Mapping[str, Tensor], task: Task) -> Image.Image:
     """Draw some references, and beside each its images as λ grows."""
-    from tools.demo import DemoRow, Render, draw_sheet
+    from tools.demo import draw_sheet
+    from tools.demo_request import DemoRow, Render
 
     columns = [name for name in drawn if name.startswith("text ")]
     rows, images = [], []

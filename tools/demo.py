@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from miniature.scenes import SHAPES, caption
 from tools import reference_images
 from tools.comfyui import install
 from tools.comfyui.server import Progress, Server
+from tools.demo_request import DemoRequest, DemoRow, Render
 from tools.workflows.api import of_class, read
 
 WORKFLOW = "text_and_image"
@@ -48,39 +48,6 @@ LOADERS = {  # folder and input that names a file in it
     "IPA_LoadAdapter": ("ipadapter", "adapter_name"),
 }
 Workflow = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Render:
-    """One image to render: `weight` is λ."""
-
-    weight: float
-    text: str
-
-
-@dataclass(frozen=True)
-class DemoRow:
-    """A reference, its file in `input/`, and what to render beside it.
-
-    `title` says what changes from one to the next.
-    """
-
-    title: str
-    file: str
-    reference: Image.Image
-    renders: tuple[Render, ...]
-
-
-@dataclass(frozen=True)
-class DemoRequest:
-    """Every row with the same settings; `size` in pixels, a multiple of 8."""
-
-    rows: tuple[DemoRow, ...]
-    negative: str
-    size: int
-    steps: int
-    guidance: float
-    seed: int
 
 
 def adjusted(workflow: Workflow, request: DemoRequest, row: DemoRow, render: Render) -> Workflow:

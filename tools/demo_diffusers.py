@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -18,11 +18,9 @@ from torch import Tensor
 
 from miniature import setup, workflows
 from miniature.base import ddim, starting_noise
+from tools.demo_request import DemoRequest, Render
 from training.models.base import load_base
 from training.models.image_encoder import ImageEncoder
-
-if TYPE_CHECKING:
-    from tools.demo import DemoRequest, Render
 
 _LATENT_SIDE = 8  # pixels
 _KIND = "image_embeds"

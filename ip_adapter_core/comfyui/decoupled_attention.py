@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import comfy.ldm.modules.attention as comfy_attention
 from comfy.utils import repeat_to_batch_size
@@ -11,8 +11,29 @@ from torch import Tensor
 
 from ..attention import add, image_attention
 from ..packing import unpack
-from .layers import KEY, LAYERS, RECORD, AttentionRecord, cross_attention_layers
-from .masks import Levels, resize, split_levels
+from .layers import KEY, LAYERS, RECORD, Conds, Layer, cross_attention_layers
+from .masks import Levels, Size, resize, split_levels
+from .prompt_rows import SamplingRun
+
+
+class AttentionRecord(Protocol):
+    """Observer called at every cross-attention layer (see record.py)."""
+
+    def watching(
+        self, sample: Callable[..., Any], run: SamplingRun, conds: Conds
+    ) -> Callable[..., Any]:
+        """Return the same sampling run, watched."""
+
+    def evaluates(self, conds: list[Any], latent: Size) -> None:
+        """Note that these conditionings are about to be evaluated on latents of this size.
+
+        Their prompts are those in force.
+        """
+
+    def look(
+        self, options: dict[str, Any], latent: tuple[int, int]
+    ) -> Callable[[DecoupledAttention, Layer], Callable[..., Tensor]] | None:
+        """Return what watches the layers of one UNet call on latents of this size, if any."""
 
 
 def inject_decoupled_attention(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,19 +1,14 @@
-"""The cross-attention layers of a UNet as ComfyUI builds it, and who may watch them."""
+"""The cross-attention layers of a UNet as ComfyUI builds it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from .decoupled_attention import DecoupledAttention
-    from .masks import Size
-    from .prompt_rows import SamplingRun
+from torch import nn
 
 KEY = "ip_adapter"
 """Of the pack's wrappers, attachments and conditionings."""
@@ -32,26 +27,6 @@ class Layer:
     key: tuple[str, int, int]
     dim: int
     context_dim: int
-
-
-class AttentionRecord(Protocol):
-    """Who wants to see what the image prompts do at every layer (see record.py)."""
-
-    def watching(
-        self, sample: Callable[..., Any], run: SamplingRun, conds: Conds
-    ) -> Callable[..., Any]:
-        """Return the same sampling run, watched."""
-
-    def evaluates(self, conds: list[Any], latent: Size) -> None:
-        """Note that these conditionings are about to be evaluated on latents of this size.
-
-        Their prompts are those in force.
-        """
-
-    def look(
-        self, options: dict[str, Any], latent: tuple[int, int]
-    ) -> Callable[[DecoupledAttention, Layer], Callable[..., Tensor]] | None:
-        """Return what watches the layers of one UNet call on latents of this size, if any."""
 
 
 def cross_attention_layers(unet: nn.Module) -> tuple[Layer, ...]:

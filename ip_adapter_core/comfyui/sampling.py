@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from .layers import KEY, LAYERS, RECORD, AttentionRecord, cross_attention_layers
+from .decoupled_attention import AttentionRecord
+from .layers import KEY, LAYERS, RECORD, cross_attention_layers
 from .prompt_rows import CompiledPrompt, PromptRows, SamplingRun
 from .schedule import Moment
 

@@ -16,7 +16,7 @@ from PIL import Image
 from miniature import setup
 from miniature.scenes import scenes
 from tools import demo
-from tools.demo import DemoRequest, DemoRow, Render
+from tools.demo_request import DemoRequest, DemoRow, Render
 from tools.workflows.api import of_class, read
 
 
