@@ -75,8 +75,8 @@ def combine(
                 f"concat shows every image as it is, so that its weights must all be 1; found "
                 f"{_listed(weights)}. Leave weights empty, or choose another method."
             )
-        positive = _side_by_side(list(images.values()))
-        negative = _side_by_side(_distinct(list(against.values())))
+        positive = _each(torch.cat, list(images.values()))
+        negative = _each(torch.cat, _distinct(list(against.values())))
     else:
         _check_numbers(images, method, "images")
         _check_numbers(against, method, "negative images")
@@ -120,10 +120,6 @@ def _each(function: Callable[[list[Tensor]], Tensor], sides: list[ImageFeatures]
     return ImageFeatures(
         *(function([getattr(side, kind) for side in sides]) for kind in FEATURE_KINDS)
     )
-
-
-def _side_by_side(sides: list[ImageFeatures]) -> ImageFeatures:
-    return _each(torch.cat, sides)
 
 
 def _equal(one: ImageFeatures, other: ImageFeatures) -> bool:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ip_adapter_core.files.encoder_file import METADATA_KEY
+from ip_adapter_core.files.tower_config import METADATA_KEY
 from miniature import models
 from miniature.base import original
 from miniature.models import Autoencoder, State

@@ -111,11 +111,10 @@ class ApplyIPAdapter(io.ComfyNode):
             ),
             inputs=[io.Model.Input("model", tooltip=types.PATCHED), *shared_inputs()],
             outputs=[
-                io.Model.Output(
+                types.output(
+                    io.Model,
                     "model",
-                    display_name="model",
-                    tooltip="The model that follows the picture: for the sampler, or the next "
-                    "Apply node.",
+                    "The model that follows the picture: for the sampler, or the next Apply node.",
                 )
             ],
         )
@@ -162,22 +161,19 @@ class ApplyIPAdapterConditioning(io.ComfyNode):
                 *shared_inputs(),
             ],
             outputs=[
-                io.Model.Output(
+                types.output(
+                    io.Model,
                     "model",
-                    display_name="model",
-                    tooltip="For the sampler or the next node of this kind: it reads the pictures "
+                    "For the sampler or the next node of this kind: it reads the pictures "
                     "of the conditionings.",
                 ),
-                io.Conditioning.Output(
-                    "positive",
-                    display_name="positive",
-                    tooltip="The positive conditioning, with the image.",
+                types.output(
+                    io.Conditioning, "positive", "The positive conditioning, with the image."
                 ),
-                io.Conditioning.Output(
+                types.output(
+                    io.Conditioning,
                     "negative",
-                    display_name="negative",
-                    tooltip="The negative conditioning, with the empty image or the prompt's "
-                    "negative one.",
+                    "The negative conditioning, with the empty image or the prompt's negative one.",
                 ),
             ],
         )
@@ -262,10 +258,10 @@ class ApplyIPAdapterRegions(io.ComfyNode):
                 *(knobs[name] for name in names),
             ],
             outputs=[
-                io.Model.Output(
+                types.output(
+                    io.Model,
                     "model",
-                    display_name="model",
-                    tooltip="The model that follows all of the pictures: for the sampler, or a "
+                    "The model that follows all of the pictures: for the sampler, or a "
                     "further Apply node.",
                 )
             ],

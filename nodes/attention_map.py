@@ -27,15 +27,9 @@ class RecordAttention(io.ComfyNode):
             ),
             inputs=[io.Model.Input("model", tooltip=types.PATCHED)],
             outputs=[
-                io.Model.Output(
-                    "model",
-                    display_name="model",
-                    tooltip="The model that is watched: for the sampler.",
-                ),
-                types.AttentionRecord.Output(
-                    "record",
-                    display_name="record",
-                    tooltip="What was seen: for Image Attention Map.",
+                types.output(io.Model, "model", "The model that is watched: for the sampler."),
+                types.output(
+                    types.AttentionRecord, "record", "What was seen: for Image Attention Map."
                 ),
             ],
             not_idempotent=True,  # two of these on one model must not share a record
@@ -108,15 +102,9 @@ class AttentionMap(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(
-                    "overlay",
-                    display_name="overlay",
-                    tooltip="The map as colours over the picture.",
-                ),
-                io.Mask.Output(
-                    "heat_map",
-                    display_name="heat_map",
-                    tooltip="The shares themselves, from 0 to 1: one mask per picture.",
+                types.output(io.Image, "overlay", "The map as colours over the picture."),
+                types.output(
+                    io.Mask, "heat_map", "The shares themselves, from 0 to 1: one mask per picture."
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],

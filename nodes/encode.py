@@ -49,10 +49,10 @@ class EncodeImagePrompt(io.ComfyNode):
                 ),
             ],
             outputs=[
-                types.ImagePrompt.Output(
+                types.output(
+                    types.ImagePrompt,
                     "image_prompt",
-                    display_name="image_prompt",
-                    tooltip="The pictures as a prompt: for the Apply nodes, Combine Image Prompts "
+                    "The pictures as a prompt: for the Apply nodes, Combine Image Prompts "
                     "or Save Image Prompt.",
                 )
             ],
@@ -118,10 +118,8 @@ class PrepareImage(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(
-                    "image",
-                    display_name="image",
-                    tooltip="The squares that the encoder sees: for Encode Image Prompt.",
+                types.output(
+                    io.Image, "image", "The squares that the encoder sees: for Encode Image Prompt."
                 )
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -184,10 +182,8 @@ class NegativeNoise(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(
-                    "image",
-                    display_name="image",
-                    tooltip="The noise: for negative_image of Encode Image Prompt.",
+                types.output(
+                    io.Image, "image", "The noise: for negative_image of Encode Image Prompt."
                 )
             ],
         )

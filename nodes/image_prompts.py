@@ -59,10 +59,10 @@ class CombineImagePrompts(io.ComfyNode):
                 ),
             ],
             outputs=[
-                types.ImagePrompt.Output(
+                types.output(
+                    types.ImagePrompt,
                     "image_prompt",
-                    display_name="image_prompt",
-                    tooltip="The combined prompt, of the same image encoder.",
+                    "The combined prompt, of the same image encoder.",
                 )
             ],
         )
@@ -94,13 +94,7 @@ class SaveImagePrompt(io.ComfyNode):
                     "Image Prompt lists what lies in image_prompts.",
                 ),
             ],
-            outputs=[
-                types.ImagePrompt.Output(
-                    "image_prompt",
-                    display_name="image_prompt",
-                    tooltip="The same prompt.",
-                )
-            ],
+            outputs=[types.output(types.ImagePrompt, "image_prompt", "The same prompt.")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
             is_output_node=True,
         )
@@ -152,10 +146,10 @@ class LoadImagePrompt(io.ComfyNode):
                 )
             ],
             outputs=[
-                types.ImagePrompt.Output(
+                types.output(
+                    types.ImagePrompt,
                     "image_prompt",
-                    display_name="image_prompt",
-                    tooltip="The saved prompt: for the Apply nodes, or Combine Image Prompts.",
+                    "The saved prompt: for the Apply nodes, or Combine Image Prompts.",
                 )
             ],
         )

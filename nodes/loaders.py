@@ -40,11 +40,7 @@ class LoadIPAdapter(io.ComfyNode):
                     "the family of the model (SD1.5, SDXL) and the image encoder.",
                 )
             ],
-            outputs=[
-                types.IPAdapter.Output(
-                    "adapter", display_name="adapter", tooltip="The adapter: for the Apply nodes."
-                )
-            ],
+            outputs=[types.output(types.IPAdapter, "adapter", "The adapter: for the Apply nodes.")],
         )
 
     @classmethod
@@ -98,20 +94,18 @@ class AutoLoadIPAdapter(io.ComfyNode):
                 ),
             ],
             outputs=[
-                types.IPAdapter.Output(
-                    "adapter",
-                    display_name="adapter",
-                    tooltip="The adapter that was found: for the Apply nodes.",
+                types.output(
+                    types.IPAdapter, "adapter", "The adapter that was found: for the Apply nodes."
                 ),
-                io.ClipVision.Output(
+                types.output(
+                    io.ClipVision,
                     "clip_vision",
-                    display_name="clip_vision",
-                    tooltip="The image encoder that goes with it: for Encode Image Prompt.",
+                    "The image encoder that goes with it: for Encode Image Prompt.",
                 ),
-                io.String.Output(
+                types.output(
+                    io.String,
                     "chosen",
-                    display_name="chosen",
-                    tooltip="Which files were taken and why, and what is in doubt, as text.",
+                    "Which files were taken and why, and what is in doubt, as text.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -157,10 +151,8 @@ class LoadImageEncoder(io.ComfyNode):
                 )
             ],
             outputs=[
-                io.ClipVision.Output(
-                    "clip_vision",
-                    display_name="clip_vision",
-                    tooltip="The image encoder: for Encode Image Prompt.",
+                types.output(
+                    io.ClipVision, "clip_vision", "The image encoder: for Encode Image Prompt."
                 )
             ],
         )

@@ -18,6 +18,11 @@ PATCHED = "The model to patch. The original is not changed: use the output."
 """Tooltip of the model that a node takes and changes a copy of."""
 
 
+def output(kind: Any, name: str, tooltip: str) -> io.Output:
+    """Return an output that is called as its id, on older hosts too."""
+    return kind.Output(name, display_name=name, tooltip=tooltip)
+
+
 def in_order(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Sort a growing list by the numbers of its sockets: a request may hold them in any order."""
     return {name: entries[name] for name in sorted(entries, key=_number)}

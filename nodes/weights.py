@@ -42,20 +42,18 @@ class LayerWeights(io.ComfyNode):
                 ),
             ],
             outputs=[
-                types.LayerWeights.Output(
+                types.output(
+                    types.LayerWeights,
                     "layer_weights",
-                    display_name="layer_weights",
-                    tooltip="One multiplier per layer: for layer_weights of the Apply nodes.",
+                    "One multiplier per layer: for layer_weights of the Apply nodes.",
                 ),
-                io.Image.Output(
+                types.output(
+                    io.Image,
                     "profile",
-                    display_name="profile",
-                    tooltip="The weights as a picture, from the UNet's beginning to its end.",
+                    "The weights as a picture, from the UNet's beginning to its end.",
                 ),
-                io.String.Output(
-                    "layers",
-                    display_name="layers",
-                    tooltip="The weights as text, in the form that changes takes.",
+                types.output(
+                    io.String, "layers", "The weights as text, in the form that changes takes."
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -107,10 +105,10 @@ class LatentWeights(io.ComfyNode):
                 ),
             ],
             outputs=[
-                types.LatentWeights.Output(
+                types.output(
+                    types.LatentWeights,
                     "latent_weights",
-                    display_name="latent_weights",
-                    tooltip="One multiplier per latent: for latent_weights of the Apply nodes.",
+                    "One multiplier per latent: for latent_weights of the Apply nodes.",
                 )
             ],
         )

@@ -19,15 +19,7 @@ from ..adapter import PROJECTIONS, AdapterSpec, IPAdapter
 from ..resampler import DIM_HEAD
 from ..variants import Variant
 from .atomic import atomic
-from .header import (
-    DTYPES,
-    Shape,
-    Shaped,
-    damaged,
-    few,
-    file_format,
-    read_pickle,
-)
+from .header import DTYPES, Shaped, damaged, few, file_format, read_pickle, shapes
 from .header import CheckpointError as CheckpointError  # what `load` raises
 
 # The tensor whose presence decides for a projection.
@@ -76,19 +68,18 @@ def save(
         temporary.write_bytes(serialize(half, metadata))
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return all tensors of a file under dotted keys. Raises CheckpointError."""
+def read(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str, Tensor]:
+    """Return all tensors of a file under dotted keys, of torch's files perhaps `mapped` ones.
+
+    Raises:
+        CheckpointError: The file holds other things.
+    """
     if file_format(path) != "safetensors":
-        return dict(_flatten(read_pickle(path), os.path.basename(path)))
+        return dict(_flatten(read_pickle(path, mapped=mapped), os.path.basename(path)))
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
         raise damaged(path, error) from error
-
-
-def mapped_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return `read` of a file that torch wrote, its tensors mapped and not read."""
-    return dict(_flatten(read_pickle(path, mapped=True), os.path.basename(path)))
 
 
 def _flatten(
@@ -217,18 +208,8 @@ def infer_spec(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
 
 
 @functools.lru_cache(maxsize=32)  # a folder holds many files of few kinds
-def _layout(spec: AdapterSpec) -> dict[str, Shape]:
-    """Return the tensors of `IPAdapter(spec)`.
-
-    Its many layers are not built, which would take the search of a folder twice the time.
-    """
-    projection = PROJECTIONS[spec.variant](**spec.sizes, device="meta").state_dict()
-    layout = {f"image_proj.{key}": Shape(tuple(x.shape), x.dtype) for key, x in projection.items()}
-    for i, width in enumerate(spec.layer_dims):
-        for kind in "kv":
-            shape = Shape((width, spec.cross_attention_dim), torch.float32)
-            layout[f"ip_adapter.{2 * i + 1}.to_{kind}_ip.weight"] = shape
-    return layout
+def _layout(spec: AdapterSpec) -> dict[str, Shaped]:
+    return shapes(IPAdapter(spec, device="meta").state_dict())
 
 
 def _check(weights: Mapping[str, Shaped], layout: Mapping[str, Shaped], name: str) -> None:

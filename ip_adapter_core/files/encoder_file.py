@@ -29,16 +29,7 @@ from .header import (
     read_pickle,
     shapes,
 )
-from .tower_config import (
-    METADATA_KEY,
-    ImageEncoderError,
-    Tower,
-    check_whole,
-    count_blocks,
-    describe,
-)
-
-__all__ = ["METADATA_KEY", "ImageEncoderError"]  # taken from here by others
+from .tower_config import ImageEncoderError, Tower, check_whole, count_blocks, describe
 
 logger = logging.getLogger("comfyui_ip_adapter")
 VISUAL = "visual."
@@ -49,6 +40,10 @@ _QUICK_GELU = {
     1280: "ViT-H-14-quickgelu (DFN5B, MetaCLIP)",
     1664: "ViT-bigG-14-quickgelu (MetaCLIP)",
 }
+_NO_OPEN_CLIP = (
+    "its tower runs in open_clip itself, which is not installed. Install it into the same Python "
+    "with: pip install open_clip_torch"
+)
 _Shaped = TypeVar("_Shaped", bound=Shaped)
 
 
@@ -133,10 +128,7 @@ def _open_clip_sizes(
     tower = describe(path, state, metadata)
     alone = len(state) == len(layout)
     if not tower.plain and find_spec("open_clip") is None:
-        raise ImageEncoderError(
-            "its tower runs in open_clip itself, which is not installed; install it into the same "
-            "Python with: pip install open_clip_torch"
-        )
+        raise ImageEncoderError(_NO_OPEN_CLIP)
     layers, quick = count_blocks(state), tower.quick_gelu
     if not layers or "positional_embedding" not in state:  # a ConvNeXt, a ResNet, timm's
         return EncoderSizes("open_clip", tower.embed_dim, 0, 0, 0, 0, alone, quick)
@@ -213,7 +205,10 @@ def read(path: str | os.PathLike[str]) -> tuple[Tower | None, dict[str, Tensor]]
     """
     path = Path(path)
     try:
-        state, metadata = _safetensors(path) if is_safetensors(path) else _pickled(path)
+        if is_safetensors(path):
+            state, metadata = _safetensors(path)
+        else:
+            state, metadata = _tensors_of_pickle(path), {}
     except (CheckpointError, OSError) as error:
         raise ImageEncoderError(f"the file cannot be read: {str(error).rstrip('.')}") from error
     if state is None or _of_transformers(state):
@@ -256,10 +251,6 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor] | None, Mapping[str, str
         raise damaged(path, error) from error
 
 
-def _pickled(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    return _tensors_of_pickle(path), {}
-
-
 def _tensors_of_pickle(path: Path) -> dict[str, Tensor]:
     content = read_pickle(path, mapped=True)
     if not isinstance(content, dict):
@@ -291,10 +282,7 @@ def build(tower: Tower, state: Mapping[str, Tensor]) -> Any:
     try:
         from open_clip.model import _build_vision_tower
     except ImportError as error:
-        raise ImageEncoderError(
-            "a tower of this kind runs in open_clip itself, which is not installed. Install it "
-            "into the same Python with: pip install open_clip_torch"
-        ) from error
+        raise ImageEncoderError(_NO_OPEN_CLIP) from error
     try:
         visual: Any = _build_vision_tower(tower.embed_dim, {**tower.vision}, tower.quick_gelu)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:

@@ -142,14 +142,13 @@ def encoders(files: Iterable[File]) -> list[EncoderFile | Unusable]:
 
 
 def _adapter(file: File) -> AdapterFile:
-    metadata: Mapping[str, str] = {}
     kind = file_format(file.path)
     if kind == "pickle":
         raise CheckpointError(f"'{file.name}': {OLD_FORMAT}.")
     if kind == "safetensors":
         layout, metadata = read_header(file.path)
     else:
-        layout = shapes(adapter_file.mapped_pickle(file.path))
+        layout, metadata = shapes(adapter_file.read(file.path, mapped=True)), {}
     spec = adapter_file.recognize(layout, file.name)
     return AdapterFile(file.name, file.path, spec, adapter_file.trained_with(metadata))
 

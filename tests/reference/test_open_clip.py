@@ -265,7 +265,7 @@ def damaged(path, made, sizes, how):
     ],
 )
 def test_files_that_give_no_encoder_are_named_with_the_remedy(load, tmp_path, how, said):
-    from comfyui_ip_adapter.ip_adapter_core.files.encoder_file import ImageEncoderError
+    from comfyui_ip_adapter.ip_adapter_core.files.tower_config import ImageEncoderError
 
     sizes = config()
     path = damaged(tmp_path / "bad.safetensors", model(sizes), sizes, how)
