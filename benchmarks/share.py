@@ -18,7 +18,7 @@ from tools.comfyui import install as host
 
 from .full_size import Setup
 
-WRAPPERS = ("prepare_run", "drop_inactive_prompts", "inject_decoupled_attention")
+WRAPPERS = ("prepare_run", "prompts_at_step", "inject_decoupled_attention")
 ROWS = ("process_cond", "can_concat", "size", "concat")  # methods that the host calls
 
 

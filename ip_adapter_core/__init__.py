@@ -1,1 +1,1 @@
-"""IP-Adapter in plain torch; ComfyUI is needed only by the `host` subpackage."""
+"""IP-Adapter in plain torch; ComfyUI is needed only by its subpackage `comfyui`."""

@@ -1,1 +1,1 @@
-"""Everything that knows ComfyUI. The only place that imports `comfy`."""
+"""Everything of the core that knows ComfyUI: the only place there that imports `comfy`."""

@@ -22,7 +22,7 @@ from .layers import KEY, cross_attention_layers
 from .loaders import ManagedAdapter
 from .masks import Masks
 from .prompt_rows import AttachedPrompts, CompiledPrompt
-from .sampling import drop_inactive_prompts, prepare_run
+from .sampling import prompts_at_step, prepare_run
 from .schedule import Schedule
 
 logger = logging.getLogger("comfyui_ip_adapter")
@@ -209,7 +209,7 @@ def with_wrappers(model: ModelPatcher) -> ModelPatcher:
     patched = model.clone()
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, prepare_run),
-        (WrappersMP.CALC_COND_BATCH, drop_inactive_prompts),
+        (WrappersMP.CALC_COND_BATCH, prompts_at_step),
         (WrappersMP.DIFFUSION_MODEL, inject_decoupled_attention),
     ):
         patched.remove_wrappers_with_key(kind, KEY)

@@ -57,7 +57,7 @@ def _decoupled(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Call a UNet with `rows` as `PromptRows.concat` gives them."""
+    """Call a UNet with `rows` as `PromptRows.concat` gives them: packed K'/V' and mask in turn."""
     options = transformer_options or {}
     layers = options.get(LAYERS) or cross_attention_layers(executor.class_obj)
     replaced = options.get("patches_replace", {})
@@ -72,8 +72,8 @@ def _decoupled(
     ours = {}
     for i, layer in enumerate(layers):
         prompts = [(*kv[i], mask) for kv, mask in zip(keys_values, masks, strict=True)]
-        before = slots.get(layer.key) or slots.get(layer.key[:2])
-        made = DecoupledAttention(prompts, latent, before)
+        other_patch = slots.get(layer.key) or slots.get(layer.key[:2])
+        made = DecoupledAttention(prompts, latent, other_patch)
         ours[layer.key] = made if watch is None else watch(made, layer)
     attn2 = {**slots, **ours}
     options = {**options, "patches_replace": {**replaced, "attn2": attn2}}
@@ -103,11 +103,11 @@ class DecoupledAttention:
         self,
         prompts: list[tuple[Tensor, Tensor, Levels | None]],
         latent: tuple[int, int],
-        before: Callable[..., Tensor] | None,
+        other_patch: Callable[..., Tensor] | None,
     ) -> None:
         self.prompts = prompts
         self.latent = latent
-        self.before = before
+        self.other_patch = other_patch
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         out = self.text(q, k, v, options)
@@ -117,8 +117,8 @@ class DecoupledAttention:
 
     def text(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         """Return the text's part, `(B, L, C)`: attention, or what another pack put in its place."""
-        if self.before is not None:
-            return self.before(q, k, v, options)
+        if self.other_patch is not None:
+            return self.other_patch(q, k, v, options)
         return optimized_attention(
             *(q, k, v, options["n_heads"]),
             attn_precision=options["attn_precision"],

@@ -72,7 +72,7 @@ def _with_rows(entry: dict[str, Any], rows: PromptRows | None) -> dict[str, Any]
     return {**entry, "model_conds": model_conds}
 
 
-def drop_inactive_prompts(
+def prompts_at_step(
     executor: Any,
     model: Any,
     conds: list[Any],
@@ -82,7 +82,7 @@ def drop_inactive_prompts(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Drop the prompts whose window this step lies outside of: the CALC_COND_BATCH wrapper.
+    """Leave the prompts in force at this step, as they are then: the CALC_COND_BATCH wrapper.
 
     All conditionings of the call then have our entry, or none has: one without prompts gets an
     empty one, since ComfyUI runs those with other entries in a UNet call of their own. One that
