@@ -1,7 +1,7 @@
 """Decoupled cross-attention (paper eq. 5) as pure functions: `Z = Attn(Q,K,V) + λ·Attn(Q,K',V')`.
 
 λ is not here: it is linear in V' and folded into it beforehand (`packing.fold`). Called by
-`comfyui/decoupled_attention.py` while ComfyUI samples, and by `training/unet.py` in diffusers' UNet.
+`comfyui/decoupled_attention.py` while ComfyUI samples, and by `training/unet.py` in training.
 """
 
 from __future__ import annotations

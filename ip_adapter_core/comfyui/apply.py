@@ -22,7 +22,7 @@ from .layers import KEY, cross_attention_layers
 from .loaders import ManagedAdapter
 from .masks import Masks
 from .prompt_rows import AttachedPrompts, CompiledPrompt
-from .sampling import prompts_at_step, prepare_run
+from .sampling import prepare_run, prompts_at_step
 from .schedule import Schedule
 
 logger = logging.getLogger("comfyui_ip_adapter")
