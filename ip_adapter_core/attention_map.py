@@ -68,13 +68,15 @@ class RecordedRun:
 
     `samples (N, C, height, width)`: the latents that it made; `size`: (height, width) of a latent;
     `prompts`: how many were applied to the positive side; `sigma_at`: the model's sigma at a
-    fraction 0 … 1 of the schedule.
+    fraction 0 … 1 of the schedule; `pieces`: whether parts of the image were sampled apart, which
+    no share is of.
     """
 
     samples: Tensor
     prompts: int
     sigma_at: Callable[[float], float]
     shares: Sequence[Share]
+    pieces: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +100,11 @@ class RecordedRun:
         of application; 0 for all together. Raises ValueError if nothing was recorded, or nothing of
         what is asked for.
         """
+        if not self.shares and self.pieces:
+            raise ValueError(
+                "The image was sampled in pieces (tiles), of which none shows where in the whole "
+                "an image prompt acts. Record a run without the node that cuts it."
+            )
         if not self.shares:
             raise ValueError(
                 "No image prompt was in force in this sampling run. Connect the sampler to a model "

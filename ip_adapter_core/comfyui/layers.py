@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.model_patcher import ModelPatcher
 from torch import nn
+
+from ..layer_weights import LayerKey
 
 KEY = "ip_adapter"
 """Of the pack's wrappers, attachments and conditionings."""
@@ -24,14 +25,29 @@ class Layer:
     `key` is ("input" | "output" | "middle", number of the block, index of the transformer).
     """
 
-    key: tuple[str, int, int]
+    key: LayerKey
     dim: int
     context_dim: int
 
 
 def cross_attention_layers(unet: nn.Module) -> tuple[Layer, ...]:
     """All layers in checkpoint order: down, up, middle. Empty for what is no such UNet."""
-    return tuple(_walk(unet))
+    return tuple(
+        Layer(key, attention.heads * attention.dim_head, attention.to_k.in_features)
+        for key, attention in cross_attentions(unet)
+    )
+
+
+def frames_of(options: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return which latents of the batch a call is about; None for all of them.
+
+    As ComfyUI's context windows tell, or AnimateDiff-Evolved's.
+    """
+    window = options.get("context_window")
+    if window is not None:
+        return tuple(window.index_list)
+    frames = (options.get("ad_params") or {}).get("sub_idxs")
+    return None if frames is None else tuple(frames)
 
 
 def layers_of(model: ModelPatcher) -> tuple[Layer, ...]:
@@ -45,7 +61,12 @@ def layers_of(model: ModelPatcher) -> tuple[Layer, ...]:
     return found
 
 
-def _walk(unet: nn.Module) -> Iterator[Layer]:
+def cross_attentions(unet: nn.Module) -> Iterator[tuple[LayerKey, Any]]:
+    """Yield each layer's key and module, in checkpoint order.
+
+    They are known by what they have and not by class: packs put classes of their own in the place
+    of ComfyUI's, some while a model is loaded.
+    """
     middle = getattr(unet, "middle_block", None)
     sides = (
         ("input", getattr(unet, "input_blocks", ())),
@@ -55,12 +76,7 @@ def _walk(unet: nn.Module) -> Iterator[Layer]:
     for side, blocks in sides:
         for number, block in enumerate(blocks):
             for module in block if isinstance(block, nn.Sequential) else ():
-                if isinstance(module, SpatialTransformer):
-                    for index, transformer in enumerate(module.transformer_blocks):
-                        attention = transformer.attn2
-                        if attention is not None:
-                            yield Layer(
-                                (side, number, index),
-                                attention.heads * attention.dim_head,
-                                attention.to_k.in_features,
-                            )
+                for index, transformer in enumerate(getattr(module, "transformer_blocks", ())):
+                    attention = getattr(transformer, "attn2", None)
+                    if hasattr(attention, "to_k") and hasattr(attention, "dim_head"):
+                        yield (side, number, index), attention

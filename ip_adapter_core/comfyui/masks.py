@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample, interpolate
+from torch.nn.functional import grid_sample
 
 LEVELS = 4  # SD1.5's resolutions; SDXL has three of them
-Levels: TypeAlias = dict[int, Tensor] | Tensor
-"""A mask by the number of a layer's tokens, `(B, tokens, 1)`, or one value a row, `(B, 1, 1)`."""
 Size: TypeAlias = tuple[int, int]
 """Height and width of a latent."""
 Area: TypeAlias = tuple[int, ...]
@@ -46,21 +44,25 @@ class PreparedMasks:
     latent: tuple[int, int]
     device: torch.device
     dtype: torch.dtype
-    _levels: dict[tuple[Size, Area | None] | None, Tensor] = field(default_factory=dict)
+    _levels: dict[tuple[Size, Area | None, Size | None] | None, Tensor] = field(
+        default_factory=dict
+    )
 
-    def levels(self, latent: Size | None, area: Area | None) -> Tensor:
+    def levels(self, latent: Size | None, area: Area | None, size: Size | None = None) -> Tensor:
         """Return `(B, Σ tokens, 1)`, or 1 for B: see `mask_levels`.
 
-        `latent`: the size of the evaluated latents, see `whole`. `(B, 1, 1)` where there are
-        weights alone, which have no place.
+        `latent`: the size of the evaluated latents, see `whole`; `size`: that of a layer which is
+        none of the levels. `(B, 1, 1)` where there are weights alone, which have no place.
         """
-        key = None if self.masks is None else (whole(self.latent, latent or self.latent), area)
-        if key not in self._levels:
+        sizes = None
+        if self.masks is not None:
+            sizes = whole(self.latent, latent or self.latent), area, size
+        if sizes not in self._levels:
             levels = self.weights[:, None, None]
-            if self.masks is not None and key is not None:
-                levels = mask_levels(self.masks, *key)[self.numbers] * levels
-            self._levels[key] = levels.to(self.device, self.dtype)
-        return self._levels[key]
+            if self.masks is not None and sizes is not None:
+                levels = mask_levels(self.masks, *sizes)[self.numbers] * levels
+            self._levels[sizes] = levels.to(self.device, self.dtype)
+        return self._levels[sizes]
 
 
 def whole(run: Size, latent: Size) -> Size:
@@ -80,16 +82,19 @@ def level_sizes(height: int, width: int) -> list[tuple[int, int]]:
     return sizes
 
 
-def mask_levels(mask: Tensor, latent: Sequence[int], area: Sequence[int] | None) -> Tensor:
+def mask_levels(
+    mask: Tensor, latent: Sequence[int], area: Sequence[int] | None, size: Size | None = None
+) -> Tensor:
     """`mask (M, H, W)` at every level, one after the other: `(M, Σ heights·widths, 1)`.
 
     `latent` is the (height, width) that the whole mask lies over, `area` the part of it that is
-    sampled: (height, width, y, x) in latent units, None for all. Each level is sampled from the
-    mask itself, bicubic, as diffusers does (`IPAdapterMaskProcessor.downsample`).
+    sampled: (height, width, y, x) in latent units, None for all. With a `size` it is that one in
+    place of the levels. Each is sampled from the mask itself, bicubic, as diffusers does
+    (`IPAdapterMaskProcessor.downsample`).
     """
     height, width, top, left = area or (*latent, 0, 0)
     grids = []
-    for rows, columns in level_sizes(height, width):
+    for rows, columns in level_sizes(height, width) if size is None else [size]:
         y = _centers(rows, top / latent[0], height / latent[0])
         x = _centers(columns, left / latent[1], width / latent[1])
         grids.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1))
@@ -114,27 +119,40 @@ def _centers(count: int, start: float, length: float) -> Tensor:
     return 2 * (start + cells * length) - 1
 
 
-def split_levels(levels: Tensor, height: int, width: int) -> Levels:
-    """Split the levels into views by their number of tokens: `(B, tokens, 1)`.
+@dataclass(frozen=True, eq=False)
+class MaskRows:
+    """A mask beside the rows of one UNet call.
 
-    Raises RuntimeError if they were made for another size.
+    `levels (B, Σ tokens, 1)`, or `(B, 1, 1)` for one value a row; `at` gives `(B, tokens, 1)` at
+    the size of a layer that other packs have shrunk to none of the levels.
     """
-    if levels.shape[1] == 1:
-        return levels
-    counts = [rows * columns for rows, columns in level_sizes(height, width)]
-    if sum(counts) != levels.shape[1]:
-        raise RuntimeError(
-            f"The image prompt's mask was laid over the sampled latent, but the model is run on a "
-            f"part of {height}×{width} of it that another node cut out without the mask. Take the "
-            "mask or that (tiling) node out."
-        )
-    return dict(zip(counts, levels.split(counts, dim=1), strict=True))
+
+    levels: Tensor
+    at: Callable[[Size], Tensor]
+
+    def views(self, latent: Size) -> dict[int, Tensor]:
+        """Return the levels by their number of tokens; under 0 what holds for every number.
+
+        Raises RuntimeError if they were made for another size of the latents.
+        """
+        if self.levels.shape[1] == 1:
+            return {0: self.levels}
+        counts = [rows * columns for rows, columns in level_sizes(*latent)]
+        if sum(counts) != self.levels.shape[1]:
+            height, width = latent
+            raise RuntimeError(
+                f"The image prompt's mask was laid over the sampled latent, but the model is run "
+                f"on a part of {height}×{width} of it that another node cut out without the mask. "
+                "Take the mask or that (tiling) node out."
+            )
+        return dict(zip(counts, self.levels.split(counts, dim=1), strict=True))
 
 
-def resize(finest: Tensor, latent: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Make a resolution that is none of the levels, as other packs do by shrinking layers.
+def layer_size(tokens: int, latent: Size, told: Sequence[int] | None) -> Size | None:
+    """Return height and width of a layer of so many tokens.
 
-    `finest (B, height·width, 1)` at `latent`; `(B, tokens, 1)` at `size`.
+    What its block has `told` goes before the levels of the latent; None where neither fits.
     """
-    image = finest.transpose(1, 2).unflatten(2, tuple(latent))
-    return interpolate(image, tuple(size), mode="bicubic").flatten(2).transpose(1, 2)
+    sizes = [] if told is None else [(told[-2], told[-1])]
+    sizes += level_sizes(*latent)
+    return next((size for size in sizes if size[0] * size[1] == tokens), None)

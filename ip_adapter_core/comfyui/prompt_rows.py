@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import comfy.conds
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from ..packing import split_values
 from .layers import Layer
-from .masks import Area, Masks, PreparedMasks, Size
+from .masks import Area, MaskRows, Masks, PreparedMasks, Size
 from .schedule import Moment, PreparedSchedule, Schedule
 
 
@@ -238,26 +239,24 @@ class PromptRows(comfy.conds.CONDRegular):
     def size(self) -> list[int]:
         return [len(self.cond)]
 
-    def concat(self, others: Sequence[PromptRows]) -> list[Tensor | None]:
-        """Return what the UNet gets: packed K'/V' and mask levels in turn, row-aligned.
+    def concat(self, others: Sequence[PromptRows]) -> list[Tensor | MaskRows | None]:
+        """Return what the UNet gets: packed K'/V' and mask in turn, row-aligned.
 
         Conditionings of different prompts share a call: a prompt fills the next slot of its number
         of tokens, and rows without one get K' = V' = 0, which adds exactly nothing.
         """
         blocks = [self, *others]
-        out: list[Tensor | None] = []
+        out: list[Tensor | MaskRows | None] = []
         for prompts in slots(blocks):
             some = next(p for p in prompts if p is not None)
             out.append(
                 torch.cat([b._packed(p, some) for b, p in zip(blocks, prompts, strict=True)])
             )
-            masked = next((p for p in prompts if p is not None and p.mask is not None), None)
-            if masked is None:
+            if all(p is None or p.mask is None for p in prompts):
                 out.append(None)
             else:
-                rows = [b._mask(p, masked) for b, p in zip(blocks, prompts, strict=True)]
-                tokens = max(levels.shape[1] for levels in rows)
-                out.append(torch.cat([levels.expand(-1, tokens, -1) for levels in rows]))
+                at = partial(_mask_levels, blocks, prompts)
+                out.append(MaskRows(at(None), at))
         return out
 
     def by_slot(self) -> dict[tuple[int, int], PreparedPrompt]:
@@ -275,11 +274,26 @@ class PromptRows(comfy.conds.CONDRegular):
             return like.packed.new_zeros(len(self.cond), *like.packed.shape[1:])
         return prompt.rows(self.cond)
 
-    def _mask(self, prompt: PreparedPrompt | None, like: PreparedPrompt) -> Tensor:
+    def mask_levels(self, prompt: PreparedPrompt | None, size: Size | None) -> Tensor | None:
+        """Return the mask of one of its prompts beside its rows, None where there is none."""
         if prompt is None or prompt.mask is None:
-            return like.packed.new_ones(len(self.cond), 1, 1)
-        levels = prompt.mask.levels(self.latent, self.area)
+            return None
+        levels = prompt.mask.levels(self.latent, self.area, size)
         return _beside(levels, self.cond).expand(len(self.cond), -1, -1)
+
+
+def _mask_levels(
+    blocks: Sequence[PromptRows], prompts: Sequence[PreparedPrompt | None], size: Size | None
+) -> Tensor:
+    """Return one slot's mask beside the rows of all blocks: 1 where a block has none."""
+    found = [b.mask_levels(p, size) for b, p in zip(blocks, prompts, strict=True)]
+    some = next(levels for levels in found if levels is not None)
+    rows = [
+        some.new_ones(len(block.cond), 1, 1) if levels is None else levels
+        for block, levels in zip(blocks, found, strict=True)
+    ]
+    tokens = max(levels.shape[1] for levels in rows)
+    return torch.cat([levels.expand(-1, tokens, -1) for levels in rows])
 
 
 def _beside(rows: Tensor, latents: Tensor) -> Tensor:

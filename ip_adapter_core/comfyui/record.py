@@ -9,41 +9,44 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..attention import add
 from ..attention_map import KEPT, LIMIT, RecordedRun, Share, of_samples
-from ..layer_weights import Block
+from ..layer_weights import Block, LayerKey
 from .apply import with_wrappers
-from .decoupled_attention import DecoupledAttention
-from .layers import KEY, RECORD, Conds, Layer, layers_of
-from .masks import Size, whole
+from .decoupled_attention import Seen
+from .layers import KEY, RECORD, Conds, Layer, frames_of, layers_of
+from .masks import Size, layer_size, whole
 from .prompt_rows import CompiledPrompt, PreparedPrompt, PromptRows, SamplingRun, slots
-
-Attention: TypeAlias = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
     """One UNet call at `sigma (1,)`, of `texts` conditionings, of which `looked` count.
 
-    `frames`: which latents the rows of each are, after `skip` that ComfyUI discards; `numbers`: see
-    `Share`.
+    `latent`: height and width; `frames`: which latents the rows of each are, after `skip` that
+    ComfyUI discards; `numbers`: see `Share`; `evaluated`: what `looked` are of, in which of the
+    guider's calls, see `_Watch.known`; `layers`: those that were seen.
     """
 
+    latent: Size
     sigma: Tensor
     texts: int
     looked: tuple[int, ...]
     frames: tuple[int, ...]
     skip: int
     numbers: tuple[tuple[int, ...], ...]
+    evaluated: frozenset[Any]
+    number: int
+    layers: set[LayerKey] = field(default_factory=set)
 
 
 @dataclass(eq=False)
@@ -66,15 +69,18 @@ class _Watch:
 
     `whole`: height and width of its latents at the moment; `rows`: the prompts of each (place in
     the call of the guider, uuid of the conditioning); `known`: what this prediction of the noise
-    has evaluated already.
+    has evaluated already, (uuid, latents), and in which of the guider's calls; `calls` counts
+    those. `pieces`: whether a part of the image was evaluated by itself.
     """
 
     run: SamplingRun
     numbers: dict[CompiledPrompt, int]
     whole: Size
     rows: dict[tuple[int, Any], PromptRows | None] = field(default_factory=dict)
-    known: set[Any] = field(default_factory=set)
+    known: dict[Any, int] = field(default_factory=dict)
+    calls: int = 0
     seen: list[_Seen] = field(default_factory=list)
+    pieces: bool = False
 
     def recorded(self, samples: Tensor) -> RecordedRun:
         """Return what the finished run leaves, off the device."""
@@ -83,6 +89,7 @@ class _Watch:
             prompts=len(self.numbers),
             sigma_at=self.run.model_sampling.percent_to_sigma,
             shares=[seen.share() for seen in self.seen],
+            pieces=self.pieces,
         )
 
     def call(self, options: dict[str, Any], latent: tuple[int, int]) -> _Call | None:
@@ -90,59 +97,80 @@ class _Watch:
 
         None for nothing, or where it shows a part alone.
         """
-        places = list(zip(options["cond_or_uncond"], options["uuids"], strict=True))
+        told = options.get("cond_or_uncond", ()), options.get("uuids", ())
+        places = list(zip(*told, strict=False))
         rows = [row for row in map(self.rows.get, places) if row is not None]
-        if latent != self.whole or len(rows) < len(places):
+        if latent != self.whole:
+            self.pieces = self.pieces or any(row.prompts for row in rows)
             return None
-        window = options.get("context_window")
-        of_window = None if window is None else tuple(window.index_list)
-        looked = tuple(
-            i
-            for i, (row, (_, uuid)) in enumerate(zip(rows, places, strict=True))
-            if row.positive and row.prompts and self._first((uuid, of_window))
-        )
+        if len(rows) < len(places):
+            return None
+        window, of_window = options.get("context_window"), frames_of(options)
+        looked: dict[Any, int] = {}
+        for i, (row, (_, uuid)) in enumerate(zip(rows, places, strict=True)):
+            if row.positive and row.prompts:
+                looked.setdefault((uuid, of_window), i)
+        again = looked.keys() & self.known.keys()
+        # What guidance runs once more does not count. A pass before, in the same call of the
+        # guider, was another pack's (to learn from a reference, say), and this one does.
+        for evaluated in [x for x in again if self.known[x] != self.calls]:
+            del looked[evaluated]
         if not looked:
             return None
-        in_slots = slots(rows)
+        if again:
+            self._forget(again)
+        self.known |= dict.fromkeys(looked, self.calls)
+        in_slots, numbers = slots(rows), looked.values()
         return _Call(
+            latent=latent,
             sigma=options["sigmas"][:1].clone(),
             texts=len(rows),
-            looked=looked,
+            looked=tuple(numbers),
+            evaluated=frozenset(looked),
+            number=self.calls,
             frames=tuple(range(self.run.batch)) if of_window is None else of_window,
             skip=int(getattr(window, "causal_anchor_index", None) is not None),
-            numbers=tuple(tuple(self._number(slot[i]) for slot in in_slots) for i in looked),
+            numbers=tuple(tuple(self._number(slot[i]) for slot in in_slots) for i in numbers),
         )
 
-    def _first(self, evaluated: Any) -> bool:
-        if evaluated in self.known:
-            return False
-        self.known.add(evaluated)
-        return True
+    def _forget(self, evaluated: AbstractSet[Any]) -> None:
+        """Take out what this call of the guider has seen of these already."""
+        self.seen = [
+            seen
+            for seen in self.seen
+            if seen.call.number != self.calls or seen.call.evaluated.isdisjoint(evaluated)
+        ]
 
     def _number(self, prompt: PreparedPrompt | None) -> int:
         return 0 if prompt is None else self.numbers[prompt.source]
 
-    def watched(self, call: _Call, attention: DecoupledAttention, layer: Layer) -> Attention:
-        """Return the same attention, bit for bit, with its images' shares written down."""
+    def watched(self, call: _Call, layer: Layer) -> Seen:
+        """Return what writes the shares of one layer's images down."""
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-            text = out = attention.text(q, k, v, options)
-            norms = []
-            for image, mask in attention.images(q, options):
-                out = add(out, image, mask)
-                norms.append((image if mask is None else image * mask).float().norm(dim=-1))
-            shares = _shares(text.float().norm(dim=-1), torch.stack(norms, 1))
-            height, width = options["activations_shape"][-2:]
-            self._add(call, layer, shares.unflatten(-1, (height, width)))
-            return out
+        def seen(text: Tensor, images: Tensor, order: Tensor | None, told: Any) -> None:
+            size = layer_size(text.shape[-1], call.latent, told)
+            if size is not None:
+                shares = _shares(text, images)
+                if order is not None:  # an attention couple's regions: their mean
+                    shares = torch.stack([shares[order == row].mean(0) for row in order.unique()])
+                self._add(call, layer, shares.unflatten(-1, size))
 
-        return attend
+        return seen
 
     def _add(self, call: _Call, layer: Layer, maps: Tensor) -> None:
-        """Add `maps (rows, slots, height, width)` of one layer."""
+        """Add `maps (rows, slots, height, width)` of one layer.
+
+        A layer that comes a second time in a call begins it anew: the pass before was another's,
+        to learn from a reference for example.
+        """
         texts = maps.chunk(call.texts)
         own = torch.stack([texts[i][call.skip :] for i in call.looked])
         last = self.seen[-1] if self.seen else None
+        if layer.key in call.layers:
+            call.layers.clear()
+            self._forget(call.evaluated)
+            last = None
+        call.layers.add(layer.key)
         if last is not None and last.call is call and last.block == layer.key[:2]:
             last.maps, last.layers = last.maps + own, last.layers + 1
         else:
@@ -200,6 +228,7 @@ class AttentionRecorder:
     def evaluates(self, conds: list[Any], latent: Size) -> None:
         """Note the conditionings of one call of the guider, with the prompts that are in force."""
         if self._watch is not None:
+            self._watch.calls += 1
             self._watch.whole = whole(self._watch.run.latent, latent)
             self._watch.rows = {
                 (i, entry["uuid"]): entry["model_conds"].get(KEY)
@@ -207,9 +236,7 @@ class AttentionRecorder:
                 for entry in conditioning or ()
             }
 
-    def look(
-        self, options: dict[str, Any], latent: tuple[int, int]
-    ) -> Callable[[DecoupledAttention, Layer], Attention] | None:
+    def look(self, options: dict[str, Any], latent: Size) -> Callable[[Layer], Seen] | None:
         """Return what watches the layers of one UNet call; None where there is nothing to see."""
         watch = self._watch
         call = None if watch is None else watch.call(options, latent)

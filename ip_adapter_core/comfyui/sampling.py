@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from .decoupled_attention import AttentionRecord
-from .layers import KEY, LAYERS, RECORD, cross_attention_layers
+from .layers import KEY, LAYERS, RECORD, cross_attention_layers, frames_of
 from .prompt_rows import CompiledPrompt, PromptRows, SamplingRun
 from .schedule import Moment
 
@@ -116,7 +116,8 @@ def _unnamed(x: Tensor, options: dict[str, Any]) -> PromptRows | None:
     Context windows have cut their frames out of `x`, but only the known conditionings' rows.
     """
     rows: PromptRows | None = options.get(UNNAMED)
-    window = options.get("context_window")
-    if rows is None or window is None or len(rows.cond) == len(x):
+    window, frames = options.get("context_window"), frames_of(options)
+    if rows is None or frames is None or len(rows.cond) == len(x):
         return rows
-    return PromptRows(window.get_tensor(rows.cond), rows.prompts)
+    cut = rows.cond[list(frames)] if window is None else window.get_tensor(rows.cond)
+    return PromptRows(cut, rows.prompts)
