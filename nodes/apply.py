@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ..ip_adapter_core.comfyui.apply import (
     ApplySettings,
-    Conditioning,
-    apply_to_conditioning,
     apply_to_model,
     compile_prompt,
     compile_prompts,
@@ -21,6 +19,7 @@ from ..ip_adapter_core.comfyui.apply import (
     warn_of_black,
     with_wrappers,
 )
+from ..ip_adapter_core.comfyui.conditioning import Conditioning, apply_to_conditioning
 from ..ip_adapter_core.comfyui.loaders import ManagedAdapter
 from ..ip_adapter_core.image_prompt import ImagePrompt
 from ..ip_adapter_core.packing import COMBINE
@@ -202,7 +201,8 @@ class ApplyIPAdapterConditioning(io.ComfyNode):
             return io.NodeOutput(for_conditionings(model, positive, negative), positive, negative)
         return io.NodeOutput(
             with_wrappers(model),
-            *map(apply_to_conditioning, (positive, negative), compiled),
+            apply_to_conditioning(positive, *compiled),
+            apply_to_conditioning(negative, compiled[1], compiled[1]),
         )
 
 

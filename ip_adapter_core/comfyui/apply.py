@@ -17,18 +17,18 @@ from torch import Tensor
 from ..compatibility import check_encoder, check_fits
 from ..image_prompt import ImagePrompt
 from ..packing import layer_weights
+from .conditioning import Conditioning, attached_to
 from .decoupled_attention import inject_decoupled_attention
 from .layers import KEY, cross_attention_layers
 from .loaders import ManagedAdapter
 from .masks import Masks
-from .prompt_rows import AttachedPrompts, CompiledPrompt
+from .prompt_rows import CompiledPrompt
 from .sampling import prepare_run, prompts_at_step
 from .schedule import Schedule
 
 logger = logging.getLogger("comfyui_ip_adapter")
 Sides: TypeAlias = tuple[CompiledPrompt, CompiledPrompt]
 """Positive and negative."""
-Conditioning: TypeAlias = list[list[Any]]
 
 
 @dataclass(frozen=True)
@@ -185,22 +185,9 @@ def apply_to_model(
     return patched
 
 
-def apply_to_conditioning(conditioning: Conditioning, prompt: CompiledPrompt) -> Conditioning:
-    """Return a copy whose entries carry the prompt besides those that they carry already."""
-
-    def attach(options: dict[str, Any]) -> dict[str, Any]:
-        model_conds = options.get("model_conds", {})
-        before = model_conds[KEY].cond if KEY in model_conds else ()
-        attached = AttachedPrompts((*before, prompt))
-        return {**options, "model_conds": {**model_conds, KEY: attached}}
-
-    return [[states, attach(options)] for states, options in conditioning]
-
-
 def for_conditionings(model: ModelPatcher, *conditionings: Conditioning) -> ModelPatcher:
     """`model` itself, or, where a conditioning carries a prompt already, one that understands."""
-    entries = (options for conditioning in conditionings for _, options in conditioning)
-    carried = any(KEY in options.get("model_conds", {}) for options in entries)
+    carried = any(attached_to(*entry) for conditioning in conditionings for entry in conditioning)
     return with_wrappers(model) if carried else model
 
 

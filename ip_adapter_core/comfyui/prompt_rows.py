@@ -1,7 +1,7 @@
 """Image prompts as part of ComfyUI's conditionings.
 
-`AttachedPrompts` is what a node writes into a conditioning's `model_conds`; when sampling starts
-it becomes `PromptRows`, which ComfyUI slices, repeats and concatenates like everything else there
+A conditioning carries `CompiledPrompt`s (see conditioning.py); when sampling starts they become
+`PromptRows`, which ComfyUI slices, repeats and concatenates like everything else there
 (and tells the area, for masks), so that its rows always lie beside the right latents.
 
 A run of two texts and two latents, one image prompt, per latent: OUTER_SAMPLE gives the positive
@@ -42,6 +42,13 @@ class CompiledPrompt:
     masks: Masks | None
     schedule: Schedule
     layer_dims: tuple[int, ...]
+
+    def scaled(self, weight: float) -> CompiledPrompt:
+        """Return the same prompt with λ times `weight`."""
+        if weight == 1:
+            return self
+        keys, values = split_values(self.packed, self.layer_dims)
+        return replace(self, packed=keys + weight * values)
 
     def prepare(self, run: SamplingRun) -> PreparedPrompt:
         """Move to the run's device and check against its model and batch."""
@@ -167,17 +174,6 @@ class PreparedPrompt:
         if self.values is not None and self.factor is not None:
             packed = torch.addcmul(packed, _beside(self.values, latents), self.factor)
         return packed.expand(len(latents), -1, -1)
-
-
-class AttachedPrompts(comfy.conds.CONDRegular):
-    """Prompts of a conditioning before sampling; `cond` is a tuple of `CompiledPrompt`."""
-
-    def process_cond(self, batch_size: int, **kwargs: Any) -> AttachedPrompts:
-        raise RuntimeError(
-            "This conditioning carries an image prompt, but the sampled model does not know of "
-            "it. Connect the MODEL output of 'Apply IP-Adapter (Conditioning)' to the sampler; if "
-            "it is, give nodes that evaluate texts of their own (Perp-Neg) one without a prompt."
-        )
 
 
 class PromptRows(comfy.conds.CONDRegular):

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from .conditioning import PromptedStates, compiled
 from .decoupled_attention import AttentionRecord
 from .layers import KEY, LAYERS, RECORD, cross_attention_layers, frames_of
 from .prompt_rows import CompiledPrompt, PromptRows, SamplingRun
@@ -59,9 +60,11 @@ def prepare_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
 def _prepared(
     entry: dict[str, Any], pairs: tuple[Pair, ...], run: SamplingRun, positive: bool
 ) -> dict[str, Any]:
-    model_conds = entry["model_conds"]
-    attached = model_conds[KEY].cond if KEY in model_conds else ()
-    prompts = (*(pos if positive else neg for pos, neg in pairs), *attached)
+    states = entry.get("cross_attn")
+    of_model = (pos if positive else neg for pos, neg in pairs)
+    prompts = (*of_model, *compiled(states, entry))
+    if isinstance(states, PromptedStates):
+        entry = {**entry, "cross_attn": states.as_subclass(Tensor)}
     return _with_rows(entry, run.rows(prompts, positive) if prompts else None)
 
 
