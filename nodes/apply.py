@@ -20,6 +20,7 @@ from ..ip_adapter_core.comfyui.apply import (
     with_wrappers,
 )
 from ..ip_adapter_core.comfyui.conditioning import Conditioning, apply_to_conditioning
+from ..ip_adapter_core.comfyui.host import schema
 from ..ip_adapter_core.comfyui.loaders import ManagedAdapter
 from ..ip_adapter_core.image_prompt import ImagePrompt
 from ..ip_adapter_core.packing import COMBINE
@@ -100,7 +101,7 @@ def shared_inputs() -> list[io.Input]:
 class ApplyIPAdapter(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_Apply",
             display_name="Apply IP-Adapter",
             category="model/conditioning",
@@ -142,7 +143,7 @@ class ApplyIPAdapter(io.ComfyNode):
 class ApplyIPAdapterConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_ApplyConditioning",
             display_name="Apply IP-Adapter (Conditioning)",
             category="model/conditioning",
@@ -214,7 +215,7 @@ class ApplyIPAdapterRegions(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         knobs = {knob.id: knob for knob in shared_inputs()}
         names = "weight", "start_at", "end_at", "combine", "layer_weights", "weight_curve"
-        return io.Schema(
+        return schema(
             node_id="IPA_ApplyRegions",
             display_name="Apply IP-Adapter (Regions)",
             category="model/conditioning",

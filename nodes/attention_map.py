@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..ip_adapter_core.attention_map import blocks_of, check_images, overlay, resize_maps
+from ..ip_adapter_core.comfyui.host import schema
 from ..ip_adapter_core.comfyui.record import AttentionRecorder, recording
 from . import types
 
@@ -15,7 +16,7 @@ from . import types
 class RecordAttention(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_RecordAttention",
             display_name="Record Image Attention",
             category="model/conditioning",
@@ -43,7 +44,7 @@ class RecordAttention(io.ComfyNode):
 class AttentionMap(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_AttentionMap",
             display_name="Image Attention Map",
             category="model/conditioning",

@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..ip_adapter_core.comfyui.encode import CROPS, SQUARES, encode, prepare_image
+from ..ip_adapter_core.comfyui.host import schema
 from ..ip_adapter_core.crops import MAX_GRID
 from ..ip_adapter_core.negative_noise import KINDS, noise
 from . import types
@@ -14,7 +15,7 @@ from . import types
 class EncodeImagePrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_EncodeImage",
             display_name="Encode Image Prompt",
             category="model/conditioning",
@@ -79,7 +80,7 @@ def _fraction(name: str, side: str) -> io.Input:
 class PrepareImage(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_PrepareImage",
             display_name="Prepare Image for Prompt",
             category="model/conditioning",
@@ -137,7 +138,7 @@ class PrepareImage(io.ComfyNode):
 class NegativeNoise(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_NegativeNoise",
             display_name="Negative Image Noise",
             category="model/conditioning",

@@ -8,6 +8,7 @@ from itertools import product
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..ip_adapter_core.comfyui.host import schema
 from ..ip_adapter_core.contact_sheet import draw_grid
 from ..ip_adapter_core.latent_weights import weights_of
 
@@ -17,7 +18,7 @@ _SAME = "Connect the same output of Weights × Starts."
 class GridValues(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_GridValues",
             display_name="Weights × Starts",
             category="model/conditioning",
@@ -71,7 +72,7 @@ class GridValues(io.ComfyNode):
 class DrawGrid(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_DrawGrid",
             display_name="Draw Grid",
             category="model/conditioning",

@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 
 from ..ip_adapter_core import prompt_file
 from ..ip_adapter_core.combine import METHODS, combine, parse_weights
+from ..ip_adapter_core.comfyui.host import schema
 from ..ip_adapter_core.image_prompt import ImagePrompt
 from . import paths, types
 
@@ -27,7 +28,7 @@ class CombineImagePrompts(io.ComfyNode):
             min=1,
             max=MOST,
         )
-        return io.Schema(
+        return schema(
             node_id="IPA_CombinePrompts",
             display_name="Combine Image Prompts",
             category="model/conditioning",
@@ -76,7 +77,7 @@ class CombineImagePrompts(io.ComfyNode):
 class SaveImagePrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_SavePrompt",
             display_name="Save Image Prompt",
             category="model/conditioning",
@@ -130,7 +131,7 @@ class SaveImagePrompt(io.ComfyNode):
 class LoadImagePrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_LoadPrompt",
             display_name="Load Image Prompt",
             category="model/conditioning",

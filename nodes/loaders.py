@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..ip_adapter_core.comfyui.host import schema
 from ..ip_adapter_core.comfyui.loaders import (
     describe_choice,
     find_files,
@@ -23,7 +24,7 @@ from . import paths, types
 class LoadIPAdapter(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_LoadAdapter",
             display_name="Load IP-Adapter",
             category="model/loaders",
@@ -59,7 +60,7 @@ class LoadIPAdapter(io.ComfyNode):
 class AutoLoadIPAdapter(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_AutoLoad",
             display_name="Load IP-Adapter (Auto)",
             category="model/loaders",
@@ -131,7 +132,7 @@ class AutoLoadIPAdapter(io.ComfyNode):
 class LoadImageEncoder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_LoadImageEncoder",
             display_name="Load Image Encoder (OpenCLIP)",
             category="model/loaders",

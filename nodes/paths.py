@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import folder_paths
 
+from ..ip_adapter_core.comfyui.host import is_within
 from ..ip_adapter_core.files.adapter_file import EXTENSIONS
 from ..ip_adapter_core.files.finder import File, Folder
 from ..ip_adapter_core.prompt_file import SUFFIX
@@ -150,7 +151,7 @@ def checked_prefix(filename_prefix: str) -> str:
     what = f"filename_prefix {filename_prefix!r}"
     prefix = _parts(filename_prefix, what)
     output = folder_paths.get_output_directory()
-    if not folder_paths.is_within_directory(output, os.path.join(output, os.path.dirname(prefix))):
+    if not is_within(output, os.path.join(output, os.path.dirname(prefix))):
         raise ValueError(f"{what} leads out of the output folder, {output}. Choose another.")
     return prefix
 
@@ -191,7 +192,7 @@ def _parts(name: str, what: str) -> str:
 def _inside(base: str, relative: str) -> str | None:
     path = os.path.join(base, *relative.split("/"))
     # Links that lead out of the folder are followed before that is decided.
-    if not folder_paths.is_within_directory(base, path) or not os.path.isfile(path):
+    if not is_within(base, path) or not os.path.isfile(path):
         return None
     return path
 

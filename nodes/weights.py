@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..ip_adapter_core.comfyui.apply import curve_of
+from ..ip_adapter_core.comfyui.host import schema
 from ..ip_adapter_core.comfyui.layers import layers_of
 from ..ip_adapter_core.comfyui.profile import draw_profile
 from ..ip_adapter_core.latent_weights import MOST, weights_of
@@ -18,7 +19,7 @@ class LayerWeights(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         about = " ".join(f"{name}: {preset.about}" for name, preset in LAYER_PRESETS.items())
-        return io.Schema(
+        return schema(
             node_id="IPA_LayerWeights",
             display_name="Layer Weights",
             category="model/conditioning",
@@ -72,7 +73,7 @@ class LayerWeights(io.ComfyNode):
 class LatentWeights(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="IPA_LatentWeights",
             display_name="Weights per Latent",
             category="model/conditioning",

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from comfy_api.input import CurveInput
 from torch import Tensor
 
 from ..compatibility import check_encoder, check_fits
@@ -19,6 +18,7 @@ from ..image_prompt import ImagePrompt
 from ..packing import layer_weights
 from .conditioning import Conditioning, attached_to
 from .decoupled_attention import inject_decoupled_attention
+from .host import CurveInput
 from .layers import KEY, cross_attention_layers
 from .loaders import ManagedAdapter
 from .masks import Masks

@@ -32,7 +32,7 @@ from ..adapter import AdapterSpec, IPAdapter
 from ..compatibility import fits
 from ..files import adapter_file as checkpoint
 from ..files import finder
-from ..files.encoder_file import MEAN, STD, VISUAL, build, fitting, read
+from ..files.encoder_file import MEAN, STD, VISUAL, build, encoder_sizes, fitting, read
 from ..files.finder import (
     ADAPTER_PRESETS,
     AdapterFile,
@@ -47,12 +47,17 @@ from ..files.finder import (
 from ..files.header import file_format, read_header
 from ..files.tower_config import ImageEncoderError, Tower, check_whole
 from ..image_prompt import ImagePrompt
+from . import host
 from .layers import layers_of
 
 logger = logging.getLogger("comfyui_ip_adapter")
 _UNKNOWN_SIZE = (
     "its tensors are named as in transformers, in a size that ComfyUI does not know. Save the "
     "open_clip model instead, with its configuration"
+)
+_NO_PROJECTION = (
+    "it holds no 'visual_projection.weight', in whose place this ComfyUI would use noise; update "
+    "ComfyUI to 0.32.0 or later, or load the complete image encoder"
 )
 _CONVERTED_LAYERS = 48  # that ComfyUI's conversion of names goes through
 
@@ -80,7 +85,7 @@ class ManagedAdapter:
         try:
             yield
         finally:
-            memory.unload_model_and_clones(self.patcher)
+            host.unload(self.patcher)
 
     def compile(
         self, image_prompt: ImagePrompt, weights: Sequence[float], combine: str
@@ -102,7 +107,7 @@ def load_adapter(path: str | os.PathLike[str]) -> ManagedAdapter:
     """Read a checkpoint for use in ComfyUI. Raises CheckpointError."""
     module = checkpoint.load(path, operations=comfy.ops.manual_cast)
     module.requires_grad_(False)
-    patcher = comfy.model_patcher.CoreModelPatcher(
+    patcher = host.CoreModelPatcher(
         module, load_device=memory.get_torch_device(), offload_device=torch.device("cpu")
     )
     trained_with = None
@@ -144,6 +149,8 @@ def _loaded(tower: Tower, state: dict[str, Tensor], name: str) -> ClipVisionMode
 
 
 def _comfyui_model(path: Path) -> ClipVisionModel:
+    if not host.LEAVES_PROJECTION_OUT and not encoder_sizes(path).embed_dim:
+        raise ImageEncoderError(_NO_PROJECTION)
     try:
         model = comfy.clip_vision.load(str(path))
     except (RuntimeError, UnboundLocalError) as error:  # it took the file for the nearest size
@@ -159,7 +166,7 @@ def _as_comfyui(tower: Tower, state: dict[str, Tensor]) -> ClipVisionModel:
     """Build a plain vision transformer as ComfyUI's own model."""
     vision = tower.vision
     width = vision.get("width", 768)
-    model = ClipVisionModel(
+    model = host.clip_vision_model(
         {
             "model_type": "clip_vision_model",
             "hidden_act": "quick_gelu" if tower.quick_gelu else "gelu",
@@ -227,7 +234,7 @@ class _OpenClipVision(ClipVisionModel):
         if memory.is_device_cpu(self.load_device):
             self.dtype = torch.float32  # torch's own layers cast nothing
         self.model = _Visual(visual).to(offload, self.dtype).eval().requires_grad_(False)
-        self.patcher = comfy.model_patcher.CoreModelPatcher(
+        self.patcher = host.CoreModelPatcher(
             self.model, load_device=self.load_device, offload_device=offload
         )
 
@@ -309,6 +316,8 @@ def _loadable(file: EncoderFile | Unusable) -> EncoderFile | Unusable:
     if isinstance(file, Unusable) or file.sizes.layout == "open_clip":
         return file
     sizes = file.sizes
+    if not sizes.embed_dim and not host.LEAVES_PROJECTION_OUT:
+        return Unusable(file.name, file.path, f"'{file.name}': {_NO_PROJECTION}.")
     found = sizes.hidden_dim, sizes.layers, sizes.mlp_dim, sizes.positions
     known = _known_sizes()
     if found in known and sizes.embed_dim in (0, known[found]):

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from comfy_api.input import CurveInput
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from .host import CurveInput
 
 _ASKED = 385  # places of the schedule whose sigma the model is asked for, each a wait for a GPU
 _PLACES = 2**16  # places at which a curve is known, besides the run's own sigmas
