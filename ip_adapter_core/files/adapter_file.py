@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from ..adapter import PROJECTIONS, AdapterSpec, IPAdapter
 from ..resampler import DIM_HEAD
 from ..variants import Variant
+from . import trained_layouts
 from .atomic import atomic
 from .header import DTYPES, Shaped, damaged, few, file_format, read_pickle, shapes
 from .header import CheckpointError as CheckpointError  # what `load` raises
@@ -74,12 +74,18 @@ def read(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str, Ten
     Raises:
         CheckpointError: The file holds other things.
     """
+    name = os.path.basename(path)
     if file_format(path) != "safetensors":
-        return dict(_flatten(read_pickle(path, mapped=mapped), os.path.basename(path)))
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise damaged(path, error) from error
+        weights = dict(_flatten(read_pickle(path, mapped=mapped), name))
+    else:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())  # a trainer's may have gigabytes of UNet besides
+                wanted = trained_layouts.of_adapter(names) or names
+                weights = {key: file.get_tensor(key) for key in wanted}
+        except (SafetensorError, ValueError, OSError) as error:
+            raise damaged(path, error) from error
+    return {**trained_layouts.published(weights, name)}
 
 
 def _flatten(

@@ -28,7 +28,7 @@ from ..variants import (
     family,
     model_label,
 )
-from . import adapter_file, published
+from . import adapter_file, published, trained_layouts
 from .encoder_file import EncoderSizes, encoder_sizes
 from .header import OLD_FORMAT, CheckpointError, file_format, read_header, shapes
 from .tower_config import ImageEncoderError, configurations
@@ -147,6 +147,7 @@ def _adapter(file: File) -> AdapterFile:
         raise CheckpointError(f"'{file.name}': {OLD_FORMAT}.")
     if kind == "safetensors":
         layout, metadata = read_header(file.path)
+        layout = {**trained_layouts.published(layout, file.name)}
     else:
         layout, metadata = shapes(adapter_file.read(file.path, mapped=True)), {}
     spec = adapter_file.recognize(layout, file.name)
