@@ -98,7 +98,7 @@ def shared_inputs() -> list[io.Input]:
     ]
 
 
-class ApplyIPAdapter(io.ComfyNode):
+class ApplyIPAdapter(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -140,7 +140,7 @@ class ApplyIPAdapter(io.ComfyNode):
         return io.NodeOutput(model if compiled is None else apply_to_model(model, *compiled))
 
 
-class ApplyIPAdapterConditioning(io.ComfyNode):
+class ApplyIPAdapterConditioning(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -210,7 +210,7 @@ class ApplyIPAdapterConditioning(io.ComfyNode):
 _MOST = 32  # regions
 
 
-class ApplyIPAdapterRegions(io.ComfyNode):
+class ApplyIPAdapterRegions(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         knobs = {knob.id: knob for knob in shared_inputs()}

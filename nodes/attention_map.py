@@ -13,7 +13,7 @@ from ..ip_adapter_core.comfyui.record import AttentionRecorder, recording
 from . import types
 
 
-class RecordAttention(io.ComfyNode):
+class RecordAttention(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -41,7 +41,7 @@ class RecordAttention(io.ComfyNode):
         return io.NodeOutput(*recording(model))
 
 
-class AttentionMap(io.ComfyNode):
+class AttentionMap(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

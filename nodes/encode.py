@@ -12,7 +12,7 @@ from ..ip_adapter_core.negative_noise import KINDS, noise
 from . import types
 
 
-class EncodeImagePrompt(io.ComfyNode):
+class EncodeImagePrompt(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -77,7 +77,7 @@ def _fraction(name: str, side: str) -> io.Input:
     )
 
 
-class PrepareImage(io.ComfyNode):
+class PrepareImage(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -135,7 +135,7 @@ class PrepareImage(io.ComfyNode):
         return io.NodeOutput(made, ui=ui.PreviewImage(made, cls=cls))
 
 
-class NegativeNoise(io.ComfyNode):
+class NegativeNoise(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -11,11 +11,12 @@ from torch import Tensor
 from ..ip_adapter_core.comfyui.host import schema
 from ..ip_adapter_core.contact_sheet import draw_grid
 from ..ip_adapter_core.latent_weights import weights_of
+from . import types
 
 _SAME = "Connect the same output of Weights × Starts."
 
 
-class GridValues(io.ComfyNode):
+class GridValues(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -69,7 +70,7 @@ class GridValues(io.ComfyNode):
         return io.NodeOutput(*([*values] for values in zip(*pairs, strict=True)))
 
 
-class DrawGrid(io.ComfyNode):
+class DrawGrid(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -19,7 +19,7 @@ from . import paths, types
 MOST = 50
 
 
-class CombineImagePrompts(io.ComfyNode):
+class CombineImagePrompts(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         template = io.Autogrow.TemplatePrefix(
@@ -74,7 +74,7 @@ class CombineImagePrompts(io.ComfyNode):
         return io.NodeOutput(combine(given, method, parse_weights(weights, len(given))))
 
 
-class SaveImagePrompt(io.ComfyNode):
+class SaveImagePrompt(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -128,7 +128,7 @@ class SaveImagePrompt(io.ComfyNode):
         return {key: json.dumps(value) for key, value in given.items() if value is not None}
 
 
-class LoadImagePrompt(io.ComfyNode):
+class LoadImagePrompt(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -21,7 +21,7 @@ from ..ip_adapter_core.files.finder import ADAPTER_PRESETS
 from . import paths, types
 
 
-class LoadIPAdapter(io.ComfyNode):
+class LoadIPAdapter(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -57,7 +57,7 @@ class LoadIPAdapter(io.ComfyNode):
         return io.NodeOutput(load_adapter(paths.adapter_path(adapter_name)))
 
 
-class AutoLoadIPAdapter(io.ComfyNode):
+class AutoLoadIPAdapter(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -129,7 +129,7 @@ class AutoLoadIPAdapter(io.ComfyNode):
         return io.NodeOutput(adapter, load_encoder(choice.encoder), chosen)
 
 
-class LoadImageEncoder(io.ComfyNode):
+class LoadImageEncoder(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

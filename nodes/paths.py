@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,11 @@ from ..ip_adapter_core.files.adapter_file import EXTENSIONS
 from ..ip_adapter_core.files.finder import File, Folder
 from ..ip_adapter_core.prompt_file import SUFFIX
 
+logger = logging.getLogger("comfyui_ip_adapter")
 ADAPTERS = "ipadapter"
 ENCODERS = "clip_vision"  # ComfyUI's own folder
 IMAGE_PROMPTS = "image_prompts"
+_LEFT_OUT: set[str] = set()
 
 
 def register() -> str:
@@ -39,7 +42,7 @@ def register() -> str:
 
 def adapter_names() -> list[str]:
     """Files to choose from, as ComfyUI lists them."""
-    return folder_paths.get_filename_list(register())
+    return _printable(folder_paths.get_filename_list(register()))
 
 
 def adapter_path(name: str) -> str:
@@ -50,7 +53,23 @@ def adapter_path(name: str) -> str:
 def encoder_names() -> list[str]:
     """Image encoders to choose from, as ComfyUI lists them for its own loader."""
     known = ENCODERS in folder_paths.folder_names_and_paths
-    return folder_paths.get_filename_list(ENCODERS) if known else []
+    return _printable(folder_paths.get_filename_list(ENCODERS)) if known else []
+
+
+def _printable(names: Iterable[str]) -> list[str]:
+    """Leave out names that are no text in UTF-8, as archives of other systems bring them.
+
+    Neither a message nor a saved workflow could hold one.
+    """
+    kept = []
+    for name in names:
+        shown = name.encode("utf-8", "backslashreplace").decode()
+        if shown == name:
+            kept.append(name)
+        elif name not in _LEFT_OUT:
+            _LEFT_OUT.add(name)
+            logger.warning("'%s' is left out: its name is no UTF-8. Rename the file.", shown)
+    return kept
 
 
 def encoder_path(name: str) -> str:
@@ -111,7 +130,8 @@ def prompt_names() -> list[str]:
                 found.append(name + behind)
     if IMAGE_PROMPTS in folder_paths.folder_names_and_paths:
         found += folder_paths.get_filename_list(IMAGE_PROMPTS)
-    return sorted({name for name in found if name.removesuffix(" [output]").endswith(SUFFIX)})
+    found = [name for name in found if name.removesuffix(" [output]").endswith(SUFFIX)]
+    return sorted({*_printable(found)})
 
 
 def prompt_path(name: object) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from comfy_api.latest import io
 
+logger = logging.getLogger("comfyui_ip_adapter")
 IPAdapter = io.Custom("IP_ADAPTER")
 ImagePrompt = io.Custom("IMAGE_PROMPT")
 LayerWeights = io.Custom("LAYER_WEIGHTS")
@@ -16,6 +20,33 @@ AttentionRecord = io.Custom("ATTENTION_RECORD")
 
 PATCHED = "The model to patch. The original is not changed: use the output."
 """Tooltip of the model that a node takes and changes a copy of."""
+
+
+class Node(io.ComfyNode):
+    """A node that leaves out what a client links besides its inputs, as ComfyUI does constants."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("execute", "fingerprint_inputs"):
+            if name in vars(cls):
+                setattr(cls, name, classmethod(_without_surplus(vars(cls)[name].__func__)))
+
+
+def _without_surplus(method: Callable[..., Any]) -> Callable[..., Any]:
+    parameters = inspect.signature(method).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return method
+    known = {parameter.name for parameter in parameters}
+
+    @functools.wraps(method)
+    def call(cls: Any, *args: Any, **given: Any) -> Any:
+        surplus = given.keys() - known
+        if surplus:
+            names = ", ".join(sorted(surplus))
+            logger.warning("%s has no input %s: left out.", cls.__name__, names)
+        return method(cls, *args, **{name: given[name] for name in given.keys() & known})
+
+    return call
 
 
 def output(kind: Any, name: str, tooltip: str) -> io.Output:
@@ -41,7 +72,7 @@ def _number(name: str) -> int:
     return int(re.sub(r"\D", "", name))
 
 
-def show(node: type[io.ComfyNode], text: str) -> None:
+def show(node: type[Node], text: str) -> None:
     """Show `text` on the node that runs, of a class with `io.Hidden.unique_id`.
 
     Without a server nothing happens.

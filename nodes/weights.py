@@ -15,7 +15,7 @@ from ..ip_adapter_core.layer_weights import LAYER_PRESETS, edited, listed, prese
 from . import types
 
 
-class LayerWeights(io.ComfyNode):
+class LayerWeights(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         about = " ".join(f"{name}: {preset.about}" for name, preset in LAYER_PRESETS.items())
@@ -70,7 +70,7 @@ class LayerWeights(io.ComfyNode):
         return io.NodeOutput(weights, profile, listed(weights, layers), ui=shown)
 
 
-class LatentWeights(io.ComfyNode):
+class LatentWeights(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -18,6 +18,7 @@ from ..variants import FEATURE_KINDS
 
 CROPS = ("center", "pad", "none")
 SQUARES = ("point", "tiles")
+AT_ONCE = 16  # images: of a video's frames what is kept is features
 
 
 def encode(
@@ -132,11 +133,15 @@ def _pad(image: Tensor, color: list[float]) -> Tensor:
 
 
 def _features(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str) -> ImageFeatures:
-    out = clip_vision.encode_image(_cropped(clip_vision, image, crop, name), crop=crop != "none")
-    embeds = out["image_embeds"]
-    if isinstance(clip_vision.model.visual_projection, torch.nn.Identity):
-        embeds = embeds[:, :0]  # ComfyUI passes on the pooled state: no embedding, of any width
-    return ImageFeatures(embeds.float().cpu(), out["penultimate_hidden_states"].float().cpu())
+    found = []
+    for part in image.split(AT_ONCE):
+        square = crop != "none"
+        out = clip_vision.encode_image(_cropped(clip_vision, part, crop, name), crop=square)
+        embeds = out["image_embeds"]
+        if isinstance(clip_vision.model.visual_projection, torch.nn.Identity):
+            embeds = embeds[:, :0]  # ComfyUI passes on the pooled state: no embedding, of any width
+        found.append((embeds.float().cpu(), out["penultimate_hidden_states"].float().cpu()))
+    return ImageFeatures(*map(torch.cat, zip(*found, strict=True)))
 
 
 def _check_finite(prompt: ImagePrompt) -> None:

@@ -32,7 +32,7 @@ from ..adapter import AdapterSpec, IPAdapter
 from ..compatibility import fits
 from ..files import adapter_file as checkpoint
 from ..files import finder
-from ..files.encoder_file import MEAN, STD, VISUAL, build, encoder_sizes, fitting, read
+from ..files.encoder_file import MEAN, STD, VISUAL, build, encoder_sizes, fitting, read, tensors
 from ..files.finder import (
     ADAPTER_PRESETS,
     AdapterFile,
@@ -152,7 +152,7 @@ def _comfyui_model(path: Path) -> ClipVisionModel:
     if not host.LEAVES_PROJECTION_OUT and not encoder_sizes(path).embed_dim:
         raise ImageEncoderError(_NO_PROJECTION)
     try:
-        model = comfy.clip_vision.load(str(path))
+        model = _by_comfyui(path)
     except (RuntimeError, UnboundLocalError) as error:  # it took the file for the nearest size
         if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
             raise  # memory is short
@@ -160,6 +160,14 @@ def _comfyui_model(path: Path) -> ClipVisionModel:
     if model is None:
         raise ImageEncoderError(_UNKNOWN_SIZE)
     return model
+
+
+def _by_comfyui(path: Path) -> ClipVisionModel | None:
+    """Load with ComfyUI's own loader, which goes by the ending: where that is wrong, from tensors."""
+    named = path.suffix.lower() in (".safetensors", ".sft")
+    if named == (file_format(path) == "safetensors"):
+        return comfy.clip_vision.load(str(path))
+    return comfy.clip_vision.load_clipvision_from_sd(tensors(path))
 
 
 def _as_comfyui(tower: Tower, state: dict[str, Tensor]) -> ClipVisionModel:
@@ -292,7 +300,7 @@ def load_encoder(file: EncoderFile) -> ClipVisionModel:
     """Load the encoder as ComfyUI's CLIP_VISION; raises ImageEncoderError."""
     if file.sizes.layout == "open_clip":
         return load_image_encoder(file.path)
-    encoder = comfy.clip_vision.load(file.path)
+    encoder = _by_comfyui(Path(file.path))
     if encoder is None:
         raise ImageEncoderError(f"Image encoder '{file.name}' is of a size ComfyUI does not know.")
     return encoder

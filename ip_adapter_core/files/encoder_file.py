@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..adapter import AdapterSpec
@@ -83,8 +84,6 @@ def encoder_sizes(path: str | os.PathLike[str]) -> EncoderSizes:
     kind = file_format(path)
     if kind == "pickle":
         raise ImageEncoderError(OLD_FORMAT)
-    if is_safetensors(path) != (kind == "safetensors"):
-        raise ImageEncoderError("its ending belongs to another format; give it the right one")
     if kind == "safetensors":
         layout, metadata = read_header(path)
     else:
@@ -205,7 +204,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Tower | None, dict[str, Tensor]]
     """
     path = Path(path)
     try:
-        if is_safetensors(path):
+        if file_format(path) == "safetensors":
             state, metadata = _safetensors(path)
         else:
             state, metadata = _tensors_of_pickle(path), {}
@@ -233,11 +232,6 @@ def _of_transformers(names: Iterable[str]) -> bool:
     return any(name.startswith("vision_model.") for name in names)
 
 
-def is_safetensors(path: Path) -> bool:
-    """Return whether it goes by that format: encoders do by their ending, in ComfyUI too."""
-    return path.suffix.lower() in (".safetensors", ".sft")
-
-
 def _safetensors(path: Path) -> tuple[dict[str, Tensor] | None, Mapping[str, str]]:
     """Return tensors and metadata; no tensors of a file that ComfyUI reads itself."""
     try:
@@ -247,6 +241,16 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor] | None, Mapping[str, str
                 return None, {}
             wanted = [name for name in names if name.startswith(VISUAL)] or names
             return {name: file.get_tensor(name) for name in wanted}, file.metadata() or {}
+    except (SafetensorError, ValueError) as error:
+        raise damaged(path, error) from error
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a file, whatever its ending says. Raises CheckpointError."""
+    if file_format(path) != "safetensors":
+        return _tensors_of_pickle(path)
+    try:
+        return load_file(path)
     except (SafetensorError, ValueError) as error:
         raise damaged(path, error) from error
 
