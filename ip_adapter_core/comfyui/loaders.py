@@ -163,7 +163,7 @@ def _comfyui_model(path: Path) -> ClipVisionModel:
 
 
 def _by_comfyui(path: Path) -> ClipVisionModel | None:
-    """Load with ComfyUI's own loader, which goes by the ending: where that is wrong, from tensors."""
+    """Load with ComfyUI's own loader; it goes by the ending: where that is wrong, from tensors."""
     named = path.suffix.lower() in (".safetensors", ".sft")
     if named == (file_format(path) == "safetensors"):
         return comfy.clip_vision.load(str(path))

@@ -97,7 +97,9 @@ def apply(model, layers, *conditionings):
     def patch(number, before):
         def attend(q, k, v, options):
             out = (before or _text)(q, k, v, options).clone()
-            for row, (images, latent, place) in enumerate(options[KEY]):
+            rows = options[KEY]
+            for row, number_of in enumerate(options.get("order", range(len(rows)))):
+                images, latent, place = rows[number_of]
                 for image in images:
                     if _in_window(image, float(options["sigmas"][0]), sampling):
                         out[row] += _branch(image, number, q[row], latent, place, options)
