@@ -110,8 +110,8 @@ def _is_replaced(attention: Any) -> bool:
 
     What it does beside attention (guidance by a second text, regions) only itself can do.
     """
-    usual = comfy_attention.CrossAttention.forward
-    return "forward" in vars(attention) or type(attention).forward is not usual
+    forward = getattr(attention.forward, "__func__", None)
+    return forward is not comfy_attention.CrossAttention.forward
 
 
 @contextlib.contextmanager

@@ -78,6 +78,7 @@ def apply(model, layers, *conditionings):
         chunks = options["cond_or_uncond"]
         window = options.get("context_window")
         latents = range(len(x) // len(chunks)) if window is None else _frames(window)
+        latents = (options.get("ad_params") or {}).get("sub_idxs", latents)
         assert len(latents) * len(chunks) == len(x)
         rows = [
             (
