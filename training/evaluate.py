@@ -51,7 +51,7 @@ from training.sampling import (
     NotFinite,
     Prompts,
     Sampler,
-    SamplingSettings,
+    SamplingOptions,
     encode_images,
     encode_text,
 )
@@ -103,10 +103,10 @@ class EvaluationConfig(ModelConfig):
             check_multiple("resolution", self.resolution)
 
     @property
-    def sampling(self) -> SamplingSettings:
+    def sampling(self) -> SamplingOptions:
         """How images are sampled."""
         size = None if self.resolution is None else (self.resolution, self.resolution)
-        return SamplingSettings(
+        return SamplingOptions(
             *(self.num_inference_steps, self.guidance_scale, size),
             *(self.negative_prompt, self.batch_size),
         )

@@ -37,9 +37,8 @@ from .loss import Batch, DiffusionLoss, training_scheduler
 from .metrics import MetricsLogger
 from .models.base import load_base
 from .models.frozen import FrozenEncoders, ImageEncoder
-from .sampling import SamplingSettings
 from .unet import attach, cross_attention_layers, new_adapter
-from .validation import Validation, ValidationSettings
+from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +123,17 @@ class Trainer:
         if data.raw or config.validation_steps:
             self.encoders.to(self.device)
         if config.validation_steps:
-            scheduler = noise_scheduler.config
-            self.validation = _validation(config, base, self.encoders, scheduler, data.size)
+            clip = config.validation_clip_model
+            self.validation = Validation(
+                config,
+                base,
+                self.encoders.image_encoder,
+                self.encoders.kind,
+                Path(config.output_dir, "validation"),
+                None if clip is None else load_clip(clip, self.device),
+                noise_scheduler.config,
+                data.size,
+            )
         if not data.raw:  # what a cache stands for; the VAE goes on to decode samples
             for module in (self.encoders.image_encoder, *(text.encoder for text in base.text)):
                 module.to("cpu")
@@ -322,32 +330,3 @@ def _optimizer(config: TrainConfig, adapter: IPAdapter) -> torch.optim.Optimizer
             "`pip install bitsandbytes`, or leave it out."
         ) from error
     return AdamW8bit(groups, lr=config.learning_rate)
-
-
-def _validation(
-    config: TrainConfig,
-    base: Any,
-    encoders: FrozenEncoders,
-    scheduler: Mapping[str, Any],
-    size: tuple[int, int],
-) -> Validation:
-    clip = config.validation_clip_model
-    return Validation(
-        ValidationSettings(
-            references=tuple(config.validation_image),
-            prompts=tuple(config.validation_prompt),
-            weights=tuple(config.validation_scale),
-            sampling=SamplingSettings(
-                config.validation_num_inference_steps,
-                config.validation_guidance_scale,
-                size,
-                batch=4,
-            ),
-        ),
-        base,
-        encoders.image_encoder,
-        encoders.kind,
-        Path(config.output_dir, "validation"),
-        None if clip is None else load_clip(clip, encoders.image_encoder.device),
-        scheduler,
-    )
