@@ -28,7 +28,6 @@ if __name__ == "__main__":  # as a script: what is imported lies beside this fol
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from accelerate import PartialState
 from tqdm import tqdm
 
 from ip_adapter_core.variants import FEATURE_KINDS, FeatureKind
@@ -41,7 +40,7 @@ from training.data.dataset import RawDataset
 from training.data.randomness import NoiseSettings
 from training.data.sources import Columns, open_source
 from training.data.webdataset import is_stream
-from training.distributed import begin
+from training.distributed import begin, script
 from training.errors import TrainingError
 from training.models.base import load_encoders
 from training.models.frozen import FrozenEncoders, ImageEncoder
@@ -123,17 +122,17 @@ def make(config: CacheConfig) -> CachedDataset:
         preprocess = encoders.image_encoder.preprocess
         dataset = RawDataset(source, encoders.tokenise, preprocess, buckets, NO_DRAWS)
         reading = cache_writing.Reading(config.batch_size, config.dataloader_num_workers)
-        with _bar(state, sum(len(manifest.rows_of(shard)) for shard in mine)) as bar:
+        several = f" (the first of {state.num_processes} processes)"
+        bar = tqdm(
+            total=sum(len(manifest.rows_of(shard)) for shard in mine),
+            desc="caching" + (several if state.num_processes > 1 else ""),
+            disable=not state.is_local_main_process,
+            unit="row",
+        )
+        with bar:
             cache_writing.write_shards(dataset, encoders, out, manifest, mine, reading, bar)
         state.wait_for_everyone()
     return CachedDataset(out, config.kinds[0], NO_DRAWS)
-
-
-def _bar(state: PartialState, rows: int) -> tqdm:
-    note = "caching"
-    if state.num_processes > 1:
-        note += f" (the first of {state.num_processes} processes)"
-    return tqdm(total=rows, desc=note, disable=not state.is_local_main_process, unit="row")
 
 
 @contextmanager
@@ -166,32 +165,18 @@ def _encoders(config: CacheConfig, device: torch.device) -> FrozenEncoders:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     config = parse(CacheConfig, "cache.py", arguments)
-    try:
-        state = begin(PATIENCE)
-    except TrainingError as error:
-        sys.exit(f"cache.py: {error}")
-    main_process = state.is_main_process
-    level = logging.INFO if main_process else logging.WARNING
-    logging.basicConfig(format="%(message)s", level=level)
-    try:
+    with script("cache.py", PATIENCE) as state:
         dataset = make(config)
-    except TrainingError as error:
-        sys.exit(f"cache.py: {error}")
-    if main_process:
-        _report(config, dataset)
-    state.destroy_process_group()
-
-
-def _report(config: CacheConfig, dataset: CachedDataset) -> None:
-    size = sum(path.stat().st_size for path in Path(config.output_dir).glob("*.safetensors"))
-    logger.info("%d rows, %.1f MiB, in '%s'", len(dataset), size / 2**20, config.output_dir)
-    if dataset.broken:
-        logger.warning(
-            "%d images could not be read and are left out: %s%s",
-            len(dataset.broken),
-            "; ".join(dataset.broken[:5]),
-            "; …" if len(dataset.broken) > 5 else "",
-        )
+        size = sum(path.stat().st_size for path in Path(config.output_dir).glob("*.safetensors"))
+        logger.info("%d rows, %.1f MiB, in '%s'", len(dataset), size / 2**20, config.output_dir)
+        if dataset.broken and state.is_main_process:
+            logger.warning(
+                "%d images could not be read and are left out: %s%s",
+                len(dataset.broken),
+                "; ".join(dataset.broken[:5]),
+                "; …" if len(dataset.broken) > 5 else "",
+            )
+        state.destroy_process_group()
 
 
 if __name__ == "__main__":

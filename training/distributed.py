@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +29,19 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def script(name: str, patience: timedelta = timedelta(hours=1)) -> Iterator[PartialState]:
+    """`begin`, for the body of a script, which a TrainingError ends with its message alone."""
+    try:
+        state = begin(patience)
+        logging.basicConfig(format="%(message)s")
+        level = logging.INFO if state.is_main_process else logging.WARNING
+        logging.getLogger("training").setLevel(level)
+        yield state
+    except TrainingError as error:
+        sys.exit(f"{name}: {error}")
 
 
 def begin(patience: timedelta = timedelta(hours=1)) -> PartialState:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ip_adapter_core.adapter import IPAdapter
 
 from .data.buckets import check_multiple
+from .errors import TrainingError
 from .models.base import Base, Encoders
 from .models.frozen import Tokenise, text_states
 from .models.image_encoder import ImageEncoder
@@ -53,7 +54,7 @@ class SamplingOptions:
             check_multiple("height or width", side)
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(TrainingError):
     """An image became NaN or infinite on its way."""
 
 

@@ -22,7 +22,6 @@ resumes where the last one stopped. Every option: `train.py --help`.
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
@@ -30,22 +29,14 @@ if __name__ == "__main__":  # as a script: what is imported lies beside this fol
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from training.config import TrainConfig, parse
-from training.distributed import begin
-from training.errors import TrainingError
+from training.distributed import script
 from training.trainer import Trainer
 
 
 def main() -> None:
     """Run the command line."""
-    try:
-        state = begin()
-        config = parse(TrainConfig, "train.py")
-        level = logging.INFO if state.is_main_process else logging.WARNING
-        logging.basicConfig(format="%(message)s", level=level)
-        logging.getLogger("accelerate").setLevel(logging.WARNING)  # a line for every file saved
-        Trainer(config).train()
-    except TrainingError as error:
-        sys.exit(f"train.py: {error}")
+    with script("train.py"):
+        Trainer(parse(TrainConfig, "train.py")).train()
 
 
 if __name__ == "__main__":

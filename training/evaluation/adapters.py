@@ -29,7 +29,7 @@ def load(paths: Sequence[str]) -> list[tuple[Subject, IPAdapter]]:
             adapter = adapter_file.load(path).float().eval().requires_grad_(False)
         except CheckpointError as error:
             raise TrainingError(str(error)) from error
-        digest = _sha256(path)
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         if any(subject.digest == digest for subject, _ in loaded):
             raise TrainingError(f"'{path}' is given twice, or is a copy of another of the files.")
         parameters = sum(parameter.numel() for parameter in adapter.parameters())
@@ -38,12 +38,7 @@ def load(paths: Sequence[str]) -> list[tuple[Subject, IPAdapter]]:
     return loaded
 
 
-def check_fits(
-    adapter: IPAdapter,
-    name: str,
-    unet: Any,
-    encoder: ImageEncoder,
-) -> None:
+def check_fits(adapter: IPAdapter, name: str, unet: Any, encoder: ImageEncoder) -> None:
     """Raise TrainingError unless the adapter fits.
 
     It must read what this encoder gives, and have W'k, W'v for exactly this UNet's layers.
@@ -65,11 +60,3 @@ def check_fits(
             f"'{name}' reads {kind} {spec.feature_dim} wide, but those of '{encoder.name}' are "
             f"{given} wide. Give the image encoder that this adapter was trained with."
         )
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
