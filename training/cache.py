@@ -35,11 +35,10 @@ from training.caching import writer as cache_writing
 from training.caching.dataset import CachedDataset
 from training.caching.format import Manifest
 from training.config import DataConfig, ModelConfig, check_at_least, parse
-from training.data.buckets import by_aspect, square
 from training.data.dataset import RawDataset
 from training.data.randomness import NoiseSettings
-from training.data.sources import Columns, open_source
 from training.data.webdataset import is_stream
+from training.dataloader import open_rows
 from training.distributed import begin, script
 from training.errors import TrainingError
 from training.models.base import load_encoders
@@ -95,14 +94,7 @@ def make(config: CacheConfig) -> CachedDataset:
     claimed = cache_writing.claimed(out) if state.is_main_process else nullcontext()
     with claimed, _one_thread(state.device):
         with state.main_process_first():
-            source = open_source(
-                config.train_data_dir,
-                image_root=config.data_root_path,
-                columns=Columns(text=config.caption_column),
-                default_caption=config.default_caption,
-            )
-            size = config.resolution
-            buckets = by_aspect(source, size, out) if config.enable_bucket else square(size)
+            source, buckets = open_rows(config, out)
         encoders = _encoders(config, state.device)
         manifest = Manifest(
             rows=len(source),

@@ -125,8 +125,7 @@ def by_aspect(source: Source, size: int, folder: Path) -> Buckets:
 
 def image_sizes(source: Source, folder: Path) -> np.ndarray:
     """Upright height and width of every image, (rows, 2) int32; 0 for those that are broken."""
-    stated = source.sizes()
-    sizes: np.ndarray = np.zeros((len(source), 2), np.int32) if stated is None else stated
+    sizes = source.sizes()
     if sizes.all():
         return sizes
     name = hashlib.blake2b(f"sizes {source.fingerprint}".encode(), digest_size=16).hexdigest()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .buckets import LATENT_STEP, Buckets
-from .image import BrokenImageError, fit, open_image
+from .image import BrokenImageError, ImageData, fit, open_image
 from .randomness import NoiseSettings, SampleNoise, sample_noise
 from .sampler import RankBatchSampler
 from .sources import Record, Source
@@ -61,10 +61,9 @@ class Examples:
         try:
             if record.broken:
                 raise BrokenImageError(record.broken)
-            image = open_image(record.image)
-            reference = image
+            reference = image = open_image(record.image)
             if record.reference is not None:
-                reference = _open_reference(record)
+                reference = _open_reference(record.reference)
         except BrokenImageError as error:
             return example | {
                 "pixels": torch.zeros(3, height, width),
@@ -84,10 +83,9 @@ class Examples:
         }
 
 
-def _open_reference(record: Record) -> Image.Image:
-    assert record.reference is not None
+def _open_reference(data: ImageData) -> Image.Image:
     try:
-        return open_image(record.reference)
+        return open_image(data)
     except BrokenImageError as error:
         raise BrokenImageError(f"its reference picture: {error}") from error
 
@@ -148,9 +146,8 @@ def loader(
     `batches` says which samples; None for a stream, which makes its batches itself. What comes
     does not depend on `workers`. Each worker keeps `prefetch` batches ready.
     """
-    limit = getattr(dataset, "max_workers", None)
-    if limit is not None:
-        workers = limit(workers)
+    if hasattr(dataset, "max_workers"):
+        workers = dataset.max_workers(workers)
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
     if workers:
         options |= {
