@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ip_adapter_core.files.encoder_file import METADATA_KEY
 from miniature import models
-from miniature.base import original
 from miniature.models import Autoencoder, State
 from tests.support import checkpoint_layouts as layouts
 from tests.support.random_models import under
@@ -41,6 +40,7 @@ NOT_ASKED = ("made_on", "seconds", "side_by_side", "seconds_in_all", "files")
 _IDLE, _BUSY = "ip_adapter.1.", "ip_adapter.3."  # an adapter's first and second layer
 _LEVELS = 127  # of 8 bits on either side of zero
 _SCALE = "::scale"
+_SIZE = layouts.UNet(320, 768, (1,), (1,), (8,), blocks=1)  # base.CONFIG with an idle transformer
 _LATENT_SCALE = 0.18215  # SD1.5's: ComfyUI divides latents by it before it calls a VAE
 
 
@@ -118,18 +118,18 @@ def idle_transformer() -> State:
     Its last projection is zeros. The base trains without one, but ComfyUI reads the context's
     width off the input blocks.
     """
-    size = layouts.UNet(320, 768, (1,), (1,), (8,), blocks=1)
     return {
         key: torch.ones(shape) if "norm" in key and key.endswith("weight") else torch.zeros(shape)
-        for key, shape in layouts.unet(size).items()
+        for key, shape in layouts.unet(_SIZE).items()
         if key.startswith("input_blocks.1.1.")
     }
 
 
 def checkpoint(unet: Mapping[str, Tensor], vae: Autoencoder) -> State:
     """Return a whole SD1.5 checkpoint for CheckpointLoaderSimple; `unet` has diffusers' names."""
+    original = {layouts.published_name(key, _SIZE): x for key, x in unet.items()}
     return {
-        **under("model.diffusion_model.", halved(original(dict(unet)) | idle_transformer())),
+        **under("model.diffusion_model.", halved(original | idle_transformer())),
         **under("cond_stage_model.transformer.", models.text_state()),
         **under("first_stage_model.", halved(vae.taesd())),
         "first_stage_model.vae_scale": torch.tensor(_LATENT_SCALE),

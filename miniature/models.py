@@ -10,10 +10,10 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from open_clip.model import CLIP, set_model_preprocess_cfg
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, l1_loss, mse_loss, normalize
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from ip_adapter_core.files import encoder_file
 from miniature.scenes import SHAPES, outlined, render, scenes
 from tests.support import checkpoint_layouts as layouts
 from tests.support.random_models import weights
-from training.models import clip_tokenizer
+from training.models.clip_tokenizer import tokenizer
 
 State = dict[str, Tensor]
 SIDE = 64
@@ -235,15 +235,11 @@ def text_encoder() -> CLIPTextModel:
         num_attention_heads=12,
         eos_token_id=layouts.VOCABULARY - 1,
     )
-    with torch.device("meta"):
+    with init_empty_weights():
         model = CLIPTextModel(config)
-    inner = "final_layer_norm.weight" in model.state_dict()  # transformers 5 has no text_model
-    prefix = "text_model." if inner else ""
+    prefix = "" if hasattr(model, "text_model") else "text_model."  # transformers 5.6 has none
     state = {key.removeprefix(prefix): x.float() for key, x in text_state().items()}
-    model.load_state_dict(state, strict=False, assign=True)
-    for module in model.modules():
-        if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(layouts.POSITIONS)[None]
+    model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -255,11 +251,8 @@ def text_states(
 
     Computed on `device` in float32; on the CPU as `stored`.
     """
-    with TemporaryDirectory() as folder:
-        clip_tokenizer.write(Path(folder))
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
     length = layouts.POSITIONS
-    ids = tokenizer(captions, padding="max_length", max_length=length, return_tensors="pt")
+    ids = tokenizer()(captions, padding="max_length", max_length=length, return_tensors="pt")
     encoder = text_encoder().to(device)
     batches = ids.input_ids.to(device).split(_TEXTS_AT_ONCE)
     return torch.cat([encoder(batch).last_hidden_state.to("cpu", stored) for batch in batches])
