@@ -1,7 +1,7 @@
 """What the paper compares decoupled attention with: equal image tokens, concatenated to the text.
 
 The projection is the base adapter's and trains as long, on the same images, with the same
-settings. There are no W'k, W'v: the frozen cross-attention reads 77 + 4 tokens (section 4.4.1).
+options. There are no W'k, W'v: the frozen cross-attention reads 77 + 4 tokens (section 4.4.1).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ip_adapter_core.projection import ImageProjection
 from miniature import files, setup, workflows
-from miniature.adapters import REFERENCE_STREAM, SETTINGS
+from miniature.adapters import OPTIONS, REFERENCE_STREAM
 from miniature.base import NONE, contexts, ddim, denoising_loss, noise_by, starting_noise
 from miniature.drawing import Task
 from miniature.models import SIDE, Autoencoder, fit, image_tower, normalized
@@ -67,10 +67,10 @@ def train(
     projection = new(embeds.shape[1]).to(device)
     unet.to(device)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(projection.parameters(), SETTINGS["learning_rate"])
-    warmup, batch = SETTINGS["lr_warmup_steps"], SETTINGS["train_batch_size"]
+    optimizer = torch.optim.AdamW(projection.parameters(), OPTIONS["learning_rate"])
+    warmup, batch = OPTIONS["lr_warmup_steps"], OPTIONS["train_batch_size"]
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-    no_text = SETTINGS["t_drop_rate"]
+    no_text = OPTIONS["t_drop_rate"]
     no_image, neither = LossConfig.i_drop_rate, LossConfig.ti_drop_rate
 
     def loss_at(step: int) -> Tensor:

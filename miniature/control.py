@@ -177,8 +177,8 @@ def train_second_base(
     unet.to(device)
     parameters = [part for change in changes.values() for part in change.parameters()]
 
-    def predict(_: Tensor, noisy: Tensor, times: Tensor, context: Tensor) -> Tensor:
-        return noise_by(unet)(noisy, times, context)
+    def predict(_: Tensor, *given: Tensor) -> Tensor:
+        return noise_by(unet)(*given)
 
     _fit("second base", parameters, predict, autoencoder, outlined, seed, steps, 0.1)
     return {name: factor.cpu() for name, factor in factors(changes).items()}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniature import concatenated, files, setup
+from miniature import concatenated, setup
 from miniature.drawing import APART, Drawer
 from miniature.metrics import (
     SceneClassifier,
@@ -37,8 +37,7 @@ Figures = dict[str, Any]
 
 
 def every(draw: Drawer, classify: SceneClassifier, alike: Similarity) -> Figures:
-    """Return the figures of every experiment for which the miniature has the models."""
-    shipped = files.manifest()["files"]
+    """Return the figures of every experiment."""
     base, alone = (draw(name, adapter="base")[:, 0] for name in ("text_and_image", "image_only"))
     with torch.inference_mode():
         toolbox = {
@@ -46,35 +45,26 @@ def every(draw: Drawer, classify: SceneClassifier, alike: Similarity) -> Figures
             "style": style(draw, classify, alike),
             "attention_map": attention_map(draw),
         }
-    found = {
+    return {
         "seed": draw.task.seeds[0] // APART,
         "variants": variants(draw, alike, base, alone),
         "several_references": several_references(draw, classify, alike),
         "toolbox": toolbox,
+        "structure": structure(draw, classify, alone),
+        "another_base": another_base(draw, classify, base),
     }
-    if files.CONTROL in shipped:
-        found["structure"] = structure(draw, classify, alone)
-    if files.SECOND_BASE in shipped:
-        found["another_base"] = another_base(draw, classify, base)
-    return found
 
 
 def partners(rows: Scenes) -> Tensor:
-    """Return for each scene the next one that differs in color and in background, `(N,)`.
-
-    Raises:
-        ValueError: There is none: too few scenes.
-    """
+    """Return for each scene one that is `unlike` it, `(N,)`."""
     return unlike(rows, [[number] for number in range(len(rows))])
 
 
 def unlike(rows: Scenes, groups: Sequence[Sequence[int]]) -> Tensor:
-    """Return for each group of scenes one that differs from all in color and background, `(N,)`.
-
-    The next one after the group's first.
+    """Return for each group the next scene after its first that shares no color or background.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none: too few scenes.
     """
     count = len(rows)
 
@@ -201,18 +191,17 @@ def variants(draw: Drawer, alike: Similarity, base: Tensor, alone: Tensor) -> Fi
             for name, images in drawn.items()
         }
 
-    found = {
+    texts = {"text_and_image": task.texts, "image_only": [""] * len(task.rows)}
+    return {
         "base": likeness({"text_and_image": base, "image_only": alone}),
         "fine_grained": likeness(
             {name: draw(name, adapter="fine-grained")[:, 0] for name in asked}
         ),
         "strangers": likeness({name: images.roll(1, 0) for name, images in asked.items()}),
+        "concatenated": likeness(
+            {name: concatenated.draw(task, words) for name, words in texts.items()}
+        ),
     }
-    if files.CONCATENATED in files.manifest()["files"]:
-        texts = {"text_and_image": task.texts, "image_only": [""] * len(task.rows)}
-        drawn = {name: concatenated.draw(task, words) for name, words in texts.items()}
-        found["concatenated"] = likeness(drawn)
-    return found
 
 
 def another_base(draw: Drawer, classify: SceneClassifier, first: Tensor) -> Figures:

@@ -7,8 +7,6 @@ learnt; shapes by a small network that shares nothing with the image encoder
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
@@ -57,7 +55,7 @@ def textures(images: Tensor) -> Tensor:
     """Find the pattern whose light and dark parts differ most in brightness, `(N,)`."""
     bright = images.amax(1)
     inside = (objects(images) & (bright - images.amin(1) > GREY)).float()
-    inside = 1 - torch.nn.functional.max_pool2d(1 - inside[:, None], 3, 1, 1)[:, 0]  # no edges
+    inside = 1 - max_pool2d(1 - inside[:, None], 3, 1, 1)[:, 0]  # no edges
     contrasts = [torch.full((len(images),), CONTRAST)]
     for texture in range(1, len(TEXTURES)):
         dark = pattern(texture, SIDE).float()
@@ -170,18 +168,10 @@ def whiteness_of_outlines(images: Tensor, width: int = 3) -> float:
     return float(((darkest * rim).sum((1, 2)) / rim.sum((1, 2)).clamp(min=1)).mean())
 
 
-@dataclass(frozen=True)
-class Chance:
-    """What share of images would agree with references that have nothing to do with them."""
+def chance(found: Tensor, wanted: Tensor, draws: int = 4000) -> dict[str, float]:
+    """Return what share of images would agree with references that have nothing to do with them.
 
-    mean: float
-    low: float
-    high: float
-
-
-def chance(found: Tensor, wanted: Tensor, draws: int = 4000) -> Chance:
-    """Return the mean share over shufflings of the references, and where 99 in 100 of them lie.
-
+    `mean` over shufflings of the references, and `low` and `high`, between which 99 in 100 lie.
     Unlike one over the number of kinds it knows that a base prefers some kinds and that references
     show some more often.
 
@@ -196,7 +186,7 @@ def chance(found: Tensor, wanted: Tensor, draws: int = 4000) -> Chance:
     agree = shuffled[..., None] == found if found.ndim > 1 else shuffled == found
     shares = agree.flatten(1).float().mean(1)
     low, high = shares.quantile(torch.tensor([0.005, 0.995])).tolist()
-    return Chance(float(shares.mean()), low, high)
+    return {"mean": float(shares.mean()), "low": low, "high": high}
 
 
 def interval(found: Tensor, wanted: Tensor) -> tuple[float, float]:

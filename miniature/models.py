@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,7 @@ class Clamp(nn.Module):
 
 def _numbered(layers: dict[int, nn.Module]) -> nn.Sequential:
     """Return a Sequential whose layers bear the numbers that they have in TAESD."""
-    found = nn.Sequential()
-    for number in sorted(layers):
-        found.add_module(str(number), layers[number])
-    return found
+    return nn.Sequential(OrderedDict((str(number), layers[number]) for number in sorted(layers)))
 
 
 def _encoder() -> nn.Sequential:
@@ -265,20 +263,8 @@ def text_states(
 
 ENCODER: dict[str, Any] = {
     "embed_dim": 128,
-    "vision_cfg": {
-        "image_size": SIDE,
-        "patch_size": 16,
-        "width": 192,
-        "head_width": 64,
-        "layers": 4,
-    },
-    "text_cfg": {
-        "context_length": 16,
-        "vocab_size": 49408,
-        "width": 128,
-        "heads": 2,
-        "layers": 2,
-    },
+    "vision_cfg": dict(image_size=SIDE, patch_size=16, width=192, head_width=64, layers=4),
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2},
 }
 PREPROCESS: dict[str, Any] = {"size": (SIDE, SIDE), "mean": (0.5,) * 3, "std": (0.28,) * 3}
 
