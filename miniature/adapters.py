@@ -55,10 +55,7 @@ def write_images(folder: Path, seed: int, count: int) -> None:
 
 
 def cache(base: Path, encoder: Path, images: Path, out: Path, device: str = "cpu") -> None:
-    """Store what the frozen parts give of all images, for both kinds of adapter.
-
-    On `device`, cpu or cuda.
-    """
+    """Store what the frozen parts give of all images, for both kinds of adapter."""
     _launch(
         "training/cache.py",
         device,

@@ -69,10 +69,9 @@ def contexts() -> Tensor:
 
 
 def all_texts() -> list[str]:
-    """Return whatever of a scene a caption can name, as `naming` counts them.
+    """Return all that captions can name, as `naming` counts them.
 
-    Shape and any of color, texture and background; shape, perhaps the color, and the place; and
-    last the empty text.
+    Shape and any of color, texture and background; shape, perhaps the color, and place; nothing.
     """
     shapes, *others = (range(number) for number in KINDS.values())
     every = itertools.product(shapes, *((None, *kind) for kind in others))
@@ -92,18 +91,12 @@ def texts_recipe() -> dict[str, Any]:
 
 
 def all_contexts(device: str = "cpu") -> Tensor:
-    """Compute the text states of all texts on `device`: in float16, on the CPU.
-
-    250 MB, which take minutes on two CPU cores.
-    """
+    """Return the text states of all texts, in float16 on the CPU: 250 MB, minutes on two cores."""
     return text_states(all_texts(), device, torch.float16)
 
 
 def naming(kinds: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw rows of `all_texts` for scenes of these kinds and places `(N, 5)`.
-
-    The texts name the shape alone, or some of the rest too, or nothing.
-    """
+    """Draw rows of `all_texts` for scenes of these kinds and places `(N, 5)`."""
     count = len(kinds)
     shape, color, *_, place = kinds.unbind(1)
     named = torch.rand(count, 3, generator=generator) < NAMED
@@ -162,15 +155,8 @@ def train(
 ) -> None:
     """Train `unet` in place, which moves to `device`; it ends as the average of its weights.
 
-    Args:
-        unet: As `new` makes it.
-        pool: Latents and kinds as `latents` gives them.
-        context: The states of `all_texts`.
-        seed: Of noise, texts and the choice of latents.
-        part: The steps to take, of a training of `steps`.
-        steps: Over which the learning rate falls from PEAK to nearly none.
-        batch: Latents a step.
-        device: Where it trains.
+    `pool`: what `latents` gives; `context`: the states of `all_texts`. Takes the steps `part` of a
+    training of `steps`, over which the learning rate falls from PEAK to nearly none.
     """
     encoded, kinds = pool
     unet.to(device)

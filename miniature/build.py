@@ -101,11 +101,7 @@ class Build:
         ]
 
     def run(self) -> None:
-        """Make every part that is not there, each from those before, and note how long it took.
-
-        Raises:
-            RecipeError: The work folder holds parts of another build.
-        """
+        """Make every part that is not there, and note how long it took. Raises RecipeError."""
         self.work.mkdir(parents=True, exist_ok=True)
         path, ours = self.work / _RECIPE, json.dumps(self.recipe(), indent=1)
         if not any(self.work.iterdir()):

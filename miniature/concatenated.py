@@ -57,10 +57,7 @@ def train(
     steps: int,
     device: str = "cpu",
 ) -> ImageProjection:
-    """Train a new projection on `device`, where the UNet moves, and return it on the CPU.
-
-    Autoencoder and encoder are on the CPU; `count` images.
-    """
+    """Train a new projection on `device`, where the UNet moves; return it on the CPU."""
     latents, embeds, shapes = _pool(autoencoder, encoder, seed, count)
     context = contexts()
     torch.manual_seed(seed)
@@ -90,10 +87,7 @@ def train(
 
 @torch.inference_mode()
 def draw(task: Task, texts: Sequence[str]) -> Tensor:
-    """Draw images `(N, 3, 64, 64)` with the shipped projection, one a reference and text.
-
-    With the noise, steps and guidance that ComfyUI draws the decoupled ones with.
-    """
+    """Draw images `(N, 3, 64, 64)`, one a reference and text, sampled as ComfyUI does."""
     shown = [setup.shown(task.rows[number : number + 1]) for number in range(len(task.rows))]
     small = [image.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for image in shown]
     reference_images = torch.stack([to_tensor(image) for image in small])

@@ -63,8 +63,7 @@ class Control(nn.Module):
     def comfyui(self) -> dict[str, Tensor]:
         """Return it as ComfyUI's ControlNetLoader reads it.
 
-        The base has no middle block, but ComfyUI's ControlNet always has one: here one of zeros,
-        whose output is nothing.
+        A ControlNet always has a middle block there, which the base has not: here one of zeros.
         """
         middle = {
             "in_layers.0": (WIDTH,),
@@ -94,10 +93,7 @@ class LowRank(nn.Module):
 
 
 def add_low_rank(model: nn.Module, rank: int, inside: tuple[str, ...]) -> dict[str, LowRank]:
-    """Give every matrix and convolution in some parts of a frozen model a change that trains.
-
-    In place. Returns the changes by their weights' names; `inside`: how the parts' names begin.
-    """
+    """Give all matrices whose names begin with `inside` a change that trains; return these."""
     found = {}
     for name, module in [*model.named_modules()]:
         weight: Any = getattr(module, "weight", None)
@@ -120,8 +116,7 @@ def factors(changes: Mapping[str, LowRank]) -> dict[str, Tensor]:
 def merged(state: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return weights with the changes that `factors` gave, in the weights' own precision.
 
-    Raises:
-        KeyError: There is a change without its weight or its other half.
+    Raises KeyError for a change without its weight or its other half.
     """
     found = dict(state)
     for key in kept:
@@ -142,10 +137,7 @@ FromImages = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def train_control(
     autoencoder: Autoencoder, unet: Any, seed: int, steps: int, device: str = "cpu"
 ) -> Control:
-    """Train a new one on `device`, where autoencoder and UNet move, and return it on the CPU.
-
-    Half of the texts are dropped, so that the edges alone are enough.
-    """
+    """Train a new one on `device`, where autoencoder and UNet move; return it on the CPU."""
     torch.manual_seed(seed)
     control = Control().to(device)
     unet.to(device)

@@ -63,8 +63,7 @@ def partners(rows: Scenes) -> Tensor:
 def unlike(rows: Scenes, groups: Sequence[Sequence[int]]) -> Tensor:
     """Return for each group the next scene after its first that shares no color or background.
 
-    Raises:
-        ValueError: There is none: too few scenes.
+    Raises ValueError where there is none.
     """
     count = len(rows)
 
@@ -88,10 +87,7 @@ def unlike(rows: Scenes, groups: Sequence[Sequence[int]]) -> Tensor:
 
 
 def of_two(api: Api) -> Api:
-    """Return a workflow for three references, with two.
-
-    The third is not wired in, and where there is a latent for each, there are two.
-    """
+    """Return a workflow for three references, a latent for each perhaps, with two."""
     changed = copy.deepcopy(api)
     for node in changed.values():
         node["inputs"].pop("images.image2", None)
@@ -169,9 +165,8 @@ def structure(draw: Drawer, classify: SceneClassifier, without: Tensor) -> Figur
 def variants(draw: Drawer, alike: Similarity, base: Tensor, alone: Tensor) -> Figures:
     """Measure how near each kind of adapter comes to what is asked for.
 
-    Under texts that name another shape that is the reference with that shape, with no text the
-    reference. `base` and `alone`: the base adapter's images; "strangers" has the figures of what
-    another reference asks for.
+    Under a text that is the reference with the text's shape, with none the reference. `base` and
+    `alone`: the base adapter's images. "strangers": what another reference asks for.
     """
     task = draw.task
     asked = {
@@ -221,11 +216,7 @@ def another_base(draw: Drawer, classify: SceneClassifier, first: Tensor) -> Figu
 
 
 def regions(draw: Drawer, classify: SceneClassifier) -> Figures:
-    """Use one reference within the disc, where shapes are, and another everywhere else.
-
-    With no text: how often the shape has the color of the one, and the background is that of the
-    other.
-    """
+    """Use one reference within the disc, where shapes are, and another everywhere else; no text."""
     inner, second = draw.task.rows, partners(draw.task.rows)
     names = [draw.names[number] for number in second.tolist()]
     shown = classify(draw("regions", others=names)[:, 0])
@@ -236,9 +227,7 @@ def regions(draw: Drawer, classify: SceneClassifier) -> Figures:
 def style(draw: Drawer, classify: SceneClassifier, alike: Similarity) -> Figures:
     """Use uniform weights, half of them and each preset, with a fine-grained adapter and no text.
 
-    So all that is shown is either the reference's or by chance: what of the shape's look comes
-    through (color, texture), and what else of the image (the shape itself, its place, the
-    background behind it).
+    So all that is shown is either the reference's or by chance.
     """
     task = draw.task
     found: Figures = {}
@@ -272,8 +261,7 @@ def mask() -> Tensor:
 def attention_map(draw: Drawer) -> Figures:
     """Map the attention to an image prompt that acts within the disc alone.
 
-    Its mean inside and outside, and the overlap of the disc with what is warmer than half of the
-    warmest.
+    `overlap`: of the disc with what is warmer than half of the warmest.
     """
 
     def map_alone(api: Api) -> Api:

@@ -45,10 +45,7 @@ _LATENT_SCALE = 0.18215  # SD1.5's: ComfyUI divides latents by it before it call
 
 
 def quantized(state: Mapping[str, Tensor]) -> State:
-    """Round matrices and convolutions to 8 bits, symmetric, and vectors to float16.
-
-    Each output channel has a scale in float16.
-    """
+    """Round matrices to 8 bits and vectors to float16; each output channel has a float16 scale."""
     found: State = {}
     for key, x in state.items():
         if x.ndim < 2:
@@ -138,10 +135,7 @@ def checkpoint(unet: Mapping[str, Tensor], vae: Autoencoder) -> State:
 
 
 def without_idle_layer(source: Path, target: Path) -> None:
-    """Copy an adapter's file without its layer for `idle_transformer`.
-
-    That trains nothing and stays zeros, and takes a megabyte.
-    """
+    """Copy an adapter's file without the megabyte of zeros that is its layer for the idle one."""
     state, metadata = _adapter(source)
     save(target, {key: x for key, x in state.items() if not key.startswith(_IDLE)}, metadata)
 
@@ -170,15 +164,7 @@ def checksums() -> dict[str, str]:
 
 
 def made() -> dict[str, Any]:
-    """Tell how the build was made.
-
-    Returns:
-        `recipe`, a checksum of all that was asked for but the seed, `seed`, `minutes`, and `on`
-        what.
-
-    Raises:
-        FileNotFoundError: As `manifest` does.
-    """
+    """Return `recipe`, a hash of all that was asked for, `seed`, `minutes`, and `on` what."""
     known = manifest()
     asked = {key: known[key] for key in known.keys() - {"seed", *NOT_ASKED}}
     recipe = json.dumps(asked, sort_keys=True)
@@ -191,11 +177,7 @@ def made() -> dict[str, Any]:
 
 
 def manifest() -> dict[str, Any]:
-    """Read what is shipped: file names, checksums, seeds, steps, times.
-
-    Raises:
-        FileNotFoundError: `FOLDER` holds no build.
-    """
+    """Read what is shipped. Raises FileNotFoundError if `FOLDER` holds no build."""
     if not (FOLDER / MANIFEST).is_file():
         raise FileNotFoundError(
             f"'{FOLDER}' has no {MANIFEST}, so it holds no miniature. {FOLDER_VARIABLE} in the "

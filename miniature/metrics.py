@@ -115,10 +115,7 @@ def share(found: Tensor, wanted: Tensor) -> float:
 
 
 def overlap(images: Tensor, covered: Tensor) -> float:
-    """Return the mean intersection over union of shapes in images with those asked for.
-
-    Images `(N, 3, 64, 64)`; shapes `(N, 64, 64)` in 0 … 1.
-    """
+    """Return the mean intersection over union of the shapes with those `covered (N, h, w)`."""
     found, wanted = objects(images), covered > 0.5
     union = (found | wanted).sum((1, 2)).clamp(min=1)
     return float(((found & wanted).sum((1, 2)) / union).mean())
@@ -133,19 +130,14 @@ def centers(images: Tensor) -> Tensor:
 
 
 def displacement(images: Tensor, others: Tensor) -> float:
-    """Measure how far the shape's center is from the other's on average, in pixels.
-
-    Where both are seen; `seen` says in how many.
-    """
+    """Measure how far the shape's center is from the other's, in pixels, where both are seen."""
     return float((centers(images) - centers(others)).norm(dim=1).nanmean())
 
 
 def shade_error(images: Tensor, others: Tensor) -> float:
-    """Measure how far the mean color of the shape is from that of the other's.
+    """Measure how far the mean color of the shape is from the other's, where both are seen.
 
-    In 8-bit levels, the mean of three channels, where both are seen. Nearly whatever their places
-    and forms: how much of a texture's dark part a shape covers, and that light falls from above,
-    are some levels of it.
+    In 8-bit levels, the mean of three channels; some of them are due to places and forms.
     """
     means = [
         (some * inside[:, None]).sum((2, 3)) / inside.sum((1, 2))[:, None]
@@ -171,14 +163,9 @@ def whiteness_of_outlines(images: Tensor, width: int = 3) -> float:
 def chance(found: Tensor, wanted: Tensor, draws: int = 4000) -> dict[str, float]:
     """Return what share of images would agree with references that have nothing to do with them.
 
-    `mean` over shufflings of the references, and `low` and `high`, between which 99 in 100 lie.
-    Unlike one over the number of kinds it knows that a base prefers some kinds and that references
-    show some more often.
-
-    Args:
-        found: What images show, `(N,)` or `(N, k)` for k of each reference.
-        wanted: What was wanted, `(N,)`.
-        draws: How many shufflings.
+    `mean` over shufflings of the references, and `low` and `high`, between which 99 in 100 lie:
+    so it knows what a base prefers and references show more often. `found (N,)`, or `(N, k)` for
+    k images of each reference; `wanted (N,)`.
     """
     generator = torch.Generator().manual_seed(0)
     orders = torch.rand(draws, len(wanted), generator=generator).argsort(1)

@@ -42,14 +42,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def section(found: Figures, others: Sequence[Figures] = ()) -> str:
-    """Write the card's section in Markdown.
+    """Write the section of the build that bears the card, and of `others` from other seeds.
 
-    Args:
-        found: The evaluation of the build that bears the card.
-        others: Those of builds from other seeds.
-
-    Raises:
-        NotComparable: Some of them cannot be held against `found`.
+    Raises NotComparable if those cannot be held against it.
     """
     asked = [*demands(found)]
     missed = [demand for demand in asked if not demand.met]
@@ -139,11 +134,7 @@ def _sets(findings: Figures) -> str:
 
 
 def _builds(evaluations: Sequence[Figures]) -> str:
-    """Lay side by side what each of several trainings gives, and the means of its sets.
-
-    Raises:
-        NotComparable: They are of one build, of several recipes, or of other references.
-    """
+    """Lay side by side what each of several trainings gives, and the means of its sets."""
     _check_comparable(evaluations)
     made = [one["made"] for one in evaluations]
     sets = [one["findings"]["sets"] for one in evaluations]
@@ -245,12 +236,7 @@ def contact_sheet(drawn: Mapping[str, Tensor], task: Task) -> Image.Image:
 
 
 def write(found: Figures, card: Path, others: Sequence[Figures] = ()) -> None:
-    """Put the section into the file `card`.
-
-    Raises:
-        ValueError: The card lacks the marks.
-        NotComparable: As `section` does.
-    """
+    """Put the section into the file `card`. Raises ValueError if it lacks the marks."""
     text = card.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{card} needs one line {BEGIN!r} and after it one line {END!r}.")

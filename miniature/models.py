@@ -1,7 +1,4 @@
-"""The miniature's small models and how each trains: autoencoder, text, image encoder, classifier.
-
-The base has a file of its own (`base.py`), as have the adapters (`adapters.py`).
-"""
+"""The miniature's small models and how each trains; the base has a file of its own (`base.py`)."""
 
 from __future__ import annotations
 
@@ -45,13 +42,8 @@ def fit(
 ) -> None:
     """Train for `steps` on the loss of each, and show its running mean.
 
-    Args:
-        name: Of the progress bar.
-        optimizer: Of what trains.
-        loss_at: The loss of a step.
-        steps: How many.
-        rate: The learning rate of a step, set before its loss; by default the optimizer's own.
-        clipped: Parameters whose gradients are clipped to a norm of 1.
+    `rate`: the learning rate of a step, set before its loss; by default the optimizer's own.
+    `clipped`: parameters whose gradients are clipped to a norm of 1.
     """
     clipped, mean = [*clipped], torch.zeros(())
     progress = tqdm(range(steps), name, mininterval=5)
@@ -153,11 +145,7 @@ class Autoencoder(nn.Module):
         return self.decoder(latents).clamp(0, 1)
 
     def taesd(self) -> State:
-        """Return all tensors of TAESD with the latents of SD1.5.
-
-        They are named `taesd_encoder.*` and `taesd_decoder.*`, as ComfyUI has them inside a
-        checkpoint.
-        """
+        """Return TAESD's `taesd_encoder.*` and `taesd_decoder.*`, as ComfyUI reads them."""
         found = {}
         for side, module in (("encoder", self.encoder), ("decoder", self.decoder)):
             for key, tensor in module.state_dict().items():
@@ -180,10 +168,7 @@ def _widened(tensor: Tensor) -> Tensor:
 def train_autoencoder(
     seed: int, cycles: Sequence[int], batch: int = 4, device: str = "cpu"
 ) -> Autoencoder:
-    """Train a new one from the stream `seed` on `device`, and return it on the CPU.
-
-    `cycles`: steps between warm restarts.
-    """
+    """Train a new one on `device`, return it on the CPU; `cycles`: steps between warm restarts."""
     torch.manual_seed(seed)
     model = Autoencoder().to(device).to(memory_format=torch.channels_last)
     done = 0
@@ -245,10 +230,7 @@ def text_encoder() -> CLIPTextModel:
 def text_states(
     captions: list[str], device: str = "cpu", stored: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return the UNet's context of each caption, `(N, 77, 768)`.
-
-    Computed on `device` in float32; on the CPU as `stored`.
-    """
+    """Return each caption's states `(N, 77, 768)`, computed on `device` in float32, on the CPU."""
     length = layouts.POSITIONS
     ids = tokenizer()(captions, padding="max_length", max_length=length, return_tensors="pt")
     encoder = text_encoder().to(device)

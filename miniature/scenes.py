@@ -107,10 +107,7 @@ def caption(
     background: int | None = None,
     place: int | None = None,
 ) -> str:
-    """Name the shape, and of the rest what is given.
-
-    "A striped red star, sky background", "a red star, top left".
-    """
+    """Name what is given: "a striped red star, sky background", "a red star, top left"."""
     named = [
         *([] if texture is None else [TEXTURES[texture]]),
         *([] if colour is None else [list(COLORS)[colour]]),
@@ -143,9 +140,8 @@ def references(
 ) -> Scenes:
     """Return a reference for each target: the image itself, as in the paper, or a variation.
 
-    In all but `same_shape` of them the shape is drawn anew. So an adapter learns that the text has
-    the last word on the shape, that the image has it where there is no text, and all else from the
-    image.
+    In all but `same_shape` of them the shape is drawn anew, so that an adapter learns to leave it
+    to the text where there is one.
     """
     others = scenes(seed, len(targets), start)
     draw = np.random.Generator(np.random.Philox(key=seed + (1 << 32))).random(len(targets) + start)
@@ -200,9 +196,9 @@ def outlines(rows: Scenes, side: int) -> Tensor:
 
 
 def _distance(rows: Scenes, side: int, below: float = 0.0) -> Tensor:
-    """Return the signed distance to the outline, negative inside, `(N, side, side)`.
+    """Return signed distances `(N, side, side)` to the outline of shapes moved down by `below`.
 
-    Half the image is 1. `below`: how far down the shape is moved.
+    Negative inside; half the image is 1.
     """
     at = (torch.arange(side) + 0.5) * 2 / side - 1
     y, x = torch.meshgrid(at, at, indexing="ij")
@@ -256,11 +252,7 @@ def outlined(rows: Scenes, side: int = 64) -> Tensor:
 
 
 def mark() -> str:
-    """Tell the set from one of other kinds, places or sizes.
-
-    A checksum of some scenes' numbers and of the tables. (Not of pixels, whose last bit depends on
-    the machine.)
-    """
+    """Hash some scenes' numbers and the tables; not pixels, whose last bit the machine decides."""
     some = scenes(0, 16)
     both = some, references(some, 1)
     numbers = [getattr(rows, field.name).tolist() for rows in both for field in fields(rows)]

@@ -31,10 +31,7 @@ Write = Callable[[Path], object]
 
 
 def base_directory() -> Path:
-    """Return ComfyUI's base directory of the miniature; IP_ADAPTER_MINIATURE moves it.
-
-    Another build than the shipped one has another.
-    """
+    """Return the build's base directory for ComfyUI; IP_ADAPTER_MINIATURE moves it."""
     chosen = os.environ.get(FOLDER_VARIABLE)
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -45,10 +42,7 @@ def base_directory() -> Path:
 
 
 def ensure() -> Path:
-    """Make what is missing or was made of other files, and return the base directory.
-
-    Takes some seconds the first time. Safe to call from several processes at once.
-    """
+    """Make what is missing or was made of other files; several processes may call it at once."""
     base = base_directory()
     base.mkdir(parents=True, exist_ok=True)
     stamp = base / "made.json"
