@@ -42,7 +42,8 @@ from training.dataloader import open_rows
 from training.distributed import begin, script
 from training.errors import TrainingError
 from training.models.base import load_encoders
-from training.models.frozen import FrozenEncoders, ImageEncoder
+from training.models.frozen import FrozenEncoders
+from training.models.image_encoder import ImageEncoder
 
 logger = logging.getLogger("training")
 

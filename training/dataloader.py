@@ -57,11 +57,7 @@ class TrainingData:
 def open_data(
     config: TrainConfig, encoders: FrozenEncoders, timesteps: int, position: Position
 ) -> TrainingData:
-    """Open what the config names, to begin at a position.
-
-    Raises:
-        TrainingError: Data or a cache that cannot be trained on.
-    """
+    """Open what the config names. Raises TrainingError for what cannot be trained on."""
     draws = NoiseSettings(
         seed=config.seed,
         drop_image=config.i_drop_rate,

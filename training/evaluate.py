@@ -238,11 +238,8 @@ class Evaluation:
 def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
     """Measure and write; return the results on the main process, None on the others.
 
-    Of several processes it ends the group, so that a launch of several measures once.
-
-    Raises:
-        TrainingError: What a user can mend.
-        NotFinite: An image became NaN.
+    Of several processes it ends the group, so that a launch of several measures once. Raises
+    TrainingError for what a user can mend, NotFinite among it.
     """
     return Evaluation(config, begin()).run()
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,41 +119,31 @@ def write_shards(
     """
     if not shards:
         return
-    batches = _Batches(dataset, manifest, shards, reading.batch)
-    loaded = iter(loader(dataset, cast(Any, batches), reading.workers))
+    of_row = dataset.buckets.of_row
+
+    def batches(shard: int) -> Iterator[np.ndarray]:
+        return _batches(np.array(manifest.rows_of(shard)), of_row, reading.batch)
+
+    numbered = ([(row, row) for row in x.tolist()] for shard in shards for x in batches(shard))
+    loaded = iter(loader(dataset, numbered, reading.workers))
     for shard in shards:
         content = _Shard(manifest)
-        for rows in batches.of_shard(shard):
+        for rows in batches(shard):
             batch = next(loaded)
             content.add(rows, batch, encoders.outputs(batch, manifest.features))
             bar.update(len(rows))
         path = shard_path(folder, shard)
-        write_tensors(path, content.tensors(dataset.buckets.of_row), {"broken": content.broken})
+        write_tensors(path, content.tensors(of_row), {"broken": content.broken})
         if shard == shards[0]:
             _look_ahead(folder, path.stat().st_size, len(shards) - 1)
 
 
-class _Batches:
-    """For a DataLoader: batches of (number, row), each of one shard and one bucket."""
-
-    def __init__(
-        self, dataset: RawDataset, manifest: Manifest, shards: Sequence[int], batch: int
-    ) -> None:
-        self._of_row = dataset.buckets.of_row
-        self._manifest, self._shards, self._batch = manifest, shards, batch
-
-    def of_shard(self, shard: int) -> Iterator[np.ndarray]:
-        rows = np.array(self._manifest.rows_of(shard))
-        buckets = np.zeros_like(rows) if self._of_row is None else self._of_row[rows]
-        for bucket in np.unique(buckets):
-            alike = rows[buckets == bucket]
-            for start in range(0, len(alike), self._batch):
-                yield alike[start : start + self._batch]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for shard in self._shards:
-            for rows in self.of_shard(shard):
-                yield [(row, row) for row in rows.tolist()]
+def _batches(rows: np.ndarray, of_row: np.ndarray | None, batch: int) -> Iterator[np.ndarray]:
+    """Split a shard's rows into batches, each of one bucket."""
+    buckets = np.zeros_like(rows) if of_row is None else of_row[rows]
+    for bucket in np.unique(buckets):
+        alike = rows[buckets == bucket]
+        yield from (alike[start : start + batch] for start in range(0, len(alike), batch))
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from multiprocessing.sharedctypes import RawValue
 from types import FrameType
@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .buckets import LATENT_STEP, Buckets
 from .image import BrokenImageError, ImageData, fit, open_image
 from .randomness import NoiseSettings, SampleNoise, sample_noise
-from .sampler import RankBatchSampler
 from .sources import Record, Source
 
 Example = dict[str, Any]
@@ -139,7 +138,10 @@ def _stack(values: list[Any]) -> Tensor:
 
 
 def loader(
-    dataset: Dataset[Any], batches: RankBatchSampler | None, workers: int, prefetch: int = 2
+    dataset: Dataset[Any],
+    batches: Iterable[list[tuple[int, int]]] | None,
+    workers: int,
+    prefetch: int = 2,
 ) -> DataLoader[Any]:
     """Return a loader of collated batches, read ahead by `workers` processes (0: in this one).
 

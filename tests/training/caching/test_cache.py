@@ -26,7 +26,8 @@ from training.data.dataset import RawDataset, collate
 from training.data.sources import Record, open_source
 from training.errors import TrainingError
 from training.models.base import load_encoders
-from training.models.frozen import FrozenEncoders, ImageEncoder, text_states
+from training.models.frozen import FrozenEncoders, text_states
+from training.models.image_encoder import ImageEncoder
 
 resource = pytest.importorskip("resource", reason="limits of a POSIX system")
 
