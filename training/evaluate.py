@@ -1,21 +1,14 @@
-r"""Measure adapters as the paper's Table 1 does.
-
-The commands:
+r"""Measure adapters as the paper's Table 1 does (every option: `evaluate.py --help`).
 
     accelerate launch training/evaluate.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --image_encoder_path open_clip:ViT-H-14/laion2b_s32b_b79k --eval_data_dir coco \
         --ip_adapter_path run/ip-adapter.safetensors ip-adapter_sd15.bin --output_dir scores
 
-`coco` holds val2017/ and annotations/captions_val2017.json, or is any folder of images with
-captions. A quick look at the first 50 images, without text:
-
-    accelerate launch training/evaluate.py … --max_samples 50 --scale
-
 The same command goes on where the last one stopped, with more images, scales or adapters too; what
 is measured is not sampled again. Every process of the launch takes its part; on several machines
-`--output_dir` must be one folder that all see. Written are results.json, table.md and weights.png.
-Every option: `evaluate.py --help`.
+`--output_dir` must be one folder that all see. A quick look at 50 images, without text:
+`--max_samples 50 --scale`.
 """
 
 from __future__ import annotations

@@ -77,11 +77,10 @@ def square(size: int) -> Buckets:
 
 
 def bucket_sizes(size: int) -> tuple[tuple[int, int], ...]:
-    """Return all `(height, width)` of multiples of 64 that are near size² pixels.
+    """Return all `(height, width)` of multiples of 64 that are 0.85 to 1 times size² pixels.
 
-    0.85 to 1 times as many, sides of at most 1 : 2, each as large as fits; the square one first.
-
-    Raises TrainingError unless `size` is a multiple of 64.
+    Sides are at most 1 : 2, each as large as fits; the square one is first. Raises TrainingError
+    unless `size` is a multiple of 64.
     """
     check_multiple("resolution", size, STEP, "with enable_bucket: 512, 768 or 1024")
     sizes = {(size, size)}

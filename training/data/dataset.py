@@ -112,11 +112,7 @@ class RawDataset(Dataset[Example]):
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """Stack examples to a batch.
-
-    Tensors are stacked, `tokens` for each tokenizer; `draws` is flattened into its fields; `weight`
-    (N,); of `broken` the non-empty ones.
-    """
+    """Stack examples; `draws` is flattened into its fields, and `broken` has the non-empty ones."""
     batch: dict[str, Any] = {}
     for key in examples[0]:
         values = [example[key] for example in examples]

@@ -38,10 +38,7 @@ def open_image(data: ImageData) -> Image.Image:
 
 
 def upright_size(data: ImageData) -> tuple[int, int]:
-    """(height, width) as `open_image` will give it, from the header: no pixels are decoded.
-
-    Raises BrokenImageError for what cannot be read.
-    """
+    """Return `open_image`'s (height, width) from the header alone, or raise BrokenImageError."""
     with _opened(data) as image:
         width, height = image.size
         # Pillow decodes a whole PNG in search of EXIF behind its pixels, and tells a TIFF's size as

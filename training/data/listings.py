@@ -25,11 +25,7 @@ Values = dict[str, Any]
 
 
 def find_metadata(folder: Path) -> Path | None:
-    """Return the file that lists a folder's images, None if it has none.
-
-    Raises:
-        TrainingError: There are several, or only folders in it have one.
-    """
+    """Return the file that lists a folder's images, if any. Raises TrainingError for several."""
     present = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(present) > 1:
         raise TrainingError(
@@ -49,11 +45,7 @@ def find_metadata(folder: Path) -> Path | None:
 
 
 def read_listing(path: Path) -> Iterator[Values]:
-    """Yield the rows of a JSON list, JSON lines, CSV or Parquet.
-
-    Raises:
-        TrainingError: The file is none of these, or damaged.
-    """
+    """Yield the rows of a JSON list, JSON lines, CSV or Parquet. Raises TrainingError."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise TrainingError(

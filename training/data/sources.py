@@ -104,7 +104,10 @@ def open_source(
         how = f"Write captions to '{listing}'"
         root = root if image_root else listing.parent
         stat = listing.stat()
-        columns = _columns_of_listing(listing, columns, default_caption)
+        first = next(read_listing(listing), None)
+        if first is None:
+            raise TrainingError(f"'{listing}' lists no pictures. Expected a row for each picture.")
+        columns = pick_columns(columns, list(map(str, first)), f"'{listing}'", default_caption)
         state = f"{stat.st_size} {stat.st_mtime_ns}"
         dataset = _cached(read_listing, listing, state, columns, cache_dir)
     source = Source(dataset, _hash(dataset), ROWS, default_caption, root, how)
@@ -115,10 +118,8 @@ def open_source(
 class Source:
     """Rows of a `datasets.Dataset`, by number; `fingerprint` identifies them all.
 
-    Its images are `datasets.Image`, encoded bytes, or paths relative to `root`.
-
-    Raises:
-        TrainingError: Columns of other kinds, or missing captions; `how` says how to give them.
+    Its images are `datasets.Image`, encoded bytes, or paths relative to `root`. Raises
+    TrainingError for columns of other kinds and missing captions; `how` says how to give these.
     """
 
     def __init__(
@@ -236,14 +237,9 @@ def _check_images(feature: Any, column: str, where: str) -> None:
 def pick_columns(
     columns: Columns, present: list[str], where: str, default_caption: str | None
 ) -> Columns:
-    """Choose the columns to read.
+    """Choose the columns to read, None for references or captions that may lack and do.
 
-    None for references, if there are none, and for captions, if there are none and a default
-    caption is given.
-
-    Raises:
-        TrainingError: A column was asked for that is not there, or no usual name of the images or
-            the captions is; the message names those that are.
+    Raises TrainingError if a column is not there; the message names those that are.
     """
     picked = {}
     for role in ("image", "text", "reference"):
@@ -322,10 +318,7 @@ def _cached(
     columns: Columns,
     cache_dir: str | os.PathLike[str] | None,
 ) -> Dataset:
-    """Return the rows that `read` gives, from the cache folder if they were read before.
-
-    `state` changes with the files that are read. One process writes, others wait.
-    """
+    """Return the rows that `read` gives; kept in the cache folder until `state` is another."""
     folder = Path(cache_dir or Path(config.HF_DATASETS_CACHE) / "ip_adapter_training")
     try:
         return Dataset.from_generator(
@@ -353,13 +346,6 @@ def _hash(dataset: Dataset) -> str:
     for block in rows.iter(BLOCK):
         digest.update(json.dumps([*block.to_pydict().values()]).encode())
     return digest.hexdigest()
-
-
-def _columns_of_listing(path: Path, columns: Columns, default_caption: str | None) -> Columns:
-    first = next(read_listing(path), None)
-    if first is None:
-        raise TrainingError(f"'{path}' lists no pictures. Expected a row for each picture.")
-    return pick_columns(columns, list(map(str, first)), f"'{path}'", default_caption)
 
 
 def _rows(

@@ -57,10 +57,7 @@ def is_stream(data: str | os.PathLike[str]) -> bool:
 
 
 def expand_shards(data: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Every shard that `data` names: braces (`{000..099}`), `*` and folders are expanded.
-
-    Raises TrainingError if it names none, or local ones that do not exist.
-    """
+    """Expand braces (`{000..099}`), `*` and folders. Raises TrainingError for missing ones."""
     text = os.fspath(data)
     if "://" in text or text.startswith("pipe:"):
         return tuple(braceexpand.braceexpand(text))
@@ -83,21 +80,13 @@ def expand_shards(data: str | os.PathLike[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ShardReader:
-    """Reader of shards.
-
-    `columns.text` names the key of captions in `.json` files; `default_caption` is the caption of
-    images without.
-    """
+    """Reads shards; `columns.text` names the key of captions in `.json` files."""
 
     columns: Columns = field(default_factory=Columns)
     default_caption: str | None = None
 
     def records(self, shard: str) -> Generator[Record]:
-        """Yield the samples of a shard, in its order.
-
-        A shard that cannot be read to its end gives what could be, then a record that is broken
-        and says so.
-        """
+        """Yield a shard's samples, and a broken record if it cannot be read to its end."""
         try:
             with gopen(shard) as stream:
                 source = [{"url": shard, "stream": stream}]

@@ -18,10 +18,7 @@ from .report import Subject
 
 
 def load(paths: Sequence[str]) -> list[tuple[Subject, IPAdapter]]:
-    """Adapters from their files, any published kind, in float32.
-
-    Raises TrainingError if a file is no adapter, or the same one twice.
-    """
+    """Load adapters in float32. Raises TrainingError if a file is none, or the same one twice."""
     names = [Path(path).name for path in paths]
     loaded: list[tuple[Subject, IPAdapter]] = []
     for path, name in zip(paths, names, strict=True):
@@ -39,10 +36,7 @@ def load(paths: Sequence[str]) -> list[tuple[Subject, IPAdapter]]:
 
 
 def check_fits(adapter: IPAdapter, name: str, unet: Any, encoder: ImageEncoder) -> None:
-    """Raise TrainingError unless the adapter fits.
-
-    It must read what this encoder gives, and have W'k, W'v for exactly this UNet's layers.
-    """
+    """Raise TrainingError unless the adapter reads this encoder and fits this UNet's layers."""
     spec = adapter.spec
     layers = cross_attention_layers(unet).values()
     found = unet.config.cross_attention_dim, tuple(layer.to_k.out_features for layer in layers)

@@ -67,11 +67,7 @@ class Clip:
 
 
 def load_clip(name: str, device: torch.device, batch: int = 32) -> Clip:
-    """Load a scoring model in float32 by its name: `open_clip:…`, a folder, or a hub id.
-
-    Raises:
-        TrainingError: It cannot be had; the message names what was asked for.
-    """
+    """Load a model in float32: `open_clip:…`, a folder, or a hub id. Raises TrainingError."""
     load = _open_clip if name.startswith(image_encoder.OPEN_CLIP) else _transformers
     try:
         clip = Clip(name, batch, *load(name))
@@ -110,10 +106,7 @@ def _pooled(output: Any) -> Tensor:
 
 
 def _open_clip(name: str) -> tuple[nn.Module, Encode, Encode]:
-    """Load `open_clip:ViT-L-14/openai`, or `open_clip:ViT-L-14-quickgelu@FILE`.
-
-    (OpenAI's towers have quick GELUs, and a bare file does not say so.)
-    """
+    """Load `open_clip:NAME/TAG` or `open_clip:NAME@FILE`: OpenAI's files are of NAME-quickgelu."""
     model, architecture = image_encoder.create_open_clip(name)
     _, prepare = image_encoder.of_open_clip(model)
     tokenizer = open_clip.get_tokenizer(architecture)

@@ -16,8 +16,6 @@ ANNOTATION = Path("annotations", "captions_val2017.json")
 def read(folder: str) -> Rows:
     """Return COCO's rows in the order of its annotation file, or those of a folder with captions.
 
-    (`metadata.jsonl`, CSV, or `.txt` beside the images.)
-
     Raises TrainingError if there is neither.
     """
     root = Path(folder)
@@ -42,10 +40,7 @@ def read(folder: str) -> Rows:
 
 
 def _annotated(root: Path) -> list[Record]:
-    """One row an image, with the first of its captions (the file has five and more).
-
-    Raises TrainingError if the annotation file is not one, or an image has no caption.
-    """
+    """Return a row an image, with the first of its captions (the file has five and more)."""
     path = root / ANNOTATION
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -34,11 +34,7 @@ def count(shapes: Shapes, prefix: str) -> int:
 
 
 def unet(shapes: Shapes, family: Family) -> Config:
-    """Of `UNet2DConditionModel`.
-
-    Raises KeyError for what is no UNet of this kind, ValueError for one that diffusers cannot
-    build.
-    """
+    """Of `UNet2DConditionModel`. Raises KeyError for what is none, or ValueError."""
     levels: list[list[tuple[int, int]]] = [[]]  # of each residual block: width, transformer depth
     for i in range(1, count(shapes, f"{UNET}input_blocks.")):
         block = f"{UNET}input_blocks.{i}"
@@ -162,11 +158,7 @@ def _text(tokens: tuple[int, ...], positions: int, layers: int, inner: int) -> C
 
 
 def scheduler(shapes: Shapes) -> Config:
-    """Of Stable Diffusion's noise schedule.
-
-    Files of bases with v-prediction carry empty tensors that say so, as ComfyUI and the trainers of
-    such bases have agreed.
-    """
+    """Of Stable Diffusion's noise schedule; empty tensors say of v-prediction, as ComfyUI reads."""
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": 1000,

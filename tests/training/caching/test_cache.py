@@ -201,9 +201,8 @@ def test_bytes_of_a_sample_of_sd15(kinds, expected, tmp_path, pictures):
         source, lambda _: tokens, lambda _: torch.zeros(1), square(512), cache.NO_DRAWS
     )
     manifest = Manifest(16, 16, kinds, "float16", ((512, 512),), {}, {})
-    reading = cache_writing.Reading(8, 0)
     with tqdm(disable=True) as bar:
-        cache_writing.write_shards(dataset, Shaped(), tmp_path, manifest, [0], reading, bar)
+        cache_writing.write_shards(dataset, Shaped(), tmp_path, manifest, [0], 8, 0, bar)
     found = shard_path(tmp_path, 0).stat().st_size / 16
     assert expected < found < expected + 200
 
