@@ -66,15 +66,15 @@ class Control(nn.Module):
         A ControlNet always has a middle block there, which the base has not: here one of zeros.
         """
         middle = {
-            "in_layers.0": (WIDTH,),
-            "in_layers.2": (WIDTH, WIDTH, 3, 3),
-            "emb_layers.1": (WIDTH, TIME),
-            "out_layers.0": (WIDTH,),
-            "out_layers.3": (WIDTH, WIDTH, 3, 3),
+            "middle_block.0.in_layers.0": (WIDTH,),
+            "middle_block.0.in_layers.2": (WIDTH, WIDTH, 3, 3),
+            "middle_block.0.emb_layers.1": (WIDTH, TIME),
+            "middle_block.0.out_layers.0": (WIDTH,),
+            "middle_block.0.out_layers.3": (WIDTH, WIDTH, 3, 3),
+            "middle_block_out.0": (WIDTH, WIDTH, 1, 1),
         }
-        layers = {f"middle_block.0.{name}": shape for name, shape in middle.items()}
         found = {"lora_controlnet": torch.zeros(0), **self.state_dict()}
-        for name, shape in {**layers, "middle_block_out.0": (WIDTH, WIDTH, 1, 1)}.items():
+        for name, shape in middle.items():
             found[f"{name}.weight"], found[f"{name}.bias"] = torch.zeros(shape), torch.zeros(WIDTH)
         return found
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity, max_pool2d
 
 from miniature import files
 from miniature.models import SIDE, ShapeClassifier, image_tower, normalized
-from miniature.scenes import BACKGROUNDS, COLORS, KINDS, TEXTURES, Scenes, pattern
+from miniature.scenes import COLORS, KINDS, TEXTURES, Scenes, gradients, pattern
 
 EDGE = 4  # pixels of the margin that shows the background alone
 SHADES = (1.0, 0.89, 0.78)  # of the background under a shadow
@@ -27,13 +27,13 @@ def backgrounds(images: Tensor) -> Tensor:
     """Find the background whose gradient is nearest to the margin, `(N,)`."""
     margin = torch.ones(SIDE, SIDE, dtype=torch.bool)
     margin[EDGE:-EDGE, EDGE:-EDGE] = False
-    away = (images[:, None] - _gradients()[None]).abs().mean(2)  # N, backgrounds, side, side
+    away = (images[:, None] - gradients(SIDE)[None]).abs().mean(2)  # N, backgrounds, side, side
     return away[..., margin].median(-1).values.argmin(1)
 
 
 def objects(images: Tensor) -> Tensor:
     """Find the shape's pixels: neither background nor its shadow, `(N, side, side)`."""
-    behind = _gradients()[backgrounds(images)]
+    behind = gradients(SIDE)[backgrounds(images)]
     away = [(images - shade * behind).square().sum(1).sqrt() for shade in SHADES]
     return torch.stack(away).amin(0) > OBJECT
 
@@ -65,14 +65,6 @@ def textures(images: Tensor) -> Tensor:
         ]
         contrasts.append((means[0] - means[1]) / (means[0] + means[1]).clamp(min=1e-3) * 2)
     return torch.stack(contrasts).argmax(0)
-
-
-def _gradients() -> Tensor:
-    """Draw every background alone, `(backgrounds, 3, side, side)`."""
-    ends = torch.tensor(list(BACKGROUNDS.values()))
-    fade = torch.linspace(0, 1, SIDE)[:, None]
-    gradients = ends[:, 0, :, None, None] * (1 - fade) + ends[:, 1, :, None, None] * fade
-    return gradients.expand(-1, -1, -1, SIDE)
 
 
 class SceneClassifier:

@@ -149,14 +149,6 @@ def references(
     return replace(targets, shape=torch.where(keep, targets.shape, others.shape))
 
 
-def _circle(x: Tensor, y: Tensor) -> Tensor:
-    return torch.hypot(x, y) - 0.72
-
-
-def _square(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(x.abs(), y.abs()) - 0.62
-
-
 def _triangle(x: Tensor, y: Tensor) -> Tensor:
     y = y - 0.12
     half = math.sqrt(3) / 2
@@ -175,10 +167,6 @@ def _star(x: Tensor, y: Tensor) -> Tensor:
     return ((along - 0.88) * dx - across * dy) / math.hypot(dx, dy)
 
 
-def _ring(x: Tensor, y: Tensor) -> Tensor:
-    return (torch.hypot(x, y) - 0.55).abs() - 0.22
-
-
 def _cross(x: Tensor, y: Tensor) -> Tensor:
     x, y = x.abs(), y.abs()
     upright = torch.maximum(x - 0.27, y - 0.78)
@@ -186,8 +174,13 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
 
 
 _DISTANCES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
-    *(_circle, _square, _triangle, _star, _ring, _cross),
+    lambda x, y: torch.hypot(x, y) - 0.72,
+    lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.62,
+    *(_triangle, _star),
+    lambda x, y: (torch.hypot(x, y) - 0.55).abs() - 0.22,
+    _cross,
 )
+"""Signed distances to the outlines of SHAPES."""
 
 
 def outlines(rows: Scenes, side: int) -> Tensor:
@@ -226,15 +219,20 @@ def pattern(texture: int, side: int) -> Tensor:
     return (torch.zeros(side, side, dtype=torch.bool), rows, columns, rows ^ columns)[texture]
 
 
+def gradients(side: int) -> Tensor:
+    """Draw every background alone, one column wide: `(backgrounds, 3, side, 1)`."""
+    fade = torch.linspace(0, 1, side)[:, None]
+    ends = torch.tensor(list(BACKGROUNDS.values()))[..., None, None]
+    return ends[:, 0] * (1 - fade) + ends[:, 1] * fade
+
+
 def render(rows: Scenes, side: int = 64) -> Tensor:
     """Draw images `(N, 3, side, side)`, 0 … 1."""
     distance = _distance(rows, side)
     cover = _cover(distance, side)[:, None]
     shadow = _cover(_distance(rows, side, below=0.09), side, soft=side / 9)[:, None]
     fade = torch.linspace(0, 1, side)[:, None]
-    ends = torch.tensor(list(BACKGROUNDS.values()))[rows.background]  # N, 2, 3
-    behind = ends[:, 0, :, None, None] * (1 - fade) + ends[:, 1, :, None, None] * fade
-    behind = (behind * (1 - 0.22 * shadow)).expand(-1, -1, -1, side)
+    behind = gradients(side)[rows.background] * (1 - 0.22 * shadow)
     patterns = torch.stack([pattern(texture, side) for texture in range(len(TEXTURES))])
     dark = torch.where(patterns[rows.texture], DARK, 1.0)[:, None]
     colour = torch.tensor(list(COLORS.values()))[rows.colour] * rows.tint * rows.light[:, None]

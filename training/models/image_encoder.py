@@ -128,8 +128,8 @@ class ImageEncoder(nn.Module):
     def from_name(name: str, dtype: torch.dtype = torch.float32) -> ImageEncoder:
         """Return the encoder of that name, in `dtype` on the CPU.
 
-        `open_clip:MODEL/WEIGHTS`, `open_clip:MODEL@FILE`, `open_clip:FILE`, or a folder or hub id of
-        a transformers CLIP model. Raises TrainingError for what gives no such encoder.
+        `open_clip:MODEL/WEIGHTS`, `open_clip:MODEL@FILE`, `open_clip:FILE`, or the folder or id
+        of a transformers CLIP model. Raises TrainingError for what gives no such encoder.
         """
         load: Any = _open_clip_tower if name.startswith(OPEN_CLIP) else _transformers_tower
         return ImageEncoder(*load(name), name).to(dtype)
