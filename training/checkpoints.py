@@ -103,7 +103,7 @@ class Checkpoints:
         """
         path = self.path(step)
         partial = path.with_name(f".{path.name}.partial")
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             self.accelerator.save_state(str(partial))
             if self.accelerator.is_main_process:
@@ -160,7 +160,7 @@ class Checkpoints:
         shutil.rmtree(nameless, ignore_errors=True)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), repr(error))
 
 

@@ -132,7 +132,8 @@ class ImageEncoder(nn.Module):
         of a transformers CLIP model. Raises TrainingError for what gives no such encoder.
         """
         load: Any = _open_clip_tower if name.startswith(OPEN_CLIP) else _transformers_tower
-        return ImageEncoder(*load(name), name).to(dtype)
+        tower, preprocess = load(name)
+        return ImageEncoder(tower, preprocess, name).to(dtype)
 
     @property
     def dtype(self) -> torch.dtype:
