@@ -303,8 +303,7 @@ class TestCommandLine:
 
 def test_batches_stay_in_their_shard_and_bucket():
     of_row = np.array([0, 1, 0, 1, 1, 0, 0, 0, 1], np.int16)
-    manifest = Manifest(9, 5, (EMBEDS,), "float16", ((64, 64), (64, 128)), {}, {})
-    dataset = SimpleNamespace(buckets=SimpleNamespace(of_row=of_row))
-    batches = cache_writing._Batches(dataset, manifest, [1, 0], 2)
-    found = [[row for _, row in batch] for batch in batches]
+    shards = range(5, 9), range(5)
+    batches = (x for rows in shards for x in cache_writing._batches(np.array(rows), of_row, 2))
+    found = [batch.tolist() for batch in batches]
     assert found == [[5, 6], [7], [8], [0, 2], [1, 3], [4]]
