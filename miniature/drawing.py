@@ -77,15 +77,10 @@ class Drawer:
         others: Sequence[str] | None = None,
         change: Callable[[Api], Api] | None = None,
     ) -> Tensor:
-        """Draw images `(N, batch, 3, 64, 64)`, a batch a reference.
+        """Draw images `(N, batch, 3, 64, 64)`, a batch a reference, through that workflow.
 
-        Args:
-            workflow: Its name in workflows/api/.
-            weight: λ.
-            adapter: As `on_miniature` takes it.
-            texts: The task's by default.
-            others: The image of the workflow's second LoadImage, for each reference.
-            change: Of the workflow, last.
+        `texts`: by default the task's; `others`: the images of the workflow's second LoadImage;
+        `change`: of the workflow, last.
         """
         api = json.loads((WORKFLOWS / f"{workflow}.json").read_text(encoding="utf-8"))
         free: SimpleQueue[Client] = SimpleQueue()

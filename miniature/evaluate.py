@@ -71,7 +71,7 @@ def measured(drawn: dict[str, Tensor], task: Task, classify: SceneClassifier) ->
         **{f"{kind}_follows": follows(full, kind) for kind in LOOKS},
         "shape_kept": follows(full, "shape"),
         **{f"{kind}_at_zero": follows(none, kind) for kind in KINDS},
-        "chance": {kind: vars(chance(shown[none][kind], wanted[kind])) for kind in KINDS},
+        "chance": {kind: chance(shown[none][kind], wanted[kind]) for kind in KINDS},
         "intervals": {
             kind: interval(shown[full][kind], wanted[kind][:, None].expand_as(shown[full][kind]))
             for kind in KINDS
@@ -85,18 +85,19 @@ def measured(drawn: dict[str, Tensor], task: Task, classify: SceneClassifier) ->
             "image_similarity": likeness("image only", task.images),
         },
         "fine_grained": setting("fine-grained"),
+        "concatenated": setting("concatenated"),
         "described": {
             kind: share(shown["described"][kind], getattr(rows, kind)[:, None]) for kind in KINDS
         },
         "similarity_to_asked": likeness(full, asked),
     }
-    nearer = found["fine_grained"]["similarity_to_asked"]
-    found["fine_grained_over_base"] = nearer - found["similarity_to_asked"]
-    if "concatenated" in drawn:
-        found["concatenated"] = setting("concatenated")
-        theirs = found["concatenated"]["similarity_to_asked"]
-        found["decoupled_over_concatenated"] = found["similarity_to_asked"] - theirs
-    return found
+    base, fine, theirs = (
+        at["similarity_to_asked"] for at in (found, found["fine_grained"], found["concatenated"])
+    )
+    return found | {
+        "fine_grained_over_base": fine - base,
+        "decoupled_over_concatenated": base - theirs,
+    }
 
 
 def _shown(classify: SceneClassifier, images: Tensor) -> dict[str, Tensor]:
@@ -122,8 +123,7 @@ def run(
     drawn["image only"] = draw("image_only", adapter="base")
     drawn["fine-grained"] = draw("text_and_image", adapter="fine-grained")
     drawn["described"] = draw("text_and_image", 0.0, texts=task.rows.descriptions)
-    if files.CONCATENATED in files.manifest()["files"]:
-        drawn["concatenated"] = concatenated.draw(task, task.texts)[:, None]
+    drawn["concatenated"] = concatenated.draw(task, task.texts)[:, None]
     classify = SceneClassifier()
     known = scenes(setup.SHOWN, TRUSTED, 1 << 20)
     found = measured(drawn, task, classify)

@@ -80,7 +80,6 @@ def test_what_several_machines_made_says_so(tmp_path, monkeypatch):
         monkeypatch.setattr(build, "_hardware", lambda _, name=hardware: name)
         work.note(part, seconds)
     assert work.times() == {"made_on": ["one", "another"], "seconds": {"a": 3, "b": 7}}
-    assert work.seconds() == 10
 
 
 def test_the_device_reaches_every_part(monkeypatch, tmp_path):

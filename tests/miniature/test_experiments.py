@@ -71,9 +71,6 @@ def test_figures_of_the_variants(task, monkeypatch):
     monkeypatch.setattr(
         experiments.concatenated, "draw", lambda _, texts: given.append(texts) or strangers
     )
-    monkeypatch.setattr(
-        experiments.files, "manifest", lambda: {"files": {experiments.files.CONCATENATED: {}}}
-    )
     images = {
         ("image_only", "fine-grained"): task.images[:, None],
         ("text_and_image", "fine-grained"): asked[:, None],

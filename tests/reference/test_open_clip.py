@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ip_adapter_core.variants import FEATURE_KINDS
 from tests.support import random_models, small_models
 from training.errors import TrainingError
-from training.models.frozen import ImageEncoder
+from training.models.image_encoder import ImageEncoder
 
 SIDE = small_models.SIDE
 COLOURS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}

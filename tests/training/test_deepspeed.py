@@ -19,8 +19,8 @@ from training import distributed
 ON_CPUS = """
 import sys; sys.path.insert(0, {root!r})
 from accelerate import PartialState
-from training import train
-train.begin = lambda: PartialState(cpu=False, backend="gloo")
+from training import distributed, train
+distributed.begin = lambda _: PartialState(cpu=False, backend="gloo")
 train.main()
 """
 OPTIONS = {

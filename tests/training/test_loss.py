@@ -44,7 +44,8 @@ def batches(settings):
     """The run's batches once more: same pixels, tokens, noise and drops."""
     from training.dataloader import Position, open_data
     from training.models.base import load_base
-    from training.models.frozen import FrozenEncoders, ImageEncoder
+    from training.models.frozen import FrozenEncoders
+    from training.models.image_encoder import ImageEncoder
 
     encoder = ImageEncoder.from_name(settings.image_encoder_path)
     base = load_base(settings.pretrained_model_name_or_path)

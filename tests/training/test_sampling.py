@@ -15,7 +15,7 @@ from training.sampling import (
     NotFinite,
     Prompts,
     Sampler,
-    SamplingSettings,
+    SamplingOptions,
     encode_text,
     starting_noise,
 )
@@ -60,7 +60,7 @@ def adapter(family):
 
 
 def settings(**changed):
-    return SamplingSettings(**{"steps": STEPS, "guidance": 4.0, **changed})
+    return SamplingOptions(**{"steps": STEPS, "guidance": 4.0, **changed})
 
 
 def prompts(base, adapter, weights=(0.6, 0.6, 0.6)):

@@ -19,13 +19,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ip_adapter_core.contact_sheet import Layout
 from tests.support import image_folders
 from tests.support import small_models as small
+from training.config import ValidationConfig
 from training.errors import TrainingError
 from training.evaluation.clip_score import clip_i, clip_t, load_clip
 from training.models.base import load_base
 from training.models.image_encoder import ImageEncoder
-from training.sampling import Prompts, Sampler, SamplingSettings, encode_images, encode_text
+from training.sampling import Prompts, Sampler, SamplingOptions, encode_images, encode_text
 from training.unet import attach
-from training.validation import Validation, ValidationSettings
+from training.validation import SEED, Validation
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUT = Layout()
@@ -71,12 +72,12 @@ def adapter():
 
 @pytest.fixture(scope="module")
 def settings(folder):
-    return ValidationSettings(
-        references=(str(folder / "0.png"), str(folder / "1.png")),
-        prompts=PROMPTS,
-        weights=WEIGHTS,
-        seeds=(3,),
-        sampling=SamplingSettings(steps=3, guidance=3.0, batch=5),
+    return ValidationConfig(
+        validation_image=(str(folder / "0.png"), str(folder / "1.png")),
+        validation_prompt=PROMPTS,
+        validation_scale=WEIGHTS,
+        validation_num_inference_steps=3,
+        validation_guidance_scale=3.0,
     )
 
 
@@ -100,10 +101,10 @@ def cell(sheet, row, column, top=TOP):
 
 def alone(settings, base, encoder, adapter, reference, prompt, weight):
     """One picture of the sheet, drawn for itself."""
-    picture = Image.open(settings.references[reference])
+    picture = Image.open(settings.validation_image[reference])
     features, zero = encode_images(encoder, [picture], KIND)
-    asked = Prompts(encode_text(base, [prompt]), features, zero, [weight], [3])
-    return Sampler(base, settings.sampling).draw(adapter, asked)[0]
+    asked = Prompts(encode_text(base, [prompt]), features, zero, [weight], [SEED])
+    return Sampler(base, SamplingOptions(steps=3, guidance=3.0)).draw(adapter, asked)[0]
 
 
 def test_the_sheet_holds_what_it_says(
@@ -114,7 +115,7 @@ def test_the_sheet_holds_what_it_says(
     sheet = Image.open(tmp_path / "validation" / "step-000500.png")
     rows = [(reference, prompt) for reference in range(2) for prompt in PROMPTS]
     for row, (reference, prompt) in enumerate(rows):
-        shown = Image.open(settings.references[reference]).convert("RGB")
+        shown = Image.open(settings.validation_image[reference]).convert("RGB")
         large = shown.resize((CELL // 2, CELL), Image.Resampling.LANCZOS)
         assert np.array_equal(cell(sheet, row, 0)[:, CELL // 4 : CELL * 3 // 4], large)
         for column, weight in enumerate(WEIGHTS):
@@ -140,7 +141,7 @@ def test_labels_stay_within_the_sheet(validation, accelerator, adapter, tmp_path
 
 def test_curves(settings, base, encoder, clip, adapter, validation, accelerator, tmp_path):
     values = validation(accelerator, adapter, 20)
-    references = [Image.open(path) for path in settings.references]
+    references = [Image.open(path) for path in settings.validation_image]
     for weight in WEIGHTS:
         like, true = [], []
         for number, reference in enumerate(references):
@@ -234,13 +235,13 @@ def test_training_goes_on_as_before(validation, accelerator, base):
 
 def test_missing_references_are_named_at_the_start(settings, base, encoder, tmp_path):
     (tmp_path / "damaged.png").write_bytes(b"\x89PNG")
-    wrong = ("nowhere/a.png", settings.references[0], str(tmp_path / "damaged.png"))
-    changed = dataclasses.replace(settings, references=wrong)
+    wrong = ("nowhere/a.png", settings.validation_image[0], str(tmp_path / "damaged.png"))
+    changed = dataclasses.replace(settings, validation_image=wrong)
     with pytest.raises(TrainingError, match=r"2 of 3 .*nowhere/a.png.*no such file.*damaged.png"):
         Validation(changed, base, encoder, KIND, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["references", "prompts", "weights", "seeds"])
+@pytest.mark.parametrize("name", ["validation_image", "validation_prompt", "validation_scale"])
 def test_nothing_to_draw(settings, base, encoder, tmp_path, name):
     changed = dataclasses.replace(settings, **{name: ()})
     with pytest.raises(TrainingError, match=f"{name} is empty"):
@@ -284,21 +285,25 @@ from tests.support import small_models as small
 from training.models.image_encoder import ImageEncoder
 from training.evaluation.clip_score import load_clip
 from training.models.base import load_base
-from training.sampling import SamplingSettings
+from training import validation as module
+from training.config import ValidationConfig
 from training.unet import attach
-from training.validation import Validation, ValidationSettings
 
 torch.set_num_threads(1)
 folder, out = Path({folder!r}), Path({out!r})
 base = load_base(str(folder / "base"))
 attach(base.unet)
-settings = ValidationSettings(
-    (str(folder / "0.png"),), ("", "text"), (0.0, 0.5, 1.0), (1,), SamplingSettings(2, 3.0, batch=1)
+module.BATCH = 1
+settings = ValidationConfig(
+    validation_image=(str(folder / "0.png"),),
+    validation_prompt=("", "text"),
+    validation_num_inference_steps=2,
+    validation_guidance_scale=3.0,
 )
 encoder = ImageEncoder.from_name(str(folder / "encoder"))
 clip = load_clip(str(folder / "clip"), torch.device("cpu"), batch=1)
 accelerator = Accelerator(cpu=True)
-validation = Validation(settings, base, encoder, "image_embeds", out, clip)
+validation = module.Validation(settings, base, encoder, "image_embeds", out, clip)
 values = validation(accelerator, small.adapter("sd15", "base"), 1)
 name = f"values-{{accelerator.num_processes}}-{{accelerator.process_index}}.json"
 (out / name).write_text(json.dumps(values))

@@ -26,7 +26,8 @@ from training.data.dataset import RawDataset, collate
 from training.data.sources import Record, open_source
 from training.errors import TrainingError
 from training.models.base import load_encoders
-from training.models.frozen import FrozenEncoders, ImageEncoder, text_states
+from training.models.frozen import FrozenEncoders, text_states
+from training.models.image_encoder import ImageEncoder
 
 resource = pytest.importorskip("resource", reason="limits of a POSIX system")
 
@@ -200,9 +201,8 @@ def test_bytes_of_a_sample_of_sd15(kinds, expected, tmp_path, pictures):
         source, lambda _: tokens, lambda _: torch.zeros(1), square(512), cache.NO_DRAWS
     )
     manifest = Manifest(16, 16, kinds, "float16", ((512, 512),), {}, {})
-    reading = cache_writing.Reading(8, 0)
     with tqdm(disable=True) as bar:
-        cache_writing.write_shards(dataset, Shaped(), tmp_path, manifest, [0], reading, bar)
+        cache_writing.write_shards(dataset, Shaped(), tmp_path, manifest, [0], 8, 0, bar)
     found = shard_path(tmp_path, 0).stat().st_size / 16
     assert expected < found < expected + 200
 
@@ -303,8 +303,7 @@ class TestCommandLine:
 
 def test_batches_stay_in_their_shard_and_bucket():
     of_row = np.array([0, 1, 0, 1, 1, 0, 0, 0, 1], np.int16)
-    manifest = Manifest(9, 5, (EMBEDS,), "float16", ((64, 64), (64, 128)), {}, {})
-    dataset = SimpleNamespace(buckets=SimpleNamespace(of_row=of_row))
-    batches = cache_writing._Batches(dataset, manifest, [1, 0], 2)
-    found = [[row for _, row in batch] for batch in batches]
+    shards = range(5, 9), range(5)
+    batches = (x for rows in shards for x in cache_writing._batches(np.array(rows), of_row, 2))
+    found = [batch.tolist() for batch in batches]
     assert found == [[5, 6], [7], [8], [0, 2], [1, 3], [4]]

@@ -153,7 +153,7 @@ class TestRows:
         assert torch.equal(dropped.features, torch.ones(1, 5, 7))
         assert torch.equal(dropped.states, torch.full((1, 77, 6), 2.0))
         assert torch.equal(dropped.pooled, torch.ones(1, 3))
-        assert dataset.feature_dim == 7
+        assert dataset.dropped().features.shape[-1] == 7
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_batches_of_an_epoch(self, workers, tmp_path):

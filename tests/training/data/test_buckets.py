@@ -30,7 +30,7 @@ class Pictures:
         return Record(f"picture {row}", self.images[row], "text")
 
     def sizes(self):
-        return self.told
+        return np.zeros((len(self), 2), np.int32) if self.told is None else self.told
 
 
 def picture(height, width, kind="PNG", **options):

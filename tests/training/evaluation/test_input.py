@@ -107,10 +107,10 @@ def no_lists(root):
     "damage, told",
     [
         (unlink_annotation, "holds val2017/, but not annotations/captions_val2017.json"),
-        (unlink_picture, "1 of 5 pictures are missing, the first .*000000000004.png"),
-        (no_caption, "5 of 5 pictures .* have no caption"),
-        (blank_caption, "1 of 5 pictures .* have no caption, the first 000000000003.png"),
-        (no_pictures, "names no pictures"),
+        (unlink_picture, "1 of 5 images are missing, the first .*000000000004.png"),
+        (no_caption, "5 of 5 images .* have no caption"),
+        (blank_caption, "1 of 5 images .* have no caption, the first 000000000003.png"),
+        (no_pictures, "names no images"),
         (no_lists, "no COCO caption file"),
     ],
 )

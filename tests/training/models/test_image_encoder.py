@@ -280,5 +280,5 @@ class TestByName:
 
     def test_preprocessing_of_another_size(self):
         reference = small_models.as_transformers(small_models.open_clip_model().visual)
-        with pytest.raises(TrainingError, match="reads pictures of 32 pixels"):
+        with pytest.raises(TrainingError, match="reads images of 32 pixels"):
             of_transformers(reference, image_encoder.Processor())
