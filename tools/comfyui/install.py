@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 logger = logging.getLogger("comfyui_ip_adapter.tools")
 
@@ -156,18 +157,11 @@ def boot(host: Path) -> None:
                 f"cannot boot ComfyUI from {host}: a module {name!r} is already loaded from "
                 f"{origin}. Start a new process in which nothing imports it before the host."
             )
-    here = {"", str(ROOT), os.getcwd()} - {str(host)}
-    if any(entry in here for entry in sys.path):
-        sys.path[:] = [entry for entry in sys.path if entry not in here]
-        sys.path.append(str(ROOT))
-    if str(host) not in sys.path:
-        sys.path.insert(0, str(host))
-    given, sys.argv = sys.argv, ["main.py", *flags(), "--disable-all-custom-nodes"]
-    try:
+    moved = {"", str(ROOT), os.getcwd(), str(host)}
+    sys.path[:] = [str(host), *(path for path in sys.path if path not in moved), str(ROOT)]
+    with patch.object(sys, "argv", ["main.py", *flags(), "--disable-all-custom-nodes"]):
         importlib.import_module("comfy.options").enable_args_parsing()
         importlib.import_module("comfy.cli_args")
-    finally:
-        sys.argv = given
     for name in wanted:
         importlib.import_module(name)
 
@@ -188,8 +182,7 @@ def load_package(name: str, folder: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
-    if spec is None or spec.loader is None:
-        raise ImportError(f"no module can be made of {folder / '__init__.py'}")
+    assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

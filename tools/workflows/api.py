@@ -77,6 +77,13 @@ def is_link(value: Any) -> TypeGuard[list[Any]]:
     return isinstance(value, list)
 
 
+def fed_by(api: Api, id_: str) -> Iterator[str]:
+    """Yield the ids of the nodes that a node's outputs go to."""
+    for other, node in api.items():
+        if any(is_link(value) and value[0] == id_ for value in node["inputs"].values()):
+            yield other
+
+
 def smaller(api: Api, steps: int, side: int) -> dict[str, Any]:
     """Return a copy with `steps` steps, every size scaled until the shortest is `side` pixels."""
     made = copy.deepcopy(dict(api))

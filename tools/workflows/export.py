@@ -20,7 +20,7 @@ from typing import Any
 
 from ip_adapter_core.files.published import Weights
 from tools.generated import PREFIX, Files, ObjectInfo, command, inputs_of
-from tools.workflows.api import BASE, FOLDER, NAMES, PUBLIC, VIT_H, Api, is_link, read
+from tools.workflows.api import BASE, FOLDER, NAMES, PUBLIC, VIT_H, Api, fed_by, is_link, read
 
 NOTES = Path(__file__).with_name("notes")
 PACK = "comfyui-ip-adapter"
@@ -233,14 +233,7 @@ def _colors(class_: str, title: str) -> Json:
 
 def _step(id_: str, api: Api) -> str:
     """Return the column that a node stands in."""
-    if step := STEP_OF.get(api[id_]["class_type"]):
-        return step
-    feeds = (
-        other
-        for other, node in api.items()
-        if any(is_link(value) and value[0] == id_ for value in node["inputs"].values())
-    )
-    return _step(next(feeds), api)
+    return STEP_OF.get(api[id_]["class_type"]) or _step(next(fed_by(api, id_)), api)
 
 
 def _place(steps: Sequence[str], nodes: Sequence[Json]) -> list[Json]:

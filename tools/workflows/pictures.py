@@ -24,7 +24,17 @@ from miniature import setup
 from miniature.workflows import on_miniature
 from tools.comfyui import install
 from tools.comfyui.server import Client, Server
-from tools.workflows.api import FOLDER, NAMES, PUBLIC, Api, is_link, missing, of_class, read
+from tools.workflows.api import (
+    FOLDER,
+    NAMES,
+    PUBLIC,
+    Api,
+    fed_by,
+    is_link,
+    missing,
+    of_class,
+    read,
+)
 
 SIDE = 512
 LIMIT = 60 * 1024
@@ -72,19 +82,18 @@ def stages_of(api: Api) -> list[Stage]:
 
 def _first_labels(api: Api, id_: str) -> Iterator[str]:
     """Yield labels of the first stages downstream; `#` and an id tells equal ones apart."""
-    for next_, node in api.items():
-        if any(is_link(value) and value[0] == id_ for value in node["inputs"].values()):
-            label = _label(api, next_, node)
-            if label is None:
-                yield from _first_labels(api, next_)
-            elif label:
-                yield label
+    for next_ in fed_by(api, id_):
+        label = _label(api, next_)
+        if label is None:
+            yield from _first_labels(api, next_)
+        elif label:
+            yield label
 
 
-def _label(api: Api, id_: str, node: Mapping[str, Any]) -> str | None:
+def _label(api: Api, id_: str) -> str | None:
     """Return a stage's label, None for a node to look past, "" for one where nothing begins."""
-    inputs = node["inputs"]
-    match node["class_type"]:
+    inputs = api[id_]["inputs"]
+    match api[id_]["class_type"]:
         case "IPA_Apply" | "IPA_ApplyConditioning":
             weight = inputs["weight"]
             shown = "weights" if is_link(weight) else f"weight {weight:g}"
