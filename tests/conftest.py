@@ -94,8 +94,10 @@ def pack(host: Path) -> ModuleType:
 
 def _register(base: Path) -> None:
     """Let a booted host's loaders find the stand-ins by name, whichever came first."""
-    if "folder_paths" in sys.modules and (base / "models").is_dir():
-        _host.add_models(base)
+    folder_paths = sys.modules.get("folder_paths")
+    if folder_paths and (base / "models").is_dir():
+        for folder in sorted((base / "models").iterdir()):
+            folder_paths.add_model_folder_path(folder.name, str(folder), is_default=True)
 
 
 def _made(*names: str) -> Path:

@@ -72,7 +72,7 @@ def test_every_model_is_timed_with_and_without_compilation(host, monkeypatch, co
 
     monkeypatch.setattr(on_device, "compiled", compile_or_not)
     monkeypatch.setattr(on_device.HostClock, "mark", lambda self: marks.append(mark(self)))
-    columns = on_device.measure(replace(made, sizes={"tiny": (TINY, 8)}), lambda line: None)
+    columns = on_device.measure(replace(made, sizes={"tiny": (TINY, 8)}))
     assert list(columns) == ["tiny", "tiny, compiled"]
     assert columns["tiny, compiled"].keys() == MODELS and columns["tiny"].keys() > MODELS
     assert all(seconds > 0 for seconds in columns["tiny, compiled"].values())

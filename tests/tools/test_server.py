@@ -128,15 +128,16 @@ def test_a_node_that_raises_is_named(server, models, inverted):
 
 def test_a_server_that_ends_at_once_shows_its_log(tmp_path: Path):
     (tmp_path / "main.py").write_text("print('no such luck'); raise SystemExit(3)")
-    with pytest.raises(ServerError, match=r"(?s)exit code 3.*no such luck"):
-        Server(tmp_path / "base", tmp_path).start()
+    server = Server(tmp_path / "base", tmp_path)
+    with pytest.raises(ServerError, match=r"(?s)exit code 3.*no such luck"), server:
+        pass
 
 
 def test_a_server_that_never_answers_is_stopped(tmp_path: Path):
     (tmp_path / "main.py").write_text("import time; time.sleep(60)")
     server = Server(tmp_path / "base", tmp_path, start_timeout=2)
-    with pytest.raises(ServerError, match="within 2 s"):
-        server.start()
+    with pytest.raises(ServerError, match="within 2 s"), server:
+        pass
     assert server.process is None
 
 

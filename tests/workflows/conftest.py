@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.support import standins
-from tools.comfyui.server import Client, Result
+from tools.comfyui.client import Client, Result
 from tools.workflows import api
 from tools.workflows.api import FOLDER, NAMES
 

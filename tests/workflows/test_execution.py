@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from miniature.workflows import on_miniature
-from tools.comfyui.server import Progress, PromptInterrupted
+from tools.comfyui.client import Progress, PromptInterrupted
 
 STEPS = 300  # more than any server takes before an interrupt reaches it
 APPLY = ("IPA_Apply", "IPA_ApplyConditioning")

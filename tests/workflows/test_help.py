@@ -8,8 +8,8 @@ from urllib import error, request
 
 import pytest
 
-from tools.docs.help import DOCS, IMAGES, PAGES, PREFIX, build
-from tools.generated import out_of_step
+from tools.docs.help import DOCS, IMAGES, PAGES, build
+from tools.generated import ours, out_of_step
 
 NAMES = sorted(path.stem for path in PAGES.glob("*.md"))
 IN_NO_WORKFLOW = {"IPA_LoadImageEncoder"}
@@ -35,7 +35,7 @@ def test_pages_and_images_are_what_the_prose_the_nodes_and_the_workflows_give(ob
 
 
 def test_every_node_has_a_page(object_info):
-    assert sorted(name for name in object_info if name.startswith(PREFIX)) == NAMES
+    assert list(ours(object_info)) == NAMES
 
 
 def test_a_page_names_every_input_and_output_and_what_to_do_when_it_fails(object_info, subtests):
