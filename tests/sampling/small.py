@@ -26,17 +26,9 @@ LEVEL = {"channels": 32, "context": CONTEXT}
 SD15 = replace(layouts.SD15, **LEVEL, heads=(4, 4, 4, 4))
 SDXL70 = replace(layouts.SDXL, **LEVEL, heads=(2, 4, 8))  # as deep as SDXL, for all of its layers
 SDXL = replace(SDXL70, depths=(0, 1, 2))
-TINY = {  # for what takes long for every layer
-    **replace(SD15, multipliers=(1,), depths=(1,), blocks=1).comfy_config(),
-    "transformer_depth_middle": -2,  # none
-    "transformer_depth_output": [1, 0],
-}
-CONFIGS = {
-    "sd15": SD15.comfy_config(),
-    "sdxl": SDXL.comfy_config(),
-    "sdxl70": SDXL70.comfy_config(),
-    "tiny": TINY,
-}
+TINY = replace(SD15, multipliers=(1,), depths=(1,), blocks=1)  # for what no level matters to
+SIZES = {"sd15": SD15, "sdxl": SDXL, "sdxl70": SDXL70, "tiny": TINY}
+CONFIGS = {name: size.comfy_config() for name, size in SIZES.items()}
 # In checkpoint order, written out: (place in the host's attention patches, width).
 SD15_LAYERS = [
     *[(("input", n, 0), w) for n, w in ((1, 32), (2, 32), (4, 64), (5, 64), (7, 128), (8, 128))],
@@ -58,7 +50,10 @@ SDXL70_LAYERS = [
     *[(("output", n, i), 64) for n in (3, 4, 5) for i in range(2)],
     *[(("middle", 0, i), 128) for i in range(10)],
 ]
-TINY_LAYERS = [(("input", 1, 0), 32), (("output", 1, 0), 32)]
+TINY_LAYERS = [
+    *[(place, 32) for place in (("input", 1, 0), ("output", 0, 0), ("output", 1, 0))],
+    (("middle", 0, 0), 32),
+]
 LAYERS = {
     "sd15": SD15_LAYERS,
     "sdxl": SDXL_LAYERS,
@@ -153,6 +148,19 @@ def run(guider, *, at=(0.3, 0.6), batch=2, size=8, sampler="euler", seed=1, **op
     if isinstance(sampler, str):
         sampler = comfy.samplers.sampler_object(sampler)
     return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=0, **options)
+
+
+def applied(route, model, *given, texts=None, **settings):
+    """Model, positive and negative by the node of that route, "model" or "conditioning"."""
+    texts = texts or (text(1), text(2))
+    if route == "model":
+        return apply(model, *given, **settings), *texts
+    return apply_conditioning(model, *texts, *given, **settings)
+
+
+def sample(model, *conditionings, **options):
+    """Sample with plain guidance, by two random texts unless others are given."""
+    return run(guider(model, *(conditionings or (text(1), text(2)))), **options)
 
 
 def counted(model):
