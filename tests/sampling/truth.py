@@ -229,8 +229,9 @@ class Comparison:
     def _given(self, settings) -> dict[str, Any]:
         return {"adapter": small.adapter(self.family), "image_prompt": small.images(), **settings}
 
-    def check(self, guider=joined, change=None, tolerance: float = 1e-4, **options) -> None:
+    def check(self, guider=joined, change=None, tolerance: float = 1e-4, **options):
         """Sample with all of that: the latents are the truth's, in no more UNet calls than without.
+        Returns them.
 
         `change`: what is done to each model last. `options`: of `small.run`.
         """
@@ -245,3 +246,4 @@ class Comparison:
             counts.append(calls)
         assert counts[0] == counts[2]
         check(*latents, tolerance)
+        return latents[0]
