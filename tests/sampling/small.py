@@ -29,6 +29,11 @@ SDXL = replace(SDXL70, depths=(0, 1, 2))
 TINY = replace(SD15, multipliers=(1,), depths=(1,), blocks=1)  # for what no level matters to
 SIZES = {"sd15": SD15, "sdxl": SDXL, "sdxl70": SDXL70, "tiny": TINY}
 CONFIGS = {name: size.comfy_config() for name, size in SIZES.items()}
+CONFIGS["two layers"] = {  # for what takes long for every layer
+    **CONFIGS["tiny"],
+    "transformer_depth_middle": -2,  # none
+    "transformer_depth_output": [1, 0],
+}
 # In checkpoint order, written out: (place in the host's attention patches, width).
 SD15_LAYERS = [
     *[(("input", n, 0), w) for n, w in ((1, 32), (2, 32), (4, 64), (5, 64), (7, 128), (8, 128))],
@@ -59,6 +64,7 @@ LAYERS = {
     "sdxl": SDXL_LAYERS,
     "sdxl70": SDXL70_LAYERS,
     "tiny": TINY_LAYERS,
+    "two layers": TINY_LAYERS[:3:2],
 }
 
 

@@ -18,7 +18,9 @@ def masks(count: int) -> list[torch.Tensor]:
 
 @pytest.fixture
 def apply(small):
-    def apply(prompts, given, overlap="normalize", family="tiny", model=None, adapter=None, **knobs):
+    def apply(
+        prompts, given, overlap="normalize", family="tiny", model=None, adapter=None, **knobs
+    ):
         """IPA_ApplyRegions, inputs as the host hands growing lists over: given as lists, or as
         dicts by the numbers of their sockets."""
         from comfyui_ip_adapter.nodes.apply import ApplyIPAdapterRegions

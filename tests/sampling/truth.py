@@ -7,7 +7,6 @@ by what that row *is*: its text says which conditioning, its place in the chunk 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,7 +234,9 @@ class Comparison:
 
         `change`: what is done to each model last. `options`: of `small.run`.
         """
-        true = apply(self.plain, small.LAYERS[self.family], *zip(self.texts, self.images, strict=True))
+        true = apply(
+            self.plain, small.LAYERS[self.family], *zip(self.texts, self.images, strict=True)
+        )
         latents, counts = [], []
         for model in (self.model, true, self.plain):
             watched, calls = small.counted(model)
