@@ -115,16 +115,6 @@ def test_fold_scales_values_only_and_unpack_inverts_it(adapter, weight):
         assert key.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("weight", [0.3, -2.0])
-def test_folding_a_weight_is_scaling_the_attention(adapter, weight):
-    keys_values = list(adapter.keys_values(read(adapter, prompt(1).positive)))
-    folded = unpack(fold(keys_values, [weight] * 3), DIMS)
-    for dim, (key, value), (k, v) in zip(DIMS, keys_values, folded, strict=True):
-        query = torch.randn(1, 6, dim)
-        expected = weight * image_attention(query, key, value, 2)
-        torch.testing.assert_close(image_attention(query, k, v, 2), expected)
-
-
 def test_fold_wants_a_weight_for_every_layer(adapter):
     keys_values = list(adapter.keys_values(read(adapter, prompt(1).positive)))
     with pytest.raises(ValueError, match="zip"):

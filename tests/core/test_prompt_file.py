@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec
-from comfyui_ip_adapter.ip_adapter_core.compatibility import check_encoder
 from comfyui_ip_adapter.ip_adapter_core.image_prompt import (
     ImageFeatures,
     ImagePrompt,
@@ -140,15 +138,6 @@ def test_a_folder_that_is_not_there(tmp_path):
         save(prompt(), tmp_path / "none" / "prompt.safetensors")
 
 
-def test_others_may_read_it(path):
-    if os.name == "nt":
-        pytest.skip("Windows has no such bits")
-    save(prompt(), path)
-    plain = path.with_name("plain")
-    plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode
-
-
 def rewritten(change_tensors=None, **metadata):
     def spoil(path):
         tensors = load_file(path)
@@ -233,15 +222,6 @@ def test_features_that_are_not_finite_are_not_saved(path):
     with pytest.raises(PromptFileError, match=r"NaN.*Encode the image again.*weights are damaged"):
         save(given, path)
     assert not path.exists()
-
-
-def test_a_loaded_prompt_is_refused_by_an_adapter_of_another_encoder(path):
-    save(prompt(), path)
-    sizes = (("feature_dim", 1024), ("cross_attention_dim", 10), ("tokens", 4))
-    with pytest.raises(ValueError) as error:
-        check_encoder(AdapterSpec("base", sizes, (8,)), load(path), "adapter.bin")
-    for words in ("'adapter.bin'", "CLIP ViT-H/14", TEXT, "12 wide"):
-        assert words in str(error.value)
 
 
 @pytest.mark.parametrize(
