@@ -210,12 +210,7 @@ def test_other_numbers_of_images(method, side):
 
 @pytest.mark.parametrize(
     "text, expected",
-    [
-        ("", [1, 1]),
-        (" \n", [1, 1]),
-        ("1,0.5", [1, 0.5]),
-        (" -1 ,\n2e-1 ", [-1, 0.2]),
-    ],
+    [("", [1, 1]), (" \n", [1, 1]), ("1,0.5", [1, 0.5]), (" -1 ,\n2e-1 ", [-1, 0.2])],
 )
 def test_weights_as_text(text, expected):
     assert parse_weights(text, 2) == expected

@@ -134,16 +134,18 @@ def test_names_tell_transformers_apart_where_there_are_several():
         ("middle: .25", {("middle", 0, i): 0.25 for i in range(10)}),
         ("input7: 0.5", {("input", 7, i): 0.5 for i in range(10)}),
         ("output1.9＝－５，middle.0：5", {("output", 1, 9): -5, ("middle", 0, 0): 5}),
-        ("middle.3: 0, input 4: 2; input 4.1: 3", None),
-        ("# nothing\n\n output: 0\noutput 5: 1", None),
+        (
+            "middle.3: 0, input 4: 2; input 4.1: 3",
+            {("middle", 0, 3): 0.0, ("input", 4, 0): 2.0, ("input", 4, 1): 3.0},
+        ),
+        (
+            "# nothing\n\n output: 0\noutput 5: 1",
+            {layer: float(layer[1] == 5) for layer in SDXL if layer[0] == "output"},
+        ),
     ],
 )
 def test_typed_weights(text, changed):
     found = dict(zip(SDXL, edited([1.0] * 70, SDXL, text), strict=True))
-    if changed is None and "output" in text:
-        changed = {layer: float(layer[1] == 5) for layer in SDXL if layer[0] == "output"}
-    elif changed is None:
-        changed = {("middle", 0, 3): 0.0, ("input", 4, 0): 2.0, ("input", 4, 1): 3.0}
     assert found == {layer: changed.get(layer, 1.0) for layer in SDXL}
 
 

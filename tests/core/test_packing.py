@@ -8,10 +8,7 @@ import pytest
 import torch
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
 from comfyui_ip_adapter.ip_adapter_core.attention import image_attention
-from comfyui_ip_adapter.ip_adapter_core.image_prompt import (
-    ImageFeatures,
-    ImagePrompt,
-)
+from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImageFeatures, ImagePrompt
 from comfyui_ip_adapter.ip_adapter_core.packing import fold, layer_weights, tokens, unpack
 
 DIMS = (8, 16, 8)

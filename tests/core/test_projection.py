@@ -60,21 +60,6 @@ def test_linear_projection_is_the_formula(tokens):
     torch.testing.assert_close(build("base", weights).double()(x), truth)
 
 
-@pytest.mark.parametrize(
-    "kind, layout",
-    [
-        ("base", linear_projection(24, 16)),
-        ("full", full_projection(24, 16)),
-        ("plus", resampler(24, 16, 64)),
-    ],
-)
-def test_images_do_not_see_each_other(kind, layout):
-    module = build(kind, random_weights(layout))
-    x = features(kind, 24, patches=9)
-    alone = torch.cat([module(image[None]) for image in x])
-    torch.testing.assert_close(module(x), alone, rtol=1e-4, atol=1e-5)
-
-
 def test_scores_do_not_overflow_half_precision():
     """q·k reaches 64 · 60 · 60, beyond float16; scaled, 64 times less than its square root."""
     layer = PerceiverAttention(DIM_HEAD, heads=1).half()

@@ -41,11 +41,7 @@ def value(recorded, prompt=0, start=0.0, end=1.0, blocks=ALL):
 
 def test_each_prompt_by_the_steps_in_which_it_was_in_force():
     """A early, B late, each alone in the first slot; both in the middle."""
-    found = run(
-        share(9.0, 0.2, numbers=(1,)),
-        share(5.0, 0.4, 0.3),
-        share(1.0, 0.5, numbers=(2,)),
-    )
+    found = run(share(9.0, 0.2, numbers=(1,)), share(5.0, 0.4, 0.3), share(1.0, 0.5, numbers=(2,)))
     assert (value(found, 1), value(found, 2)) == (0.3, 0.4)
     assert value(found, 0) == (0.2 + 0.7 + 0.5) / 3
     assert (value(found, 1, 0.3), value(found, 2, 0.0, 0.6)) == (0.4, 0.3)
@@ -73,10 +69,7 @@ def test_texts_count_alike_in_one_call_or_in_several():
 def test_evaluations_at_one_sigma_are_one_step():
     """As Heun's sampler evaluates all but the first twice; then steps and blocks count alike."""
     found = run(
-        share(9.0, 0.1),
-        share(5.0, 0.2),
-        share(5.0, 0.4),
-        share(5.0, 0.8, block=("middle", 0)),
+        share(9.0, 0.1), share(5.0, 0.2), share(5.0, 0.4), share(5.0, 0.8, block=("middle", 0))
     )
     assert value(found, 1) == (0.1 + 0.3 + 0.8) / 3
     assert value(found, 1, blocks=[("input", None)]) == 0.2

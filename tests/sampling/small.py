@@ -41,28 +41,27 @@ SD15_LAYERS = [
     *[(("output", n, 0), 32) for n in (9, 10, 11)],
     (("middle", 0, 0), 128),
 ]
-SDXL_LAYERS = [
-    *[(("input", n, 0), 64) for n in (4, 5)],
-    *[(("input", n, i), 128) for n in (7, 8) for i in (0, 1)],
-    *[(("output", n, i), 128) for n in (0, 1, 2) for i in (0, 1)],
-    *[(("output", n, 0), 64) for n in (3, 4, 5)],
-    *[(("middle", 0, i), 128) for i in (0, 1)],
-]
-SDXL70_LAYERS = [
-    *[(("input", n, i), 64) for n in (4, 5) for i in range(2)],
-    *[(("input", n, i), 128) for n in (7, 8) for i in range(10)],
-    *[(("output", n, i), 128) for n in (0, 1, 2) for i in range(10)],
-    *[(("output", n, i), 64) for n in (3, 4, 5) for i in range(2)],
-    *[(("middle", 0, i), 128) for i in range(10)],
-]
 TINY_LAYERS = [
     *[(place, 32) for place in (("input", 1, 0), ("output", 0, 0), ("output", 1, 0))],
     (("middle", 0, 0), 32),
 ]
+
+
+def _sdxl_layers(upper: int, lower: int):
+    """So many of them in a block of the upper level, and of the lower one."""
+    return [
+        *[(("input", n, i), 64) for n in (4, 5) for i in range(upper)],
+        *[(("input", n, i), 128) for n in (7, 8) for i in range(lower)],
+        *[(("output", n, i), 128) for n in (0, 1, 2) for i in range(lower)],
+        *[(("output", n, i), 64) for n in (3, 4, 5) for i in range(upper)],
+        *[(("middle", 0, i), 128) for i in range(lower)],
+    ]
+
+
 LAYERS = {
     "sd15": SD15_LAYERS,
-    "sdxl": SDXL_LAYERS,
-    "sdxl70": SDXL70_LAYERS,
+    "sdxl": _sdxl_layers(1, 2),
+    "sdxl70": _sdxl_layers(2, 10),
     "tiny": TINY_LAYERS,
     "two layers": TINY_LAYERS[:3:2],
 }

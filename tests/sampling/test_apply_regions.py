@@ -120,7 +120,6 @@ def test_lambda_0_gives_the_model_back(small, apply):
         ((0,), {0: WHITE, 1: WHITE}, "1 image prompts do not go with 2 masks"),
         ((0,), {0: torch.full((1, 4, 4), float("nan"))}, "mask contains NaN"),
         ((0,), {0: torch.ones(1, 0, 4)}, r"mask has shape \[1, 0, 4\]"),
-        ((0, 1), {0: torch.ones(2, 4, 4), 1: torch.ones(3, 4, 4)}, "2 masks and another 3"),
     ],
 )
 def test_what_does_not_go_together(small, apply, prompts, given, message):

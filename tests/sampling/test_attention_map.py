@@ -247,20 +247,9 @@ def test_no_keys_and_values_stay_behind(small, record, patched):
     assert alive == [] and kept.runs[-1].shares
 
 
-def test_what_was_not_recorded(small, record, recorded, patched):
-    _, kept = record.recording(patched)
-    with pytest.raises(ValueError, match="Nothing has been recorded"):
-        kept.of(torch.rand(2, 4, 8, 8))
+def test_a_run_without_a_prompt(small, recorded):
     with pytest.raises(ValueError, match="No image prompt was in force"):
         recorded(small.model("tiny")).heat(*WHOLE)
-    found = recorded(patched, at=AT)
-    for asked, message in (
-        ((ALL, 0.3, 0.4, 0), r"No step .* between 0.3 and 0.4"),
-        (([("output", 5)], 0, 1, 0), r"'output 5', .* some of input 1, .*middle"),
-        (SECOND, "prompt_number is 2, but 1 were applied"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            found.heat(*asked)
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_curve": [[0, 1], [1, 0.5]]}], ids=len)

@@ -148,7 +148,8 @@ def test_attention_that_a_pack_puts_in_place_of_the_hosts(small, patched, monkey
 def test_a_sampler_that_enlarges_the_latents(comparison, enlarging, sized):
     """The mask lies over the whole picture, of whatever size."""
     compared = comparison(family="sd15").on_model(mask=torch.rand(1, 40, 40), **sized)
-    assert compared.check(at=(0.2, 0.5, 0.7), sampler=enlarging).shape[-1] == 16
+    found, _, _ = compared.check(at=(0.2, 0.5, 0.7), sampler=enlarging)
+    assert found.shape[-1] == 16
 
 
 def test_a_model_that_is_called_otherwise_than_a_unet(host):

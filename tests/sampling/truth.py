@@ -230,7 +230,7 @@ class Comparison:
 
     def check(self, guider=joined, change=None, tolerance: float = 1e-4, **options):
         """Sample with all of that: the latents are the truth's, in no more UNet calls than without.
-        Returns them.
+        Returns them: with the images, true ones, and without images.
 
         `change`: what is done to each model last. `options`: of `small.run`.
         """
@@ -247,4 +247,4 @@ class Comparison:
             counts.append(calls)
         assert counts[0] == counts[2]
         check(*latents, tolerance)
-        return latents[0]
+        return latents

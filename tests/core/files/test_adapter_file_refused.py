@@ -168,11 +168,7 @@ def poke(number):
         (RESAMPLER, put("image_proj.layers.999.x", torch.randn(1)), ["11 of 68", "missing"]),
         (LINEAR, put("optimizer.step", torch.randn(1)), ["1 tensors that no", "optimizer.step"]),
         (LINEAR, change(K3, lambda w: w[:, :9]), [K3, "[16, 9]", "expected [16, 16]"]),
-        (
-            LINEAR,
-            change("image_proj.proj.weight", lambda w: w[:63]),
-            ["[63, 24]", "[48, 24]"],
-        ),
+        (LINEAR, change("image_proj.proj.weight", lambda w: w[:63]), ["[63, 24]", "[48, 24]"]),
         (LINEAR, change("image_proj.proj.weight", lambda w: w[0]), ["base", "wrong shape"]),
         (LINEAR, change("image_proj.norm.weight", lambda w: w[:0]), ["base", "wrong shape"]),
         (RESAMPLER, change("image_proj.latents", lambda w: w[0]), ["[16, 64]", "[1, 64, 64]"]),
@@ -273,8 +269,6 @@ KINDS = {
 )
 def test_refused_by_name(kind, layout, tmp_path):
     torch.save(random_weights(layout), tmp_path / "theirs.bin")
-    with pytest.raises(CheckpointError) as error:
-        load(tmp_path / "theirs.bin")
-    message = str(error.value)
+    message = refused(tmp_path / "theirs.bin")
     assert re.match(rf"'theirs.bin' is an? {re.escape(kind)} (IP-A|a)dapter", message), message
     assert "Supported are the base, fine-grained (plus) and full" in message
