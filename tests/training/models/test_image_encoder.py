@@ -28,21 +28,18 @@ def close(a, b, tolerance=1e-5):
     return float((a - b).norm() / b.norm()) < tolerance
 
 
-def pixels(side, count=2):
+def pixels(side=small_models.SIDE, count=2):
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
 def registered(monkeypatch, tmp_path):
     """A small model among open_clip's, with weights under two tags that ask for either GELU."""
-    config = tmp_path / "small.json"
-    config.write_text(json.dumps(small_models.open_clip_config()))
-    known = dict(open_clip.factory._MODEL_CONFIGS)
+    known = open_clip.factory._MODEL_CONFIGS | {"small": small_models.open_clip_config()}
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", known)
-    known["small"] = json.loads(config.read_text())
     weights = tmp_path / "small.safetensors"
     model = small_models.open_clip_model()
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights)
+    save(model, weights)
     tags = {
         "plain": {"file": str(weights), "mean": (0.1, 0.2, 0.3)},
         "quick": {"file": str(weights), "quick_gelu": True},
@@ -51,19 +48,30 @@ def registered(monkeypatch, tmp_path):
     return model, weights
 
 
+def save(model, path):
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+
+
+@pytest.fixture(params=["open_clip", "transformers"])
+def encoder(request):
+    model = small_models.open_clip_model()
+    if request.param == "open_clip":
+        return of_open_clip(model)
+    return of_transformers(small_models.as_transformers(model.visual))
+
+
 class TestFeatures:
     @pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick_gelu"])
     def test_both_libraries_give_the_same(self, quick_gelu):
         model = small_models.open_clip_model(quick_gelu=quick_gelu)
         reference = small_models.as_transformers(model.visual)
         mine, theirs = of_open_clip(model), of_transformers(reference)
-        x = pixels(small_models.SIDE)
-        expected = reference(pixel_values=x, output_hidden_states=True)
+        expected = reference(pixel_values=pixels(), output_hidden_states=True)
         for encoder in (mine, theirs):
-            assert close(encoder(x, EMBEDS), expected.image_embeds)
-            assert close(encoder(x, HIDDEN), expected.hidden_states[-2])
-            assert encoder(x, HIDDEN).shape == (2, 17, 64)
-        assert close(mine(x, EMBEDS), model.encode_image(x))
+            assert close(encoder(pixels(), EMBEDS), expected.image_embeds)
+            assert close(encoder(pixels(), HIDDEN), expected.hidden_states[-2])
+            assert encoder(pixels(), HIDDEN).shape == (2, 17, 64)
+        assert close(mine(pixels(), EMBEDS), model.encode_image(pixels()))
 
     def test_vit_h_14_of_reduced_depth(self):
         """The paper's encoder: 16 heads 80 wide, 257 states of 1280, embeddings of 1024."""
@@ -82,38 +90,26 @@ class TestFeatures:
         assert close(found[EMBEDS], expected.image_embeds)
         assert close(found[HIDDEN], expected.hidden_states[-2])
 
-    @pytest.mark.parametrize("library", ["open_clip", "transformers"])
-    def test_both_kinds_at_once_are_those_of_each_alone(self, library):
-        model = small_models.open_clip_model()
-        if library == "open_clip":
-            encoder = of_open_clip(model)
-        else:
-            encoder = of_transformers(small_models.as_transformers(model.visual))
-        x = pixels(small_models.SIDE)
-        both = encoder.features(x, FEATURE_KINDS)
+    def test_both_kinds_at_once_are_those_of_each_alone(self, encoder):
+        both = encoder.features(pixels(), FEATURE_KINDS)
         for kind in FEATURE_KINDS:
-            alone = encoder.features(x, [kind])
+            alone = encoder.features(pixels(), [kind])
             assert list(alone) == [kind]
             assert torch.equal(alone[kind], both[kind])
-
-    def test_a_kind_that_there_is_not(self):
-        encoder = of_open_clip(small_models.open_clip_model())
         with pytest.raises(ValueError, match="image_embeds or penultimate_hidden_states"):
-            encoder(pixels(small_models.SIDE), "hidden_states")
+            encoder(pixels(), "hidden_states")
 
-    def test_a_dropped_image(self):
-        encoder = of_open_clip(small_models.open_clip_model())
+    def test_a_dropped_image(self, encoder):
         assert torch.equal(encoder.zero(EMBEDS), torch.zeros(1, 48))
-        black = torch.zeros(1, 3, small_models.SIDE, small_models.SIDE)
-        assert torch.equal(encoder.zero(HIDDEN), encoder(black, HIDDEN))
+        assert torch.equal(encoder.zero(HIDDEN), encoder(torch.zeros_like(pixels(count=1)), HIDDEN))
         assert encoder.zero(HIDDEN).abs().sum() > 0
         assert (encoder.feature_dim(EMBEDS), encoder.feature_dim(HIDDEN)) == (48, 64)
 
-    def test_it_stays_frozen(self):
-        encoder = of_open_clip(small_models.open_clip_model()).to(torch.bfloat16)
+    def test_it_stays_frozen(self, encoder):
+        encoder.to(torch.bfloat16)
         assert not encoder.train().training
         assert not any(part.training for part in encoder.modules())
-        out = encoder(pixels(small_models.SIDE), HIDDEN)
+        out = encoder(pixels(), HIDDEN)
         assert (out.dtype, out.requires_grad) == (torch.bfloat16, False)
         assert encoder.zero(EMBEDS).dtype == torch.bfloat16
 
@@ -122,9 +118,9 @@ class TestFeatures:
         config["vision_cfg"] |= {"layers": [1, 1, 1, 1], "width": 16}
         model = open_clip.model.CLIP(**config).eval()
         encoder = of_open_clip(small_models.preprocessed(model))
-        assert encoder(pixels(small_models.SIDE), EMBEDS).shape == (2, 48)
+        assert encoder(pixels(), EMBEDS).shape == (2, 48)
         with pytest.raises(TrainingError, match="ModifiedResNet"):
-            encoder(pixels(small_models.SIDE), HIDDEN)
+            encoder(pixels(), HIDDEN)
 
 
 class TestPreprocess:
@@ -158,88 +154,57 @@ class TestPreprocess:
             a, b = a.narrow(dim, 0, 223), b.narrow(dim, 1, 223)
         assert (a - b).abs().max() < 1e-5
 
-    def test_greyscale_and_palette(self):
-        encoder = of_open_clip(small_models.open_clip_model())
+    def test_greyscale(self, encoder):
         grey = Image.new("L", (50, 40), 130)
         assert torch.equal(encoder.preprocess(grey), encoder.preprocess(grey.convert("RGB")))
 
-    @pytest.mark.parametrize("library", ["open_clip", "transformers"])
-    def test_it_goes_to_other_processes_without_the_weights(self, library):
-        model = small_models.open_clip_model()
-        encoder = of_open_clip(model)
-        if library == "transformers":
-            encoder = of_transformers(small_models.as_transformers(model.visual))
+    def test_it_goes_to_other_processes_without_the_weights(self, encoder):
         sent = pickle.dumps(encoder.preprocess)
         assert len(sent) < 10_000
         picture = image_folders.image(0)
         assert torch.equal(pickle.loads(sent)(picture), encoder.preprocess(picture))
 
 
-class TestByName:
-    def test_open_clip_by_tag(self, registered):
+class TestOpenClip:
+    def test_by_tag(self, registered):
         model, _ = registered
         encoder = ImageEncoder.from_name("open_clip:small/plain", torch.bfloat16)
         assert encoder.dtype == torch.bfloat16
-        x = pixels(small_models.SIDE)
         wide = encoder.to(torch.float32)
-        assert close(wide(x, EMBEDS), model.visual(x), 1e-2)
+        assert close(wide(pixels(), EMBEDS), model.visual(pixels()), 1e-2)
         assert encoder.preprocess.settings["mean"] == (0.1, 0.2, 0.3)
 
     def test_weights_decide_about_the_activation(self, registered, recwarn):
-        x = pixels(small_models.SIDE)
         plain = ImageEncoder.from_name("open_clip:small/plain")
         quick = ImageEncoder.from_name("open_clip:small/quick")
         reference = small_models.open_clip_model(quick_gelu=True)
-        assert torch.equal(quick(x, EMBEDS), reference.visual(x))
-        assert not torch.equal(quick(x, EMBEDS), plain(x, EMBEDS))
+        assert torch.equal(quick(pixels(), EMBEDS), reference.visual(pixels()))
+        assert not torch.equal(quick(pixels(), EMBEDS), plain(pixels(), EMBEDS))
         assert quick.weights != plain.weights
         assert not [w for w in recwarn if "GELU" in str(w.message)]
 
-    def test_published_names_that_need_quick_gelu(self):
-        for name, quick in (
+    @pytest.mark.parametrize(
+        ("name", "quick"),
+        [
             ("ViT-L-14/openai", True),
             ("ViT-H-14/dfn5b", True),
             ("ViT-H-14/laion2b_s32b_b79k", False),
             ("ViT-bigG-14/laion2b_s39b_b160k", False),
-        ):
-            model, tag, settings = image_encoder.parsed_name(f"open_clip:{name}")
-            assert (f"{model}/{tag}", settings) == (name, {"quick_gelu": quick})
+        ],
+    )
+    def test_published_names_that_need_quick_gelu(self, name, quick):
+        model, tag, settings = image_encoder.parsed_name(f"open_clip:{name}")
+        assert (f"{model}/{tag}", settings) == (name, {"quick_gelu": quick})
 
-    def test_open_clip_weights_of_a_file(self, registered):
+    def test_weights_of_a_file_or_folder(self, registered, tmp_path):
         model, weights = registered
-        encoder = ImageEncoder.from_name(f"open_clip:small@{weights}")
-        x = pixels(small_models.SIDE)
-        assert torch.equal(encoder(x, HIDDEN), of_open_clip(model)(x, HIDDEN))
-
-    def test_open_clips_own_folders(self, registered, tmp_path):
-        model, weights = registered
-        folder = tmp_path / "folder"
-        folder.mkdir()
         config = {"model_cfg": small_models.open_clip_config(), "preprocess_cfg": {}}
-        (folder / "open_clip_config.json").write_text(json.dumps(config))
-        (folder / "open_clip_model.safetensors").write_bytes(weights.read_bytes())
-        encoder = ImageEncoder.from_name(f"open_clip:local-dir:{folder}")
-        x = pixels(small_models.SIDE)
-        assert torch.equal(encoder(x, EMBEDS), model.visual(x))
-
-    def test_a_transformers_folder(self, tmp_path):
-        small_models.image_encoder(tmp_path)
-        encoder = ImageEncoder.from_name(str(tmp_path), torch.float16)
-        assert (encoder.dtype, encoder.size) == (torch.float16, 32)
-        assert encoder.feature_dim(EMBEDS) == small_models.EMBED
-        assert encoder.feature_dim(HIDDEN) == small_models.STATES
-
-    def test_a_folder_with_both_towers(self, tmp_path):
-        small_models.clip(tmp_path)
-        assert ImageEncoder.from_name(str(tmp_path)).feature_dim(EMBEDS) == small_models.EMBED
-
-    def test_without_a_processor_its_size_is_the_models(self, tmp_path):
-        small_models.image_encoder(tmp_path / "with")
-        small_models.image_encoder(tmp_path / "without")
-        (tmp_path / "without" / "preprocessor_config.json").unlink()
-        picture = image_folders.image(1)
-        found = [ImageEncoder.from_name(str(tmp_path / x)).preprocess for x in ("with", "without")]
-        assert torch.equal(found[0](picture), found[1](picture))
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        (tmp_path / "open_clip_model.safetensors").write_bytes(weights.read_bytes())
+        for name in (f"small@{weights}", f"local-dir:{tmp_path}"):
+            encoder = ImageEncoder.from_name(f"open_clip:{name}")
+            for kind in FEATURE_KINDS:
+                assert torch.equal(encoder(pixels(), kind), of_open_clip(model)(pixels(), kind))
 
     @pytest.mark.parametrize(
         ("name", "said"),
@@ -258,11 +223,26 @@ class TestByName:
             ImageEncoder.from_name(name)
 
     def test_weights_of_another_model(self, registered, tmp_path):
-        other = small_models.open_clip_model(width=32)
-        path = tmp_path / "other.safetensors"
-        save_file({k: v.contiguous() for k, v in other.state_dict().items()}, path)
+        save(small_models.open_clip_model(width=32), tmp_path / "other.safetensors")
         with pytest.raises(TrainingError, match=r"cannot be loaded by open_clip.*size mismatch"):
-            ImageEncoder.from_name(f"open_clip:small@{path}")
+            ImageEncoder.from_name(f"open_clip:small@{tmp_path / 'other.safetensors'}")
+
+
+class TestTransformers:
+    def test_a_folder(self, tmp_path):
+        small_models.image_encoder(tmp_path)
+        encoder = ImageEncoder.from_name(str(tmp_path), torch.float16)
+        assert (encoder.dtype, encoder.size) == (torch.float16, 32)
+        assert encoder.feature_dim(EMBEDS) == small_models.EMBED
+        assert encoder.feature_dim(HIDDEN) == small_models.STATES
+        picture = image_folders.image(1)
+        expected = encoder.preprocess(picture)
+        (tmp_path / "preprocessor_config.json").unlink()  # then its size is the model's
+        assert torch.equal(ImageEncoder.from_name(str(tmp_path)).preprocess(picture), expected)
+
+    def test_a_folder_with_both_towers(self, tmp_path):
+        small_models.clip(tmp_path)
+        assert ImageEncoder.from_name(str(tmp_path)).feature_dim(EMBEDS) == small_models.EMBED
 
     def test_a_model_without_projection(self, tmp_path):
         small_models.image_encoder(tmp_path)
