@@ -135,10 +135,3 @@ def test_small_buckets_are_named(caplog):
     assert order.steps_per_epoch == 3
     (message,) = [record.getMessage() for record in caplog.records]
     assert all(part in message for part in ("640 × 384", "3 images", "batch of 4"))
-
-
-def test_one_square():
-    found = square(520)
-    assert found.sizes == ((520, 520),)
-    assert found.size_of(7) == (520, 520)
-    assert found.sampler(9, batch=4, seed=0).steps_per_epoch == 2

@@ -19,6 +19,22 @@ from training.models import layout
 from training.models.base import load_base, load_encoders
 
 
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """A single file of each family."""
+    folder = tmp_path_factory.mktemp("files")
+    found = {family: folder / f"{family}.safetensors" for family in FAMILIES}
+    for family, path in found.items():
+        save_file(small_models.single_file(family), path)
+    return found
+
+
+@pytest.fixture
+def copied(frozen, tmp_path):
+    """Copy the folder of a family, so that a test can change it."""
+    return lambda family: shutil.copytree(frozen / family, tmp_path / "copy")
+
+
 @pytest.fixture
 def offline(monkeypatch):
     def refuse(*_, **__):
@@ -35,8 +51,8 @@ def with_config(folder, part, **changes):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_all_parts_are_there_frozen_and_in_the_dtype(family, kind, folders, files, offline):
-    path = str((folders if kind == "folder" else files)[family])
+def test_all_parts_are_there_frozen_and_in_the_dtype(family, kind, frozen, files, offline):
+    path = str(frozen / family if kind == "folder" else files[family])
     base = load_base(path, torch.bfloat16)
     assert base.family == family
     assert len(base.text) == (1 if family == "sd15" else 2)
@@ -48,24 +64,24 @@ def test_all_parts_are_there_frozen_and_in_the_dtype(family, kind, folders, file
 
 
 class TestFolder:
-    def test_the_weights_are_those_that_are_in_it(self, folders):
-        base = load_base(str(folders["sdxl"]))
-        stored = load_file(folders["sdxl"] / "unet" / "diffusion_pytorch_model.safetensors")
+    def test_the_weights_are_those_that_are_in_it(self, frozen):
+        base = load_base(str(frozen / "sdxl"))
+        stored = load_file(frozen / "sdxl" / "unet" / "diffusion_pytorch_model.safetensors")
         assert all(torch.equal(stored[k], v) for k, v in base.unet.state_dict().items())
 
-    def test_without_the_unet_the_rest_is_the_same(self, folders, copied):
-        folder = copied(folders["sd15"])
+    def test_without_the_unet_the_rest_is_the_same(self, frozen, copied):
+        folder = copied("sd15")
         (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
         rest = load_encoders(str(folder))
-        assert rest.weights == load_base(str(folders["sd15"])).weights
+        assert rest.weights == load_base(str(frozen / "sd15")).weights
         assert not hasattr(rest, "unet")
 
-    def test_with_half_precision_files_only(self, folders, copied):
-        folder = copied(folders["sd15"])
+    def test_with_half_precision_files_only(self, frozen, copied):
+        folder = copied("sd15")
         for part in ("unet", "vae", "text_encoder"):
             (path,) = (folder / part).glob("*.safetensors")
             path.rename(path.with_suffix(".fp16.safetensors"))
-        assert load_base(str(folder)).weights == load_base(str(folders["sd15"])).weights
+        assert load_base(str(folder)).weights == load_base(str(frozen / "sd15")).weights
 
 
 class TestWeights:
@@ -82,7 +98,7 @@ class TestWeights:
         ):
             assert load_base(str(path), dtype).weights == expected
 
-    def test_one_other_weight_or_setting_hashes_otherwise(self, files, folders, tmp_path, copied):
+    def test_one_other_weight_or_setting_hashes_otherwise(self, files, frozen, tmp_path, copied):
         state = load_file(files["sd15"])
         before = load_encoders(str(files["sd15"])).weights
         for key, part in (
@@ -94,9 +110,9 @@ class TestWeights:
             save_file(changed, tmp_path / "changed.safetensors")
             after = load_encoders(str(tmp_path / "changed.safetensors")).weights
             assert {name for name in after if after[name] != before[name]} == {part}
-        folder = copied(folders["sd15"])
+        folder = copied("sd15")
         with_config(folder, "text_encoder", hidden_act="gelu")
-        before = load_encoders(str(folders["sd15"])).weights
+        before = load_encoders(str(frozen / "sd15")).weights
         assert load_encoders(str(folder)).weights["text encoder"] != before["text encoder"]
 
 
@@ -165,22 +181,6 @@ class TestFile:
         found = layout.unet(under(layout.UNET, checkpoint_layouts.unet(size)), family)
         assert found | expected == found
 
-    def test_transformers_on_the_way_up_alone_and_no_middle(self):
-        """The miniature's layout, which diffusers builds and ComfyUI reads."""
-        block = "1.transformer_blocks.0.attn2.to_k.weight"
-        shapes = {
-            "input_blocks.0.0.weight": (320, 4, 3, 3),
-            "input_blocks.1.0.out_layers.3.weight": (320, 320, 3, 3),
-            **{f"output_blocks.{i}.{block}": (320, 768) for i in range(2)},
-            "output_blocks.0.1.proj_in.weight": (320, 320, 1, 1),
-            "out.2.weight": (4, 320, 3, 3),
-        }
-        found = layout.unet(under(layout.UNET, shapes), "sd15")
-        assert found["down_block_types"] == ["DownBlock2D"]
-        assert found["up_block_types"] == ["CrossAttnUpBlock2D"]
-        assert found["mid_block_type"] is None
-        assert found["transformer_layers_per_block"] == [1]
-
     def test_one_that_says_it_predicts_v(self, files, tmp_path):
         marked = load_file(files["sdxl"]) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
         save_file(marked, tmp_path / "v.safetensors")
@@ -195,30 +195,30 @@ class TestVAE:
         for family, factor in (("sd15", 0.18215), ("sdxl", 0.13025)):
             assert load_encoders(str(files[family])).vae.config.scaling_factor == factor
 
-    def test_sdxls_stays_in_float32_where_float16_is_asked_for(self, folders, files):
-        for path in (folders["sdxl"], files["sdxl"]):
+    def test_sdxls_stays_in_float32_where_float16_is_asked_for(self, frozen, files):
+        for path in (frozen / "sdxl", files["sdxl"]):
             assert load_encoders(str(path), torch.float16).vae.dtype == torch.float32
-        assert load_encoders(str(folders["sd15"]), torch.float16).vae.dtype == torch.float16
+        assert load_encoders(str(frozen / "sd15"), torch.float16).vae.dtype == torch.float16
 
-    def test_a_corrected_one_goes_to_float16(self, folders, copied):
-        folder = copied(folders["sdxl"])
+    def test_a_corrected_one_goes_to_float16(self, frozen, copied):
+        folder = copied("sdxl")
         with_config(folder, "vae", force_upcast=False)
         assert load_encoders(str(folder), torch.float16).vae.dtype == torch.float16
-        replaced = load_encoders(str(folders["sdxl"]), torch.float16, vae=str(folder / "vae"))
+        replaced = load_encoders(str(frozen / "sdxl"), torch.float16, vae=str(folder / "vae"))
         assert replaced.vae.dtype == torch.float16
 
-    def test_another_stands_in_from_a_folder_or_a_file(self, folders, files, tmp_path):
+    def test_another_stands_in_from_a_folder_or_a_file(self, frozen, files, tmp_path):
         state = load_file(files["sd15"])
         prefix = layout.VAE
         alone = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         save_file(alone, tmp_path / "vae.safetensors")
         own = load_encoders(str(files["sd15"])).weights
-        before = load_encoders(str(folders["sd15"])).weights
+        before = load_encoders(str(frozen / "sd15")).weights
         for given in (files["sd15"], tmp_path / "vae.safetensors"):
-            after = load_encoders(str(folders["sd15"]), vae=str(given)).weights
+            after = load_encoders(str(frozen / "sd15"), vae=str(given)).weights
             assert after["vae"] == own["vae"] != before["vae"]
             assert after["text encoder"] == before["text encoder"]
-        for given in (folders["sdxl"], folders["sdxl"] / "vae"):
+        for given in (frozen / "sdxl", frozen / "sdxl" / "vae"):
             again = load_encoders(str(files["sd15"]), vae=str(given)).weights
             assert again["vae"] == before["vae"]
 
@@ -249,8 +249,8 @@ class TestTokenizer:
         first, second = (tokenizer for tokenizer, _ in load_encoders(str(files["sdxl"])).text)
         assert (first.pad_token_id, second.pad_token_id) == (49407, 0)
 
-    def test_a_folder_without_one_gets_clips(self, folders, files, offline, copied):
-        folder = copied(folders["sd15"])
+    def test_a_folder_without_one_gets_clips(self, files, offline, copied):
+        folder = copied("sd15")
         shutil.rmtree(folder / "tokenizer")
         with pytest.raises(TrainingError, match="49408 tokens, its text encoder only 190"):
             load_encoders(str(folder))
@@ -275,22 +275,22 @@ class TestRefused:
         refused(tmp_path, r"unet/, vae/.*found notes\.txt")
 
     @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler"])
-    def test_a_folder_without_a_part(self, part, folders, copied):
-        folder = copied(folders["sd15"])
+    def test_a_folder_without_a_part(self, part, copied):
+        folder = copied("sd15")
         shutil.rmtree(folder / part)
         refused(folder, part)
 
     @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-    def test_a_folder_that_lacks_a_tensor(self, part, folders, copied):
-        folder = copied(folders["sd15"])
+    def test_a_folder_that_lacks_a_tensor(self, part, copied):
+        folder = copied("sd15")
         (path,) = (folder / part).glob("*.safetensors")
         state = load_file(path)
         del state[next(key for key in state if key.endswith("norm1.weight"))]
         save_file(state, path, {"format": "pt"})
         refused(folder, f"{part} is incomplete")
 
-    def test_a_folder_of_another_family(self, folders, copied):
-        folder = copied(folders["sd15"])
+    def test_a_folder_of_another_family(self, copied):
+        folder = copied("sd15")
         for changes, said in (
             ({"cross_attention_dim": 1024}, "Stable Diffusion 2"),
             ({"addition_embed_type": "image"}, "another kind"),

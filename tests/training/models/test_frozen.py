@@ -56,13 +56,13 @@ def prompts(pipeline, texts):
 
 class TestFrozen:
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_it_encodes_as_diffusers_pipelines_do(self, family, folders):
-        encoders = loaded(folders[family])
+    def test_it_encodes_as_diffusers_pipelines_do(self, family, frozen):
+        encoders = loaded(frozen / family)
         batch = collate([example(encoders, n) for n in range(3)])
         batch["pixels"].requires_grad_()
         found = encoders.encode(batch)
         kind = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[family]
-        pipeline = kind.from_pretrained(folders[family])
+        pipeline = kind.from_pretrained(frozen / family)
         states, pooled = prompts(pipeline, [f"number {n}" for n in range(3)])
         assert close(found["states"], states)
         if pooled is not None:
@@ -86,8 +86,8 @@ class TestFrozen:
             assert torch.equal(encoders.encode(batch)["features"], expected)
             assert torch.equal(encoders.dropped().features, encoders.image_encoder.zero(kind))
 
-    def test_captions_are_cut_and_filled_up(self, folders):
-        encoders = loaded(folders["sdxl"])
+    def test_captions_are_cut_and_filled_up(self, frozen):
+        encoders = loaded(frozen / "sdxl")
         for text in ("", "x", "long " * 200):
             tokens = encoders.tokenise(text)
             assert [x.shape for x in tokens] == [(77,), (77,)]
@@ -98,15 +98,15 @@ class TestFrozen:
         short[0][1].config.max_position_embeddings = 12
         assert [ids.shape for ids in Tokenise(short)("word")] == [(12,), (77,)]
 
-    def test_a_vae_of_another_scale(self, folders, tmp_path):
+    def test_a_vae_of_another_scale(self, frozen, tmp_path):
         small_models.base(tmp_path, "sd15", levels=2)
         with pytest.raises(TrainingError, match="one latent of 2 × 2 pixels"):
             loaded(tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equal_captions_of_a_batch_are_read_once(family, folders):
-    base = load_encoders(str(folders[family]))
+def test_equal_captions_of_a_batch_are_read_once(family, frozen):
+    base = load_encoders(str(frozen / family))
     captions = ["a b", "c", "a b", "", "c", "a b"]
     tokens = [torch.stack(ids) for ids in zip(*map(Tokenise(base.text), captions), strict=True)]
     rows = []
@@ -126,16 +126,16 @@ def test_equal_captions_of_a_batch_are_read_once(family, folders):
 
 
 class TestFingerprint:
-    def test_it_does_not_depend_on_the_dtype(self, folders):
+    def test_it_does_not_depend_on_the_dtype(self, frozen):
         dtypes = (torch.float32, torch.float16, torch.bfloat16)
-        assert len({loaded(folders["sdxl"], dtype=dtype).fingerprint for dtype in dtypes}) == 1
+        assert len({loaded(frozen / "sdxl", dtype=dtype).fingerprint for dtype in dtypes}) == 1
 
-    def test_it_names_the_part_that_is_another(self, folders):
-        before = loaded(folders["sd15"])
+    def test_it_names_the_part_that_is_another(self, frozen):
+        before = loaded(frozen / "sd15")
         assert set(before.fingerprints) == {"vae", "text encoder", "image encoder"}
         other = small_models.open_clip_model()
         other.visual.ln_pre.bias.data[0] += 1e-6
-        after = FrozenEncoders(load_encoders(str(folders["sd15"])), of_open_clip(other), EMBEDS)
+        after = FrozenEncoders(load_encoders(str(frozen / "sd15")), of_open_clip(other), EMBEDS)
         parts = before.fingerprints.items() ^ after.fingerprints.items()
         assert {part for part, _ in parts} == {"image encoder"}
         assert before.fingerprint != after.fingerprint
