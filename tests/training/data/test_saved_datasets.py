@@ -31,7 +31,7 @@ DATASET = datasets.Dataset.from_dict(ROWS)
 def saved(tmp_path):
     def saved(rows, **features):
         """Save a dataset, or columns of features that are given or guessed; return its folder."""
-        if isinstance(rows, dict):
+        if not isinstance(rows, (datasets.Dataset, datasets.DatasetDict)):
             given = datasets.Features(features) if features else None
             rows = datasets.Dataset.from_dict(rows, features=given)
         rows.save_to_disk(str(tmp_path / "saved"))
