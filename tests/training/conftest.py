@@ -41,6 +41,7 @@ def settings(frozen, pictures, tmp_path, accelerate_anew):
     from training.config import TrainConfig
 
     def settings(family: str = "sd15", **changes) -> TrainConfig:
+        accelerate_anew()
         given = {
             "pretrained_model_name_or_path": str(frozen / family),
             "image_encoder_path": str(frozen / "encoder"),

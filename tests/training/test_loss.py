@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from tests.support import small_models
@@ -126,7 +126,7 @@ def test_nothing_else_changes_not_one_bit(settings, arrow, variant):
 
 
 def scheduler(base=None, **changes):
-    config = {**small_models.scheduler().config, **(base or {})}
+    config = DDIMScheduler.from_config(small_models.scheduler().config, **(base or {})).config
     return training_scheduler(config, LossConfig(**changes))
 
 

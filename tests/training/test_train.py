@@ -189,7 +189,9 @@ def test_settings_of_another_run_are_refused(settings, finished, pictures, tmp_p
 
 
 def test_from_the_adapter_of_another_run(settings, finished, tmp_path, train):
-    def second(path=newest(finished.output_dir), **changes):
+    first = newest(finished.output_dir)
+
+    def second(path=first, **changes):
         out = str(tmp_path / "second")
         return settings(pretrained_ip_adapter_path=str(path), output_dir=out, **changes)
 
@@ -302,5 +304,5 @@ def test_errors_reach_a_person_without_a_traceback(tmp_path, monkeypatch):
     }
     arguments = [f"--{name}={value}" for name, value in given.items()]
     monkeypatch.setattr("sys.argv", ["train.py", *arguments])
-    with pytest.raises(SystemExit, match="^train.py: 'nowhere.safetensors' does not exist"):
+    with pytest.raises(SystemExit, match=r"^train.py: 'nowhere.safetensors' does not exist"):
         script.main()
