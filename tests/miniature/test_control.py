@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -24,33 +26,27 @@ def test_edges_come_through_a_new_network_and_nothing_is_added():
     assert not any(x.any() for x in added)
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)])
-        self.blocks.append(nn.Linear(8, 5))
-        self.head = nn.Linear(5, 2)
-
-    def forward(self, x):
-        x = self.blocks[1](self.blocks[0](x)).mean((2, 3))
-        return self.head(self.blocks[2](x))
+def new_net():
+    layers = [nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    blocks = nn.Sequential(*layers, nn.Linear(8, 5))
+    return nn.Sequential(OrderedDict(blocks=blocks, head=nn.Linear(5, 2))).requires_grad_(False)
 
 
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    return Net().requires_grad_(False)
+    return new_net()
 
 
 def test_a_low_rank_begins_as_no_change_and_only_it_trains(net):
     given = torch.randn(4, 3, 6, 6)
     before = net(given)
     changes = control.add_low_rank(net, 2, ("blocks.",))
-    assert set(changes) == {"blocks.0.weight", "blocks.2.weight"}
+    assert set(changes) == {"blocks.0.weight", "blocks.4.weight"}
     assert torch.equal(net(given), before)
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
     assert trained == {
-        f"blocks.{n}.parametrizations.weight.0.{m}" for n in (0, 2) for m in ("up", "down")
+        f"blocks.{n}.parametrizations.weight.0.{m}" for n in (0, 4) for m in ("up", "down")
     }
 
 
@@ -61,7 +57,7 @@ def test_what_is_kept_merges_into_what_was_trained(net):
         nn.init.normal_(change.up, std=0.3)
     merged = control.merged(plain, control.factors(changes))
     assert merged.keys() == plain.keys()
-    other = Net()
+    other = new_net()
     other.load_state_dict(merged)
     given = torch.randn(4, 3, 6, 6)
     torch.testing.assert_close(other(given), net(given))
@@ -76,6 +72,6 @@ def test_halves_and_strangers_are_refused(net):
     up, down = torch.ones(5, 1), torch.ones(1, 8)
     with pytest.raises(KeyError, match="nothing"):
         control.merged(state, {"nothing.up": up, "nothing.down": down})
-    for half in ({"blocks.2.weight.up": up}, {"blocks.2.weight.down": down}):
-        with pytest.raises(KeyError, match=r"blocks\.2\.weight"):
+    for half in ({"blocks.4.weight.up": up}, {"blocks.4.weight.down": down}):
+        with pytest.raises(KeyError, match=r"blocks\.4\.weight"):
             control.merged(state, half)

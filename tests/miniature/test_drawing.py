@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from types import SimpleNamespace
 
@@ -10,6 +9,8 @@ import pytest
 from PIL import Image
 
 from miniature.drawing import Drawer, Task
+from tests.support import image_folders
+from tools.workflows.api import of_class
 
 
 class Server:
@@ -20,17 +21,14 @@ class Server:
 
     def run(self, prompt):
         assert self.busy.acquire(blocking=False), "a server was given two prompts at once"
-        try:
-            if not self.drawn:
-                self.meeting.wait(timeout=20)
-            self.drawn += 1
-            nodes = {node["class_type"]: (name, node) for name, node in prompt.items()}
-            _, sampler = nodes["KSampler"]
-            file = io.BytesIO()
-            Image.new("RGB", (8, 8), (sampler["inputs"]["seed"] % 256,) * 3).save(file, "PNG")
-            return SimpleNamespace(images={nodes["SaveImage"][0]: [file.getvalue()]})
-        finally:
-            self.busy.release()
+        if not self.drawn:
+            self.meeting.wait(timeout=20)
+        self.drawn += 1
+        (sampler,) = of_class(prompt, "KSampler")
+        (saver,) = (name for name, node in prompt.items() if node["class_type"] == "SaveImage")
+        grey = Image.new("RGB", (8, 8), (sampler["seed"] % 256,) * 3)
+        self.busy.release()
+        return SimpleNamespace(images={saver: [image_folders.encoded(grey)]})
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -47,9 +45,6 @@ def test_servers_share_the_work_and_the_order_stays(tmp_path, count):
 
 
 def test_what_a_server_raises_is_raised(tmp_path):
-    class Failing:
-        def run(self, prompt):
-            raise RuntimeError("out of images")
-
-    with pytest.raises(RuntimeError, match="out of images"):
-        Drawer([Failing()], Task.of(8, seed=0), tmp_path)("text_and_image")
+    failing = SimpleNamespace(run=lambda prompt: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Drawer([failing], Task.of(8, seed=0), tmp_path)("text_and_image")

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from miniature import experiments, setup
+from miniature import experiments, files, setup
 from miniature.drawing import Task
 from miniature.metrics import Similarity
 from miniature.scenes import outlined, render, scenes
@@ -71,9 +70,7 @@ def test_figures_of_the_variants(task, monkeypatch):
     monkeypatch.setattr(
         experiments.concatenated, "draw", lambda _, texts: given.append(texts) or strangers
     )
-    monkeypatch.setattr(
-        experiments.files, "manifest", lambda: {"files": {experiments.files.CONCATENATED: {}}}
-    )
+    monkeypatch.setattr(files, "manifest", lambda: {"files": {files.CONCATENATED: {}}})
     images = {
         ("image_only", "fine-grained"): task.images[:, None],
         ("text_and_image", "fine-grained"): asked[:, None],
@@ -117,18 +114,11 @@ def test_figures_of_structure(task, classify):
     rows = scenes(setup.SHOWN, 24, experiments.STRUCTURES + task.seeds[0])
     followed = render(replace(rows, colour=task.rows.colour, background=task.rows.background))
     images = {
-        "controlnet": followed,
-        ("image_to_image", 1.0): replace(rows, colour=task.rows.colour),
-        ("image_to_image", 0.0): rows,
+        "controlnet": followed[:, None],
+        ("image_to_image", 1.0): render(replace(rows, colour=task.rows.colour))[:, None],
+        ("image_to_image", 0.0): render(rows)[:, None],
     }
-    images = {
-        name: made if isinstance(made, Tensor) else render(made) for name, made in images.items()
-    }
-    found = experiments.structure(
-        Known(task, {name: made[:, None] for name, made in images.items()}),
-        classify,
-        task.images,
-    )
+    found = experiments.structure(Known(task, images), classify, task.images)
     assert min(found["shape_of_edges"], found["colour"], found["background"]) > 0.95
     assert found["overlap"] > 0.9 > 0.7 > found["overlap_without"]
     start = found["image_to_image"]
@@ -186,8 +176,4 @@ def test_figures_of_the_map(task):
     disc = experiments.mask().float()
     maps = (0.1 + 0.8 * disc).expand(24, 1, 3, 64, 64)
     found = experiments.attention_map(Known(task, {"attention_map": maps}))
-    assert found == {
-        "inside": pytest.approx(0.9),
-        "outside": pytest.approx(0.1),
-        "overlap": 1,
-    }
+    assert found == pytest.approx({"inside": 0.9, "outside": 0.1, "overlap": 1})
