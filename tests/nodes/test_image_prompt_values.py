@@ -18,10 +18,8 @@ def encode(nodes):
 
 @pytest.fixture
 def combine(nodes):
-    def combine(prompts, method="concat", weights=""):
-        return nodes["IPA_CombinePrompts"].execute(prompts, method, weights).args[0]
-
-    return combine
+    execute = nodes["IPA_CombinePrompts"].execute
+    return lambda prompts, method="concat", weights="": execute(prompts, method, weights).args[0]
 
 
 @pytest.fixture
@@ -55,36 +53,15 @@ def test_weights_follow_the_sockets(small, combine):
     made = combine(prompts, "add", "1, 10, 100")
     one, two, three = (prompts[f"prompt{i}"].positive.image_embeds for i in (0, 2, 11))
     torch.testing.assert_close(made.positive.image_embeds, one + 10 * two + 100 * three)
-    with pytest.raises(ValueError, match=r"2 numbers.*but 3 image prompts"):
-        combine(prompts, "add", "1, 2")
 
 
-@pytest.mark.parametrize("method", ["average", "norm_average", "add", "subtract"])
-def test_every_method_samples(small, combine, method):
-    prompts = {f"prompt{i}": small.images(seed=i) for i in range(2)}
-    texts = small.text(1), small.text(2)
-
-    def sampled(prompt):
-        model = small.apply(small.model(), small.adapter(), prompt)
-        return small.run(small.guider(model, *texts), at=(0.5,))
-
-    found = sampled(combine(prompts, method, "1, 0.5"))
-    assert found.isfinite().all()
-    for prompt in prompts.values():
-        assert not torch.allclose(found, sampled(prompt), atol=1e-3)
-
-
-@pytest.mark.parametrize("activation, quick", [("gelu", False), ("quick_gelu", True)])
-def test_the_activation_goes_into_the_description(
-    encode, clip_vision, monkeypatch, activation, quick
-):
+def test_the_activation_goes_into_the_description(encode, clip_vision, monkeypatch):
     from comfyui_ip_adapter.ip_adapter_core.comfyui import encode as module
 
-    seen = []
-    monkeypatch.setattr(module, "describe_encoder", lambda *given: seen.append(given[-1]) or "x")
-    monkeypatch.setitem(clip_vision.config, "hidden_act", activation)
-    encode(clip_vision, pictures(1))
-    assert seen == [quick]
+    monkeypatch.setattr(module, "describe_encoder", lambda *given: f"quick: {given[-1]}")
+    assert encode(clip_vision, pictures(1)).encoder == "quick: False"
+    monkeypatch.setitem(clip_vision.config, "hidden_act", "quick_gelu")
+    assert encode(clip_vision, pictures(1)).encoder == "quick: True"
 
 
 def test_encoders_of_equal_shapes_are_told_apart(encode, combine, clip_vision, another):
@@ -95,16 +72,6 @@ def test_encoders_of_equal_shapes_are_told_apart(encode, combine, clip_vision, a
         combine({"prompt0": one, "prompt1": other}, "average")
     for words in (one.encoder, one.fingerprint[:12], other.fingerprint[:12], "prompt0", "prompt1"):
         assert words in str(error.value)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_fingerprint_is_the_weights_in_any_dtype(encode, clip_vision, another, dtype):
-    expected = encode(clip_vision, pictures(1)).fingerprint
-    assert len(expected) == 64
-    assert another.model.load_state_dict(
-        {key: x.to(dtype) for key, x in clip_vision.get_sd().items()}, assign=True
-    )
-    assert encode(another, pictures(1)).fingerprint == expected
 
 
 @pytest.mark.parametrize(
