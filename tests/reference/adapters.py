@@ -12,23 +12,20 @@ from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImageFeatures, Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.support.checkpoint_layouts import (
-    Layout,
-    UNet,
-    full_projection,
-    ip_adapter,
-    linear_projection,
-    resampler,
-)
+from tests.support.checkpoint_layouts import UNet, adapter
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What an image encoder gives: widths of its embedding and states, number of states."""
+    """What an image encoder gives: widths of its embedding and states, number of states.
+
+    `resampler`: width of a plus adapter's, None for the published one.
+    """
 
     embed: int
     hidden: int
     patches: int
+    resampler: int | None = 128
 
     def prompt(self, images: int, seed: int) -> ImagePrompt:
         """Random features of some images; their negative is one zero image."""
@@ -43,7 +40,7 @@ class Encoder:
 
 
 SMALL_ENCODER = Encoder(embed=40, hidden=56, patches=33)
-VIT_H = Encoder(embed=1024, hidden=1280, patches=257)
+VIT_H = Encoder(embed=1024, hidden=1280, patches=257, resampler=None)
 
 
 def only(prompt: ImagePrompt, number: int) -> ImagePrompt:
@@ -53,22 +50,12 @@ def only(prompt: ImagePrompt, number: int) -> ImagePrompt:
     return ImagePrompt(one, prompt.negative, prompt.encoder)
 
 
-def layout(family: UNet, encoder: Encoder, kind: str) -> Layout:
-    """base, plus (fine-grained) or full, as published for this family."""
-    published = 1280 if family.sdxl else 768
-    projection = {
-        "base": linear_projection(encoder.embed, family.context),
-        "plus": resampler(encoder.hidden, family.context, published if encoder == VIT_H else 128),
-        "full": full_projection(encoder.hidden, family.context),
-    }[kind]
-    return ip_adapter(projection, family.widths, family.context)
-
-
 def weights(family: UNet, encoder: Encoder, kind: str) -> dict[str, Tensor]:
     """Random, large enough for the image to change the noise by much."""
     generator = torch.Generator().manual_seed(sum(map(ord, kind)))
+    features = encoder.embed if kind == "base" else encoder.hidden
     state = {}
-    for key, shape in layout(family, encoder, kind).items():
+    for key, shape in adapter(family, kind, features, encoder.resampler).items():
         noise = torch.randn(shape, generator=generator)
         if len(shape) > 1:
             state[key] = noise.mul_(2 / shape[-1] ** 0.5)

@@ -100,7 +100,7 @@ def file(change: Callable[[Path], None], suffix: str = ".safetensors") -> Case:
 
     def case(made: Any, files: Files) -> None:
         path = files.new("models/ipadapter", suffix)
-        path.write_bytes(standins.path("adapter").read_bytes())
+        path.write_bytes(standins.path("ipadapter/ip-adapter_sd15.safetensors").read_bytes())
         change(path)
         made.set("IPA_LoadAdapter", adapter_name=path.name)
 
@@ -112,7 +112,7 @@ def knobs(**values: Any) -> Case:
 
 
 def of_another_family(made: Any, files: Files) -> None:
-    standins.ensure("adapter_sdxl")
+    standins.ensure("ipadapter/ip-adapter_sdxl.safetensors")
     made.set("IPA_LoadAdapter", adapter_name="ip-adapter_sdxl.safetensors")
 
 

@@ -62,7 +62,7 @@ def reading() -> Callable[[str], Workflow]:
 @pytest.fixture(scope="session")
 def client(server: Client) -> Client:
     """Return the server on stand-ins, with every file and saved prompt that a workflow names."""
-    standins.ensure("workflows")
+    standins.ensure()
     server.run(needed(api.read("save_prompt"), "IPA_SavePrompt"))
     return server
 
