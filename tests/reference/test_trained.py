@@ -20,15 +20,15 @@ pytestmark = pytest.mark.usefixtures("arrow")
 
 
 @pytest.fixture(scope="module")
-def bases(unets, tmp_path_factory):
+def bases(both, tmp_path_factory):
     """For each family a UNet with all of its layers, and a diffusers folder around it."""
     found = {}
-    for name, family in unets.SMALL.items():
+    for name, family in both.SMALL.items():
         contexts = {"sd15": small_models.HIDDEN, "sdxl": 2 * small_models.HIDDEN}
         family = dataclasses.replace(family, context=contexts[name])
         folder = tmp_path_factory.mktemp(name)
         small_models.base(folder, name)
-        unets.diffusers_unet(family).save_pretrained(folder / "unet")
+        both.diffusers_unet(family).save_pretrained(folder / "unet")
         if family.sdxl:
             second = small_models.second_text_encoder(POOLED)
             second.save_pretrained(folder / "text_encoder_2")
@@ -80,11 +80,11 @@ def trained(bases, pictures, tmp_path, accelerate_anew):
         *nightly(("sd15", "plus"), ("sd15", "full"), ("sdxl", "base"), ("sdxl", "full")),
     ],
 )
-def test_the_three_agree(bases, both, adapters, trained, family, variant):
+def test_the_three_agree(bases, both, trained, family, variant):
     from training.unet import attach
 
     path = trained(family, variant)
-    encoder = adapters.Encoder(small_models.EMBED, small_models.STATES, patches=17)
+    encoder = both.Encoder(small_models.EMBED, small_models.STATES, patches=17)
     pair = both.Pair(bases[family][0], encoder)
     pair._weights[variant] = {k: v.float() for k, v in load_file(path).items()}
     prompt = encoder.prompt(1, seed=0)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 
-from tools.comfyui.install import ROOT
+from tools.workflows import api
 
-FOLDER = ROOT / "workflows"
 pytestmark = [pytest.mark.browser, pytest.mark.nightly]
 
 LOAD = """async (workflow) => {
@@ -22,30 +19,15 @@ LOAD = """async (workflow) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def load(page: Any) -> Callable[[Any], dict[str, Any]]:
-    """Return what loads a workflow into the editor."""
-    loaded: dict[str, Any] = {}
-
-    def load(workflow: Any) -> dict[str, Any]:
-        if workflow.name not in loaded:
-            loaded[workflow.name] = page.evaluate(LOAD, workflow.editor)
-        return loaded[workflow.name]
-
-    return load
-
-
-def test_the_editor_sends_what_lies_in_api(load, workflow):
-    assert load(workflow)["api"] == workflow.api
-
-
-def test_no_node_is_smaller_than_its_contents(load, workflow):
-    for node in load(workflow)["nodes"]:
+def test_the_editor_sends_what_lies_in_api_and_no_node_is_smaller_than_its_contents(page, workflow):
+    loaded = page.evaluate(LOAD, workflow.editor)
+    assert loaded["api"] == workflow.api
+    for node in loaded["nodes"]:
         assert node["size"][0] >= node["least"][0] and node["size"][1] >= node["least"][1], node
 
 
 # Loads a blueprint, connects a checkpoint and a picture, and gives what would be sent.
-CONNECT = """async ({blueprint, widgets}) => {
+CONNECT = """async ({blueprint, checkpoint: name}) => {
     await app.loadGraphData(blueprint)
     const [task] = app.graph._nodes
     const add = (type, values) => {
@@ -57,7 +39,7 @@ CONNECT = """async ({blueprint, widgets}) => {
     }
     const from = (node, name) => node.outputs.findIndex((output) => output.name === name)
     const to = (name) => task.inputs.findIndex((input) => input.name === name)
-    const checkpoint = add("CheckpointLoaderSimple", {ckpt_name: widgets.checkpoint})
+    const checkpoint = add("CheckpointLoaderSimple", {ckpt_name: name})
     const picture = add("LoadImage", {image: "reference.png"})
     const encode = add("CLIPTextEncode", {text: ""})
     const latent = add("EmptyLatentImage", {width: 64, height: 64})
@@ -82,30 +64,20 @@ BLUEPRINTS = {  # what the one node shows
 
 @pytest.mark.parametrize("name", BLUEPRINTS)
 def test_a_blueprint_is_one_node_that_does_the_task(page, client, name):
-    entries = client.get("/global_subgraphs")
-    (id_,) = (
-        id_
-        for id_, entry in entries.items()
-        if entry["name"] == name and entry["source"] == "custom_node"
-    )
+    entries = client.get("/global_subgraphs").items()
+    (id_,) = (id_ for id_, x in entries if (x["name"], x["source"]) == (name, "custom_node"))
     blueprint = json.loads(client.get(f"/global_subgraphs/{id_}")["data"])
-    checkpoint = json.loads((FOLDER / "api" / "image_only.json").read_text("utf-8"))
-    (named,) = (
-        node["inputs"]["ckpt_name"]
-        for node in checkpoint.values()
-        if node["class_type"] == "CheckpointLoaderSimple"
-    )
-    given = {"blueprint": blueprint, "widgets": {"checkpoint": named}}
+    given = {"blueprint": blueprint, "checkpoint": api.SD15.name}
     found = page.evaluate(CONNECT, given)
     assert dict(found["shown"]) == BLUEPRINTS[name]
-    api = found["api"]
-    kinds = {node["class_type"]: node["inputs"] for node in api.values()}
+    sent = found["api"]
+    kinds = {node["class_type"]: node["inputs"] for node in sent.values()}
     assert kinds["IPA_AutoLoad"]["preset"] == "standard"
     assert kinds["IPA_Apply"]["weight"] == BLUEPRINTS[name]["weight"]
     if name == "Style Transfer":
         assert kinds["IPA_LayerWeights"]["preset"] == "style"
         kinds["IPA_LayerWeights"]["preset"] = "ease in"  # the stand-ins have other blocks
     with ThreadPoolExecutor(1) as aside:  # playwright's own loop runs in this thread
-        result = aside.submit(client.run, api).result()
-    classes = {api[id_]["class_type"] for id_ in (*result.executed, *result.cached)}
+        result = aside.submit(client.run, sent).result()
+    classes = {sent[id_]["class_type"] for id_ in (*result.executed, *result.cached)}
     assert {"IPA_AutoLoad", "IPA_EncodeImage", "IPA_Apply", "KSampler"} <= classes

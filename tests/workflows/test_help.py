@@ -10,17 +10,18 @@ import pytest
 
 from tools.docs.help import DOCS, IMAGES, PAGES, PREFIX, build
 from tools.generated import out_of_step
+from tools.workflows import api
 
 NAMES = sorted(path.stem for path in PAGES.glob("*.md"))
 IN_NO_WORKFLOW = {"IPA_LoadImageEncoder"}
 """Its page shows the picture of a workflow that it can be put into."""
 
 
-def read(name: str) -> str:
+def read(name):
     return (DOCS / f"{name}.md").read_text("utf-8")
 
 
-def table(page: str, heading: str) -> dict[str, tuple[str, str]]:
+def table(page, heading):
     """Type and meaning by the name, of each row of the table under that heading."""
     section = page.split(f"## {heading}\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| \*(.+?)\*<br>(.+) \|$", section, re.M)
@@ -62,19 +63,18 @@ def test_a_page_tells_ranges_choices_and_defaults():
 def test_no_page_lists_the_files_of_a_machine(object_info):
     for name, key in (("IPA_LoadAdapter", "adapter_name"), ("IPA_LoadPrompt", "prompt_name")):
         assert table(read(name), "Inputs")[key][0] == "a file from the list"
-    for file in object_info["IPA_LoadImageEncoder"]["input"]["required"]["encoder_name"][1][
-        "options"
-    ]:
+    required = object_info["IPA_LoadImageEncoder"]["input"]["required"]
+    for file in required["encoder_name"][1]["options"]:
         assert file not in read("IPA_LoadImageEncoder")
 
 
-def test_a_page_shows_and_names_a_workflow_with_the_node(reading, subtests):
+def test_a_page_shows_and_names_a_workflow_with_the_node(subtests):
     for name in NAMES:
         page = read(name)
         with subtests.test(name):
             (shown,) = re.findall(rf"^!\[[^]]+\]\({IMAGES}/(\w+)\.jpg\)$", page, re.M)
             assert f"**{shown}**" in page
-            nodes = {node["class_type"] for node in reading(shown).api.values()}
+            nodes = {node["class_type"] for node in api.read(shown).values()}
             assert (name in nodes) != (name in IN_NO_WORKFLOW)
 
 
