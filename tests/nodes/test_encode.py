@@ -1,4 +1,5 @@
-"""IPA_PrepareImage: what the encoder sees, from which the same features come."""
+"""IPA_PrepareImage: what the encoder sees, from which the same features come. IPA_EncodeImage and
+IPA_CombinePrompts: which encoder a prompt is of."""
 
 from __future__ import annotations
 
@@ -29,12 +30,16 @@ def prepare(nodes, clip_vision, prompts_folder):
 
 @pytest.fixture
 def encode(nodes, clip_vision):
-    execute = nodes["IPA_EncodeImage"].execute
-    return lambda image, crop: execute(clip_vision, image, crop).args[0].positive
+    def encode(image, crop="center", encoder=clip_vision):
+        return nodes["IPA_EncodeImage"].execute(encoder, image, crop).args[0]
+
+    return encode
 
 
 def same(one, other):
-    return all(torch.equal(getattr(one, kind), getattr(other, kind)) for kind in KINDS)
+    return all(
+        torch.equal(getattr(one.positive, kind), getattr(other.positive, kind)) for kind in KINDS
+    )
 
 
 @pytest.mark.parametrize("crop", ["center", "pad", "none"])
@@ -127,3 +132,80 @@ def test_the_node_shows_it(nodes, clip_vision, prompts_folder):
 def test_what_cannot_be(prepare, changed, said):
     with pytest.raises(ValueError, match=said):
         prepare(**{"image": pictures(40, 50), **changed})
+
+
+@pytest.fixture
+def combine(nodes):
+    execute = nodes["IPA_CombinePrompts"].execute
+    return lambda prompts, method="concat", weights="": execute(prompts, method, weights).args[0]
+
+
+@pytest.fixture
+def another(clip_vision, small):
+    """An image encoder of the same shapes, with other weights."""
+    from comfy.clip_vision import ClipVisionModel
+
+    made = ClipVisionModel(clip_vision.config)
+    small.fill(made.model.requires_grad_(False), seed=41)
+    return made
+
+
+SQUARE = torch.rand(1, 28, 28, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_weights_follow_the_sockets(small, combine):
+    """A workflow for the server may name sockets in any order, and leave some out."""
+    prompts = {f"prompt{i}": small.images(seed=i) for i in (11, 2, 0)}
+    made = combine(prompts, "add", "1, 10, 100")
+    one, two, three = (prompts[f"prompt{i}"].positive.image_embeds for i in (0, 2, 11))
+    torch.testing.assert_close(made.positive.image_embeds, one + 10 * two + 100 * three)
+
+
+def test_the_activation_goes_into_the_description(encode, clip_vision, monkeypatch):
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import encode as module
+
+    monkeypatch.setattr(module, "describe_encoder", lambda *given: f"quick: {given[-1]}")
+    assert encode(SQUARE).encoder == "quick: False"
+    monkeypatch.setitem(clip_vision.config, "hidden_act", "quick_gelu")
+    assert encode(SQUARE).encoder == "quick: True"
+
+
+def test_encoders_of_equal_shapes_are_told_apart(encode, combine, clip_vision, another):
+    one, other = (encode(SQUARE, encoder=encoder) for encoder in (clip_vision, another))
+    assert one.encoder == other.encoder
+    assert one.fingerprint != other.fingerprint
+    with pytest.raises(ValueError) as error:
+        combine({"prompt0": one, "prompt1": other}, "average")
+    for words in (one.encoder, one.fingerprint[:12], other.fingerprint[:12], "prompt0", "prompt1"):
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"hidden_act": "quick_gelu"},
+        {"image_mean": [0.5, 0.5, 0.5]},
+        {"image_std": [0.5, 0.5, 0.5]},
+    ],
+)
+def test_other_settings_of_the_same_weights_are_another_encoder(encode, clip_vision, changed):
+    from comfy.clip_vision import ClipVisionModel
+
+    made = ClipVisionModel({**clip_vision.config, **changed})
+    made.model.load_state_dict(clip_vision.get_sd())
+    one, other = (encode(SQUARE, encoder=encoder) for encoder in (clip_vision, made))
+    assert one.encoder == other.encoder
+    assert one.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "damaged",
+    ["visual_projection.weight", "vision_model.embeddings.position_embedding.weight"],
+)
+def test_a_damaged_encoder_is_named(encode, another, value, damaged):
+    known = encode(SQUARE, encoder=another).encoder
+    another.model.get_parameter(damaged).data.view(-1)[7] = value
+    with pytest.raises(ValueError, match=r"NaN or infinite.*weights are damaged") as error:
+        encode(SQUARE, encoder=another)
+    assert known in str(error.value)

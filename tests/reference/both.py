@@ -22,11 +22,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import ManagedAdapter, load_adapter
 from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImageFeatures, ImagePrompt
-from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.sampling import small
 from tests.support.checkpoint_layouts import POOLED, SD15, SDXL, UNet, adapter
 from tests.support.random_models import State, fill, weights
 
@@ -196,22 +196,23 @@ class Pair:
         model = comfy_model(self.family)
         positive, negative = text(self.family, 1), text(self.family, 2)
         for s in settings:
-            knobs = {
-                "adapter": self.adapter(s.kind),
-                "image_prompt": s.prompt,
-                "weight": s.weight,
-                "start_at": 0.0,
-                "end_at": 1.0,
-                "combine": "concat",
-                "mask": s.mask,
-                "layer_weights": s.layers,
-            }
+            given = self.adapter(s.kind), s.prompt
+            knobs = {"weight": s.weight, "mask": s.mask, "layer_weights": s.layers}
             if route == "model":
-                (model,) = ApplyIPAdapter.execute(model, **knobs).args
+                model = small.apply(model, *given, **knobs)
             else:
-                out = ApplyIPAdapterConditioning.execute(model, positive, negative, **knobs)
-                model, positive, negative = out.args
+                model, positive, negative = small.apply_conditioning(
+                    model, positive, negative, *given, **knobs
+                )
         return record(model, positive, negative, size)
+
+    def text_and_sizes(self, call: Call) -> dict[str, Tensor]:
+        """What SDXL is told of a call's rows besides."""
+        if not self.family.sdxl:
+            return {}
+        pooled = [text(self.family, seed)[0][1]["pooled_output"] for seed in (1, 2)]
+        time_ids = TIME_IDS.expand(len(call.rows), -1)
+        return {"text_embeds": torch.cat(pooled)[call.rows], "time_ids": time_ids}
 
     def diffusers(
         self,
@@ -229,14 +230,10 @@ class Pair:
         unet, layers = self.unet(tuple(kinds))
         for n, processor in enumerate(layers):
             processor.scale = [of_adapter[n] for of_adapter in scales]
-        added: dict[str, Any] = {}
+        added: dict[str, Any] = self.text_and_sizes(call)
         if kinds:
             sides = zip(kinds, prompts, strict=True)
             added["image_embeds"] = [features(kind, prompt, call) for kind, prompt in sides]
-        if self.family.sdxl:
-            pooled = [text(self.family, seed)[0][1]["pooled_output"] for seed in (1, 2)]
-            added["text_embeds"] = torch.cat(pooled)[call.rows]
-            added["time_ids"] = TIME_IDS.expand(len(call.rows), -1)
         inputs = call.x, call.timesteps, call.context
         extra = {} if masks is None else {"ip_adapter_masks": list(masks)}
         hook = unet.encoder_hid_proj.register_forward_hook(in_a_row) if one_sequence else None
@@ -271,9 +268,7 @@ def record(model: Any, positive: Any, negative: Any, size: Size) -> list[Call]:
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "recorder", keep)
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative)
-    guider.set_cfg(4.0)
+    guider = small.guider(model, positive, negative, cfg=4.0)
     noise = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(3))
     sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([5.0, 0.0])
     guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=0)

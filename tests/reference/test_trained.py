@@ -1,5 +1,4 @@
-"""What trains is what samples: a file that train.py wrote, in train.py's own forward pass, in
-ComfyUI with this pack, and in diffusers."""
+"""What trains is what samples: a file of train.py's in its own forward pass, ComfyUI, diffusers."""
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ def bases(both, tmp_path_factory):
     """For each family a UNet with all of its layers, and a diffusers folder around it."""
     found = {}
     for name, family in both.SMALL.items():
-        contexts = {"sd15": small_models.HIDDEN, "sdxl": 2 * small_models.HIDDEN}
-        family = dataclasses.replace(family, context=contexts[name])
+        context = small_models.HIDDEN * (1 + family.sdxl)
+        family = dataclasses.replace(family, context=context)
         folder = tmp_path_factory.mktemp(name)
         small_models.base(folder, name)
         both.diffusers_unet(family).save_pretrained(folder / "unet")
@@ -97,14 +96,9 @@ def test_the_three_agree(bases, both, trained, family, variant):
         attach(unet)
         features = both.features(variant, prompt, call)[:, 0]
         keys_values = [(key, weight * value) for key, value in adapter(features)]
-        added = None
-        if pair.family.sdxl:
-            pooled = [both.text(pair.family, seed)[0][1]["pooled_output"] for seed in (1, 2)]
-            time_ids = both.TIME_IDS.expand(len(call.rows), -1)
-            added = {"text_embeds": torch.cat(pooled)[call.rows], "time_ids": time_ids}
         ours = unet(
             *(call.x, call.timesteps, call.context),
-            added_cond_kwargs=added,
+            added_cond_kwargs=pair.text_and_sizes(call),
             cross_attention_kwargs={"ip_hidden_states": keys_values},
         ).sample
         assert both.error(ours, call.out) < TOLERANCE
