@@ -44,11 +44,7 @@ BAD = {
     "start NaN": ({"start_at": NAN}, ["start_at", "nan", "finite"]),
     "end NaN": ({"end_at": NAN}, ["end_at", "nan", "finite"]),
     "weight NaN": ({"weight": NAN}, ["weight", "nan", "finite"]),
-    "weight infinite": ({"weight": -INF}, ["weight", "-inf", "finite"]),
     "15 layers": ({"layer_weights": [1.0] * 15}, ["layer_weights", "15", "16", "down, up, middle"]),
-    "no layers": ({"layer_weights": []}, ["layer_weights", "0 values", "16"]),
-    "a layer NaN": ({"layer_weights": [1.0] * 15 + [NAN]}, ["layer_weights", "nan", "finite"]),
-    "unknown combine": ({"combine": "mix"}, ["combine", "mix", "concat, average, per_latent"]),
 }
 
 
@@ -82,20 +78,6 @@ def test_works(small, case):
     assert not torch.allclose(found, bare, atol=1e-2)
 
 
-def test_per_latent_negatives_of_another_number(small, nodes, clip_vision):
-    pictures = torch.rand(5, 32, 32, 3)
-    encode = nodes["IPA_EncodeImage"].execute
-    prompt = encode(clip_vision, pictures[:3], "center", pictures[3:]).args[0]
-    with pytest.raises(ValueError, match="3 images and 2 negative"):
-        small.apply(small.model(), small.adapter(), prompt, combine="per_latent")
-
-
-REAL = {  # token width, layers, and their name in messages
-    "sd15": (768, (320,) * 4 + (640,) * 4 + (1280,) * 8, "SD1.5"),
-    "sdxl": (2048, (640,) * 10 + (1280,) * 60, "SDXL"),
-}
-
-
 @pytest.mark.parametrize("made_for, model", [("sd15", "sdxl"), ("sdxl", "sd15")])
 def test_adapter_of_another_family(small, apply, made_for, model):
     with pytest.raises(ValueError) as error:
@@ -103,19 +85,6 @@ def test_adapter_of_another_family(small, apply, made_for, model):
     expected, found = (f"{len(small.LAYERS[f])} cross-attention" for f in (made_for, model))
     name = {"sd15": "BaseModel", "sdxl": "SDXL"}[model]
     says(error, "random.safetensors", expected, found, name)
-
-
-@pytest.mark.parametrize("family", REAL)
-def test_families_go_by_their_names(small, apply, family):
-    from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
-    from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import ManagedAdapter
-
-    width, layers, name = REAL[family]
-    sizes = (("feature_dim", 1024), ("cross_attention_dim", width), ("tokens", 4))
-    module = IPAdapter(AdapterSpec("base", sizes, layers), device="meta")
-    with pytest.raises(ValueError) as error:
-        apply(small.model(), ManagedAdapter("real.bin", module, None), small.images())
-    says(error, "real.bin", name, width, len(layers), "64-wide", "16 cross-attention layers")
 
 
 @pytest.fixture
@@ -145,15 +114,6 @@ def test_a_model_without_cross_attention(nodes, folder, small, apply, flux):
         with pytest.raises(ValueError) as error:
             nodes[node].execute(flux, *given)
         says(error, "Flux", "no UNet cross-attention", "SD1.5", "SDXL")
-
-
-def test_one_layer_of_another_width(small, apply, monkeypatch):
-    layers = list(small.SD15_LAYERS)
-    layers[3] = (layers[3][0], 48)
-    monkeypatch.setitem(small.LAYERS, "sd15", layers)
-    with pytest.raises(ValueError) as error:
-        apply(small.model(), small.adapter(), small.images())
-    says(error, "random.safetensors", "ip_adapter.7", 48, 64, "('input', 5, 0)")
 
 
 def test_images_of_another_encoder(small, apply):

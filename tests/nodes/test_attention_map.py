@@ -89,11 +89,3 @@ def test_each_setting_chooses(attention_map, asked, value):
 def test_pictures_that_do_not_fit(attention_map, picture, message):
     with pytest.raises(ValueError, match=message):
         attention_map(once(torch.rand(2, 8, 8)), torch.rand(picture))
-
-
-def test_the_record_node_gives_a_model_and_what_watches_it(nodes, small):
-    patched = small.apply(small.model(), small.adapter(), small.images())
-    recorded, record = nodes["IPA_RecordAttention"].execute(patched).args
-    latents = small.run(small.guider(recorded, small.text(1), small.text(2)))
-    assert record.of(latents).heat([("all", None)], 0.0, 1.0, 0).shape == (2, 8, 8)
-    assert recorded is not patched

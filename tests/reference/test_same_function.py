@@ -83,13 +83,6 @@ def test_noise_agrees(both, pair, compare, kinds, weight, route, images, mask):
     assert compare(settings, route) > 100 * TOLERANCE, "no effect, so this shows nothing"
 
 
-@pytest.mark.parametrize("kind", ["base", *nightly("plus", "full")])
-@pytest.mark.parametrize("weight", [-0.7, *nightly(1.0, 2.5)])
-def test_other_weights_on_the_model_route(both, pair, compare, kind, weight):
-    settings = [both.Setting(kind, pair.encoder.prompt(1, seed=0), weight)]
-    assert compare(settings) > 100 * TOLERANCE
-
-
 # With masks only such as diffusers finds the levels' shapes of: it guesses them from their area.
 @pytest.mark.parametrize(
     "size, masked",

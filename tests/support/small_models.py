@@ -71,7 +71,6 @@ def text_config(width: int = HIDDEN, factor: int = 2, projection: int = EMBED) -
 
 
 def text_encoder() -> CLIPTextModel:
-    """Make SD1.5's text encoder, SDXL's first."""
     return fill(CLIPTextModel(text_config()), 3)
 
 
@@ -81,7 +80,6 @@ def second_text_encoder(pooled: int = POOLED) -> CLIPTextModelWithProjection:
 
 
 def vision_config() -> CLIPVisionConfig:
-    """Configure an image encoder."""
     return CLIPVisionConfig(
         hidden_size=STATES,
         intermediate_size=64,
@@ -136,7 +134,6 @@ def unet(family: str) -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """Make Stable Diffusion's noise schedule."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import dataclass
 from typing import Any
+from urllib import request
 
 import numpy as np
 import pytest
@@ -54,6 +55,13 @@ def needed(api: dict[str, Any], class_: str) -> dict[str, Any]:
     for id_ in found:
         found += [value[0] for value in api[id_]["inputs"].values() if isinstance(value, list)]
     return {id_: api[id_] for id_ in found}
+
+
+@pytest.fixture(scope="session")
+def opened(client):
+    """Open an address of the server as a browser does."""
+    direct = request.build_opener(request.ProxyHandler({}))
+    return lambda path: direct.open(f"http://{client.address}{path}")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from urllib import request
 
 from tools.comfyui.install import ROOT
 from tools.generated import out_of_step
@@ -133,14 +132,11 @@ def test_blueprints_hold_nodes_as_their_classes_are(object_info, subtests):
             check_values(exported({**inner, "links": links}, object_info), object_info)
 
 
-def test_the_host_offers_them_as_templates_with_their_pictures(client):
+def test_the_host_offers_them_as_templates_with_their_pictures(client, opened):
     """And those for headless runs not: the host looks no deeper than `workflows/`."""
-    direct = request.build_opener(request.ProxyHandler({}))
-    base = f"http://{client.address}/api/workflow_templates"
-    with direct.open(base) as answer:
-        offered = json.load(answer)
+    offered = client.get("/api/workflow_templates")
     (pack,) = (name for name, templates in offered.items() if "image_only" in templates)
     assert sorted(offered[pack]) == sorted(path.stem for path in FOLDER.glob("*.json"))
     for path in (*FOLDER.glob("*.json"), *FOLDER.glob("*.jpg")):
-        with direct.open(f"{base}/{pack}/{path.name}") as answer:
+        with opened(f"/api/workflow_templates/{pack}/{path.name}") as answer:
             assert answer.read() == path.read_bytes()
