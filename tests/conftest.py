@@ -25,7 +25,8 @@ sys.path.append(str(ROOT))
 from tests.support import standins  # noqa: E402
 from tools.comfyui import browser  # noqa: E402
 from tools.comfyui import install as _host  # noqa: E402
-from tools.comfyui.server import Client, Server  # noqa: E402
+from tools.comfyui.client import Client  # noqa: E402
+from tools.comfyui.server import Server  # noqa: E402
 
 _host.load_pack()  # so that test modules can import it by its name; needs no ComfyUI
 

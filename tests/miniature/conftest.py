@@ -12,7 +12,7 @@ import pytest
 from miniature import setup
 from miniature.drawing import WORKFLOWS
 from miniature.metrics import SceneClassifier
-from tools.comfyui.server import Client
+from tools.comfyui.client import Client
 
 
 @pytest.fixture(scope="session")

@@ -283,6 +283,19 @@ def resampler(features: int, context: int, width: int, tokens: int = 16) -> Layo
     return layout
 
 
+def adapter(size: UNet, kind: str, features: int, width: int | None = None) -> Layout:
+    """Return a whole file for that UNet, as published for its family: base, plus or full.
+
+    `features`: what the encoder gives the kind. `width`: of a resampler of another size.
+    """
+    projection = {
+        "base": linear_projection(features, size.context),
+        "plus": resampler(features, size.context, width or (1280 if size.sdxl else 768)),
+        "full": full_projection(features, size.context),
+    }[kind]
+    return ip_adapter(projection, size.widths, size.context)
+
+
 def ip_adapter(projection: Layout, widths: Sequence[int], context: int) -> Layout:
     """Return a whole file: the projection, then W'k and W'v a layer, numbered 1, 3, 5 and on."""
     layout: Layout = under("image_proj.", projection)
