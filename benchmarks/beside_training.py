@@ -33,7 +33,7 @@ def config(folder: Path, **settings: Any) -> TrainConfig:
     """
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    given = {
+    given: dict[str, Any] = {
         "pretrained_model_name_or_path": str(folder / "base"),
         "image_encoder_path": str(folder / "encoder"),
         "output_dir": tempfile.mkdtemp(dir=folder),

@@ -313,4 +313,4 @@ def main() -> None:
     size = build.ship(out)
     minutes = sum(build.times()["seconds"].values()) / 60
     print(f"{out}: {size / 1e6:.1f} MB, made in {minutes:.0f} minutes")
-    print(f"{files.FOLDER_VARIABLE}={out} nox -s evaluate    # measures it")
+    print(f"{files.BUILD_VARIABLE}={out} nox -s evaluate    # measures it")

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ip_adapter_core.projection import ImageProjection
-from miniature import base, files, setup, workflows
+from miniature import assemble, base, files, workflows
 from miniature.adapters import OPTIONS, REFERENCE_STREAM
 from miniature.base import NONE, contexts, ddim, denoising_loss, noise_by, starting_noise
-from miniature.drawing import Task
 from miniature.models import SIDE, Autoencoder, fit, image_tower, normalized
 from miniature.scenes import references, render, scenes, to_tensor
+from miniature.through_comfyui import Task
 from training.config import LossConfig
 from training.models.base import load_base
 from training.sampling import encode_text
@@ -84,10 +84,12 @@ def train(
 @torch.inference_mode()
 def draw(task: Task, texts: Sequence[str]) -> Tensor:
     """Draw images `(N, 3, 64, 64)`, one a reference and text, sampled as ComfyUI does."""
-    shown = [setup.shown(task.rows[number : number + 1]) for number in range(len(task.rows))]
+    shown = [assemble.shown(task.rows[number : number + 1]) for number in range(len(task.rows))]
     small = [image.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for image in shown]
     reference_images = torch.stack([to_tensor(image) for image in small])
-    model = load_base(str(setup.base_directory() / "models" / "checkpoints" / workflows.CHECKPOINT))
+    model = load_base(
+        str(assemble.base_directory() / "models" / "checkpoints" / workflows.CHECKPOINT)
+    )
     embeds = image_tower(files.FOLDER / files.ENCODER)(normalized(reference_images))
     projection: nn.Module = new(embeds.shape[1])
     projection.load_state_dict(files.load(files.FOLDER / files.CONCATENATED))

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniature import concatenated, experiments, files, setup
-from miniature.drawing import Drawer, Task
+from miniature import assemble, concatenated, experiments, files
 from miniature.metrics import SceneClassifier, Similarity, chance, interval, share
 from miniature.scenes import KINDS, outlined, render, scenes
 from miniature.thresholds import demands
+from miniature.through_comfyui import Drawer, Task
 from miniature.workflows import GUIDANCE, SIDE, STEPS, Api, given
 from tools.comfyui import install
 from tools.comfyui.client import Client
@@ -115,7 +115,7 @@ def run(
 ) -> tuple[dict[str, Any], dict[str, Tensor], Task]:
     """Return the figures, the images and the task."""
     task = Task.of(count, seed)
-    draw = Drawer(clients, task, setup.base_directory() / "input")
+    draw = Drawer(clients, task, assemble.base_directory() / "input")
     drawn = {
         f"text {w:g}": draw("text_and_image", w, "base", change=None if w else noises(AT_ZERO))
         for w in WEIGHTS
@@ -125,7 +125,7 @@ def run(
     drawn["described"] = draw("text_and_image", 0.0, texts=task.rows.descriptions)
     drawn["concatenated"] = concatenated.draw(task, task.texts)[:, None]
     classify = SceneClassifier()
-    known = scenes(setup.SHOWN, TRUSTED, 1 << 20)
+    known = scenes(assemble.SHOWN, TRUSTED, 1 << 20)
     found = measured(drawn, task, classify)
     found |= {
         "references": count,
@@ -140,7 +140,7 @@ def run(
 
 def experiment(clients: Sequence[Client], count: int, seed: int) -> dict[str, Any]:
     """Return the experiments' figures with `count` references and noises of that set."""
-    draw = Drawer(clients, Task.of(count, seed), setup.base_directory() / "input")
+    draw = Drawer(clients, Task.of(count, seed), assemble.base_directory() / "input")
     return experiments.every(draw, SceneClassifier(), Similarity())
 
 
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUTPUT / "miniature.json")
     asked = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    base, made = setup.ensure(), files.made()
+    base, made = assemble.ensure(), files.made()
     comfyui = install.require()
     with ExitStack() as stack:
         # Images are so small that two processors draw two of them sooner than one after the other

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniature import concatenated, setup
-from miniature.drawing import APART, Drawer
+from miniature import assemble, concatenated
 from miniature.metrics import (
     SceneClassifier,
     Similarity,
@@ -28,6 +27,7 @@ from miniature.metrics import (
     whiteness_of_outlines,
 )
 from miniature.scenes import KINDS, Scenes, outlines, render, scenes, to_tensor
+from miniature.through_comfyui import APART, Drawer
 from miniature.workflows import SECOND, SIDE, Api, given
 from tools import reference_images
 
@@ -139,7 +139,7 @@ def structure(draw: Drawer, classify: SceneClassifier, without: Tensor) -> Figur
     There is no text. `without`: images of the references alone.
     """
     task = draw.task
-    rows = scenes(setup.SHOWN, len(task.rows), STRUCTURES + task.seeds[0])
+    rows = scenes(assemble.SHOWN, len(task.rows), STRUCTURES + task.seeds[0])
     names = draw.write_inputs("structure", rows)
     covered = outlines(rows, SIDE)
     with_edges = draw("controlnet", others=names)[:, 0]

@@ -26,9 +26,9 @@ from miniature.models import Autoencoder, State
 from tests.support import checkpoint_layouts as layouts
 from tests.support.random_models import under
 
-FOLDER_VARIABLE = "IP_ADAPTER_BUILD"
+BUILD_VARIABLE = "IP_ADAPTER_BUILD"
 SHIPPED = Path(__file__).resolve().parent
-FOLDER = Path(os.environ.get(FOLDER_VARIABLE) or SHIPPED).expanduser().absolute()
+FOLDER = Path(os.environ.get(BUILD_VARIABLE) or SHIPPED).expanduser().absolute()
 """Where they lie; the variable names another build's."""
 UNET, AUTOENCODER, ENCODER = "unet.safetensors", "autoencoder.safetensors", "encoder.safetensors"
 ADAPTER, ADAPTER_PLUS = "ip-adapter.safetensors", "ip-adapter-plus.safetensors"
@@ -180,7 +180,7 @@ def manifest() -> dict[str, Any]:
     """Read what is shipped. Raises FileNotFoundError if `FOLDER` holds no build."""
     if not (FOLDER / MANIFEST).is_file():
         raise FileNotFoundError(
-            f"'{FOLDER}' has no {MANIFEST}, so it holds no miniature. {FOLDER_VARIABLE} in the "
+            f"'{FOLDER}' has no {MANIFEST}, so it holds no miniature. {BUILD_VARIABLE} in the "
             "environment names the folder of a build; leave it out for the one that is shipped."
         )
     return dict(json.loads((FOLDER / MANIFEST).read_text(encoding="utf-8")))

@@ -24,7 +24,7 @@ from miniature.thresholds import EVALUATION, SETS, Figure, Figures, demands
 from tools.comfyui.install import ROOT
 
 if TYPE_CHECKING:
-    from miniature.drawing import Task
+    from miniature.through_comfyui import Task
 
 BEGIN, END = "<!-- measured -->", "<!-- end -->"
 SHOWN = 6  # references on the sheet

@@ -146,9 +146,9 @@ def server_id(_started: tuple[Server, Client]) -> int:
 @pytest.fixture(scope="session")
 def miniature_server(host_path: Path) -> Iterator[Client]:
     """A client of a ComfyUI server that runs on the miniature with this pack."""
-    from miniature import setup
+    from miniature import assemble
 
-    with Server(setup.ensure(), host_path, ("--cache-classic",)) as client:
+    with Server(assemble.ensure(), host_path, ("--cache-classic",)) as client:
         yield client
 
 

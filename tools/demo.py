@@ -26,7 +26,7 @@ from typing import Any
 from PIL import Image
 
 from ip_adapter_core.contact_sheet import Layout, Row, contact_sheet
-from miniature import setup, workflows
+from miniature import assemble, workflows
 from miniature.scenes import SHAPES, caption
 from tools import reference_images
 from tools.comfyui import install
@@ -92,10 +92,10 @@ def show(render: Render, progress: Progress) -> None:
 
 def miniature_request(seed: int, size: int | None, steps: int | None) -> DemoRequest:
     """Ask for three references that training never saw at growing λ, and one with several texts."""
-    setup.ensure()
+    assemble.ensure()
     opened = {
-        name: Image.open(setup.base_directory() / "input" / name).convert("RGB")
-        for name in setup.REFERENCES
+        name: Image.open(assemble.base_directory() / "input" / name).convert("RGB")
+        for name in assemble.REFERENCES
     }
     rows = []
     for shape, (name, image) in zip(TOLD, opened.items(), strict=True):
@@ -137,7 +137,7 @@ def render_with_comfyui(
         if models:
             base, arguments = _base_with(models, request, Path(folder))
         else:
-            base, arguments = setup.base_directory(), QUICK
+            base, arguments = assemble.base_directory(), QUICK
             workflow = workflows.on_miniature(workflow, "")
         print("Starting ComfyUI …", flush=True)
         threads = None if models else 1

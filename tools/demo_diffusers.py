@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from miniature import setup, workflows
+from miniature import assemble, workflows
 from miniature.base import ddim, starting_noise
 from tools.comfyui.client import Progress
 from tools.demo_request import DemoRequest, Render
@@ -50,7 +50,7 @@ def draw(
     request: DemoRequest, on_step: Callable[[Render, Progress], None]
 ) -> list[list[Image.Image]]:
     """Return the images of each row; `on_step` is called after each step."""
-    models = setup.base_directory() / "models"
+    models = assemble.base_directory() / "models"
     pipeline = _pipeline(models)
     encoder = ImageEncoder.from_name(f"open_clip:{models / 'clip_vision' / workflows.ENCODER}")
     noise = starting_noise(

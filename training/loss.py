@@ -1,7 +1,7 @@
-"""The loss of one training step: paper, section 3.1, with both conditions.
+"""The loss of one batch: paper, section 3.1, with both conditions.
 
-Batches are dicts of stacked tensors, `B` samples each (see data/dataset.py). Nothing here draws a
-random number: they come with the batch.
+Batches are dicts of stacked tensors, `B` samples each, as `FrozenEncoders.encode`
+gives them or a cache holds them. Nothing here draws a random number: they come with the batch.
 """
 
 from __future__ import annotations

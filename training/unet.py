@@ -24,7 +24,8 @@ TOKENS: dict[Variant, int] = {"base": 4, "plus": 16}
 class DecoupledAttnProcessor:
     """Cross-attention over the text plus cross-attention over layer `index`'s K', V'.
 
-    They come with the call, `unet(..., cross_attention_kwargs={"ip_hidden_states": keys_values})`,
+    They come with the call, `unet(..., cross_attention_kwargs={"ip_hidden_states": keys_values})`
+    (keys and values, not tokens: that is the name which diffusers' own processors let pass),
     as tensors that gradients flow through: this object holds nothing that trains. Without them it
     is diffusers' own attention.
     """

@@ -11,7 +11,17 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
-from miniature import adapters, base, build, concatenated, control, files, models, setup, workflows
+from miniature import (
+    adapters,
+    assemble,
+    base,
+    build,
+    concatenated,
+    control,
+    files,
+    models,
+    workflows,
+)
 from miniature.scenes import mark, render, scenes
 from training.models.base import load_base
 
@@ -207,8 +217,8 @@ def test_a_gpu_makes_all_parts(tmp_path):
 def laid(made, monkeypatch, tmp_path):
     """ComfyUI's base directory of what was made."""
     monkeypatch.setattr(files, "FOLDER", made[1])
-    monkeypatch.setenv(setup.FOLDER_VARIABLE, str(tmp_path))
-    return setup.ensure()
+    monkeypatch.setenv(assemble.FOLDER_VARIABLE, str(tmp_path))
+    return assemble.ensure()
 
 
 @pytest.mark.nightly

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from miniature import experiments, setup
-from miniature.drawing import Drawer, Task
+from miniature import assemble, experiments
 from miniature.metrics import Similarity
 from miniature.scenes import outlined, render, scenes
+from miniature.through_comfyui import Drawer, Task
 from miniature.workflows import SECOND
 from tests.support import image_folders
 from tools.workflows.api import of_class
@@ -115,7 +115,7 @@ def test_figures_of_several_references(task, classify):
 
 
 def test_figures_of_structure(task, classify):
-    rows = scenes(setup.SHOWN, 24, experiments.STRUCTURES + task.seeds[0])
+    rows = scenes(assemble.SHOWN, 24, experiments.STRUCTURES + task.seeds[0])
     followed = render(replace(rows, colour=task.rows.colour, background=task.rows.background))
     images = {
         "controlnet": followed[:, None],

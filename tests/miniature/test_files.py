@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ip_adapter_core.variants import FEATURE_KINDS
-from miniature import base, build, files, models, setup, workflows
+from miniature import assemble, base, build, files, models, workflows
 from miniature.metrics import distance
 from miniature.scenes import outlined, render, scenes
 from training.models.base import load_base
@@ -129,36 +129,36 @@ def test_set_up_again_nothing_is_made_and_after_a_change_all_is(
 ):
     checkpoint = base_directory / "models" / "checkpoints" / workflows.CHECKPOINT
     before = checkpoint.stat().st_mtime_ns
-    setup.ensure()
+    assemble.ensure()
     assert checkpoint.stat().st_mtime_ns == before
     monkeypatch.setenv("IP_ADAPTER_MINIATURE", str(tmp_path))
-    assert setup.ensure() == tmp_path
+    assert assemble.ensure() == tmp_path
     copy = tmp_path / "models" / "checkpoints" / checkpoint.name
     assert files.checksum(copy) == files.checksum(checkpoint)
     stamp = tmp_path / "made.json"
     stamp.write_text(json.dumps({"shipped": {}}))
     reference = tmp_path / "input" / "reference.png"
     reference.write_bytes(b"old")
-    setup.ensure()
+    assemble.ensure()
     assert reference.stat().st_size > 1000
 
 
 def test_an_interrupted_set_up_is_not_taken_for_done(monkeypatch, tmp_path):
-    monkeypatch.setenv(setup.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(assemble.FOLDER_VARIABLE, str(tmp_path))
     stamp = tmp_path / "made.json"
     stamp.write_text(json.dumps({"shipped": {}}))
 
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(setup, "_models", interrupted)
+    monkeypatch.setattr(assemble, "_models", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        setup.ensure()
+        assemble.ensure()
     assert not stamp.exists()
 
 
 def test_another_build_has_a_base_directory_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.delenv(setup.FOLDER_VARIABLE, raising=False)
-    ours = setup.base_directory()
+    monkeypatch.delenv(assemble.FOLDER_VARIABLE, raising=False)
+    ours = assemble.base_directory()
     monkeypatch.setattr(files, "FOLDER", tmp_path)
-    assert setup.base_directory() not in (ours, tmp_path)
+    assert assemble.base_directory() not in (ours, tmp_path)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from miniature import experiments
-from miniature.drawing import Drawer, Task
 from miniature.evaluate import WEIGHTS, measured
 from miniature.metrics import Similarity, chance, displacement, share
+from miniature.through_comfyui import Drawer, Task
 
 LOOKS = ("colour", "texture", "background")
 SIXTEEN = pytest.mark.parametrize("task", [16], indirect=True)

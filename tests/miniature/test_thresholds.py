@@ -219,7 +219,7 @@ def test_nothing_that_is_not_a_number_passes():
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """The command with `figures` in place of what a server draws; keeps what it wrote."""
-    monkeypatch.setattr(evaluate.setup, "ensure", lambda: tmp_path)
+    monkeypatch.setattr(evaluate.assemble, "ensure", lambda: tmp_path)
     monkeypatch.setattr(evaluate.install, "require", lambda: tmp_path)
     monkeypatch.setattr(evaluate, "Server", lambda *_, **__: contextlib.nullcontext())
     out = tmp_path / "a folder" / "figures.json"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miniature import setup
+from miniature import assemble
 from miniature.scenes import scenes
 from tools import demo
 from tools.demo_request import DemoRequest, DemoRow, Render
@@ -125,7 +125,7 @@ def test_comfyui_and_diffusers_draw_the_same_pictures(host_path):
 def test_no_text_names_the_shape_of_its_reference():
     ask = demo.miniature_request(seed=0, size=None, steps=None)
     for row in ask.rows:
-        shown = scenes(setup.SHOWN, 1, setup.REFERENCES[row.file]).captions[0]
+        shown = scenes(assemble.SHOWN, 1, assemble.REFERENCES[row.file]).captions[0]
         assert shown not in {render.text for render in row.renders}
 
 

@@ -61,13 +61,13 @@ def test_every_option_exists(capsys):
 
 @pytest.mark.nightly
 def test_the_small_set_as_it_stands(tmp_path, arrow):
-    from miniature import setup
+    from miniature import assemble
 
     page = PAGES["training/README.md"]
     text = page[page.index("### First on a small set") :]
     lines = commands(text[: text.index("\n## ")])
     assert [*map(lambda line: line.split()[0], lines)] == ["python", *["accelerate"] * 2, "cp"]
-    base = setup.ensure()
+    base = assemble.ensure()
     for line in lines:
         line = line.replace(".cache/miniature", str(base)).replace("output/small", str(tmp_path))
         program, *arguments = shlex.split(line)

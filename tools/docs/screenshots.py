@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from miniature import setup
+from miniature import assemble
 from miniature.workflows import in_editor
 from tools.comfyui import browser, install
 from tools.comfyui.server import Server
@@ -46,7 +46,7 @@ def draw(workflow: dict[str, Any], node: str, folder: Path) -> None:
         print(folder / name)
 
     options = {"viewport": {"width": 1700, "height": 800}, "device_scale_factor": 1.5}
-    server = Server(setup.ensure(), install.require())
+    server = Server(assemble.ensure(), install.require())
     with server as client, browser.editor(client, **options) as page:
         page.wait_for_timeout(3000)
         page.keyboard.press("Escape")

@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 
-from miniature import setup
+from miniature import assemble
 from miniature.workflows import on_miniature
 from tools.comfyui import install
 from tools.comfyui.server import Client, Server
@@ -242,12 +242,12 @@ def main() -> None:
         if arguments.server:
             client = Client(arguments.server)
         else:
-            client = stack.enter_context(Server(setup.ensure(), install.require()))
+            client = stack.enter_context(Server(assemble.ensure(), install.require()))
         for name in in_order(arguments.names or NAMES):
             api = read(name)
             if not arguments.server:
                 api = on_miniature(api, TEXT)
-                if lacking := missing(api, setup.base_directory() / "models"):
+                if lacking := missing(api, assemble.base_directory() / "models"):
                     print(f"{name}: left as it is, the miniature has no {', '.join(lacking)}")
                     continue
             data = jpeg(run_and_draw(client, api, "" if arguments.server else REMARK))

@@ -99,7 +99,7 @@ def open_source(
     listing = find_metadata(path) if path.is_dir() else path
     if listing is None:
         how = "Write the caption of a.jpg to a.txt beside it, or all to a metadata.jsonl"
-        dataset = _cached(read_folder, path, folder_state(path), ROWS, cache_dir)
+        dataset = _through_cache(read_folder, path, folder_state(path), ROWS, cache_dir)
     else:
         how = f"Write captions to '{listing}'"
         root = root if image_root else listing.parent
@@ -109,7 +109,7 @@ def open_source(
             raise TrainingError(f"'{listing}' lists no pictures. Expected a row for each picture.")
         columns = pick_columns(columns, list(map(str, first)), f"'{listing}'", default_caption)
         state = f"{stat.st_size} {stat.st_mtime_ns}"
-        dataset = _cached(read_listing, listing, state, columns, cache_dir)
+        dataset = _through_cache(read_listing, listing, state, columns, cache_dir)
     source = Source(dataset, _hash(dataset), ROWS, default_caption, root, how)
     source.check_files(path)
     return source
@@ -311,7 +311,7 @@ _FEATURES = Features(
 )
 
 
-def _cached(
+def _through_cache(
     read: Callable[[Path], Iterator[Values]],
     path: Path,
     state: str,
