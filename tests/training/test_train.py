@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ip_adapter_core.files import adapter_file
+from ip_adapter_core.files.adapter_file import trained_with
 from training.errors import TrainingError
 from training.trainer import Trainer
 
@@ -113,6 +114,7 @@ def test_the_last_few_are_kept_and_the_file_is_the_adapters_size(settings, train
     assert 2 * parameters < path.stat().st_size < 2 * parameters + 8192
     with safe_open(path, "pt") as file:
         about = file.metadata()["ip_adapter"]
+    assert trained_with({"ip_adapter": about}) == given.image_encoder_path.rsplit("/", 1)[-1]
     assert json.loads(about)["step"] == 7
     assert json.loads(about)["settings"]["learning_rate"] == 1e-3
     assert given.output_dir not in about

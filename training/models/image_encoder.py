@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CLIPVisionModelWithProjection
 
 from ip_adapter_core.files import encoder_file
+from ip_adapter_core.files.tower_config import ImageEncoderError
 from ip_adapter_core.variants import FEATURE_KINDS
 
 from .. import fingerprints
@@ -227,13 +228,13 @@ def _of_file(file: Path, name: str) -> tuple[OpenClipTower, Preprocess]:
     try:
         tower, state = encoder_file.read(file)
         if tower is None:
-            raise encoder_file.ImageEncoderError(
+            raise ImageEncoderError(
                 "its tensors are named as in transformers; give the folder that holds it"
             )
         usual = {"mean": encoder_file.MEAN, "std": encoder_file.STD}
         shaping = {**usual, **tower.preprocess, "size": tower.image_size}
         visual = encoder_file.build(tower, {key: x.float() for key, x in state.items()})
-    except encoder_file.ImageEncoderError as error:
+    except ImageEncoderError as error:
         raise TrainingError(f"'{name}': {error}.") from error
     known = {field.name for field in fields(PreprocessCfg)}
     return _open_clip(visual, {key: value for key, value in shaping.items() if key in known})

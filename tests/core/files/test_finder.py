@@ -187,8 +187,9 @@ def test_a_file_that_changed_is_looked_at_again(tmp_path):
     assert "cannot be read" in adapter(path).reason
 
 
-def test_what_training_noted(tmp_path):
-    about = {"image_encoder": "laion2b_s32b_b79k", "step": 3}
+@pytest.mark.parametrize("option", ["image_encoder_path", "image_encoder"], ids=["now", "in 0.1"])
+def test_what_training_noted(tmp_path, option):
+    about = {option: "laion2b_s32b_b79k", "step": 3}
     metadata = {"ip_adapter": json.dumps(about)}
     path = sparse.write(tmp_path / "a.safetensors", sparse.ADAPTERS["sd15"], metadata)
     assert adapter(path).trained_with == "laion2b_s32b_b79k"
