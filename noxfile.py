@@ -1,17 +1,8 @@
 """Everything there is to run; each session makes what it needs.
 
-    nox -s demo       output/demo.png: references down, λ across, and several texts over one
-    nox -s tests      the day set of tests (arguments after -- go to pytest)
-    nox -s tests-full every test, those marked `nightly` included
-    nox -s evaluate   output/miniature.json: what follows the reference and what the text
-    nox -s bench      output/bench.json: operations and time that an image prompt adds
-    nox -s miniature  train the models of miniature/ anew: about two hours on two CPU cores,
-                      minutes on a GPU (-- --device cuda)
-    nox -s lint       formatting, lint, types
-
-All but lint share one environment. It sees the packages of the Python that runs
-nox, so that an installed torch is used as it is, and holds what ComfyUI's requirements.txt
-and this project ask for besides.
+`nox -l` lists the sessions; arguments after -- go to what a session runs. All but lint share one
+environment. It sees the packages of the Python that runs nox, so that an installed torch is used as
+it is, and holds what ComfyUI's requirements.txt and this project ask for besides.
 """
 
 from __future__ import annotations
@@ -121,7 +112,7 @@ def pytest(session: nox.Session, *arguments: str) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"])
 def demo(session: nox.Session) -> None:
-    """Draw output/demo.png on the miniature; -- --models DIR uses published models."""
+    """Draw output/demo.png: references down, λ across; -- --models DIR uses published models."""
     run(session, "tools.demo", *session.posargs)
 
 
@@ -139,19 +130,22 @@ def tests_full(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"])
 def evaluate(session: nox.Session) -> None:
-    """Measure on the miniature what an image prompt does, through ComfyUI."""
+    """Write output/miniature.json: what follows the reference and what the text, in ComfyUI."""
     run(session, "miniature.evaluate", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["environment"])
 def miniature(session: nox.Session) -> None:
-    """Train the miniature anew, into output/; -- --seed 2 makes another, --device cuda on a GPU."""
+    """Train the miniature anew, into output/: two hours on two CPU cores, -- --device cuda minutes.
+
+    -- --seed 2 makes another.
+    """
     run(session, "miniature", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["environment"])
 def bench(session: nox.Session) -> None:
-    """Measure what an image prompt adds to sampling; -- --device cuda times it on a GPU."""
+    """Write output/bench.json: what an image prompt adds; -- --device cuda times it on a GPU."""
     run(session, "benchmarks", *session.posargs)
 
 

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
 
     host.require()  # what follows would be minutes for nothing
-    trained = training.measure(max(20, given.rounds), report.progress)
+    trained = training.measure(max(20, given.rounds))
     setup = Setup.build()
     results = budget.measure(setup)
     models = {f"ratio_{name}": model for name, model in setup.variants().items()}
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         theirs = peer.variants(setup, given.peer)
         results |= peer.counts(setup, theirs)
         models |= {f"peer_ratio_{name}": model for name, model in theirs.items()}
-    results |= overhead.measure(setup, models, given.rounds, report.progress)
+    results |= overhead.measure(setup, models, given.rounds)
     results |= share.measure(setup, rounds=min(given.rounds, 5))
     results |= trained
 

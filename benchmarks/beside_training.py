@@ -6,14 +6,17 @@ loop does: the loader, which reads in this process, the meter, the schedule, the
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from training.config import TrainConfig
 from training.loss import Batch
@@ -21,6 +24,22 @@ from training.trainer import Trainer
 
 NOT_TIMED = 5  # steps at the start
 Partner = Callable[[Trainer, Batch], float]
+
+
+def config(folder: Path, **settings: Any) -> TrainConfig:
+    """Configure a new run on the `base` and `encoder` in `folder`, its data read in this process.
+
+    accelerate keeps its state in classes, which is reset.
+    """
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    given: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(folder / "base"),
+        "image_encoder_path": str(folder / "encoder"),
+        "output_dir": tempfile.mkdtemp(dir=folder),
+        "dataloader_num_workers": 0,
+    }
+    return TrainConfig(**(given | settings))
 
 
 @contextmanager

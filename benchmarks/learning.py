@@ -12,7 +12,6 @@ is the difference.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import tempfile
 from collections.abc import Iterator
@@ -20,30 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tests.support import small_models
-from tools.comfyui.install import ROOT
 from training.config import TrainConfig
 from training.data.image import fit
 from training.loss import Batch, weighted_mse
 from training.trainer import Trainer
 
+from . import beside_training, report
+
 PICTURES, HELD_OUT, SIDE = 512, 128, 64
-OUTPUT = ROOT / "output" / "learning.json"
+OUTPUT = report.OUTPUT.with_name("learning.json")
 
 
 def make(folder: Path, base_steps: int) -> None:
     """Make `base`, whose UNet has learnt the images, `encoder`, `pictures` and `held_out`."""
     small_models.base(folder / "base", "sd15")
     small_models.image_encoder(folder / "encoder")
-    for name, numbers in (
-        ("pictures", range(PICTURES)),
-        ("held_out", range(PICTURES, PICTURES + HELD_OUT)),
-    ):
+    splits = {"pictures": range(PICTURES), "held_out": range(PICTURES, PICTURES + HELD_OUT)}
+    for name, numbers in splits.items():
         (folder / name).mkdir()
         for number in numbers:
             picture(number).save(folder / name / f"{number}.png")
@@ -94,21 +91,14 @@ def _sharpen(folder: Path) -> None:
 
 def config(folder: Path, data: str, seed: int, **changes: Any) -> TrainConfig:
     given = {
-        "pretrained_model_name_or_path": str(folder / "base"),
-        "image_encoder_path": str(folder / "encoder"),
         "train_data_dir": str(folder / data),
-        "output_dir": str(folder / f"run-{data}-{seed}"),
         "seed": seed,
         "resolution": SIDE,
         "train_batch_size": 16,
         "learning_rate": 1e-3,
-        "dataloader_num_workers": 0,
         "report_to": "none",
-        "max_train_steps": 1_000_000,
     }
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    return TrainConfig(**{**given, **changes})
+    return beside_training.config(folder, **(given | changes))
 
 
 def margin(trainer: Trainer, batches: list[Batch]) -> tuple[float, float]:
@@ -155,12 +145,8 @@ def main() -> None:
             print(f"seed {seed}{'step':>12}{'right':>10}{'wrong':>10}{'margin':>10}")
             for point in train(Path(name), seed, given.steps, max(1, given.steps // 6)):
                 curves[seed].append(point)
-                print(
-                    " " * 6
-                    + "{step:>13}{right:>10.4f}{wrong:>10.4f}{margin:>10.4f}".format(**point)
-                )
-    OUTPUT.parent.mkdir(exist_ok=True)
-    OUTPUT.write_text(json.dumps(curves, indent=1) + "\n")
+                print("{step:>19}{right:>10.4f}{wrong:>10.4f}{margin:>10.4f}".format(**point))
+    report.write(curves, OUTPUT)
     print(OUTPUT)
 
 

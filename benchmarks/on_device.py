@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -43,16 +43,8 @@ ROWS = {
 }
 
 
-class Clock(Protocol):
-    """Marks moments; tells the seconds from each to the next."""
-
-    def mark(self) -> None: ...
-
-    def intervals(self) -> list[float]: ...
-
-
 class HostClock:
-    """The clock of the CPU, on which every operation has ended when the next begins."""
+    """Seconds between moments, by the CPU, where an operation ends before the next begins."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
@@ -86,7 +78,7 @@ class Plan:
 
     sizes: dict[str, tuple[UNet, int]]
     dtype: torch.dtype
-    clock: Callable[[], Clock]
+    clock: type[HostClock | DeviceClock]
     backend: str  # of torch.compile
     steps: int
     rounds: int
@@ -140,7 +132,7 @@ def step_seconds(setup: Setup, model: Any, plan: Plan) -> float:
     return statistics.median(found[1:])
 
 
-def measure(plan: Plan, progress: Callable[[str], None]) -> dict[str, dict[str, float]]:
+def measure(plan: Plan) -> dict[str, dict[str, float]]:
     """Return the figures of each column of the table: seconds a step, kernels, synchronisations."""
     columns: dict[str, dict[str, float]] = {}
     for title, (size, side) in plan.sizes.items():
@@ -156,7 +148,7 @@ def measure(plan: Plan, progress: Callable[[str], None]) -> dict[str, dict[str, 
             plain[name] = step_seconds(setup, model, plan)
             torch._dynamo.reset()  # what one model compiled, another would take for its own
             traced[name] = step_seconds(setup, compiled(model, plan.backend), plan)
-            progress(f"{title}, {name}: {plain[name]:.4g} s, compiled {traced[name]:.4g} s")
+            report.progress(f"{title}, {name}: {plain[name]:.4g} s, compiled {traced[name]:.4g} s")
     return columns
 
 
@@ -188,14 +180,9 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def where(device: str) -> str:
-    """Say what was measured on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    return f"{name}, torch {torch.__version__}, ComfyUI {host.TESTED_VERSION}"
-
-
 def run(device: str, small: bool, rounds: int, peer: Path | None) -> None:
     """Measure, print the table and write output/bench-DEVICE.json."""
-    columns = measure(plan(device, small, rounds, peer), report.progress)
+    columns = measure(plan(device, small, rounds, peer))
     report.write(columns, report.OUTPUT.with_name(f"bench-{device}.json"))
-    print(f"{where(device)}\n\n{table(columns)}")
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, ComfyUI {host.TESTED_VERSION}\n\n{table(columns)}")

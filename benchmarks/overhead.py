@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
+from . import report
 from .full_size import Setup
 
 
-def measure(
-    setup: Setup, models: dict[str, Any], rounds: int, progress: Callable[[str], None]
-) -> dict[str, float]:
+def measure(setup: Setup, models: dict[str, Any], rounds: int) -> dict[str, float]:
     """Return the median ratio of each model's CPU time to the plain model's."""
 
     def cpu_seconds(model: Any) -> float:
@@ -34,5 +32,5 @@ def measure(
             ratios[name].append(2 * took / (before + after))
             before = after
         medians = ", ".join(f"{name} {statistics.median(v):.4f}" for name, v in ratios.items())
-        progress(f"round {number + 1} of {rounds}: {medians}")
+        report.progress(f"round {number + 1} of {rounds}: {medians}")
     return {name: statistics.median(values) for name, values in ratios.items()}

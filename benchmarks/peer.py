@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tools.comfyui import install as host
 
 from . import budget
 from .full_size import Setup
@@ -28,7 +28,9 @@ def counts(setup: Setup, models: dict[str, Any]) -> dict[str, float]:
 
 def variants(setup: Setup, folder: Path) -> dict[str, Any]:
     """Return the models of `Setup.variants`, the peer's nodes in place of ours."""
-    return setup.variants(partial(_apply, setup, _load(folder).IPAdapterEmbeds()))
+    name = host.load_package("benchmark_peer", folder).__name__
+    node = importlib.import_module(f"{name}.IPAdapterPlus").IPAdapterEmbeds()
+    return setup.variants(partial(_apply, setup, node))
 
 
 def _apply(setup: Setup, node: Any, model: Any, mask: torch.Tensor | None = None) -> Any:
@@ -48,16 +50,3 @@ def _apply(setup: Setup, node: Any, model: Any, mask: torch.Tensor | None = None
         attn_mask=mask,
     )
     return patched
-
-
-def _load(folder: Path) -> Any:
-    name = "benchmark_peer"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return importlib.import_module(f"{name}.IPAdapterPlus")

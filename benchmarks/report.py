@@ -27,7 +27,7 @@ def read() -> dict[str, Any]:
     return json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
 
 
-def write(results: Mapping[str, Any], path: Path = OUTPUT) -> None:
+def write(results: Mapping[Any, Any], path: Path = OUTPUT) -> None:
     """Make these the file's whole content."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(dict(results), indent=2) + "\n")

@@ -16,6 +16,9 @@ import psutil
 
 from tests.support import image_folders, small_models
 from tools.comfyui.install import ROOT
+from training.trainer import Trainer
+
+from .beside_training import config
 
 FEW, MANY = 1_000, 1_000_000
 PICTURES, BATCHES = 4, 48
@@ -48,27 +51,6 @@ def measured(folder: Path, rows: int) -> int:
     return int(found.stdout.split()[-1])
 
 
-def main() -> None:
-    from training.config import TrainConfig
-    from training.trainer import Trainer
-
-    folder = Path(sys.argv[1])
-    trainer = Trainer(
-        TrainConfig(
-            pretrained_model_name_or_path=str(folder / "base"),
-            image_encoder_path=str(folder / "encoder"),
-            train_data_dir=str(folder),
-            output_dir=str(folder / "run"),
-            resolution=64,
-            dataloader_num_workers=0,
-            report_to="none",
-        )
-    )
-    for _ in range(BATCHES):
-        next(trainer.batches)
-    print(own_memory())
-
-
 def own_memory() -> int:
     """Return the bytes of this process that lie in no file.
 
@@ -79,4 +61,9 @@ def own_memory() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    given = Path(sys.argv[1])
+    settings = config(given, train_data_dir=str(given), resolution=64, report_to="none")
+    trainer = Trainer(settings)
+    for _ in range(BATCHES):
+        next(trainer.batches)
+    print(own_memory())

@@ -11,8 +11,9 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from tools.comfyui import install as host
 
@@ -28,33 +29,20 @@ class Clock:
     def __init__(self) -> None:
         self.own = 0.0
 
-    def ours(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return self._count(function, +1)
+    def ours(self, function: Callable[..., Any]) -> Any:
+        return self._counting(+1)(function)
 
-    def theirs(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def theirs(self, function: Callable[..., Any]) -> Any:
         """To be called from ours only."""
-        return self._count(function, -1)
+        return self._counting(-1)(function)
 
-    def _count(self, function: Callable[..., Any], sign: int) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            start = time.process_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.own += sign * (time.process_time() - start)
-
-        return counted
-
-
-class _Executor:
-    """What a wrapper of the host's gets, its call not counted as ours."""
-
-    def __init__(self, clock: Clock, executor: Any) -> None:
-        self.class_obj = executor.class_obj
-        self._call = clock.theirs(executor)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
+    @contextmanager
+    def _counting(self, sign: int) -> Iterator[None]:
+        start = time.process_time()
+        try:
+            yield
+        finally:
+            self.own += sign * (time.process_time() - start)
 
 
 @contextmanager
@@ -64,31 +52,26 @@ def timed(clock: Clock) -> Iterator[None]:
     registering: Any = importlib.import_module(f"{comfyui}.apply")
     layer: Any = importlib.import_module(f"{comfyui}.decoupled_attention")
     rows: Any = importlib.import_module(f"{comfyui}.prompt_rows").PromptRows
-    replaced = [(registering, name) for name in WRAPPERS]
-    replaced += [(layer, name) for name in ("DecoupledAttention", "optimized_attention")]
-    replaced += [(rows, name) for name in ROWS]
-    before = [(owner, name, vars(owner)[name]) for owner, name in replaced]
 
     def wrapper(function: Callable[..., Any]) -> Callable[..., Any]:
         def timed_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
-            return function(_Executor(clock, executor), *args, **kwargs)
+            uncounted = clock.theirs(executor)
+            uncounted.class_obj = executor.class_obj
+            return function(uncounted, *args, **kwargs)
 
         return clock.ours(timed_wrapper)
 
     class Timed(layer.DecoupledAttention):
         __call__ = clock.ours(layer.DecoupledAttention.__call__)
 
-    try:
-        for name in WRAPPERS:
-            setattr(registering, name, wrapper(getattr(registering, name)))
-        layer.DecoupledAttention = Timed
-        layer.optimized_attention = clock.theirs(layer.optimized_attention)
-        for name in ROWS:
-            setattr(rows, name, clock.ours(vars(rows)[name]))
+    replaced = [(registering, name, wrapper(getattr(registering, name))) for name in WRAPPERS]
+    replaced += [(rows, name, clock.ours(vars(rows)[name])) for name in ROWS]
+    replaced.append((layer, "DecoupledAttention", Timed))
+    replaced.append((layer, "optimized_attention", clock.theirs(layer.optimized_attention)))
+    with ExitStack() as stack:
+        for owner, name, value in replaced:
+            stack.enter_context(patch.object(owner, name, value))
         yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
 
 
 def measure(setup: Setup, rounds: int) -> dict[str, float]:

@@ -2,15 +2,8 @@
 
 python -m benchmarks.training [--rounds 20]   alone, without ComfyUI; written to output/bench.json
 
-On models whose work is divided as SD1.5's is (`proportions`), in float32 on a CPU:
-
-    training_cache_speedup    a step of the reference's loop over one of train.py's from a cache
-    training_loop_overhead    a step of train.py's loop over bare forward, backward and optimiser
-    training_waiting_for_data share of the time that train.py's loop waits for its workers
-    training_checkpoint_bytes an adapter of SD1.5's own size as training saves it
-    training_rss_growth       own memory in bytes with 1,000,000 rows over that with 1,000
-
-Steps are timed as `beside_training` says; the median ratio counts.
+On models whose work is divided as SD1.5's is (`proportions`), in float32 on a CPU. Steps are timed
+as `beside_training` says; the median ratio counts.
 """
 
 from __future__ import annotations
@@ -26,7 +19,6 @@ from unittest.mock import patch
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DConditionModel
 
 from ip_adapter_core.files import adapter_file as checkpoint
@@ -37,7 +29,7 @@ from training.loss import Batch
 from training.trainer import Trainer
 from training.unet import new_adapter
 
-from . import proportions, report, rows
+from . import beside_training, proportions, report, rows
 from .beside_training import NOT_TIMED, one_thread, seconds, side_by_side
 from .reference_loop import Reference
 
@@ -51,7 +43,7 @@ LIMITS: dict[str, float | str] = {
 BATCH, PICTURES, WORKERS = 8, 128, 2
 
 
-def measure(rounds: int, progress: Callable[[str], None]) -> dict[str, float]:
+def measure(rounds: int) -> dict[str, float]:
     """All of the figures above."""
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name, one_thread():
@@ -66,7 +58,7 @@ def measure(rounds: int, progress: Callable[[str], None]) -> dict[str, float]:
         }
         for figure, value in measures.items():
             found[figure] = value()
-            progress(f"{figure}: {found[figure]:.5g}")
+            report.progress(f"{figure}: {found[figure]:.5g}")
     return found
 
 
@@ -91,13 +83,12 @@ def make(folder: Path) -> None:
 
 def fill_cache(folder: Path) -> None:
     """`cache` of `pictures`."""
-    given = config(folder)
     wanted = cache.CacheConfig(
-        pretrained_model_name_or_path=given.pretrained_model_name_or_path,
-        image_encoder_path=given.image_encoder_path,
+        pretrained_model_name_or_path=str(folder / "base"),
+        image_encoder_path=str(folder / "encoder"),
         train_data_dir=str(folder / "pictures"),
         output_dir=str(folder / "cache"),
-        resolution=given.resolution,
+        resolution=proportions.SIZE,
         dataloader_num_workers=0,
     )
     with patch.object(datasets.config, "HF_DATASETS_CACHE", folder / "datasets"):
@@ -105,23 +96,17 @@ def fill_cache(folder: Path) -> None:
 
 
 def config(folder: Path, **changes: Any) -> TrainConfig:
-    """Of a run from the cache, reading it in this process."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    """Of a run from the cache."""
     given = {
-        "pretrained_model_name_or_path": str(folder / "base"),
-        "image_encoder_path": str(folder / "encoder"),
         "feature_cache_dir": str(folder / "cache"),
-        "output_dir": tempfile.mkdtemp(dir=folder),
         "resolution": proportions.SIZE,
         "train_batch_size": BATCH,
-        "dataloader_num_workers": 0,
     }
-    return TrainConfig(**{**given, **changes})
+    return beside_training.config(folder, **(given | changes))
 
 
 def loop_overhead(folder: Path, rounds: int) -> float:
-    """Ratio of a step of the loop to one that finds everything ready."""
+    """Ratio of a step of train.py's loop to bare forward, backward and optimizer."""
     pairs = side_by_side(config(folder, max_train_steps=rounds + NOT_TIMED), bare_step)
     return statistics.median(ours / bare for ours, bare in pairs)
 
@@ -161,7 +146,7 @@ def cache_speedup(folder: Path, rounds: int) -> float:
 
 
 def waiting_for_data(folder: Path, rounds: int) -> float:
-    """Return what the loop itself logs of its waiting, once it is under way."""
+    """Share of the time that the loop logs as waiting for its workers, once it is under way."""
     told: list[dict[str, float]] = []
 
     def log(accelerator: Accelerator, values: dict[str, float], **_: Any) -> None:
@@ -174,7 +159,7 @@ def waiting_for_data(folder: Path, rounds: int) -> float:
 
 
 def checkpoint_bytes(folder: Path) -> int:
-    """Return the size of the file of an adapter for SD1.5's UNet, whose weights alone are made."""
+    """Size of the file of an adapter for SD1.5's own UNet, whose weights alone are made."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
         adapter = new_adapter(unet, "base", feature_dim=1024)
@@ -187,7 +172,7 @@ def checkpoint_bytes(folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20, help="timed steps of each kind")
-    results = measure(parser.parse_args().rounds, report.progress)
+    results = measure(parser.parse_args().rounds)
     report.write({**report.read(), **results})
     report.table(results, LIMITS)
 

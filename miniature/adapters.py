@@ -20,7 +20,7 @@ smaller learning rate than the base adapter (see build.STEPS): at 2e-3, 1,000 st
 even an untrained network's tokens tell of where a shape lies (a linear fit of x and y: R² 0.41 and
 0.54 before, 0.02 and 0.06 after)."""
 
-SETTINGS: dict[str, Any] = {
+OPTIONS: dict[str, Any] = {
     "train_batch_size": 16,
     "learning_rate": 2e-3,
     "max_grad_norm": 1.0,
@@ -55,10 +55,7 @@ def write_images(folder: Path, seed: int, count: int) -> None:
 
 
 def cache(base: Path, encoder: Path, images: Path, out: Path, device: str = "cpu") -> None:
-    """Store what the frozen parts give of all images, for both kinds of adapter.
-
-    On `device`, cpu or cuda.
-    """
+    """Store what the frozen parts give of all images, for both kinds of adapter."""
     _launch(
         "training/cache.py",
         device,
@@ -82,11 +79,11 @@ def train(
     out: Path,
     steps: int,
     device: str = "cpu",
-    **settings: Any,
+    **options: Any,
 ) -> Path:
     """Train an adapter of that variant on `device`, cpu or cuda. Returns its file."""
     if variant == "plus":
-        settings = RESAMPLER | settings
+        options = RESAMPLER | options
     _launch(
         "training/train.py",
         device,
@@ -97,13 +94,13 @@ def train(
         variant=variant,
         mixed_precision="no",
         max_train_steps=steps,
-        **(SETTINGS | settings),
+        **(OPTIONS | options),
     )
     return out / "ip-adapter.safetensors"
 
 
-def _launch(script: str, device: str, **settings: Any) -> None:
-    options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+def _launch(script: str, device: str, **options: Any) -> None:
+    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     launcher += ["--cpu"] if device == "cpu" else ["--config_file", str(ONE_GPU)]
-    subprocess.run([*launcher, script, *options], cwd=ROOT, check=True)
+    subprocess.run([*launcher, script, *given], cwd=ROOT, check=True)

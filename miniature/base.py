@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -41,25 +40,6 @@ SHAPE_ALONE = 0.2  # of the others name nothing else; of those with a place, no 
 NAMED = 0.85  # how often each of color, texture and background is named in what then remains
 NONE = len(SHAPES)  # the row of the empty text
 
-_NAMES = (
-    (r"time_embedding\.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"),
-    (r"conv_in", lambda m: "input_blocks.0.0"),
-    (r"conv_norm_out", lambda m: "out.0"),
-    (r"conv_out", lambda m: "out.2"),
-    (r"down_blocks\.0\.resnets\.(\d+)", lambda m: f"input_blocks.{int(m[1]) + 1}.0"),
-    (r"down_blocks\.0\.attentions\.(\d+)", lambda m: f"input_blocks.{int(m[1]) + 1}.1"),
-    (r"up_blocks\.0\.resnets\.(\d+)", lambda m: f"output_blocks.{m[1]}.0"),
-    (r"up_blocks\.0\.attentions\.(\d+)", lambda m: f"output_blocks.{m[1]}.1"),
-)
-_RESIDUAL = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-
 
 def new(seed: int) -> Any:
     """Return a UNet that begins as nothing: what each block adds starts from zero."""
@@ -70,20 +50,6 @@ def new(seed: int) -> Any:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     return unet
-
-
-def original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a UNet of one level without a middle from diffusers' layout to the original."""
-    found = {}
-    for key, tensor in state.items():
-        for pattern, new_name in _NAMES:
-            if re.match(pattern, key):
-                key = re.sub(pattern, new_name, key, count=1)
-                break
-        for theirs, ours in _RESIDUAL.items():
-            key = re.sub(rf"(put_blocks\.\d+\.0)\.{theirs}\.", rf"\1.{ours}.", key)
-        found[key] = tensor
-    return found
 
 
 @torch.no_grad()
@@ -103,10 +69,9 @@ def contexts() -> Tensor:
 
 
 def all_texts() -> list[str]:
-    """Return whatever of a scene a caption can name, as `naming` counts them.
+    """Return all that captions can name, as `naming` counts them.
 
-    Shape and any of color, texture and background; shape, perhaps the color, and the place; and
-    last the empty text.
+    Shape and any of color, texture and background; shape, perhaps the color, and place; nothing.
     """
     shapes, *others = (range(number) for number in KINDS.values())
     every = itertools.product(shapes, *((None, *kind) for kind in others))
@@ -126,18 +91,12 @@ def texts_recipe() -> dict[str, Any]:
 
 
 def all_contexts(device: str = "cpu") -> Tensor:
-    """Compute the text states of all texts on `device`: in float16, on the CPU.
-
-    250 MB, which take minutes on two CPU cores.
-    """
+    """Return the text states of all texts, in float16 on the CPU: 250 MB, minutes on two cores."""
     return text_states(all_texts(), device, torch.float16)
 
 
 def naming(kinds: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw rows of `all_texts` for scenes of these kinds and places `(N, 5)`.
-
-    The texts name the shape alone, or some of the rest too, or nothing.
-    """
+    """Draw rows of `all_texts` for scenes of these kinds and places `(N, 5)`."""
     count = len(kinds)
     shape, color, *_, place = kinds.unbind(1)
     named = torch.rand(count, 3, generator=generator) < NAMED
@@ -196,15 +155,8 @@ def train(
 ) -> None:
     """Train `unet` in place, which moves to `device`; it ends as the average of its weights.
 
-    Args:
-        unet: As `new` makes it.
-        pool: Latents and kinds as `latents` gives them.
-        context: The states of `all_texts`.
-        seed: Of noise, texts and the choice of latents.
-        part: The steps to take, of a training of `steps`.
-        steps: Over which the learning rate falls from PEAK to nearly none.
-        batch: Latents a step.
-        device: Where it trains.
+    `pool`: what `latents` gives; `context`: the states of `all_texts`. Takes the steps `part` of a
+    training of `steps`, over which the learning rate falls from PEAK to nearly none.
     """
     encoded, kinds = pool
     unet.to(device)

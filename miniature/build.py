@@ -72,7 +72,7 @@ class Build:
             "seed": self.seed,
             "steps": {**self.steps},
             "texts": base.texts_recipe(),
-            "adapters": adapters.SETTINGS,
+            "adapters": adapters.OPTIONS,
             "resampler": adapters.RESAMPLER,
             "scenes": mark(),
         }
@@ -101,11 +101,7 @@ class Build:
         ]
 
     def run(self) -> None:
-        """Make every part that is not there, each from those before, and note how long it took.
-
-        Raises:
-            RecipeError: The work folder holds parts of another build.
-        """
+        """Make every part that is not there, and note how long it took. Raises RecipeError."""
         self.work.mkdir(parents=True, exist_ok=True)
         path, ours = self.work / _RECIPE, json.dumps(self.recipe(), indent=1)
         if not any(self.work.iterdir()):
@@ -144,10 +140,6 @@ class Build:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         return {"made_on": [], "seconds": {}}
 
-    def seconds(self) -> int:
-        """Return what all took."""
-        return sum(self.times()["seconds"].values())
-
     def ship(self, out: Path) -> int:
         """Copy what is shipped, and write its manifest. Returns the bytes of all files."""
         out.mkdir(parents=True, exist_ok=True)
@@ -160,7 +152,7 @@ class Build:
             **self.recipe(),
             "made_on": " and ".join(times["made_on"]),
             "seconds": times["seconds"],
-            "seconds_in_all": self.seconds(),
+            "seconds_in_all": sum(times["seconds"].values()),
             "files": {
                 name: {
                     "bytes": (out / name).stat().st_size,
@@ -172,21 +164,21 @@ class Build:
         (out / files.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         return sum(what["bytes"] for what in manifest["files"].values())
 
+    def _trained(self, train: Callable[..., Any], part: str) -> Any:
+        return train(self.seed, self.steps[part], device=self.device)
+
     def _autoencoder(self, target: Path) -> None:
-        steps = self.steps["autoencoder"]
-        model = models.train_autoencoder(self.seed, steps, device=self.device)
+        model = self._trained(models.train_autoencoder, "autoencoder")
         files.save(target, files.halved(model.state_dict()))
 
     def _image_encoder(self, target: Path) -> None:
-        steps = self.steps["image encoder"]
-        model = models.train_image_encoder(self.seed, steps, device=self.device)
-        files.save_encoder(target, model)
+        files.save_encoder(target, self._trained(models.train_image_encoder, "image encoder"))
 
     def _texts(self, target: Path) -> None:
         files.save(target, {"states": base.all_contexts(self.device)})
 
     def _classifier(self, target: Path) -> None:
-        model = models.train_classifier(self.seed, self.steps["judge"], device=self.device)
+        model = self._trained(models.train_classifier, "judge")
         files.save(target, files.halved(model.state_dict()))
 
     def _latents(self, target: Path) -> None:
@@ -246,7 +238,7 @@ class Build:
                 device=self.device,
                 **before,
             )
-            before = {"adapter": adapter}
+            before = {"pretrained_ip_adapter_path": adapter}
         shutil.copyfile(adapter, target)
 
     def _frozen(self) -> tuple[models.Autoencoder, Any]:
@@ -255,8 +247,7 @@ class Build:
         return vae, files.frozen(base.new(self.seed), self.work / files.UNET)
 
     def _control(self, target: Path) -> None:
-        steps = self.steps["control"]
-        model = control.train_control(*self._frozen(), self.seed, steps, device=self.device)
+        model = self._trained(partial(control.train_control, *self._frozen()), "control")
         files.save(target, files.quantized(model.state_dict()))
 
     def _concatenated(self, target: Path) -> None:
@@ -269,13 +260,11 @@ class Build:
         files.save(target, files.quantized(model.state_dict()))
 
     def _second_base(self, target: Path) -> None:
-        steps = self.steps["second base"]
-        change = control.train_second_base(*self._frozen(), self.seed, steps, device=self.device)
+        change = self._trained(partial(control.train_second_base, *self._frozen()), "second base")
         files.save(target, files.quantized(change))
 
 
 def _hardware(device: str) -> str:
-    """Name what trains."""
     threads = f"{torch.get_num_threads()} CPU threads"
     return threads if device == "cpu" else f"{torch.cuda.get_device_name(device)}, {threads}"
 
@@ -293,9 +282,8 @@ def steps(text: str) -> dict[str, Any]:
 def device(text: str) -> str:
     """Check the name of what trains."""
     if text not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(
-            f"{text}: expected cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU"
-        )
+        told = f"{text}: expected cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU"
+        raise argparse.ArgumentTypeError(told)
     if text == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(
             f"cuda: torch {torch.__version__} finds no GPU that it can use. Give cpu, or install "
@@ -323,5 +311,6 @@ def main() -> None:
     except RecipeError as error:
         sys.exit(str(error))
     size = build.ship(out)
-    print(f"{out}: {size / 1e6:.1f} MB, made in {build.seconds() / 60:.0f} minutes")
-    print(f"{files.FOLDER_VARIABLE}={out} nox -s evaluate    # measures it")
+    minutes = sum(build.times()["seconds"].values()) / 60
+    print(f"{out}: {size / 1e6:.1f} MB, made in {minutes:.0f} minutes")
+    print(f"{files.BUILD_VARIABLE}={out} nox -s evaluate    # measures it")

@@ -1,7 +1,7 @@
 """What the paper compares decoupled attention with: equal image tokens, concatenated to the text.
 
 The projection is the base adapter's and trains as long, on the same images, with the same
-settings. There are no W'k, W'v: the frozen cross-attention reads 77 + 4 tokens (section 4.4.1).
+options. There are no W'k, W'v: the frozen cross-attention reads 77 + 4 tokens (section 4.4.1).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ip_adapter_core.projection import ImageProjection
-from miniature import files, setup, workflows
-from miniature.adapters import REFERENCE_STREAM, SETTINGS
+from miniature import assemble, base, files, workflows
+from miniature.adapters import OPTIONS, REFERENCE_STREAM
 from miniature.base import NONE, contexts, ddim, denoising_loss, noise_by, starting_noise
-from miniature.drawing import Task
 from miniature.models import SIDE, Autoencoder, fit, image_tower, normalized
 from miniature.scenes import references, render, scenes, to_tensor
+from miniature.through_comfyui import Task
 from training.config import LossConfig
 from training.models.base import load_base
 from training.sampling import encode_text
@@ -34,18 +34,13 @@ def new(embed_dim: int) -> ImageProjection:
 
 
 @torch.no_grad()
-def _pool(
-    autoencoder: Autoencoder, encoder: Any, seed: int, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return latents, embeddings of the references and shapes of the adapters' own images."""
-    latents, embeds, shapes = [], [], []
+def _embeddings(encoder: Any, seed: int, count: int) -> Tensor:
+    """Return the embeddings of the adapters' own references."""
+    found = []
     for start in range(0, count, 100):
-        rows = scenes(seed + 1, 100, start)
-        others = references(rows, seed + 1 + REFERENCE_STREAM, start)
-        latents.append(autoencoder.encode(render(rows)))
-        embeds.append(encoder(normalized(render(others))))
-        shapes.append(rows.shape)
-    return torch.cat(latents), torch.cat(embeds), torch.cat(shapes)
+        others = references(scenes(seed, 100, start), seed + REFERENCE_STREAM, start)
+        found.append(encoder(normalized(render(others))))
+    return torch.cat(found)
 
 
 def train(
@@ -57,20 +52,18 @@ def train(
     steps: int,
     device: str = "cpu",
 ) -> ImageProjection:
-    """Train a new projection on `device`, where the UNet moves, and return it on the CPU.
-
-    Autoencoder and encoder are on the CPU; `count` images.
-    """
-    latents, embeds, shapes = _pool(autoencoder, encoder, seed, count)
+    """Train a new projection on `device`, where the UNet moves; return it on the CPU."""
+    latents, kinds = base.latents(autoencoder, seed + 1, count)
+    embeds = _embeddings(encoder, seed + 1, count)
     context = contexts()
     torch.manual_seed(seed)
     projection = new(embeds.shape[1]).to(device)
     unet.to(device)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(projection.parameters(), SETTINGS["learning_rate"])
-    warmup, batch = SETTINGS["lr_warmup_steps"], SETTINGS["train_batch_size"]
+    optimizer = torch.optim.AdamW(projection.parameters(), OPTIONS["learning_rate"])
+    warmup, batch = OPTIONS["lr_warmup_steps"], OPTIONS["train_batch_size"]
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-    no_text = SETTINGS["t_drop_rate"]
+    no_text = OPTIONS["t_drop_rate"]
     no_image, neither = LossConfig.i_drop_rate, LossConfig.ti_drop_rate
 
     def loss_at(step: int) -> Tensor:
@@ -78,7 +71,7 @@ def train(
             schedule.step()
         rows = torch.randint(count, (batch,), generator=generator)
         draw = torch.rand(batch, generator=generator)
-        texts, image = shapes[rows].clone(), embeds[rows].clone()
+        texts, image = kinds[rows, 0], embeds[rows]
         texts[(draw < neither) | (draw >= 1 - no_text)] = NONE
         image[draw < neither + no_image] = 0
         both = torch.cat([context[texts].to(device), projection(image.to(device))], 1)
@@ -90,22 +83,21 @@ def train(
 
 @torch.inference_mode()
 def draw(task: Task, texts: Sequence[str]) -> Tensor:
-    """Draw images `(N, 3, 64, 64)` with the shipped projection, one a reference and text.
-
-    With the noise, steps and guidance that ComfyUI draws the decoupled ones with.
-    """
-    shown = [setup.shown(task.rows[number : number + 1]) for number in range(len(task.rows))]
+    """Draw images `(N, 3, 64, 64)`, one a reference and text, sampled as ComfyUI does."""
+    shown = [assemble.shown(task.rows[number : number + 1]) for number in range(len(task.rows))]
     small = [image.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for image in shown]
     reference_images = torch.stack([to_tensor(image) for image in small])
-    base = load_base(str(setup.base_directory() / "models" / "checkpoints" / workflows.CHECKPOINT))
+    model = load_base(
+        str(assemble.base_directory() / "models" / "checkpoints" / workflows.CHECKPOINT)
+    )
     embeds = image_tower(files.FOLDER / files.ENCODER)(normalized(reference_images))
     projection: nn.Module = new(embeds.shape[1])
     projection.load_state_dict(files.load(files.FOLDER / files.CONCATENATED))
-    scheduler = ddim(base.scheduler)
+    scheduler = ddim(model.scheduler)
     side = workflows.SIDE // 8
     noise = [starting_noise(scheduler, seed, workflows.STEPS, side) for seed in task.seeds]
-    text = encode_text(base, texts).states
-    none = encode_text(base, [""]).states
+    text = encode_text(model, texts).states
+    none = encode_text(model, [""]).states
     images = []
     for start in range(0, len(reference_images), _AT_ONCE):
         some = slice(start, start + _AT_ONCE)
@@ -114,8 +106,8 @@ def draw(task: Task, texts: Sequence[str]) -> Tensor:
         both = torch.cat([zero.expand_as(positive), positive])
         latents = torch.cat(noise[some])
         for time in scheduler.timesteps:
-            plain, guided = base.unet(torch.cat([latents] * 2), time, both).sample.chunk(2)
+            plain, guided = model.unet(torch.cat([latents] * 2), time, both).sample.chunk(2)
             found = plain + workflows.GUIDANCE * (guided - plain)
             latents = scheduler.step(found, time, latents).prev_sample
-        images.append(base.vae.decode(latents).sample / 2 + 0.5)
+        images.append(model.vae.decode(latents).sample / 2 + 0.5)
     return torch.cat(images).clamp(0, 1)

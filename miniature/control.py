@@ -63,19 +63,18 @@ class Control(nn.Module):
     def comfyui(self) -> dict[str, Tensor]:
         """Return it as ComfyUI's ControlNetLoader reads it.
 
-        The base has no middle block, but ComfyUI's ControlNet always has one: here one of zeros,
-        whose output is nothing.
+        A ControlNet always has a middle block there, which the base has not: here one of zeros.
         """
         middle = {
-            "in_layers.0": (WIDTH,),
-            "in_layers.2": (WIDTH, WIDTH, 3, 3),
-            "emb_layers.1": (WIDTH, TIME),
-            "out_layers.0": (WIDTH,),
-            "out_layers.3": (WIDTH, WIDTH, 3, 3),
+            "middle_block.0.in_layers.0": (WIDTH,),
+            "middle_block.0.in_layers.2": (WIDTH, WIDTH, 3, 3),
+            "middle_block.0.emb_layers.1": (WIDTH, TIME),
+            "middle_block.0.out_layers.0": (WIDTH,),
+            "middle_block.0.out_layers.3": (WIDTH, WIDTH, 3, 3),
+            "middle_block_out.0": (WIDTH, WIDTH, 1, 1),
         }
-        layers = {f"middle_block.0.{name}": shape for name, shape in middle.items()}
         found = {"lora_controlnet": torch.zeros(0), **self.state_dict()}
-        for name, shape in {**layers, "middle_block_out.0": (WIDTH, WIDTH, 1, 1)}.items():
+        for name, shape in middle.items():
             found[f"{name}.weight"], found[f"{name}.bias"] = torch.zeros(shape), torch.zeros(WIDTH)
         return found
 
@@ -94,10 +93,7 @@ class LowRank(nn.Module):
 
 
 def add_low_rank(model: nn.Module, rank: int, inside: tuple[str, ...]) -> dict[str, LowRank]:
-    """Give every matrix and convolution in some parts of a frozen model a change that trains.
-
-    In place. Returns the changes by their weights' names; `inside`: how the parts' names begin.
-    """
+    """Give all matrices whose names begin with `inside` a change that trains; return these."""
     found = {}
     for name, module in [*model.named_modules()]:
         weight: Any = getattr(module, "weight", None)
@@ -120,8 +116,7 @@ def factors(changes: Mapping[str, LowRank]) -> dict[str, Tensor]:
 def merged(state: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return weights with the changes that `factors` gave, in the weights' own precision.
 
-    Raises:
-        KeyError: There is a change without its weight or its other half.
+    Raises KeyError for a change without its weight or its other half.
     """
     found = dict(state)
     for key in kept:
@@ -142,10 +137,7 @@ FromImages = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def train_control(
     autoencoder: Autoencoder, unet: Any, seed: int, steps: int, device: str = "cpu"
 ) -> Control:
-    """Train a new one on `device`, where autoencoder and UNet move, and return it on the CPU.
-
-    Half of the texts are dropped, so that the edges alone are enough.
-    """
+    """Train a new one on `device`, where autoencoder and UNet move; return it on the CPU."""
     torch.manual_seed(seed)
     control = Control().to(device)
     unet.to(device)
@@ -177,8 +169,8 @@ def train_second_base(
     unet.to(device)
     parameters = [part for change in changes.values() for part in change.parameters()]
 
-    def predict(_: Tensor, noisy: Tensor, times: Tensor, context: Tensor) -> Tensor:
-        return noise_by(unet)(noisy, times, context)
+    def predict(_: Tensor, *given: Tensor) -> Tensor:
+        return noise_by(unet)(*given)
 
     _fit("second base", parameters, predict, autoencoder, outlined, seed, steps, 0.1)
     return {name: factor.cpu() for name, factor in factors(changes).items()}

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniature import concatenated, experiments, files, setup
-from miniature.drawing import Drawer, Task
+from miniature import assemble, concatenated, experiments, files
 from miniature.metrics import SceneClassifier, Similarity, chance, interval, share
 from miniature.scenes import KINDS, outlined, render, scenes
 from miniature.thresholds import demands
+from miniature.through_comfyui import Drawer, Task
 from miniature.workflows import GUIDANCE, SIDE, STEPS, Api, given
 from tools.comfyui import install
 from tools.comfyui.client import Client
@@ -71,7 +71,7 @@ def measured(drawn: dict[str, Tensor], task: Task, classify: SceneClassifier) ->
         **{f"{kind}_follows": follows(full, kind) for kind in LOOKS},
         "shape_kept": follows(full, "shape"),
         **{f"{kind}_at_zero": follows(none, kind) for kind in KINDS},
-        "chance": {kind: vars(chance(shown[none][kind], wanted[kind])) for kind in KINDS},
+        "chance": {kind: chance(shown[none][kind], wanted[kind]) for kind in KINDS},
         "intervals": {
             kind: interval(shown[full][kind], wanted[kind][:, None].expand_as(shown[full][kind]))
             for kind in KINDS
@@ -85,18 +85,19 @@ def measured(drawn: dict[str, Tensor], task: Task, classify: SceneClassifier) ->
             "image_similarity": likeness("image only", task.images),
         },
         "fine_grained": setting("fine-grained"),
+        "concatenated": setting("concatenated"),
         "described": {
             kind: share(shown["described"][kind], getattr(rows, kind)[:, None]) for kind in KINDS
         },
         "similarity_to_asked": likeness(full, asked),
     }
-    nearer = found["fine_grained"]["similarity_to_asked"]
-    found["fine_grained_over_base"] = nearer - found["similarity_to_asked"]
-    if "concatenated" in drawn:
-        found["concatenated"] = setting("concatenated")
-        theirs = found["concatenated"]["similarity_to_asked"]
-        found["decoupled_over_concatenated"] = found["similarity_to_asked"] - theirs
-    return found
+    base, fine, theirs = (
+        at["similarity_to_asked"] for at in (found, found["fine_grained"], found["concatenated"])
+    )
+    return found | {
+        "fine_grained_over_base": fine - base,
+        "decoupled_over_concatenated": base - theirs,
+    }
 
 
 def _shown(classify: SceneClassifier, images: Tensor) -> dict[str, Tensor]:
@@ -114,7 +115,7 @@ def run(
 ) -> tuple[dict[str, Any], dict[str, Tensor], Task]:
     """Return the figures, the images and the task."""
     task = Task.of(count, seed)
-    draw = Drawer(clients, task, setup.base_directory() / "input")
+    draw = Drawer(clients, task, assemble.base_directory() / "input")
     drawn = {
         f"text {w:g}": draw("text_and_image", w, "base", change=None if w else noises(AT_ZERO))
         for w in WEIGHTS
@@ -122,10 +123,9 @@ def run(
     drawn["image only"] = draw("image_only", adapter="base")
     drawn["fine-grained"] = draw("text_and_image", adapter="fine-grained")
     drawn["described"] = draw("text_and_image", 0.0, texts=task.rows.descriptions)
-    if files.CONCATENATED in files.manifest()["files"]:
-        drawn["concatenated"] = concatenated.draw(task, task.texts)[:, None]
+    drawn["concatenated"] = concatenated.draw(task, task.texts)[:, None]
     classify = SceneClassifier()
-    known = scenes(setup.SHOWN, TRUSTED, 1 << 20)
+    known = scenes(assemble.SHOWN, TRUSTED, 1 << 20)
     found = measured(drawn, task, classify)
     found |= {
         "references": count,
@@ -140,7 +140,7 @@ def run(
 
 def experiment(clients: Sequence[Client], count: int, seed: int) -> dict[str, Any]:
     """Return the experiments' figures with `count` references and noises of that set."""
-    draw = Drawer(clients, Task.of(count, seed), setup.base_directory() / "input")
+    draw = Drawer(clients, Task.of(count, seed), assemble.base_directory() / "input")
     return experiments.every(draw, SceneClassifier(), Similarity())
 
 
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUTPUT / "miniature.json")
     asked = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    base, made = setup.ensure(), files.made()
+    base, made = assemble.ensure(), files.made()
     comfyui = install.require()
     with ExitStack() as stack:
         # Images are so small that two processors draw two of them sooner than one after the other

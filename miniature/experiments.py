@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniature import concatenated, files, setup
-from miniature.drawing import APART, Drawer
+from miniature import assemble, concatenated
 from miniature.metrics import (
     SceneClassifier,
     Similarity,
@@ -28,6 +27,7 @@ from miniature.metrics import (
     whiteness_of_outlines,
 )
 from miniature.scenes import KINDS, Scenes, outlines, render, scenes, to_tensor
+from miniature.through_comfyui import APART, Drawer
 from miniature.workflows import SECOND, SIDE, Api, given
 from tools import reference_images
 
@@ -37,8 +37,7 @@ Figures = dict[str, Any]
 
 
 def every(draw: Drawer, classify: SceneClassifier, alike: Similarity) -> Figures:
-    """Return the figures of every experiment for which the miniature has the models."""
-    shipped = files.manifest()["files"]
+    """Return the figures of every experiment."""
     base, alone = (draw(name, adapter="base")[:, 0] for name in ("text_and_image", "image_only"))
     with torch.inference_mode():
         toolbox = {
@@ -46,35 +45,25 @@ def every(draw: Drawer, classify: SceneClassifier, alike: Similarity) -> Figures
             "style": style(draw, classify, alike),
             "attention_map": attention_map(draw),
         }
-    found = {
+    return {
         "seed": draw.task.seeds[0] // APART,
         "variants": variants(draw, alike, base, alone),
         "several_references": several_references(draw, classify, alike),
         "toolbox": toolbox,
+        "structure": structure(draw, classify, alone),
+        "another_base": another_base(draw, classify, base),
     }
-    if files.CONTROL in shipped:
-        found["structure"] = structure(draw, classify, alone)
-    if files.SECOND_BASE in shipped:
-        found["another_base"] = another_base(draw, classify, base)
-    return found
 
 
 def partners(rows: Scenes) -> Tensor:
-    """Return for each scene the next one that differs in color and in background, `(N,)`.
-
-    Raises:
-        ValueError: There is none: too few scenes.
-    """
+    """Return for each scene one that is `unlike` it, `(N,)`."""
     return unlike(rows, [[number] for number in range(len(rows))])
 
 
 def unlike(rows: Scenes, groups: Sequence[Sequence[int]]) -> Tensor:
-    """Return for each group of scenes one that differs from all in color and background, `(N,)`.
+    """Return for each group the next scene after its first that shares no color or background.
 
-    The next one after the group's first.
-
-    Raises:
-        ValueError: There is none.
+    Raises ValueError where there is none.
     """
     count = len(rows)
 
@@ -98,10 +87,7 @@ def unlike(rows: Scenes, groups: Sequence[Sequence[int]]) -> Tensor:
 
 
 def of_two(api: Api) -> Api:
-    """Return a workflow for three references, with two.
-
-    The third is not wired in, and where there is a latent for each, there are two.
-    """
+    """Return a workflow for three references, a latent for each perhaps, with two."""
     changed = copy.deepcopy(api)
     for node in changed.values():
         node["inputs"].pop("images.image2", None)
@@ -153,7 +139,7 @@ def structure(draw: Drawer, classify: SceneClassifier, without: Tensor) -> Figur
     There is no text. `without`: images of the references alone.
     """
     task = draw.task
-    rows = scenes(setup.SHOWN, len(task.rows), STRUCTURES + task.seeds[0])
+    rows = scenes(assemble.SHOWN, len(task.rows), STRUCTURES + task.seeds[0])
     names = draw.write_inputs("structure", rows)
     covered = outlines(rows, SIDE)
     with_edges = draw("controlnet", others=names)[:, 0]
@@ -179,9 +165,8 @@ def structure(draw: Drawer, classify: SceneClassifier, without: Tensor) -> Figur
 def variants(draw: Drawer, alike: Similarity, base: Tensor, alone: Tensor) -> Figures:
     """Measure how near each kind of adapter comes to what is asked for.
 
-    Under texts that name another shape that is the reference with that shape, with no text the
-    reference. `base` and `alone`: the base adapter's images; "strangers" has the figures of what
-    another reference asks for.
+    Under a text that is the reference with the text's shape, with none the reference. `base` and
+    `alone`: the base adapter's images. "strangers": what another reference asks for.
     """
     task = draw.task
     asked = {
@@ -201,18 +186,17 @@ def variants(draw: Drawer, alike: Similarity, base: Tensor, alone: Tensor) -> Fi
             for name, images in drawn.items()
         }
 
-    found = {
+    texts = {"text_and_image": task.texts, "image_only": [""] * len(task.rows)}
+    return {
         "base": likeness({"text_and_image": base, "image_only": alone}),
         "fine_grained": likeness(
             {name: draw(name, adapter="fine-grained")[:, 0] for name in asked}
         ),
         "strangers": likeness({name: images.roll(1, 0) for name, images in asked.items()}),
+        "concatenated": likeness(
+            {name: concatenated.draw(task, words) for name, words in texts.items()}
+        ),
     }
-    if files.CONCATENATED in files.manifest()["files"]:
-        texts = {"text_and_image": task.texts, "image_only": [""] * len(task.rows)}
-        drawn = {name: concatenated.draw(task, words) for name, words in texts.items()}
-        found["concatenated"] = likeness(drawn)
-    return found
 
 
 def another_base(draw: Drawer, classify: SceneClassifier, first: Tensor) -> Figures:
@@ -232,11 +216,7 @@ def another_base(draw: Drawer, classify: SceneClassifier, first: Tensor) -> Figu
 
 
 def regions(draw: Drawer, classify: SceneClassifier) -> Figures:
-    """Use one reference within the disc, where shapes are, and another everywhere else.
-
-    With no text: how often the shape has the color of the one, and the background is that of the
-    other.
-    """
+    """Use one reference within the disc, where shapes are, and another everywhere else; no text."""
     inner, second = draw.task.rows, partners(draw.task.rows)
     names = [draw.names[number] for number in second.tolist()]
     shown = classify(draw("regions", others=names)[:, 0])
@@ -247,9 +227,7 @@ def regions(draw: Drawer, classify: SceneClassifier) -> Figures:
 def style(draw: Drawer, classify: SceneClassifier, alike: Similarity) -> Figures:
     """Use uniform weights, half of them and each preset, with a fine-grained adapter and no text.
 
-    So all that is shown is either the reference's or by chance: what of the shape's look comes
-    through (color, texture), and what else of the image (the shape itself, its place, the
-    background behind it).
+    So all that is shown is either the reference's or by chance.
     """
     task = draw.task
     found: Figures = {}
@@ -283,8 +261,7 @@ def mask() -> Tensor:
 def attention_map(draw: Drawer) -> Figures:
     """Map the attention to an image prompt that acts within the disc alone.
 
-    Its mean inside and outside, and the overlap of the disc with what is warmer than half of the
-    warmest.
+    `overlap`: of the disc with what is warmer than half of the warmest.
     """
 
     def map_alone(api: Api) -> Api:

@@ -22,14 +22,13 @@ from torch import Tensor
 
 from ip_adapter_core.files.tower_config import METADATA_KEY
 from miniature import models
-from miniature.base import original
 from miniature.models import Autoencoder, State
 from tests.support import checkpoint_layouts as layouts
 from tests.support.random_models import under
 
-FOLDER_VARIABLE = "IP_ADAPTER_BUILD"
+BUILD_VARIABLE = "IP_ADAPTER_BUILD"
 SHIPPED = Path(__file__).resolve().parent
-FOLDER = Path(os.environ.get(FOLDER_VARIABLE) or SHIPPED).expanduser().absolute()
+FOLDER = Path(os.environ.get(BUILD_VARIABLE) or SHIPPED).expanduser().absolute()
 """Where they lie; the variable names another build's."""
 UNET, AUTOENCODER, ENCODER = "unet.safetensors", "autoencoder.safetensors", "encoder.safetensors"
 ADAPTER, ADAPTER_PLUS = "ip-adapter.safetensors", "ip-adapter-plus.safetensors"
@@ -41,14 +40,12 @@ NOT_ASKED = ("made_on", "seconds", "side_by_side", "seconds_in_all", "files")
 _IDLE, _BUSY = "ip_adapter.1.", "ip_adapter.3."  # an adapter's first and second layer
 _LEVELS = 127  # of 8 bits on either side of zero
 _SCALE = "::scale"
+_SIZE = layouts.UNet(320, 768, (1,), (1,), (8,), blocks=1)  # base.CONFIG with an idle transformer
 _LATENT_SCALE = 0.18215  # SD1.5's: ComfyUI divides latents by it before it calls a VAE
 
 
 def quantized(state: Mapping[str, Tensor]) -> State:
-    """Round matrices and convolutions to 8 bits, symmetric, and vectors to float16.
-
-    Each output channel has a scale in float16.
-    """
+    """Round matrices to 8 bits and vectors to float16; each output channel has a float16 scale."""
     found: State = {}
     for key, x in state.items():
         if x.ndim < 2:
@@ -118,18 +115,18 @@ def idle_transformer() -> State:
     Its last projection is zeros. The base trains without one, but ComfyUI reads the context's
     width off the input blocks.
     """
-    size = layouts.UNet(320, 768, (1,), (1,), (8,), blocks=1)
     return {
         key: torch.ones(shape) if "norm" in key and key.endswith("weight") else torch.zeros(shape)
-        for key, shape in layouts.unet(size).items()
+        for key, shape in layouts.unet(_SIZE).items()
         if key.startswith("input_blocks.1.1.")
     }
 
 
 def checkpoint(unet: Mapping[str, Tensor], vae: Autoencoder) -> State:
     """Return a whole SD1.5 checkpoint for CheckpointLoaderSimple; `unet` has diffusers' names."""
+    original = {layouts.published_name(key, _SIZE): x for key, x in unet.items()}
     return {
-        **under("model.diffusion_model.", halved(original(dict(unet)) | idle_transformer())),
+        **under("model.diffusion_model.", halved(original | idle_transformer())),
         **under("cond_stage_model.transformer.", models.text_state()),
         **under("first_stage_model.", halved(vae.taesd())),
         "first_stage_model.vae_scale": torch.tensor(_LATENT_SCALE),
@@ -138,10 +135,7 @@ def checkpoint(unet: Mapping[str, Tensor], vae: Autoencoder) -> State:
 
 
 def without_idle_layer(source: Path, target: Path) -> None:
-    """Copy an adapter's file without its layer for `idle_transformer`.
-
-    That trains nothing and stays zeros, and takes a megabyte.
-    """
+    """Copy an adapter's file without the megabyte of zeros that is its layer for the idle one."""
     state, metadata = _adapter(source)
     save(target, {key: x for key, x in state.items() if not key.startswith(_IDLE)}, metadata)
 
@@ -170,15 +164,7 @@ def checksums() -> dict[str, str]:
 
 
 def made() -> dict[str, Any]:
-    """Tell how the build was made.
-
-    Returns:
-        `recipe`, a checksum of all that was asked for but the seed, `seed`, `minutes`, and `on`
-        what.
-
-    Raises:
-        FileNotFoundError: As `manifest` does.
-    """
+    """Return `recipe`, a hash of all that was asked for, `seed`, `minutes`, and `on` what."""
     known = manifest()
     asked = {key: known[key] for key in known.keys() - {"seed", *NOT_ASKED}}
     recipe = json.dumps(asked, sort_keys=True)
@@ -191,14 +177,10 @@ def made() -> dict[str, Any]:
 
 
 def manifest() -> dict[str, Any]:
-    """Read what is shipped: file names, checksums, seeds, steps, times.
-
-    Raises:
-        FileNotFoundError: `FOLDER` holds no build.
-    """
+    """Read what is shipped. Raises FileNotFoundError if `FOLDER` holds no build."""
     if not (FOLDER / MANIFEST).is_file():
         raise FileNotFoundError(
-            f"'{FOLDER}' has no {MANIFEST}, so it holds no miniature. {FOLDER_VARIABLE} in the "
+            f"'{FOLDER}' has no {MANIFEST}, so it holds no miniature. {BUILD_VARIABLE} in the "
             "environment names the folder of a build; leave it out for the one that is shipped."
         )
     return dict(json.loads((FOLDER / MANIFEST).read_text(encoding="utf-8")))

@@ -7,8 +7,6 @@ learnt; shapes by a small network that shares nothing with the image encoder
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
@@ -16,7 +14,7 @@ from torch.nn.functional import cosine_similarity, max_pool2d
 
 from miniature import files
 from miniature.models import SIDE, ShapeClassifier, image_tower, normalized
-from miniature.scenes import BACKGROUNDS, COLORS, KINDS, TEXTURES, Scenes, pattern
+from miniature.scenes import COLORS, KINDS, TEXTURES, Scenes, gradients, pattern
 
 EDGE = 4  # pixels of the margin that shows the background alone
 SHADES = (1.0, 0.89, 0.78)  # of the background under a shadow
@@ -29,13 +27,13 @@ def backgrounds(images: Tensor) -> Tensor:
     """Find the background whose gradient is nearest to the margin, `(N,)`."""
     margin = torch.ones(SIDE, SIDE, dtype=torch.bool)
     margin[EDGE:-EDGE, EDGE:-EDGE] = False
-    away = (images[:, None] - _gradients()[None]).abs().mean(2)  # N, backgrounds, side, side
+    away = (images[:, None] - gradients(SIDE)[None]).abs().mean(2)  # N, backgrounds, side, side
     return away[..., margin].median(-1).values.argmin(1)
 
 
 def objects(images: Tensor) -> Tensor:
     """Find the shape's pixels: neither background nor its shadow, `(N, side, side)`."""
-    behind = _gradients()[backgrounds(images)]
+    behind = gradients(SIDE)[backgrounds(images)]
     away = [(images - shade * behind).square().sum(1).sqrt() for shade in SHADES]
     return torch.stack(away).amin(0) > OBJECT
 
@@ -57,7 +55,7 @@ def textures(images: Tensor) -> Tensor:
     """Find the pattern whose light and dark parts differ most in brightness, `(N,)`."""
     bright = images.amax(1)
     inside = (objects(images) & (bright - images.amin(1) > GREY)).float()
-    inside = 1 - torch.nn.functional.max_pool2d(1 - inside[:, None], 3, 1, 1)[:, 0]  # no edges
+    inside = 1 - max_pool2d(1 - inside[:, None], 3, 1, 1)[:, 0]  # no edges
     contrasts = [torch.full((len(images),), CONTRAST)]
     for texture in range(1, len(TEXTURES)):
         dark = pattern(texture, SIDE).float()
@@ -67,14 +65,6 @@ def textures(images: Tensor) -> Tensor:
         ]
         contrasts.append((means[0] - means[1]) / (means[0] + means[1]).clamp(min=1e-3) * 2)
     return torch.stack(contrasts).argmax(0)
-
-
-def _gradients() -> Tensor:
-    """Draw every background alone, `(backgrounds, 3, side, side)`."""
-    ends = torch.tensor(list(BACKGROUNDS.values()))
-    fade = torch.linspace(0, 1, SIDE)[:, None]
-    gradients = ends[:, 0, :, None, None] * (1 - fade) + ends[:, 1, :, None, None] * fade
-    return gradients.expand(-1, -1, -1, SIDE)
 
 
 class SceneClassifier:
@@ -117,10 +107,7 @@ def share(found: Tensor, wanted: Tensor) -> float:
 
 
 def overlap(images: Tensor, covered: Tensor) -> float:
-    """Return the mean intersection over union of shapes in images with those asked for.
-
-    Images `(N, 3, 64, 64)`; shapes `(N, 64, 64)` in 0 … 1.
-    """
+    """Return the mean intersection over union of the shapes with those `covered (N, h, w)`."""
     found, wanted = objects(images), covered > 0.5
     union = (found | wanted).sum((1, 2)).clamp(min=1)
     return float(((found & wanted).sum((1, 2)) / union).mean())
@@ -135,19 +122,14 @@ def centers(images: Tensor) -> Tensor:
 
 
 def displacement(images: Tensor, others: Tensor) -> float:
-    """Measure how far the shape's center is from the other's on average, in pixels.
-
-    Where both are seen; `seen` says in how many.
-    """
+    """Measure how far the shape's center is from the other's, in pixels, where both are seen."""
     return float((centers(images) - centers(others)).norm(dim=1).nanmean())
 
 
 def shade_error(images: Tensor, others: Tensor) -> float:
-    """Measure how far the mean color of the shape is from that of the other's.
+    """Measure how far the mean color of the shape is from the other's, where both are seen.
 
-    In 8-bit levels, the mean of three channels, where both are seen. Nearly whatever their places
-    and forms: how much of a texture's dark part a shape covers, and that light falls from above,
-    are some levels of it.
+    In 8-bit levels, the mean of three channels; some of them are due to places and forms.
     """
     means = [
         (some * inside[:, None]).sum((2, 3)) / inside.sum((1, 2))[:, None]
@@ -170,25 +152,12 @@ def whiteness_of_outlines(images: Tensor, width: int = 3) -> float:
     return float(((darkest * rim).sum((1, 2)) / rim.sum((1, 2)).clamp(min=1)).mean())
 
 
-@dataclass(frozen=True)
-class Chance:
-    """What share of images would agree with references that have nothing to do with them."""
+def chance(found: Tensor, wanted: Tensor, draws: int = 4000) -> dict[str, float]:
+    """Return what share of images would agree with references that have nothing to do with them.
 
-    mean: float
-    low: float
-    high: float
-
-
-def chance(found: Tensor, wanted: Tensor, draws: int = 4000) -> Chance:
-    """Return the mean share over shufflings of the references, and where 99 in 100 of them lie.
-
-    Unlike one over the number of kinds it knows that a base prefers some kinds and that references
-    show some more often.
-
-    Args:
-        found: What images show, `(N,)` or `(N, k)` for k of each reference.
-        wanted: What was wanted, `(N,)`.
-        draws: How many shufflings.
+    `mean` over shufflings of the references, and `low` and `high`, between which 99 in 100 lie:
+    so it knows what a base prefers and references show more often. `found (N,)`, or `(N, k)` for
+    k images of each reference; `wanted (N,)`.
     """
     generator = torch.Generator().manual_seed(0)
     orders = torch.rand(draws, len(wanted), generator=generator).argsort(1)
@@ -196,7 +165,7 @@ def chance(found: Tensor, wanted: Tensor, draws: int = 4000) -> Chance:
     agree = shuffled[..., None] == found if found.ndim > 1 else shuffled == found
     shares = agree.flatten(1).float().mean(1)
     low, high = shares.quantile(torch.tensor([0.005, 0.995])).tolist()
-    return Chance(float(shares.mean()), low, high)
+    return {"mean": float(shares.mean()), "low": low, "high": high}
 
 
 def interval(found: Tensor, wanted: Tensor) -> tuple[float, float]:

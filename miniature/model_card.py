@@ -9,7 +9,6 @@ it, in a table of their own.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +20,11 @@ from torch import Tensor
 
 from miniature import files
 from miniature.scenes import KINDS, caption, to_pil
-from miniature.thresholds import EVALUATION, SETS, Figures, demands, measured
+from miniature.thresholds import EVALUATION, SETS, Figure, Figures, demands
 from tools.comfyui.install import ROOT
 
 if TYPE_CHECKING:
-    from miniature.drawing import Task
+    from miniature.through_comfyui import Task
 
 BEGIN, END = "<!-- measured -->", "<!-- end -->"
 SHOWN = 6  # references on the sheet
@@ -43,14 +42,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def section(found: Figures, others: Sequence[Figures] = ()) -> str:
-    """Write the card's section in Markdown.
+    """Write the section of the build that bears the card, and of `others` from other seeds.
 
-    Args:
-        found: The evaluation of the build that bears the card.
-        others: Those of builds from other seeds.
-
-    Raises:
-        NotComparable: Some of them cannot be held against `found`.
+    Raises NotComparable if those cannot be held against it.
     """
     asked = [*demands(found)]
     missed = [demand for demand in asked if not demand.met]
@@ -67,20 +61,17 @@ def section(found: Figures, others: Sequence[Figures] = ()) -> str:
 
 
 def _follows(found: Figures) -> str:
-    beside = [name for name in ("fine_grained", "concatenated") if name in found]
-    head = ["", "λ = 0", "λ = 1 (95 %)"]
-    head += [f"λ = 1, {name.replace('_', '-')}" for name in beside]
+    head = ["", "λ = 0", "λ = 1 (95 %)", "λ = 1, fine-grained", "λ = 1, concatenated"]
     rows = []
     for kind in ("colour", "background", "texture", "shape"):
-        full = found["by_weight"]["1"][kind]
         low, high = found["intervals"][kind]
         chance = found["chance"][kind]
         rows.append(
             [
                 "shape of the text" if kind == "shape" else f"{kind} of the reference",
                 f"{found[f'{kind}_at_zero']:.2f}",
-                f"{full:.2f} ({low:.2f} … {high:.2f})",
-                *(f"{found[other][kind]:.2f}" for other in beside),
+                f"{found['by_weight']['1'][kind]:.2f} ({low:.2f} … {high:.2f})",
+                *(f"{found[other][kind]:.2f}" for other in ("fine_grained", "concatenated")),
                 f"{chance['mean']:.2f} ({chance['low']:.2f} … {chance['high']:.2f})",
             ]
         )
@@ -89,11 +80,11 @@ def _follows(found: Figures) -> str:
         "names another shape than it shows, drawn by ComfyUI through "
         f"`workflows/api/text_and_image.json` ({found['sampling']['steps']} steps of DDIM, "
         f"guidance {found['sampling']['guidance']:g}; at λ = 0 "
-        f"{found['pictures_at_zero'] // found['references']} pictures each; the concatenated "
-        "tokens by diffusers with the same noises, steps and guidance), pictures show\n\n"
+        f"{found['pictures_at_zero'] // found['references']} images each; the concatenated "
+        "tokens by diffusers with the same noises, steps and guidance), images show\n\n"
         + table([*head, "by chance (99 %)"], rows)
-        + "\n\nBy chance: how often the pictures at λ = 0 agree with shuffled references. "
-        "Tried on drawn pictures, the classifier is right in "
+        + "\n\nBy chance: how often the images at λ = 0 agree with shuffled references. "
+        "Tried on drawn images, the classifier is right in "
         f"{min(found['judge_accuracy'].values()):.1%} of the kind that it knows least, "
         f"and in {min(found['judge_accuracy_outlined'].values()):.1%} of those in the second "
         "base's style."
@@ -104,33 +95,38 @@ def _likeness(found: Figures) -> str:
     rising = ", ".join(f"{x:.2f} at {w}" for w, x in found["image_similarity"].items())
     alone, described = found["image_only"], found["described"]
     asked = {"base": found, "fine-grained": found["fine_grained"]}
-    if "concatenated" in found:
-        asked["concatenated"] = found["concatenated"]
+    asked["concatenated"] = found["concatenated"]
     nearer = ", ".join(f"{x['similarity_to_asked']:.2f} {name}" for name, x in asked.items())
+
+    def looks(of: Figures) -> str:
+        return ", ".join(f"{kind} {of[kind]:.2f}" for kind in ("colour", "background", "texture"))
+
     return (
         "Likeness to the reference (cosine of image embeddings of the adapters' own encoder) with "
         f"λ: {rising}; two references have {found['image_similarity_of_strangers']:.2f}. "
         f"To what is asked for, the reference with the text's shape, at λ = 1: {nearer}. "
-        f"With no text the image alone gives colour {alone['colour']:.2f}, background "
-        f"{alone['background']:.2f}, texture {alone['texture']:.2f}, the reference's own shape "
+        f"With no text the image alone gives {looks(alone)}, the reference's own shape "
         f"{alone['shape_of_reference']:.2f} and a likeness of {alone['image_similarity']:.2f}. The "
-        f"base alone, told all in words, gets colour {described['colour']:.2f}, background "
-        f"{described['background']:.2f}, texture {described['texture']:.2f}, shape "
-        f"{described['shape']:.2f}."
+        f"base alone, told all in words, gets {looks(described)}, shape {described['shape']:.2f}."
     )
+
+
+def _rows(figures: Iterable[Figure], columns: Sequence[Sequence[Figures]]) -> list[list[str]]:
+    """Return the labelled figures' rows; of several sets in a column, the means."""
+    return [
+        [figure.label, *(figure.text(fmean(map(figure.value, some))) for some in columns)]
+        for figure in figures
+        if figure.label
+    ]
 
 
 def _sets(findings: Figures) -> str:
     sets = findings["sets"]
-    rows = [
-        [figure.label, *(figure.text(figure.value(one)) for one in sets)]
-        for figure in measured(SETS, *sets)
-        if figure.label
-    ]
+    rows = _rows(SETS, [[one] for one in sets])
     return (
         f"Further, with {findings['references']} references and noises of {len(sets)} other sets "
         "(distance in 8-bit levels, displacement of the shape's centre in pixels, error of the "
-        "shape's mean colour in 8-bit levels, and likeness: from or to the picture that is asked "
+        "shape's mean colour in 8-bit levels, and likeness: from or to the image that is asked "
         "for, the reference with the text's shape; with no text, the reference itself. Presets of "
         "layer weights are shown with no text and the fine-grained adapter, regions with no text)"
         ":\n\n" + table(["", *(f"set {one['seed']}" for one in sets)], rows)
@@ -138,29 +134,17 @@ def _sets(findings: Figures) -> str:
 
 
 def _builds(evaluations: Sequence[Figures]) -> str:
-    """Lay side by side what each of several trainings gives, and the means of its sets.
-
-    Raises:
-        NotComparable: They are of one build, of several recipes, or of other references.
-    """
+    """Lay side by side what each of several trainings gives, and the means of its sets."""
     _check_comparable(evaluations)
     made = [one["made"] for one in evaluations]
     sets = [one["findings"]["sets"] for one in evaluations]
     head = ["", *(f"seed {one['seed']}" for one in made)]
-    own = [
-        [figure.label, *(figure.text(figure.value(one)) for one in evaluations)]
-        for figure in measured(EVALUATION, *evaluations)
-        if figure.label
-    ]
+    own = _rows(EVALUATION, [[one] for one in evaluations])
     rising = [
         ", ".join(f"{x:.2f}" for x in one["image_similarity"].values()) for one in evaluations
     ]
     own.append(["likeness to the reference as λ rises", *rising])
-    means = [
-        [figure.label, *(figure.text(fmean(map(figure.value, some))) for some in sets)]
-        for figure in measured(SETS, *itertools.chain(*sets))
-        if figure.label
-    ]
+    means = _rows(SETS, sets)
     asked = [[*demands(one)] for one in evaluations]
     met = [f"{sum(demand.met for demand in some)} of {len(some)}" for some in asked]
     means.append(["demands of `miniature/thresholds.py` met", *met])
@@ -221,7 +205,7 @@ def plot(found: Figures, path: Path) -> None:
         label = "shape of the text" if kind == "shape" else f"{kind} of the reference"
         (line,) = shares.plot(weights, values, marker="o", label=label)
         shares.axhline(found["chance"][kind]["mean"], color=line.get_color(), ls=":", lw=1)
-    shares.set(xlabel="λ", ylabel="share of pictures", ylim=(0, 1.02))
+    shares.set(xlabel="λ", ylabel="share of images", ylim=(0, 1.02))
     shares.set_title(f"What follows ({found['references']} references; dotted: chance)")
     shares.legend(loc="center right", fontsize=8)
     similarity = [*found["image_similarity"].values()]
@@ -252,12 +236,7 @@ def contact_sheet(drawn: Mapping[str, Tensor], task: Task) -> Image.Image:
 
 
 def write(found: Figures, card: Path, others: Sequence[Figures] = ()) -> None:
-    """Put the section into the file `card`.
-
-    Raises:
-        ValueError: The card lacks the marks.
-        NotComparable: As `section` does.
-    """
+    """Put the section into the file `card`. Raises ValueError if it lacks the marks."""
     text = card.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{card} needs one line {BEGIN!r} and after it one line {END!r}.")

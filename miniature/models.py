@@ -1,19 +1,17 @@
-"""The miniature's small models and how each trains: autoencoder, text, image encoder, classifier.
-
-The base has a file of its own (`base.py`), as have the adapters (`adapters.py`).
-"""
+"""The miniature's small models and how each trains; the base has a file of its own (`base.py`)."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from open_clip.model import CLIP, set_model_preprocess_cfg
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg
@@ -21,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, l1_loss, mse_loss, normalize
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from ip_adapter_core.files import encoder_file
 from miniature.scenes import SHAPES, outlined, render, scenes
 from tests.support import checkpoint_layouts as layouts
 from tests.support.random_models import weights
-from training.models import clip_tokenizer
+from training.models.clip_tokenizer import tokenizer
 
 State = dict[str, Tensor]
 SIDE = 64
@@ -44,13 +42,8 @@ def fit(
 ) -> None:
     """Train for `steps` on the loss of each, and show its running mean.
 
-    Args:
-        name: Of the progress bar.
-        optimizer: Of what trains.
-        loss_at: The loss of a step.
-        steps: How many.
-        rate: The learning rate of a step, set before its loss; by default the optimizer's own.
-        clipped: Parameters whose gradients are clipped to a norm of 1.
+    `rate`: the learning rate of a step, set before its loss; by default the optimizer's own.
+    `clipped`: parameters whose gradients are clipped to a norm of 1.
     """
     clipped, mean = [*clipped], torch.zeros(())
     progress = tqdm(range(steps), name, mininterval=5)
@@ -109,10 +102,7 @@ class Clamp(nn.Module):
 
 def _numbered(layers: dict[int, nn.Module]) -> nn.Sequential:
     """Return a Sequential whose layers bear the numbers that they have in TAESD."""
-    found = nn.Sequential()
-    for number in sorted(layers):
-        found.add_module(str(number), layers[number])
-    return found
+    return nn.Sequential(OrderedDict((str(number), layers[number]) for number in sorted(layers)))
 
 
 def _encoder() -> nn.Sequential:
@@ -155,11 +145,7 @@ class Autoencoder(nn.Module):
         return self.decoder(latents).clamp(0, 1)
 
     def taesd(self) -> State:
-        """Return all tensors of TAESD with the latents of SD1.5.
-
-        They are named `taesd_encoder.*` and `taesd_decoder.*`, as ComfyUI has them inside a
-        checkpoint.
-        """
+        """Return TAESD's `taesd_encoder.*` and `taesd_decoder.*`, as ComfyUI reads them."""
         found = {}
         for side, module in (("encoder", self.encoder), ("decoder", self.decoder)):
             for key, tensor in module.state_dict().items():
@@ -182,10 +168,7 @@ def _widened(tensor: Tensor) -> Tensor:
 def train_autoencoder(
     seed: int, cycles: Sequence[int], batch: int = 4, device: str = "cpu"
 ) -> Autoencoder:
-    """Train a new one from the stream `seed` on `device`, and return it on the CPU.
-
-    `cycles`: steps between warm restarts.
-    """
+    """Train a new one on `device`, return it on the CPU; `cycles`: steps between warm restarts."""
     torch.manual_seed(seed)
     model = Autoencoder().to(device).to(memory_format=torch.channels_last)
     done = 0
@@ -235,15 +218,11 @@ def text_encoder() -> CLIPTextModel:
         num_attention_heads=12,
         eos_token_id=layouts.VOCABULARY - 1,
     )
-    with torch.device("meta"):
+    with init_empty_weights():
         model = CLIPTextModel(config)
-    inner = "final_layer_norm.weight" in model.state_dict()  # transformers 5 has no text_model
-    prefix = "text_model." if inner else ""
+    prefix = "" if hasattr(model, "text_model") else "text_model."  # transformers 5.6 has none
     state = {key.removeprefix(prefix): x.float() for key, x in text_state().items()}
-    model.load_state_dict(state, strict=False, assign=True)
-    for module in model.modules():
-        if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(layouts.POSITIONS)[None]
+    model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -251,15 +230,9 @@ def text_encoder() -> CLIPTextModel:
 def text_states(
     captions: list[str], device: str = "cpu", stored: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return the UNet's context of each caption, `(N, 77, 768)`.
-
-    Computed on `device` in float32; on the CPU as `stored`.
-    """
-    with TemporaryDirectory() as folder:
-        clip_tokenizer.write(Path(folder))
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    """Return each caption's states `(N, 77, 768)`, computed on `device` in float32, on the CPU."""
     length = layouts.POSITIONS
-    ids = tokenizer(captions, padding="max_length", max_length=length, return_tensors="pt")
+    ids = tokenizer()(captions, padding="max_length", max_length=length, return_tensors="pt")
     encoder = text_encoder().to(device)
     batches = ids.input_ids.to(device).split(_TEXTS_AT_ONCE)
     return torch.cat([encoder(batch).last_hidden_state.to("cpu", stored) for batch in batches])
@@ -272,20 +245,8 @@ def text_states(
 
 ENCODER: dict[str, Any] = {
     "embed_dim": 128,
-    "vision_cfg": {
-        "image_size": SIDE,
-        "patch_size": 16,
-        "width": 192,
-        "head_width": 64,
-        "layers": 4,
-    },
-    "text_cfg": {
-        "context_length": 16,
-        "vocab_size": 49408,
-        "width": 128,
-        "heads": 2,
-        "layers": 2,
-    },
+    "vision_cfg": dict(image_size=SIDE, patch_size=16, width=192, head_width=64, layers=4),
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2},
 }
 PREPROCESS: dict[str, Any] = {"size": (SIDE, SIDE), "mean": (0.5,) * 3, "std": (0.28,) * 3}
 

@@ -107,10 +107,7 @@ def caption(
     background: int | None = None,
     place: int | None = None,
 ) -> str:
-    """Name the shape, and of the rest what is given.
-
-    "A striped red star, sky background", "a red star, top left".
-    """
+    """Name what is given: "a striped red star, sky background", "a red star, top left"."""
     named = [
         *([] if texture is None else [TEXTURES[texture]]),
         *([] if colour is None else [list(COLORS)[colour]]),
@@ -143,22 +140,13 @@ def references(
 ) -> Scenes:
     """Return a reference for each target: the image itself, as in the paper, or a variation.
 
-    In all but `same_shape` of them the shape is drawn anew. So an adapter learns that the text has
-    the last word on the shape, that the image has it where there is no text, and all else from the
-    image.
+    In all but `same_shape` of them the shape is drawn anew, so that an adapter learns to leave it
+    to the text where there is one.
     """
     others = scenes(seed, len(targets), start)
     draw = np.random.Generator(np.random.Philox(key=seed + (1 << 32))).random(len(targets) + start)
     keep = torch.from_numpy(draw[start:]) < same_shape
     return replace(targets, shape=torch.where(keep, targets.shape, others.shape))
-
-
-def _circle(x: Tensor, y: Tensor) -> Tensor:
-    return torch.hypot(x, y) - 0.72
-
-
-def _square(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(x.abs(), y.abs()) - 0.62
 
 
 def _triangle(x: Tensor, y: Tensor) -> Tensor:
@@ -179,10 +167,6 @@ def _star(x: Tensor, y: Tensor) -> Tensor:
     return ((along - 0.88) * dx - across * dy) / math.hypot(dx, dy)
 
 
-def _ring(x: Tensor, y: Tensor) -> Tensor:
-    return (torch.hypot(x, y) - 0.55).abs() - 0.22
-
-
 def _cross(x: Tensor, y: Tensor) -> Tensor:
     x, y = x.abs(), y.abs()
     upright = torch.maximum(x - 0.27, y - 0.78)
@@ -190,8 +174,13 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
 
 
 _DISTANCES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
-    *(_circle, _square, _triangle, _star, _ring, _cross),
+    lambda x, y: torch.hypot(x, y) - 0.72,
+    lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.62,
+    *(_triangle, _star),
+    lambda x, y: (torch.hypot(x, y) - 0.55).abs() - 0.22,
+    _cross,
 )
+"""Signed distances to the outlines of SHAPES."""
 
 
 def outlines(rows: Scenes, side: int) -> Tensor:
@@ -200,9 +189,9 @@ def outlines(rows: Scenes, side: int) -> Tensor:
 
 
 def _distance(rows: Scenes, side: int, below: float = 0.0) -> Tensor:
-    """Return the signed distance to the outline, negative inside, `(N, side, side)`.
+    """Return signed distances `(N, side, side)` to the outline of shapes moved down by `below`.
 
-    Half the image is 1. `below`: how far down the shape is moved.
+    Negative inside; half the image is 1.
     """
     at = (torch.arange(side) + 0.5) * 2 / side - 1
     y, x = torch.meshgrid(at, at, indexing="ij")
@@ -230,15 +219,20 @@ def pattern(texture: int, side: int) -> Tensor:
     return (torch.zeros(side, side, dtype=torch.bool), rows, columns, rows ^ columns)[texture]
 
 
+def gradients(side: int) -> Tensor:
+    """Draw every background alone, one column wide: `(backgrounds, 3, side, 1)`."""
+    fade = torch.linspace(0, 1, side)[:, None]
+    ends = torch.tensor(list(BACKGROUNDS.values()))[..., None, None]
+    return ends[:, 0] * (1 - fade) + ends[:, 1] * fade
+
+
 def render(rows: Scenes, side: int = 64) -> Tensor:
     """Draw images `(N, 3, side, side)`, 0 … 1."""
     distance = _distance(rows, side)
     cover = _cover(distance, side)[:, None]
     shadow = _cover(_distance(rows, side, below=0.09), side, soft=side / 9)[:, None]
     fade = torch.linspace(0, 1, side)[:, None]
-    ends = torch.tensor(list(BACKGROUNDS.values()))[rows.background]  # N, 2, 3
-    behind = ends[:, 0, :, None, None] * (1 - fade) + ends[:, 1, :, None, None] * fade
-    behind = (behind * (1 - 0.22 * shadow)).expand(-1, -1, -1, side)
+    behind = gradients(side)[rows.background] * (1 - 0.22 * shadow)
     patterns = torch.stack([pattern(texture, side) for texture in range(len(TEXTURES))])
     dark = torch.where(patterns[rows.texture], DARK, 1.0)[:, None]
     colour = torch.tensor(list(COLORS.values()))[rows.colour] * rows.tint * rows.light[:, None]
@@ -256,11 +250,7 @@ def outlined(rows: Scenes, side: int = 64) -> Tensor:
 
 
 def mark() -> str:
-    """Tell the set from one of other kinds, places or sizes.
-
-    A checksum of some scenes' numbers and of the tables. (Not of pixels, whose last bit depends on
-    the machine.)
-    """
+    """Hash some scenes' numbers and the tables; not pixels, whose last bit the machine decides."""
     some = scenes(0, 16)
     both = some, references(some, 1)
     numbers = [getattr(rows, field.name).tolist() for rows in both for field in fields(rows)]

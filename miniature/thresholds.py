@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -36,12 +36,6 @@ def at(found: Figures, path: str) -> Any:
     for key in path.split("."):
         found = found[key]
     return found
-
-
-def has(found: Figures, path: str) -> bool:
-    """Tell whether something lies at "a.b.c"."""
-    first, _, rest = path.partition(".")
-    return first in found and (not rest or has(found[first], rest))
 
 
 @dataclass(frozen=True)
@@ -102,15 +96,12 @@ class Figure:
 
 def _evaluation() -> Iterator[Figure]:
     for kind, low in FOLLOWS.items():
-        label, demand = (
-            f"{kind} of the reference at λ = 1",
-            f"{kind} follows the reference at λ = 1",
-        )
-        yield Figure(f"{kind}_follows", label, demand, low)
+        demand = f"{kind} follows the reference at λ = 1"
+        yield Figure(f"{kind}_follows", f"{kind} of the reference at λ = 1", demand, low)
         chance = f"chance.{kind}.low", f"chance.{kind}.high"
         yield Figure(f"{kind}_at_zero", "… at λ = 0", f"{kind} is at chance at λ = 0", *chance)
-    kept = "shape of the text at λ = 1", "the text's shape is kept at λ = 1"
-    yield Figure("shape_kept", *kept, SHAPE_KEPT)
+    kept = "the text's shape is kept at λ = 1"
+    yield Figure("shape_kept", "shape of the text at λ = 1", kept, SHAPE_KEPT)
     yield Figure("fine_grained.shape", "… fine-grained")
     yield Figure("concatenated.shape", "… concatenated")
     for kind, low in FOLLOWS.items():
@@ -173,12 +164,13 @@ def _under(prefix: str, *rows: tuple[Any, ...], **last: float) -> Iterator[Figur
 
 
 def _several() -> Iterator[Figure]:
-    two, either = "several_references", ("concat: colour of either", "concat: background of either")
-    yield from _under(
-        f"{two}.concat",
-        ("colour_of_either", "two references, concat: colour of either", either[0], ONE_OF_TWO),
-        ("background_of_either", "… background of either", either[1], ONE_OF_TWO),
-    )
+    two = "several_references"
+    for kind, label in (
+        ("colour", "two references, concat: colour"),
+        ("background", "… background"),
+    ):
+        demand = f"concat: {kind} of either"
+        yield Figure(f"{two}.concat.{kind}_of_either", f"{label} of either", demand, ONE_OF_TWO)
     yield Figure(f"{two}.average.colour_of_either", "average: colour of either")
     yield Figure(f"{two}.average.image_similarity_of_strangers", "… likeness to a stranger")
     for combine in ("concat", "average"):
@@ -188,9 +180,9 @@ def _several() -> Iterator[Figure]:
     own, other = "one per latent: {} of its own", "one per latent: {} of the other"
     shown = {"colour": (own.format("colour"), "… colour of the other"), "background": ("", "")}
     for kind, labels in shown.items():
-        paths = [f"{two}.per_latent.{kind}_of_{whose}" for whose in ("own", "other")]
-        yield Figure(paths[0], labels[0], own.format(kind), ONE_OF_TWO)
-        yield Figure(paths[1], labels[1], other.format(kind), high=1 - ONE_OF_TWO)
+        path = f"{two}.per_latent.{kind}_of"
+        yield Figure(f"{path}_own", labels[0], own.format(kind), ONE_OF_TWO)
+        yield Figure(f"{path}_other", labels[1], other.format(kind), high=1 - ONE_OF_TWO)
 
 
 def _structure_and_base() -> Iterator[Figure]:
@@ -225,19 +217,12 @@ def _structure_and_base() -> Iterator[Figure]:
 
 def _toolbox() -> Iterator[Figure]:
     regions, own, other = "toolbox.regions", "regions: {} of its own", "regions: {} of the other"
-    yield from _under(
-        regions,
-        ("colour_of_inner", "two regions: colour of the one inside", own.format("colour")),
-        low=ONE_OF_TWO,
-    )
-    yield from _under(
-        regions,
-        ("colour_of_outer", "… of the one outside", other.format("colour")),
-        ("background_of_inner", "", other.format("background")),
-        high=1 - ONE_OF_TWO,
-    )
-    outer = "background_of_outer", "… background of the one outside", own.format("background")
-    yield from _under(regions, outer, low=ONE_OF_TWO)
+    inside, low, high = "two regions: colour of the one inside", ONE_OF_TWO, 1 - ONE_OF_TWO
+    outside = "… of the one outside", "… background of the one outside"
+    yield Figure(f"{regions}.colour_of_inner", inside, own.format("colour"), low)
+    yield Figure(f"{regions}.colour_of_outer", outside[0], other.format("colour"), high=high)
+    yield Figure(f"{regions}.background_of_inner", "", other.format("background"), high=high)
+    yield Figure(f"{regions}.background_of_outer", outside[1], own.format("background"), low)
     presets = {
         "style": "style preset",
         "uniform": "uniform weights",
@@ -271,30 +256,11 @@ EVALUATION = (*_evaluation(),)
 """Of an evaluation as miniature.json has it."""
 SETS = (*_variants(), *_several(), *_structure_and_base(), *_toolbox())
 """Of its further experiments, in each set of references."""
-OPTIONAL = {  # what needs further models, and what is demanded in its place where it lacks
-    "variants.concatenated": "decoupled attention over concatenation",
-    "structure": "structure",
-    "another_base": "another base",
-}
-
-
-def measured(figures: Iterable[Figure], *evaluations: Figures) -> list[Figure]:
-    """Return the figures whose models all of the evaluations have."""
-    parts = (*OPTIONAL, "concatenated", "decoupled_over_concatenated")
-    lacking = [part for part in parts if not all(has(one, part) for one in evaluations)]
-
-    def known(figure: Figure) -> bool:
-        terms = figure.path.split(" - ")
-        return not any(f"{term}.".startswith(f"{part}.") for term in terms for part in lacking)
-
-    return [figure for figure in figures if known(figure)]
 
 
 def demands(found: Figures) -> Iterator[Demand]:
     """Hold an evaluation against every bound, and the experiments of each of its sets."""
-    for figure in measured(EVALUATION, found):
-        if figure.demand:
-            yield figure.demanded(found)
+    yield from (figure.demanded(found) for figure in EVALUATION if figure.demand)
     for (before, lower), (weight, higher) in itertools.pairwise(found["image_similarity"].items()):
         yield Demand(f"likeness rises from λ = {before} to {weight}", higher - lower, above=0)
     sets = found.get("findings", {}).get("sets", ())
@@ -303,12 +269,7 @@ def demands(found: Figures) -> Iterator[Demand]:
         return
     for one in sets:
         prefix = f"set {one['seed']}: "
-        for figure in measured(SETS, one):
-            if figure.demand:
-                yield figure.demanded(one, prefix)
-        for part, name in OPTIONAL.items():
-            if not has(one, part):
-                yield Demand(prefix + name, math.nan, above=0)
+        yield from (figure.demanded(one, prefix) for figure in SETS if figure.demand)
     # Of all sets together: one's shapes lie astray by chance too.
     styles = [one["toolbox"]["style"] for one in sets]
     away = fmean(one["style"]["displacement"] - one["uniform"]["displacement"] for one in styles)

@@ -25,7 +25,8 @@ sys.path.append(str(ROOT))
 from tests.support import standins  # noqa: E402
 from tools.comfyui import browser  # noqa: E402
 from tools.comfyui import install as _host  # noqa: E402
-from tools.comfyui.server import Client, Server  # noqa: E402
+from tools.comfyui.client import Client  # noqa: E402
+from tools.comfyui.server import Server  # noqa: E402
 
 _host.load_pack()  # so that test modules can import it by its name; needs no ComfyUI
 
@@ -94,8 +95,10 @@ def pack(host: Path) -> ModuleType:
 
 def _register(base: Path) -> None:
     """Let a booted host's loaders find the stand-ins by name, whichever came first."""
-    if "folder_paths" in sys.modules and (base / "models").is_dir():
-        _host.add_models(base)
+    folder_paths = sys.modules.get("folder_paths")
+    if folder_paths and (base / "models").is_dir():
+        for folder in sorted((base / "models").iterdir()):
+            folder_paths.add_model_folder_path(folder.name, str(folder), is_default=True)
 
 
 def _made(*names: str) -> Path:
@@ -143,9 +146,9 @@ def server_id(_started: tuple[Server, Client]) -> int:
 @pytest.fixture(scope="session")
 def miniature_server(host_path: Path) -> Iterator[Client]:
     """A client of a ComfyUI server that runs on the miniature with this pack."""
-    from miniature import setup
+    from miniature import assemble
 
-    with Server(setup.ensure(), host_path, ("--cache-classic",)) as client:
+    with Server(assemble.ensure(), host_path, ("--cache-classic",)) as client:
         yield client
 
 

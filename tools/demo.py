@@ -26,13 +26,14 @@ from typing import Any
 from PIL import Image
 
 from ip_adapter_core.contact_sheet import Layout, Row, contact_sheet
-from miniature import setup, workflows
+from miniature import assemble, workflows
 from miniature.scenes import SHAPES, caption
 from tools import reference_images
 from tools.comfyui import install
-from tools.comfyui.server import Progress, Server
+from tools.comfyui.client import Progress
+from tools.comfyui.server import Server
 from tools.demo_request import DemoRequest, DemoRow, Render
-from tools.workflows.api import of_class, read
+from tools.workflows.api import LOADERS, missing, of_class, read
 
 WORKFLOW = "text_and_image"
 OUTPUT = install.ROOT / "output" / "demo.png"
@@ -42,17 +43,12 @@ TOLD = ("star", "ring", "circle")  # over each reference, another shape than it 
 MINIATURE = "Miniature models of this repository, trained on images like the references."
 QUICK = ("--disable-api-nodes",)  # a second less to start
 PATIENCE = 6 * 3600.0  # seconds for an image: real models on a CPU take minutes a step
-LOADERS = {  # folder and input that names a file in it
-    "CheckpointLoaderSimple": ("checkpoints", "ckpt_name"),
-    "CLIPVisionLoader": ("clip_vision", "clip_name"),
-    "IPA_LoadAdapter": ("ipadapter", "adapter_name"),
-}
 Workflow = dict[str, Any]
 
 
 def adjusted(workflow: Workflow, request: DemoRequest, row: DemoRow, render: Render) -> Workflow:
     """Return the workflow with the demo's values in place of its own."""
-    prompt: Workflow = workflows.given(
+    prompt = workflows.given(
         workflow,
         EmptyLatentImage={"width": request.size, "height": request.size, "batch_size": 1},
         KSampler={"steps": request.steps, "seed": request.seed, "cfg": request.guidance},
@@ -83,33 +79,23 @@ def drawn_steps(asked: int) -> int:
     return len(range(1, 1000, max(1, 1000 // asked))) if asked > 0 else 0
 
 
-def missing(workflow: Workflow, models: Path) -> list[str]:
-    """Return the files that the workflow loads and that `models` lacks, relative to it."""
-    named = [
-        Path(folder, inputs[key])
-        for loader, (folder, key) in LOADERS.items()
-        for inputs in of_class(workflow, loader)
-    ]
-    return [str(path) for path in named if not (models / path).is_file()]
-
-
-def show(render: Render, step: int, steps: int) -> None:
+def show(render: Render, progress: Progress) -> None:
     """Print one line an image; on a terminal it follows the steps."""
-    live = sys.stdout.isatty()
-    if not live and step < steps:
+    step, steps = progress.step, progress.total
+    if step < steps and not sys.stdout.isatty():
         return
     bar = "█" * round(24 * step / steps)
-    end = "\r" if live and step < steps else "\n"
+    end = "\r" if step < steps else "\n"
     what = f"λ = {render.weight:<4g} {render.text[:24]:<24}"
     print(f"  {what} {bar:<24} step {step:>2} of {steps}", end=end, flush=True)
 
 
 def miniature_request(seed: int, size: int | None, steps: int | None) -> DemoRequest:
     """Ask for three references that training never saw at growing λ, and one with several texts."""
-    setup.ensure()
+    assemble.ensure()
     opened = {
-        name: Image.open(setup.base_directory() / "input" / name).convert("RGB")
-        for name in setup.REFERENCES
+        name: Image.open(assemble.base_directory() / "input" / name).convert("RGB")
+        for name in assemble.REFERENCES
     }
     rows = []
     for shape, (name, image) in zip(TOLD, opened.items(), strict=True):
@@ -151,7 +137,7 @@ def render_with_comfyui(
         if models:
             base, arguments = _base_with(models, request, Path(folder))
         else:
-            base, arguments = setup.base_directory(), QUICK
+            base, arguments = assemble.base_directory(), QUICK
             workflow = workflows.on_miniature(workflow, "")
         print("Starting ComfyUI …", flush=True)
         threads = None if models else 1
@@ -162,14 +148,9 @@ def render_with_comfyui(
                 made.append([])
                 for render in row.renders:
                     prompt = adjusted(workflow, request, row, render)
-                    result = client.run(prompt, partial(_on_progress, render))
-                    (images,) = result.images.values()
+                    (images,) = client.run(prompt, partial(show, render)).images.values()
                     made[-1].append(Image.open(io.BytesIO(images[0])))
     return made
-
-
-def _on_progress(render: Render, progress: Progress) -> None:
-    show(render, progress.step, progress.total)
 
 
 def _base_with(models: Path, request: DemoRequest, folder: Path) -> tuple[Path, tuple[str, ...]]:
@@ -179,18 +160,10 @@ def _base_with(models: Path, request: DemoRequest, folder: Path) -> tuple[Path, 
     for row in request.rows:
         row.reference.save(base / "input" / row.file)
     paths = {"base_path": str(models), "is_default": True}
-    paths |= {name: name for name, _ in LOADERS.values()}
+    paths |= {kind: kind for kind, _ in LOADERS.values()}
     config = folder / "models.yaml"
     config.write_text(json.dumps({"demo": paths}), encoding="utf-8")  # JSON is YAML
     return base, (*QUICK, "--extra-model-paths-config", str(config))
-
-
-def render_with_diffusers(request: DemoRequest) -> list[list[Image.Image]]:
-    """Return the same images from diffusers."""
-    from tools import demo_diffusers
-
-    print("Drawing with diffusers …", flush=True)
-    return demo_diffusers.draw(request, show)
 
 
 def draw_sheet(
@@ -223,7 +196,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="side in pixels (64; published models: 512)")
     parser.add_argument("--steps", type=int, help="sampling steps (20; published models: 50)")
     parser.add_argument("--seed", type=int, default=3)
-    parser.add_argument("--out", type=_path, help="where the sheet is written")
+    parser.add_argument("--out", type=_path, default=OUTPUT, help="where the sheet is written")
     given = parser.parse_args()
     if given.models and given.no_host:
         parser.error("--models needs ComfyUI; leave --no-host out")
@@ -232,11 +205,10 @@ def main() -> None:
             f"--steps {given.steps}: ComfyUI's ddim_uniform would draw "
             f"{drawn_steps(given.steps)}; take a divisor of 1000, as 10, 20, 25, 40 or 50"
         )
-    begun, out = time.monotonic(), given.out or OUTPUT
     if given.models and (lacking := missing(read(WORKFLOW), given.models)):
         parser.error(f"{given.models} lacks {', '.join(lacking)}; the README says where it is")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-
+    begun = time.monotonic()
     try:
         comfyui = None if given.no_host else install.locate()
     except install.HostMissing as error:
@@ -255,12 +227,15 @@ def main() -> None:
     if comfyui:
         made = render_with_comfyui(comfyui, request, given.models)
     else:
-        made = render_with_diffusers(request)
+        from tools import demo_diffusers
+
+        print("Drawing with diffusers …", flush=True)
+        made = demo_diffusers.draw(request, show)
         notes.append("Drawn by diffusers from the same files, in place of ComfyUI.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(request.rows, made, notes).save(out)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    draw_sheet(request.rows, made, notes).save(given.out)
     print(f"{sum(map(len, made))} images in {time.monotonic() - begun:.0f} s, start included")
-    print(out)
+    print(given.out)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from miniature import setup, workflows
+from miniature import assemble, workflows
 from miniature.base import ddim, starting_noise
+from tools.comfyui.client import Progress
 from tools.demo_request import DemoRequest, Render
 from training.models.base import load_base
 from training.models.image_encoder import ImageEncoder
@@ -26,16 +28,16 @@ _LATENT_SIDE = 8  # pixels
 _KIND = "image_embeds"
 
 
-def _pipeline(adapter: dict[str, Tensor]) -> Any:
+def _pipeline(models: Path) -> Any:
     """Return diffusers' pipeline on the miniature's checkpoint, with the adapter in its UNet."""
-    base = load_base(str(setup.base_directory() / "models" / "checkpoints" / workflows.CHECKPOINT))
+    base = load_base(str(models / "checkpoints" / workflows.CHECKPOINT))
     (text,) = base.text
     scheduler = ddim(base.scheduler)
     made = StableDiffusionPipeline(
         base.vae, text.encoder, text.tokenizer, base.unet, scheduler, None, None, None, False
     )
     parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    for key, tensor in adapter.items():
+    for key, tensor in load_file(models / "ipadapter" / workflows.ADAPTERS["base"]).items():
         part, _, name = key.partition(".")
         parts[part][name] = tensor.float()
     made.unet._load_ip_adapter_weights([parts])
@@ -44,18 +46,19 @@ def _pipeline(adapter: dict[str, Tensor]) -> Any:
 
 
 @torch.inference_mode()
-def draw(request: DemoRequest, on_step: Callable[..., None]) -> list[list[Image.Image]]:
-    """Return the images of each row; `on_step(render, step, steps)` is called after each step."""
-    models = setup.base_directory() / "models"
-    adapter = load_file(models / "ipadapter" / workflows.ADAPTERS["base"])
-    pipeline = _pipeline(adapter)
+def draw(
+    request: DemoRequest, on_step: Callable[[Render, Progress], None]
+) -> list[list[Image.Image]]:
+    """Return the images of each row; `on_step` is called after each step."""
+    models = assemble.base_directory() / "models"
+    pipeline = _pipeline(models)
     encoder = ImageEncoder.from_name(f"open_clip:{models / 'clip_vision' / workflows.ENCODER}")
     noise = starting_noise(
         pipeline.scheduler, request.seed, request.steps, request.size // _LATENT_SIDE
     )
 
     def after(_: Any, step: int, time: Any, given: Any, render: Render) -> Any:
-        on_step(render, step + 1, request.steps)
+        on_step(render, Progress("", step + 1, request.steps))
         return given
 
     made = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,26 @@ from tools.comfyui.server import Client, Server
 ObjectInfo = Mapping[str, Any]
 """What ComfyUI answers to `GET /object_info`: one entry a node class."""
 Files = dict[Path, bytes]
+PREFIX = "IPA_"  # of the ids of this pack's nodes
 
 
-def object_info(address: str | None = None) -> ObjectInfo:
+def ours(info: ObjectInfo) -> dict[str, Any]:
+    """Return the nodes of this pack, in alphabetic order."""
+    return {name: node for name, node in sorted(info.items()) if name.startswith(PREFIX)}
+
+
+def inputs_of(node: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any], bool]]:
+    """Yield a node's inputs in order, as (name, type, options, optional)."""
+    for kind in ("required", "optional"):
+        for name, (type_, *rest) in node["input"].get(kind, {}).items():
+            yield name, type_, rest[0] if rest else {}, kind == "optional"
+
+
+def object_info(address: str | None) -> ObjectInfo:
     """Ask the ComfyUI at `address`, or one that is started for it, for its nodes' schemas."""
     if address:
         return Client(address).object_info()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Server(Path(folder), install.require()) as client,
-    ):
+    with tempfile.TemporaryDirectory() as name, Server(Path(name), install.require()) as client:
         return client.object_info()
 
 

@@ -45,11 +45,7 @@ class NotWrittenError(TrainingError):
 
 
 class Checkpoints:
-    """The checkpoints in `output_dir`, of which `limit` stay.
-
-    Raises:
-        TrainingError: `output_dir` cannot be written.
-    """
+    """The checkpoints in `output_dir`, of which `limit` stay. Raises TrainingError."""
 
     def __init__(self, output_dir: str, limit: int, accelerator: Accelerator) -> None:
         self.output_dir = Path(output_dir)
@@ -102,15 +98,8 @@ class Checkpoints:
     ) -> None:
         """Write the state of all prepared and registered objects; every process calls this.
 
-        Args:
-            step: Optimizer steps done.
-            weights: The adapter's tensors, by their official keys.
-            metadata: Of the adapter's file.
-            run: What stays beside it.
-
-        Raises:
-            NotWrittenError: In all processes, if any of them cannot write; earlier checkpoints are
-                as they were.
+        `weights`: the adapter's tensors, by their official keys; `metadata`: of its file; `run`:
+        what stays beside it. Raises NotWrittenError in all processes if one cannot write.
         """
         path = self.path(step)
         partial = path.with_name(f".{path.name}.partial")
@@ -122,16 +111,23 @@ class Checkpoints:
                 (partial / RUN).write_text(json.dumps(dict(run), indent=1), encoding="utf-8")
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as failed:
             error = failed
-        failures = [_reason(error)] if error is not None else [""]
-        reason = next(filter(None, gather_object(failures)), "")  # all have written, or given up
+        failure = "" if error is None else _reason(error)
+        reason = next(filter(None, gather_object([failure])), "")  # all have written, or given up
         if self.accelerator.is_main_process:
             if reason:
                 shutil.rmtree(partial, ignore_errors=True)
             else:
                 reason = self._finish(partial, path)
         (reason,) = broadcast_object_list([reason])
-        if reason:
-            raise NotWrittenError(self._failure(step, reason)) from error
+        if not reason:
+            return
+        free = shutil.disk_usage(self.folder).free / 2**20
+        steps = self.steps()
+        kept = f"The checkpoint of step {steps[-1]} is whole" if steps else "There is none yet"
+        raise NotWrittenError(
+            f"The checkpoint of step {step} could not be written to '{self.folder}': {reason} "
+            f"({free:.0f} MiB free). {kept}. Make room and run the same command again."
+        ) from error
 
     def _finish(self, partial: Path, path: Path) -> str:
         """Give a whole folder its name; return what went wrong, or nothing."""
@@ -163,26 +159,13 @@ class Checkpoints:
         os.rename(path, nameless)
         shutil.rmtree(nameless, ignore_errors=True)
 
-    def _failure(self, step: int, reason: str) -> str:
-        free = shutil.disk_usage(self.folder).free / 2**20
-        steps = self.steps()
-        kept = f"The checkpoint of step {steps[-1]} is whole" if steps else "There is none yet"
-        return (
-            f"The checkpoint of step {step} could not be written to '{self.folder}': {reason} "
-            f"({free:.0f} MiB free). {kept}. Make room and run the same command again."
-        )
-
 
 def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), repr(error))
 
 
 def make_writable(folder: Path) -> None:
-    """Make `folder`, and see that it can be written to now, not when its first file is due.
-
-    Raises:
-        TrainingError: It cannot.
-    """
+    """Make `folder`; raise TrainingError now if it cannot be written to, not at its first file."""
     probe = folder / f".probe.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,10 +187,7 @@ def check_same_run(
 ) -> None:
     """Raise TrainingError if the stored run was another: resuming would give neither.
 
-    Args:
-        stored: What `Checkpoints.save` was given as `run`.
-        config: Of the run that would go on.
-        identity: Fingerprints of its data and models.
+    `stored`: what `save` was given as `run`; `identity`: fingerprints of data and models.
     """
     now = json.loads(json.dumps({**config.identity(), **identity}))  # as it would be read back
     # Of an option that was not there yet when the run began, today's default is what it did.

@@ -265,12 +265,8 @@ def parse(config: type[Config], script: str, arguments: Sequence[str] | None = N
     """Read a config from `--config FILE.yaml` and the command line, which wins.
 
     Lists are given as `--name a b c`, switches as `--name` or `--name true`. Ends the program with
-    a message that names the option if a value cannot be.
-
-    Args:
-        config: A dataclass, whose bases are the sections of the help.
-        script: Name of the program, for the help and messages.
-        arguments: In place of `sys.argv[1:]`.
+    a message that names the option if a value cannot be. The bases of the dataclass `config` are
+    the sections of the help.
     """
     parser = ArgumentParser(prog=script, description=config.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
@@ -295,16 +291,12 @@ def parse(config: type[Config], script: str, arguments: Sequence[str] | None = N
 
 
 def _argument(field: Field[Any], kind: Any) -> dict[str, Any]:
-    """Return what argparse is told about an option."""
+    several = typing.get_origin(kind) is Sequence
     given: dict[str, Any] = {"type": kind}
-    if field.default is MISSING:
-        given["required"] = True
-    else:
-        given["default"] = field.default
     if kind is bool:
         given |= {"nargs": "?", "const": True}
-    elif typing.get_origin(kind) is Sequence:
+    elif several:
         given |= {"type": typing.get_args(kind)[0], "nargs": "*"}
-        if "default" in given:
-            given["default"] = list(given["default"])
-    return given
+    if field.default is MISSING:
+        return given | {"required": True}
+    return given | {"default": list(field.default) if several else field.default}

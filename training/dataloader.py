@@ -14,7 +14,7 @@ from .data.buckets import Buckets, bucket_sizes, by_aspect, square
 from .data.dataset import Examples, RawDataset, loader
 from .data.randomness import NoiseSettings
 from .data.sampler import RankBatchSampler
-from .data.sources import Columns, open_source
+from .data.sources import Columns, Source, open_source
 from .data.webdataset import ShardReader, StreamDataset, expand_shards, is_stream
 from .loss import Batch, DroppedConditions
 from .models.frozen import FrozenEncoders
@@ -57,11 +57,7 @@ class TrainingData:
 def open_data(
     config: TrainConfig, encoders: FrozenEncoders, timesteps: int, position: Position
 ) -> TrainingData:
-    """Open what the config names, to begin at a position.
-
-    Raises:
-        TrainingError: Data or a cache that cannot be trained on.
-    """
+    """Open what the config names. Raises TrainingError for what cannot be trained on."""
     draws = NoiseSettings(
         seed=config.seed,
         drop_image=config.i_drop_rate,
@@ -73,9 +69,47 @@ def open_data(
     if config.feature_cache_dir:
         return _cached(config, encoders, draws, position)
     assert config.train_data_dir is not None  # as the config sees to
+    folder = Path(config.output_dir, FOLDER)
+    preprocess = encoders.image_encoder.preprocess
+    dataset: Any
     if is_stream(config.train_data_dir):
-        return _stream(config, encoders, draws, position)
-    return _rows(config, encoders, draws, position)
+        size = config.resolution
+        buckets = Buckets(bucket_sizes(size)) if config.enable_bucket else square(size)
+        dataset = StreamDataset(
+            expand_shards(config.train_data_dir),
+            ShardReader(Columns(text=config.caption_column), config.default_caption),
+            Examples(encoders.tokenise, preprocess, draws),
+            buckets,
+            batch=position.batch,
+            seed=config.seed,
+            rank=position.rank,
+            world=position.world,
+            first_step=position.step,
+            folder=folder,
+        )
+        batches: Iterable[Batch] = loader(dataset, None, config.dataloader_num_workers)
+        fingerprint = dataset.fingerprint
+    else:
+        source, buckets = open_rows(config, folder)
+        dataset = RawDataset(source, encoders.tokenise, preprocess, buckets, draws)
+        batches, order = _batches(dataset, config, position)
+        fingerprint = f"{source.fingerprint} {order}"
+    return TrainingData(
+        batches, encoders.dropped(), encoders.encode, True, fingerprint, buckets.sizes[0]
+    )
+
+
+def open_rows(config: DataConfig, folder: Path) -> tuple[Source, Buckets]:
+    """Open rows of images, and put them into buckets; `folder` keeps the sizes of images."""
+    assert config.train_data_dir is not None  # as the configs see to
+    source = open_source(
+        config.train_data_dir,
+        image_root=config.data_root_path,
+        columns=Columns(text=config.caption_column),
+        default_caption=config.default_caption,
+    )
+    size = config.resolution
+    return source, by_aspect(source, size, folder) if config.enable_bucket else square(size)
 
 
 def _cached(
@@ -86,17 +120,16 @@ def _cached(
         config.feature_cache_dir, encoders.kind, draws, encoders.fingerprints, encoders.names
     )
     sizes = dataset.manifest.sizes
-    defaults = {field.name: field.default for field in fields(DataConfig)}
-    defaults.pop("dataloader_num_workers")
-    ignored = [name for name, default in defaults.items() if getattr(config, name) != default]
+    looked_at = {"dataloader_num_workers"}
     if config.resolution in sizes[0]:
-        ignored = [name for name in ignored if name != "resolution"]
-    if ignored:
+        looked_at.add("resolution")
+    given = (field for field in fields(DataConfig) if getattr(config, field.name) != field.default)
+    if ignored := [field.name for field in given if field.name not in looked_at]:
         logger.warning(
             "%s: not looked at, the cache '%s' has its own",
             *(", ".join(ignored), config.feature_cache_dir),
         )
-    batches, order = _batches(dataset, dataset.buckets, len(dataset), config, position)
+    batches, order = _batches(dataset, config, position)
     return TrainingData(
         batches,
         dataset.dropped(),
@@ -107,56 +140,9 @@ def _cached(
     )
 
 
-def _rows(
-    config: TrainConfig, encoders: FrozenEncoders, draws: NoiseSettings, position: Position
-) -> TrainingData:
-    assert config.train_data_dir is not None
-    source = open_source(
-        config.train_data_dir,
-        image_root=config.data_root_path,
-        columns=Columns(text=config.caption_column),
-        default_caption=config.default_caption,
-    )
-    size, folder = config.resolution, Path(config.output_dir, FOLDER)
-    buckets = by_aspect(source, size, folder) if config.enable_bucket else square(size)
-    preprocess = encoders.image_encoder.preprocess
-    dataset = RawDataset(source, encoders.tokenise, preprocess, buckets, draws)
-    batches, order = _batches(dataset, buckets, len(source), config, position)
-    return _raw(encoders, batches, f"{source.fingerprint} {order}", buckets)
-
-
-def _stream(
-    config: TrainConfig, encoders: FrozenEncoders, draws: NoiseSettings, position: Position
-) -> TrainingData:
-    assert config.train_data_dir is not None
-    size = config.resolution
-    buckets = Buckets(bucket_sizes(size)) if config.enable_bucket else square(size)
-    dataset = StreamDataset(
-        expand_shards(config.train_data_dir),
-        ShardReader(Columns(text=config.caption_column), config.default_caption),
-        Examples(encoders.tokenise, encoders.image_encoder.preprocess, draws),
-        buckets,
-        batch=position.batch,
-        seed=config.seed,
-        rank=position.rank,
-        world=position.world,
-        first_step=position.step,
-        folder=Path(config.output_dir, FOLDER),
-    )
-    batches = loader(dataset, None, config.dataloader_num_workers)
-    return _raw(encoders, batches, dataset.fingerprint, buckets)
-
-
-def _raw(
-    encoders: FrozenEncoders, batches: Iterable[Batch], fingerprint: str, buckets: Buckets
-) -> TrainingData:
-    size = buckets.sizes[0]
-    return TrainingData(batches, encoders.dropped(), encoders.encode, True, fingerprint, size)
-
-
 def _batches(
-    dataset: Any, buckets: Buckets, rows: int, config: TrainConfig, position: Position
+    dataset: RawDataset | CachedDataset, config: TrainConfig, position: Position
 ) -> tuple[Iterable[Batch], str]:
-    order = buckets.sampler(rows, position.batch, config.seed)
+    order = dataset.buckets.sampler(len(dataset), position.batch, config.seed)
     sampler = RankBatchSampler(order, position.rank, position.world, position.step)
     return loader(dataset, sampler, config.dataloader_num_workers), order.fingerprint

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import os
 import signal
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -29,15 +29,23 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def script(name: str, patience: timedelta = timedelta(hours=1)) -> Iterator[PartialState]:
+    """`begin`, for the body of a script, which a TrainingError ends with its message alone."""
+    try:
+        state = begin(patience)
+        logging.basicConfig(format="%(message)s")
+        level = logging.INFO if state.is_main_process else logging.WARNING
+        logging.getLogger("training").setLevel(level)
+        yield state
+    except TrainingError as error:
+        sys.exit(f"{name}: {error}")
+
+
 def begin(patience: timedelta = timedelta(hours=1)) -> PartialState:
-    """Join the processes of this launch; to be called first by every script.
+    """Join the processes of this launch, which wait `patience` for one another.
 
-    Args:
-        patience: How long one process may wait for another before both are ended.
-
-    Raises:
-        TrainingError: `accelerate launch` was asked for several processes on CPUs, of which it
-            starts one.
+    Raises TrainingError if `accelerate launch` was asked for several on CPUs: it starts one.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ:
         _follow_launcher()
@@ -69,17 +77,8 @@ def sharded() -> bool:
     return _true("ACCELERATE_USE_DEEPSPEED") or _true("ACCELERATE_USE_FSDP")
 
 
-def launched_precision() -> str:
-    """Return what `accelerate launch` was told, "no" without it."""
-    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-
-
 def make_accelerator(config: TrainConfig, mixed_precision: str) -> Accelerator:
-    """Build accelerate's object for a run, in a precision that DTYPES names.
-
-    Raises:
-        TrainingError: What a user can mend.
-    """
+    """Build accelerate's object for a run. Raises TrainingError for what a user can mend."""
     if mixed_precision not in DTYPES:
         raise TrainingError(
             f"mixed_precision is '{mixed_precision}'; expected one of {', '.join(DTYPES)}. Give it "
@@ -133,14 +132,6 @@ def _tracker(name: str) -> str | None:
             f"{', '.join(known)}."
         )
     return name
-
-
-def tracked(config: TrainConfig) -> dict[str, Any]:
-    """Return the options as trackers take them."""
-    return {
-        name: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
-        for name, value in asdict(config).items()
-    }
 
 
 class StopRequest:

@@ -1,21 +1,14 @@
-r"""Measure adapters as the paper's Table 1 does.
-
-The commands:
+r"""Measure adapters as the paper's Table 1 does (every option: `evaluate.py --help`).
 
     accelerate launch training/evaluate.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --image_encoder_path open_clip:ViT-H-14/laion2b_s32b_b79k --eval_data_dir coco \
         --ip_adapter_path run/ip-adapter.safetensors ip-adapter_sd15.bin --output_dir scores
 
-`coco` holds val2017/ and annotations/captions_val2017.json, or is any folder of images with
-captions. A quick look at the first 50 images, without text:
-
-    accelerate launch training/evaluate.py … --max_samples 50 --scale
-
 The same command goes on where the last one stopped, with more images, scales or adapters too; what
 is measured is not sampled again. Every process of the launch takes its part; on several machines
-`--output_dir` must be one folder that all see. Written are results.json, table.md and weights.png.
-Every option: `evaluate.py --help`.
+`--output_dir` must be one folder that all see. A quick look at 50 images, without text:
+`--max_samples 50 --scale`.
 """
 
 from __future__ import annotations
@@ -40,21 +33,14 @@ from training.checkpoints import make_writable
 from training.config import ModelConfig, check_at_least, parse
 from training.data.buckets import check_multiple
 from training.data.image import BrokenImageError, open_image
-from training.distributed import begin
+from training.distributed import begin, script
 from training.errors import TrainingError
 from training.evaluation import adapters, coco, report, scores
 from training.evaluation.clip_score import Clip, clip_i, clip_t, load_clip
 from training.evaluation.scores import IMAGE_ONLY, WITH_TEXT, Condition, Key, Score
 from training.models.base import Base, load_base
 from training.models.image_encoder import ImageEncoder
-from training.sampling import (
-    NotFinite,
-    Prompts,
-    Sampler,
-    SamplingSettings,
-    encode_images,
-    encode_text,
-)
+from training.sampling import Prompts, Sampler, SamplingOptions, encode_images, encode_text
 from training.unet import attach
 
 WAIT = 2.0  # seconds between looks at what the other processes have done
@@ -103,10 +89,10 @@ class EvaluationConfig(ModelConfig):
             check_multiple("resolution", self.resolution)
 
     @property
-    def sampling(self) -> SamplingSettings:
+    def sampling(self) -> SamplingOptions:
         """How images are sampled."""
         size = None if self.resolution is None else (self.resolution, self.resolution)
-        return SamplingSettings(
+        return SamplingOptions(
             *(self.num_inference_steps, self.guidance_scale, size),
             *(self.negative_prompt, self.batch_size),
         )
@@ -136,37 +122,28 @@ class Evaluation:
         for subject, adapter in self.adapters:
             adapters.check_fits(adapter, subject.name, self.base.unet, self.encoder)
         attach(self.base.unet)
-        texts = (encoder for _, encoder in self.base.text)
-        frozen: tuple[Any, ...] = (self.encoder, self.base.unet, self.base.vae, *texts)
+        unet: Any = self.base.unet
+        frozen = (self.encoder, unet, self.base.vae, *(text.encoder for text in self.base.text))
         for part in (*frozen, *(adapter for _, adapter in self.adapters)):
             part.to(state.device)
         self.sampler = Sampler(self.base, config.sampling)
-        self.protocol = self._protocol()
-        scores.claim(self.folder, self.protocol)
-
-    def _protocol(self) -> dict[str, Any]:
-        """Return what all scores of one table must have in common."""
-        names = ("pretrained_model_name_or_path", "image_encoder_path", "clip_model")
         chosen = (
             *("num_images_per_prompt", "num_inference_steps", "guidance_scale"),
             *("negative_prompt", "seed", "dtype"),
         )
-        unet: Any = self.base.unet
         weights = fingerprints.of_weights(unet), dict(self.base.weights)
-        return {
-            **{name: getattr(self.config, name) for name in (*names, *chosen)},
+        self.protocol = {  # what all scores of one table must have in common
+            **{name: getattr(config, name) for name in (*scores.NAMES, *chosen)},
             "size": list(self.sampler.size),
             "data": coco.fingerprint(self.rows),
             "base_weights": fingerprints.of_settings(*weights),
             "image_encoder_weights": self.encoder.weights,
             "clip_weights": self.clip.fingerprint(),
         }
-
-    @property
-    def conditions(self) -> list[Condition]:
-        """Of all adapters."""
-        weights = self.config.scale
-        return [c for s, _ in self.adapters for c in report.conditions(s.digest, weights)]
+        scores.claim(self.folder, self.protocol)
+        self.samples = range(config.num_images_per_prompt)
+        subjects = (subject for subject, _ in self.adapters)
+        self.conditions = [x for s in subjects for x in report.conditions(s.digest, config.scale)]
 
     def blocks(self, found: scores.Found) -> list[range]:
         """Rows that are drawn together, those that are not done.
@@ -174,20 +151,16 @@ class Evaluation:
         They are the same whatever the number of processes and whatever was done before, and are
         drawn whole: arithmetic on a batch depends in its last bits on what else is in it.
         """
-        size = max(1, self.config.batch_size // self.config.num_images_per_prompt)
+        size = max(1, self.config.batch_size // len(self.samples))
         blocks = [self.numbers[start : start + size] for start in self.numbers[::size]]
         return [block for block in blocks if any(self._lacking(block, found))]
 
     def _lacking(self, block: range, found: scores.Found) -> Iterator[Condition]:
         """Conditions that the block is not measured under."""
         for condition in self.conditions:
-            keys = (Key(condition, row, sample) for row in block for sample in self._samples)
+            keys = (Key(condition, row, sample) for row in block for sample in self.samples)
             if any(key not in found.scores for key in keys if key.row not in found.broken):
                 yield condition
-
-    @property
-    def _samples(self) -> range:
-        return range(self.config.num_images_per_prompt)
 
     def run(self) -> dict[str, Any] | None:
         """Draw and score what is lacking; the main process writes and returns the results."""
@@ -207,9 +180,9 @@ class Evaluation:
         while self.blocks(found := scores.read(self.folder)):
             time.sleep(WAIT)
         names = {row: self.rows[row].name for row in self.numbers}
-        listed = [subject for subject, _ in self.adapters]
-        weights = self.config.scale
-        out = report.results(self.protocol, listed, weights, self.numbers, names, found)
+        subjects = [subject for subject, _ in self.adapters]
+        scale = self.config.scale
+        out = report.results(self.protocol, subjects, scale, self.numbers, names, found)
         report.write(out, self.folder)
         return out
 
@@ -229,11 +202,9 @@ class Evaluation:
             return
         texts = [self.rows[row].text for row in rows]
         references, told = self.clip.images(images), self.clip.texts(texts)
-        keep = [(place, sample) for place in range(len(rows)) for sample in self._samples]
+        keep = [(place, sample) for place in range(len(rows)) for sample in self.samples]
         places = [place for place, _ in keep]
-        seeds = [
-            self.config.seed + rows[p] * self.config.num_images_per_prompt + s for p, s in keep
-        ]
+        seeds = [self.config.seed + rows[p] * len(self.samples) + s for p, s in keep]
         by_digest = {subject.digest: adapter for subject, adapter in self.adapters}
         kinds = {adapter.spec.features for adapter in by_digest.values()}
         features = {kind: encode_images(self.encoder, images, kind) for kind in kinds}
@@ -260,26 +231,17 @@ class Evaluation:
 def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
     """Measure and write; return the results on the main process, None on the others.
 
-    Of several processes it ends the group, so that a launch of several measures once.
-
-    Raises:
-        TrainingError: What a user can mend.
-        NotFinite: An image became NaN.
+    Of several processes it ends the group, so that a launch of several measures once. Raises
+    TrainingError for what a user can mend, NotFinite among it.
     """
     return Evaluation(config, begin()).run()
 
 
 def main() -> None:
     """Run the command line."""
-    try:
-        state = begin()
+    with script("evaluate.py"):
         config = parse(EvaluationConfig, "evaluate.py")
-        level = logging.INFO if state.is_main_process else logging.WARNING
-        logging.basicConfig(format="%(message)s")
-        logger.setLevel(level)
         results = evaluate(config)
-    except (TrainingError, NotFinite) as error:
-        sys.exit(f"evaluate.py: {error}")
     if results is not None:
         logger.info("\n%s\nWritten to '%s'.", report.table(results), config.output_dir)
 

@@ -1,7 +1,8 @@
-"""What a frozen model is, in 32 characters."""
+"""What a frozen model or a list of data is, in 32 characters."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -29,6 +30,11 @@ def of_settings(*settings: Any) -> str:
     """Hash plain values: numbers, texts, lists and dicts (whose order does not count)."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return xxhash.xxh3_128(text.encode()).hexdigest()
+
+
+def of_repr(values: Any) -> str:
+    """Hash plain values by what `repr` tells of them."""
+    return hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -1,7 +1,7 @@
-"""The loss of one training step: paper, section 3.1, with both conditions.
+"""The loss of one batch: paper, section 3.1, with both conditions.
 
-Batches are dicts of stacked tensors, `B` samples each (see data/dataset.py). Nothing here draws a
-random number: they come with the batch.
+Batches are dicts of stacked tensors, `B` samples each, as `FrozenEncoders.encode`
+gives them or a cache holds them. Nothing here draws a random number: they come with the batch.
 """
 
 from __future__ import annotations
@@ -42,12 +42,8 @@ class DroppedConditions:
 class DiffusionLoss:
     """The error of the frozen UNet's prediction, with the adapter's keys and values.
 
-    Args:
-        unet: A UNet that `training.unet.attach` has prepared.
-        vae_config: Configuration of the VAE, for the scale of its latents.
-        noise_scheduler: See `training_scheduler`.
-        dropped: What stands in for a dropped condition, on the UNet's device.
-        config: The weights of the timesteps.
+    `training.unet.attach` has prepared `unet`; `vae_config` tells the scale of latents, `config`
+    the weights of timesteps; `dropped` lies on the UNet's device.
     """
 
     def __init__(
@@ -115,14 +111,9 @@ class DiffusionLoss:
 
 
 def training_scheduler(base: Mapping[str, Any], config: LossConfig) -> Any:
-    """Build the DDPMScheduler of training.
+    """Build the DDPMScheduler of training: the diffusion model's own, but for what `config` says.
 
-    Args:
-        base: Configuration of the diffusion model's own scheduler.
-        config: What is to differ from it.
-
-    Raises:
-        TrainingError: A combination without meaning.
+    Raises TrainingError for a combination without meaning.
     """
     if config.debiased_estimation_loss and config.snr_gamma is not None:
         raise TrainingError(

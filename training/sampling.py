@@ -19,6 +19,7 @@ from torch import Tensor
 from ip_adapter_core.adapter import IPAdapter
 
 from .data.buckets import check_multiple
+from .errors import TrainingError
 from .models.base import Base, Encoders
 from .models.frozen import Tokenise, text_states
 from .models.image_encoder import ImageEncoder
@@ -30,7 +31,7 @@ _NEVER_CLIPPED = {"clip_sample": False, "thresholding": False}
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
+class SamplingOptions:
     """How images are sampled."""
 
     steps: int = 50
@@ -53,7 +54,7 @@ class SamplingSettings:
             check_multiple("height or width", side)
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(TrainingError):
     """An image became NaN or infinite on its way."""
 
 
@@ -113,16 +114,6 @@ def starting_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
 
 
-def keys_values(
-    adapter: IPAdapter, features: Tensor, weights: Sequence[float]
-) -> list[tuple[Tensor, Tensor]]:
-    """Return K' and λV' of every layer, `(N, tokens, width)`, in checkpoint order."""
-    first = next(adapter.parameters())
-    tokens = adapter.tokens(features.to(first.device, first.dtype))
-    scale = torch.tensor([*weights]).to(tokens)[:, None, None]
-    return [(key, value * scale) for key, value in adapter.keys_values(tokens)]
-
-
 class Sampler:
     """Samples from one base, whose UNet `training.unet.attach` has prepared.
 
@@ -134,26 +125,26 @@ class Sampler:
     def __init__(
         self,
         base: Base,
-        settings: SamplingSettings,
+        options: SamplingOptions,
         scheduler: Mapping[str, Any] | None = None,
     ) -> None:
         self.unet: Any = base.unet
         self.vae: Any = base.vae
-        self.settings = settings
+        self.options = options
         config = {**_DDIM, **base.scheduler, **(scheduler or {}), **_NEVER_CLIPPED}
         if config.get("rescale_betas_zero_snr"):  # else it would not start from pure noise
             config["timestep_spacing"] = "trailing"
         self._scheduler = {key: value for key, value in config.items() if key[0] != "_"}
         self._factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         native = self.unet.config.sample_size * self._factor
-        self.size = settings.size or (native, native)
-        self._negative = encode_text(base, [settings.negative])
+        self.size = options.size or (native, native)
+        self._negative = encode_text(base, [options.negative])
 
     def draw(self, adapter: IPAdapter, prompts: Prompts) -> list[Image.Image]:
         """Sample the images of the prompts, in their order. Raises NotFinite."""
         images: list[Image.Image] = []
-        for start in range(0, len(prompts), self.settings.batch):
-            latents = self.latents(adapter, prompts[start : start + self.settings.batch])
+        for start in range(0, len(prompts), self.options.batch):
+            latents = self.latents(adapter, prompts[start : start + self.options.batch])
             images += self.decode(latents)
         return images
 
@@ -161,7 +152,7 @@ class Sampler:
     def latents(self, adapter: IPAdapter, prompts: Prompts) -> Tensor:
         """Sample latents `(N, 4, height / 8, width / 8)` in float32, all at once."""
         scheduler = DDIMScheduler.from_config(self._scheduler)
-        scheduler.set_timesteps(self.settings.steps)
+        scheduler.set_timesteps(self.options.steps)
         shape = (self.unet.config.in_channels, *(side // self._factor for side in self.size))
         latents = starting_noise(prompts.seeds, shape).to(self.unet.device)
         conditions = self._conditions(adapter, prompts)
@@ -177,7 +168,7 @@ class Sampler:
 
     @property
     def _sides(self) -> int:
-        return 2 if self.settings.guidance > 1 else 1
+        return 2 if self.options.guidance > 1 else 1
 
     def _conditions(self, adapter: IPAdapter, prompts: Prompts) -> dict[str, Any]:
         """Return all that the UNet is given besides latents and time, the unguided side first."""
@@ -187,10 +178,15 @@ class Sampler:
             both = positive if self._sides == 1 else torch.cat([negative, positive])
             return both.to(self.unet.device)
 
+        first = next(adapter.parameters())
         features = rows(prompts.zero, prompts.features)
-        layers = keys_values(adapter, features, [*prompts.weights] * self._sides)
+        tokens = adapter.tokens(features.to(first.device, first.dtype))
+        scale = torch.tensor([*prompts.weights] * self._sides).to(tokens)[:, None, None]
         dtype, device = self.unet.dtype, self.unet.device
-        moved = [(key.to(device, dtype), value.to(device, dtype)) for key, value in layers]
+        moved = [
+            (key.to(device, dtype), (value * scale).to(device, dtype))
+            for key, value in adapter.keys_values(tokens)
+        ]
         conditions: dict[str, Any] = {
             "encoder_hidden_states": rows(self._negative.states, prompts.text.states).to(dtype),
             "cross_attention_kwargs": {"ip_hidden_states": moved},
@@ -212,7 +208,7 @@ class Sampler:
         if self._sides == 1:
             return out
         plain, guided = out.chunk(2)
-        return plain + self.settings.guidance * (guided - plain)
+        return plain + self.options.guidance * (guided - plain)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:

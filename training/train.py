@@ -1,28 +1,16 @@
-r"""Train an IP-Adapter.
-
-The commands:
+r"""Train an IP-Adapter (training/README.md tells more; every option: `train.py --help`).
 
     accelerate launch training/train.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --image_encoder_path open_clip:ViT-H-14/laion2b_s32b_b79k \
         --train_data_dir images --output_dir run
 
-From a cache of what the frozen models give, about twice as fast:
-
-    accelerate launch training/cache.py … --train_data_dir images --output_dir cache
-    accelerate launch training/train.py … --feature_cache_dir cache --output_dir run
-
-Eight GPUs with DeepSpeed ZeRO-2, as the paper; others lie in training/configs/:
-
-    accelerate launch --config_file training/configs/zero2.yaml training/train.py --config my.yaml
-
-Two processes on CPUs: `torchrun --nproc_per_node 2 training/train.py …`. The same command again
-resumes where the last one stopped. Every option: `train.py --help`.
+The same command again resumes where the last one stopped. Two processes on CPUs:
+`torchrun --nproc_per_node 2 training/train.py …`.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
@@ -30,22 +18,14 @@ if __name__ == "__main__":  # as a script: what is imported lies beside this fol
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from training.config import TrainConfig, parse
-from training.distributed import begin
-from training.errors import TrainingError
+from training.distributed import script
 from training.trainer import Trainer
 
 
 def main() -> None:
     """Run the command line."""
-    try:
-        state = begin()
-        config = parse(TrainConfig, "train.py")
-        level = logging.INFO if state.is_main_process else logging.WARNING
-        logging.basicConfig(format="%(message)s", level=level)
-        logging.getLogger("accelerate").setLevel(logging.WARNING)  # a line for every file saved
-        Trainer(config).train()
-    except TrainingError as error:
-        sys.exit(f"train.py: {error}")
+    with script("train.py"):
+        Trainer(parse(TrainConfig, "train.py")).train()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,40 +24,31 @@ from . import fingerprints
 from .checkpoints import Checkpoints, NotWrittenError, check_same_run
 from .config import TrainConfig
 from .dataloader import Position, open_data
-from .distributed import (
-    DTYPES,
-    StopRequest,
-    launched_precision,
-    make_accelerator,
-    sharded,
-    tracked,
-)
+from .distributed import DTYPES, StopRequest, make_accelerator, sharded
 from .errors import TrainingError
 from .evaluation.clip_score import load_clip
 from .loss import Batch, DiffusionLoss, training_scheduler
 from .metrics import MetricsLogger
 from .models.base import load_base
-from .models.frozen import FrozenEncoders, ImageEncoder
-from .sampling import SamplingSettings
+from .models.frozen import FrozenEncoders
+from .models.image_encoder import ImageEncoder
 from .unet import attach, cross_attention_layers, new_adapter
-from .validation import Validation, ValidationSettings
+from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains an adapter on a frozen base.
+    """Trains an adapter on a frozen base, as its config says.
 
-    Built from its config alone: the models, the data, the optimizer, what is logged. A run that
-    `config.output_dir` holds is resumed: `step`, the optimizer steps done, says where.
-
-    Raises:
-        TrainingError: What a user can mend, before the first step.
+    A run that `config.output_dir` holds is resumed: `step`, the optimizer steps done, says where.
+    Raises TrainingError for what a user can mend, before the first step.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        precision = config.mixed_precision or launched_precision()
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        precision = config.mixed_precision or launched
         self.accelerator = make_accelerator(config, precision)
         self.device = self.accelerator.device
         self.checkpoints = Checkpoints(
@@ -106,11 +98,10 @@ class Trainer:
         self.loss = DiffusionLoss(
             self.unet, base.vae.config, noise_scheduler, data.dropped.to(self.device), config
         )
+        launch = self.accelerator.distributed_type.value if sharded() else "each process whole"
         self.identity = {
             "precision": precision,
-            "launch": self.accelerator.distributed_type.value
-            if sharded()
-            else "each process whole",
+            "launch": launch,
             "global batch": position.batch,
             "data": data.fingerprint,
             "base": base_weights,
@@ -124,8 +115,17 @@ class Trainer:
         if data.raw or config.validation_steps:
             self.encoders.to(self.device)
         if config.validation_steps:
-            scheduler = noise_scheduler.config
-            self.validation = _validation(config, base, self.encoders, scheduler, data.size)
+            clip = config.validation_clip_model
+            self.validation = Validation(
+                config,
+                base,
+                self.encoders.image_encoder,
+                self.encoders.kind,
+                Path(config.output_dir, "validation"),
+                None if clip is None else load_clip(clip, self.device),
+                noise_scheduler.config,
+                data.size,
+            )
         if not data.raw:  # what a cache stands for; the VAE goes on to decode samples
             for module in (self.encoders.image_encoder, *(text.encoder for text in base.text)):
                 module.to("cpu")
@@ -133,7 +133,11 @@ class Trainer:
             self.accelerator, Path(config.output_dir), config.logging_steps
         )
         self.batches = self.metrics.waiting(data.batches)
-        self.accelerator.init_trackers("ip-adapter", config=tracked(config))
+        told = {  # as trackers take it
+            name: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+            for name, value in asdict(config).items()
+        }
+        self.accelerator.init_trackers("ip-adapter", config=told)
 
     def _new_adapter(self) -> IPAdapter:
         config = self.config
@@ -244,9 +248,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step; every process calls this, and all raise alike.
 
-        Raises:
-            NotWrittenError: It cannot be written.
-            TrainingError: Training has diverged: there is nothing worth writing.
+        Raises NotWrittenError, or TrainingError if training has diverged: nothing is worth writing.
         """
         if self.ema is not None:
             weights = self.ema.module.state_dict()
@@ -276,20 +278,13 @@ class Trainer:
         )
 
     def _metadata(self) -> dict[str, str]:
-        """Return what the adapter's file tells about itself.
-
-        No paths: files are given to others, and equal runs in two folders shall give equal files.
-        """
+        """Return what the adapter's file tells about itself: no paths, for others will read it."""
         models = {
             name: getattr(self.config, name).replace("\\", "/").rsplit("/", 1)[-1]
             for name in ("pretrained_model_name_or_path", "image_encoder_path")
         }
-        about = {
-            "step": self.step,
-            **models,
-            "settings": self.config.identity(),
-            "identity": self.identity,
-        }
+        about = {"step": self.step, **models}
+        about |= {"settings": self.config.identity(), "identity": self.identity}
         # One entry only: safetensors writes several in any order, and files would differ.
         return {"ip_adapter": json.dumps(about, sort_keys=True)}
 
@@ -322,32 +317,3 @@ def _optimizer(config: TrainConfig, adapter: IPAdapter) -> torch.optim.Optimizer
             "`pip install bitsandbytes`, or leave it out."
         ) from error
     return AdamW8bit(groups, lr=config.learning_rate)
-
-
-def _validation(
-    config: TrainConfig,
-    base: Any,
-    encoders: FrozenEncoders,
-    scheduler: Mapping[str, Any],
-    size: tuple[int, int],
-) -> Validation:
-    clip = config.validation_clip_model
-    return Validation(
-        ValidationSettings(
-            references=tuple(config.validation_image),
-            prompts=tuple(config.validation_prompt),
-            weights=tuple(config.validation_scale),
-            sampling=SamplingSettings(
-                config.validation_num_inference_steps,
-                config.validation_guidance_scale,
-                size,
-                batch=4,
-            ),
-        ),
-        base,
-        encoders.image_encoder,
-        encoders.kind,
-        Path(config.output_dir, "validation"),
-        None if clip is None else load_clip(clip, encoders.image_encoder.device),
-        scheduler,
-    )

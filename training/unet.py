@@ -17,16 +17,15 @@ from ip_adapter_core.variants import Variant
 from .errors import TrainingError
 
 KeysValues: TypeAlias = Sequence[tuple[Tensor, Tensor]]
-TOKENS: dict[Variant, int] = {
-    "base": 4,
-    "plus": 16,
-}  # the published adapters' (paper, section 4.1.2)
+# The published adapters' (paper, section 4.1.2).
+TOKENS: dict[Variant, int] = {"base": 4, "plus": 16}
 
 
 class DecoupledAttnProcessor:
     """Cross-attention over the text plus cross-attention over layer `index`'s K', V'.
 
-    They come with the call, `unet(..., cross_attention_kwargs={"ip_hidden_states": keys_values})`,
+    They come with the call, `unet(..., cross_attention_kwargs={"ip_hidden_states": keys_values})`
+    (keys and values, not tokens: that is the name which diffusers' own processors let pass),
     as tensors that gradients flow through: this object holds nothing that trains. Without them it
     is diffusers' own attention.
     """
@@ -61,12 +60,9 @@ class DecoupledAttnProcessor:
 
 
 def cross_attention_layers(unet: Any) -> dict[str, Any]:
-    """Return the cross-attention modules of a UNet2DConditionModel by name.
+    """Return a UNet2DConditionModel's cross-attention modules by name: down, up, middle.
 
-    They come in checkpoint order: down, up, middle.
-
-    Raises:
-        TrainingError: They are not where N = 1, 3, 5 … of the official keys says.
+    Raises TrainingError if they are not where N = 1, 3, 5 … of the official keys says.
     """
     names = [name.removesuffix(".processor") for name in unet.attn_processors]
     layers = {name: unet.get_submodule(name) for name in names if name.endswith("attn2")}

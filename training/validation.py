@@ -11,7 +11,6 @@ import itertools
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from ip_adapter_core.contact_sheet import Column, Row, contact_sheet
 from ip_adapter_core.files.atomic import atomic
 
 from .checkpoints import make_writable
+from .config import ValidationConfig
 from .data.image import BrokenImageError, open_image
 from .errors import TrainingError
 from .evaluation.clip_score import Clip, clip_i, clip_t
@@ -36,37 +36,32 @@ from .sampling import (
     NotFinite,
     Prompts,
     Sampler,
-    SamplingSettings,
+    SamplingOptions,
     encode_images,
     encode_text,
 )
 
+SEED = 0  # of the starting noise
+BATCH = 4  # images at once
+SCORES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T"}
+
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ValidationSettings:
-    """What is sampled: every reference with every prompt and seed, at every weight."""
+class _Cell(NamedTuple):
+    """Numbers of a reference and a prompt, which make a row, and λ, which makes a column."""
 
-    references: tuple[str, ...] = ()
-    """Image files. Take some that are not in the training set."""
-    prompts: tuple[str, ...] = ("",)
-    """Texts beside the image; an empty one is the image alone."""
-    weights: tuple[float, ...] = (0.0, 0.5, 1.0)
-    """λ of each column; 0 is the base without the adapter."""
-    seeds: tuple[int, ...] = (0,)
-    """Of the starting noise; each makes a row more."""
-    sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(steps=30, batch=4))
-    """Fewer steps than an evaluation has: these images are for the eye."""
+    reference: int
+    prompt: int
+    weight: float
 
 
 class _Drawn(NamedTuple):
-    """One cell; scores are None where there is nothing to measure."""
+    """A cell's image, None if it became NaN, and those of its scores that there are."""
 
     cell: int
     image: Image.Image | None
-    clip_i: float | None
-    clip_t: float | None
+    scores: dict[str, float]
 
 
 class Validation:
@@ -75,38 +70,40 @@ class Validation:
     All inputs are opened and encoded at the start: the text encoders and `encoder` are not needed
     afterwards.
 
-    `kind` is the adapter's `spec.features`. Without `clip` there are no curves. `scheduler` is
-    `Sampler`'s. Raises TrainingError for settings that leave nothing to draw or name images that
-    cannot be opened, or a folder that cannot be written to.
+    `kind` is the adapter's `spec.features`. Without `clip` there are no curves. `scheduler` and
+    `size`, the images' height and width, are `Sampler`'s. Raises TrainingError for options
+    that leave nothing to draw or name images that cannot be opened, or a folder that cannot be
+    written to.
     """
 
     def __init__(
         self,
-        settings: ValidationSettings,
+        config: ValidationConfig,
         base: Base,
         encoder: ImageEncoder,
         kind: str,
         folder: Path,
         clip: Clip | None = None,
         scheduler: Mapping[str, Any] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> None:
-        for name in ("references", "prompts", "weights", "seeds"):
-            if not getattr(settings, name):
+        for name in ("validation_image", "validation_prompt", "validation_scale"):
+            if not getattr(config, name):
                 raise TrainingError(f"{name} is empty: give at least one, or no validation.")
-        self.settings, self.folder, self.clip = settings, folder, clip
-        self._references = _opened(settings.references)
-        self._rows = list(
-            itertools.product(
-                range(len(settings.references)), range(len(settings.prompts)), settings.seeds
-            )
+        self.folder, self.clip = folder, clip
+        self.prompts, self.weights = config.validation_prompt, config.validation_scale
+        self._references = _opened(config.validation_image)
+        rows = range(len(self._references)), range(len(self.prompts))
+        self._cells = list(itertools.starmap(_Cell, itertools.product(*rows, self.weights)))
+        steps, guidance = config.validation_num_inference_steps, config.validation_guidance_scale
+        self._sampler = Sampler(
+            base, SamplingOptions(steps, guidance, size, batch=BATCH), scheduler
         )
-        self._cells = list(itertools.product(range(len(self._rows)), settings.weights))
-        self._sampler = Sampler(base, settings.sampling, scheduler)
-        self._text = encode_text(base, settings.prompts)
+        self._text = encode_text(base, self.prompts)
         self._features, self._zero = encode_images(encoder, self._references, kind)
         if clip is not None:
             self._reference_embeds = clip.images(self._references)
-            self._prompt_embeds = clip.texts(settings.prompts)
+            self._prompt_embeds = clip.texts(self.prompts)
         make_writable(folder)
 
     def __call__(self, accelerator: Accelerator, adapter: IPAdapter, step: int) -> dict[str, float]:
@@ -121,63 +118,53 @@ class Validation:
         with preserved_rng_state():
             numbers = list(range(len(self._cells)))
             with accelerator.split_between_processes(numbers) as mine:
-                drawn = [x for part in self._parts(mine) for x in self._draw(adapter, part)]
-            drawn = sorted(gather_object(drawn), key=lambda x: x[0])
-        values = self._curves([_Drawn(*x) for x in drawn])
+                parts = (mine[start : start + BATCH] for start in range(0, len(mine), BATCH))
+                found = [x for part in parts for x in self._draw(adapter, part)]
+            drawn = sorted(itertools.starmap(_Drawn, gather_object(found)), key=lambda x: x.cell)
+        values = self._curves(drawn)
         accelerator.log(values, step=step)
         if accelerator.is_main_process:
-            sheet = self._sheet([_Drawn(*x).image for x in drawn], values, step)
-            self._write(sheet, step)
+            sheet = self._sheet([x.image for x in drawn], values, step)
+            path = self.folder / f"step-{step:06d}.png"
+            try:
+                with atomic(path) as temporary:
+                    sheet.save(temporary, format="PNG")
+            except OSError as error:  # a full disk must not end a training
+                logger.error("The contact sheet '%s' could not be written: %s", path, error)
             _log_sheet(sheet, accelerator, step)
         return values
 
-    def _write(self, sheet: Image.Image, step: int) -> None:
-        """Write the sheet; a full disk must not end a training."""
-        path = self.folder / f"step-{step:06d}.png"
-        try:
-            with atomic(path) as temporary:
-                sheet.save(temporary, format="PNG")
-        except OSError as error:
-            logger.error("The contact sheet '%s' could not be written: %s", path, error)
-
-    def _parts(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
-        size = self.settings.sampling.batch
-        for start in range(0, len(numbers), size):
-            yield numbers[start : start + size]
-
     def _draw(self, adapter: IPAdapter, numbers: Sequence[int]) -> list[_Drawn]:
-        rows = [self._rows[self._cells[number][0]] for number in numbers]
-        references, prompts = [row[0] for row in rows], [row[1] for row in rows]
+        cells = [self._cells[number] for number in numbers]
+        references, prompts = [x.reference for x in cells], [x.prompt for x in cells]
         asked = Prompts(
             text=self._text[prompts],
             features=self._features[references],
             zero=self._zero,
-            weights=[self._cells[number][1] for number in numbers],
-            seeds=[row[2] for row in rows],
+            weights=[x.weight for x in cells],
+            seeds=[SEED] * len(cells),
         )
         try:
             images = self._sampler.draw(adapter, asked)
         except NotFinite as error:
             logger.error("Validation: %s", error)
-            return [_Drawn(number, None, None, None) for number in numbers]
-        if self.clip is None:
-            return [_Drawn(n, p, None, None) for n, p in zip(numbers, images, strict=True)]
-        embeds = self.clip.images(images)
-        image_scores = clip_i(embeds, self._reference_embeds[references]).tolist()
-        text_scores: list[float | None] = [*clip_t(embeds, self._prompt_embeds[prompts]).tolist()]
-        for place, prompt in enumerate(prompts):
-            if not self.settings.prompts[prompt]:
-                text_scores[place] = None  # no text to be true to
-        return [
-            _Drawn(*cell) for cell in zip(numbers, images, image_scores, text_scores, strict=True)
-        ]
+            return [_Drawn(number, None, {}) for number in numbers]
+        scores: list[dict[str, float]] = [{} for _ in cells]
+        if self.clip is not None:
+            embeds = self.clip.images(images)
+            like = clip_i(embeds, self._reference_embeds[references]).tolist()
+            true = clip_t(embeds, self._prompt_embeds[prompts]).tolist()
+            for cell, found, i, t in zip(cells, scores, like, true, strict=True):
+                found["clip_i"] = i
+                if self.prompts[cell.prompt]:  # else there is no text to be true to
+                    found["clip_t"] = t
+        return list(map(_Drawn, numbers, images, scores))
 
     def _curves(self, drawn: Sequence[_Drawn]) -> dict[str, float]:
         values: dict[str, float] = {}
-        for name, weight in itertools.product(("clip_i", "clip_t"), self.settings.weights):
-            found = [getattr(x, name) for x in drawn if self._cells[x.cell][1] == weight]
-            scores = [score for score in found if score is not None]
-            if scores:
+        for name, weight in itertools.product(SCORES, self.weights):
+            alike = [x.scores for x in drawn if self._cells[x.cell].weight == weight]
+            if scores := [found[name] for found in alike if name in found]:
                 values[_curve(name, weight)] = fmean(scores)
         return values
 
@@ -185,20 +172,19 @@ class Validation:
         self, images: Sequence[Image.Image | None], values: Mapping[str, float], step: int
     ) -> Image.Image:
         columns = [Column("reference")]
-        for weight in self.settings.weights:
+        for weight in self.weights:
             scores = [
                 f"{label} {values[_curve(name, weight)]:.3f}"
-                for name, label in (("clip_i", "CLIP-I"), ("clip_t", "CLIP-T"))
+                for name, label in SCORES.items()
                 if _curve(name, weight) in values
             ]
             columns.append(Column(f"weight {weight:g}", " · ".join(scores)))
-        rows, wide = [], len(self.settings.weights)
-        for number, (reference, prompt, seed) in enumerate(self._rows):
-            text = self.settings.prompts[prompt]
-            label = f"seed {seed} · " if len(self.settings.seeds) > 1 else ""
-            label += f'"{text}"' if text else "image only"
-            drawn = images[number * wide : (number + 1) * wide]
-            rows.append(Row(label, [self._references[reference], *drawn]))
+        rows, wide = [], len(self.weights)
+        for start in range(0, len(images), wide):
+            reference, prompt, _ = self._cells[start]
+            text = self.prompts[prompt]
+            shown = [self._references[reference], *images[start : start + wide]]
+            rows.append(Row(f'"{text}"' if text else "image only", shown))
         return contact_sheet(rows, columns, title=f"step {step}")
 
 

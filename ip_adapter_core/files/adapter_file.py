@@ -117,8 +117,9 @@ def _is_plain(tensor: Tensor) -> bool:
 def trained_with(metadata: Mapping[str, str]) -> str | None:
     """Return the image encoder's name that this repository's training notes in the metadata."""
     try:
-        return str(json.loads(metadata["ip_adapter"])["image_encoder"])
-    except (ValueError, KeyError, TypeError):
+        noted = json.loads(metadata["ip_adapter"])
+        return str(noted.get("image_encoder_path") or noted["image_encoder"])  # the latter: 0.1
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

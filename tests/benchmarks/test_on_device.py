@@ -1,4 +1,4 @@
-"""The measurement that runs on a GPU, on a CPU: the same way, another clock, small models."""
+"""The measurement that runs on a GPU, on a CPU with small models; the kernel budget."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import on_device
-from benchmarks.__main__ import main
+from benchmarks.__main__ import LIMITS, main
 from tests.support.checkpoint_layouts import SD15
 
 TINY = replace(SD15, channels=32, context=64, multipliers=(1,), depths=(1,), heads=(4,), blocks=1)
@@ -72,7 +72,7 @@ def test_every_model_is_timed_with_and_without_compilation(host, monkeypatch, co
 
     monkeypatch.setattr(on_device, "compiled", compile_or_not)
     monkeypatch.setattr(on_device.HostClock, "mark", lambda self: marks.append(mark(self)))
-    columns = on_device.measure(replace(made, sizes={"tiny": (TINY, 8)}), lambda line: None)
+    columns = on_device.measure(replace(made, sizes={"tiny": (TINY, 8)}))
     assert list(columns) == ["tiny", "tiny, compiled"]
     assert columns["tiny, compiled"].keys() == MODELS and columns["tiny"].keys() > MODELS
     assert all(seconds > 0 for seconds in columns["tiny, compiled"].values())
@@ -100,3 +100,30 @@ def test_the_table_has_a_row_a_model_and_a_column_a_size():
         "| ComfyUI_IPAdapter_plus: the same with a mask | 16 | – |",
         "| ComfyUI_IPAdapter_plus: synchronisations added per step | 15 | – |",
     ]
+
+
+@pytest.fixture(scope="module", params=["small", pytest.param("full", marks=pytest.mark.nightly)])
+def counts(host, request):
+    """Of a UNet with all of SD1.5's layers, or of SD1.5's itself."""
+    from benchmarks import budget
+    from benchmarks.full_size import Setup
+
+    sizes = on_device.SMALL if request.param == "small" else on_device.FULL
+    return budget.measure(Setup.build(*next(iter(sizes.values()))))
+
+
+def test_within_budget(counts):
+    limited = {
+        *("kernels_per_layer", "kernels_per_layer_mask", "kernels_per_layer_curve"),
+        *("syncs_per_step", "kernels_outside_window", "resident_adapter_parameters"),
+    }
+    assert limited < counts.keys()
+    assert not {name: counts[name] for name in limited if counts[name] > LIMITS[name]}
+
+
+def test_the_prompt_is_in_the_trace(counts):
+    """One attention and one addition a layer at least: otherwise nothing was measured."""
+    assert counts["kernels_per_layer"] >= 2
+    assert counts["kernels_per_layer_mask"] > counts["kernels_per_layer"]
+    assert counts["kernels_per_layer_curve"] > counts["kernels_per_layer"]
+    assert counts["syncs_per_step_windowed"] == 1

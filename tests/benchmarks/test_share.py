@@ -15,20 +15,14 @@ from tools.comfyui.install import PACK
 class Work:
     """CPU time as the tests spend it, in seconds."""
 
-    def __init__(self) -> None:
-        self.done = 0
+    done = 0
 
     def __call__(self, seconds: int) -> None:
         self.done += seconds
 
     def before(self, function: Callable[..., Any], seconds: int) -> Callable[..., Any]:
         """Let `function` take so long."""
-
-        def working(*args: Any, **kwargs: Any) -> Any:
-            self(seconds)
-            return function(*args, **kwargs)
-
-        return working
+        return lambda *args, **kwargs: self(seconds) or function(*args, **kwargs)
 
 
 @pytest.fixture
@@ -45,34 +39,21 @@ def clock(work) -> share.Clock:
 
 
 def test_what_is_called_of_the_hosts_does_not_count(clock, work):
-    def ours() -> None:
-        work(1)
-        clock.theirs(work)(30)
-
-    clock.ours(ours)()
+    clock.ours(work.before(clock.theirs(work), 1))(30)
     assert clock.own == 1
 
 
 def test_what_the_host_calls_of_ours_counts(clock, work):
-    def theirs() -> None:
-        work(30)
-        clock.ours(work)(1)
-
-    clock.ours(clock.theirs(theirs))()
+    clock.ours(clock.theirs(work.before(clock.ours(work), 30)))(1)
     assert clock.own == 1
 
 
 def test_an_error_does_not_stop_the_clock_in_the_middle(clock, work):
     def fails() -> None:
-        work(30)
         raise ValueError
 
-    def ours() -> None:
-        work(1)
-        clock.theirs(fails)()
-
     with pytest.raises(ValueError):
-        clock.ours(ours)()
+        clock.ours(work.before(clock.theirs(work.before(fails, 30)), 1))()
     assert clock.own == 1
     work(500)
     clock.ours(work)(2)

@@ -18,12 +18,12 @@ from benchmarks import proportions, training
 from benchmarks.reference_loop import Reference
 from tests.support import image_folders, small_models
 from tests.support.reference_training import dropped
+from tools.comfyui.install import ROOT
 from training.caching.dataset import CachedDataset
 from training.metrics import MetricsLogger
 from training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("arrow")
-ROOT = Path(__file__).resolve().parents[2]
 SIZE = 64
 
 
@@ -110,24 +110,18 @@ def test_the_bare_step_trains_as_the_loop_does(folder):
 
 def test_the_reference_computes_the_loss_of_train_py(folder):
     drops = {"i_drop_rate": 0.3, "t_drop_rate": 0.3, "ti_drop_rate": 0.0}
-    given = training.config(
-        folder,
-        feature_cache_dir=None,
-        train_data_dir=str(folder / "pictures"),
-        train_batch_size=8,
-        **drops,
-    )
+    raw = {"feature_cache_dir": None, "train_data_dir": str(folder / "pictures")}
+    given = training.config(folder, train_batch_size=8, **raw, **drops)
     run = Trainer(given)
     weights = {name: w.clone() for name, w in run.sampled().state_dict().items()}
     reference = Reference(given, folder / "pictures", weights).model
     batch: dict[str, Any] = dict(next(run.batches))
     assert 0 < batch["drop_image"].sum() < 8 and 0 < batch["drop_text"].sum() < 8
     empty = run.encoders.tokenise("")
-    tokens = dropped(batch["tokens"], empty, batch["drop_text"])
+    heard = {**batch, "tokens": dropped(batch["tokens"], empty, batch["drop_text"])}
     expected = run.training_loss(batch)
     latents = reference.latents(batch["pixels"], batch["latent_noise"])
-    given = {**batch, "tokens": tokens}
-    found = reference.loss(given, latents, batch["noise"], batch["timestep"])
+    found = reference.loss(heard, latents, batch["noise"], batch["timestep"])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     expected.backward()
     found.backward()
@@ -148,13 +142,10 @@ def test_the_reference_sees_the_same_pixels(folder):
 
 @pytest.mark.nightly
 def test_a_slow_disk_is_waited_for(folder, monkeypatch):
-    before = CachedDataset.__getitem__
-
-    def slow(self: CachedDataset, index: tuple[int, int]) -> Any:
-        time.sleep(0.1)
-        return before(self, index)
-
-    monkeypatch.setattr(CachedDataset, "__getitem__", slow)
+    read = CachedDataset.__getitem__
+    monkeypatch.setattr(
+        CachedDataset, "__getitem__", lambda self, index: time.sleep(0.1) or read(self, index)
+    )
     assert training.waiting_for_data(folder, rounds=4) > 0.3
 
 

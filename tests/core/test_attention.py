@@ -30,15 +30,6 @@ def test_image_attention_is_softmax_attention(heads, width, tokens):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_keep_their_own_keys_and_values():
-    query = randn(3, 7, 64, seed=1)
-    key, value = randn(3, 4, 64, seed=2), randn(3, 4, 64, seed=3)
-    found = image_attention(query, key, value, 2)
-    for row in range(3):
-        alone = image_attention(*(x[row : row + 1] for x in (query, key, value)), 2)
-        torch.testing.assert_close(found[row : row + 1], alone)
-
-
 def test_keys_and_values_of_zero_add_exactly_nothing():
     text = randn(2, 9, 32)
     zero = torch.zeros(2, 4, 32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -51,31 +49,33 @@ def truth(method, stacked, weights):
     return unit((w * directions).sum(0) / w.sum())[0] * (w * lengths).sum(0) / w.sum()
 
 
-def check(method, prompts, weights):
+@pytest.mark.parametrize("method", ARITHMETIC)
+@pytest.mark.parametrize(
+    "weights, numbers",
+    [
+        ([1, 1, 1], (1, 1, 1)),
+        ([1, 0.5, 2.5], (1, 1, 1)),
+        ([1.0, -0.3, 0.1], (1, 1, 1)),
+        ([0.3, 0, 0], (1, 1, 1)),
+        # One image goes with each of several.
+        ([1.0, 0.25], (3, 3)),
+        ([1.0, 0.25], (1, 3)),
+        ([1.0, 0.25], (3, 1)),
+        ([1.0, 0.25, 0.5], (1, 4, 1)),
+    ],
+)
+def test_arithmetic_is_that_of_float64(method, weights, numbers):
+    prompts = [prompt(images, seed) for seed, images in enumerate(numbers)]
     made = combine(given(*prompts), method, weights)
     sides = [arrays(prompt.positive) for prompt in prompts]
-    count = max(len(prompt.positive) for prompt in prompts)
     for index, found in enumerate(arrays(made.positive)):
         one_kind = [side[index] for side in sides]
-        stacked = np.stack([np.broadcast_to(x, (count, *x.shape[1:])) for x in one_kind])
+        stacked = np.stack([np.broadcast_to(x, (max(numbers), *x.shape[1:])) for x in one_kind])
         expected = truth(method, stacked, weights)
         assert found.shape == expected.shape
         # Rounded once: half a unit of float32 in the last place.
         np.testing.assert_allclose(found, expected, rtol=6.1e-8, atol=1e-12)
-    assert getattr(made.positive, KINDS[0]).dtype == torch.float32
-
-
-@pytest.mark.parametrize("method", ARITHMETIC)
-@pytest.mark.parametrize("weights", [[1, 1, 1], [1, 0.5, 2.5], [1.0, -0.3, 0.1], [0.3, 0, 0]])
-def test_arithmetic_is_that_of_float64(method, weights):
-    check(method, [prompt(seed=i) for i in range(3)], weights)
-
-
-@pytest.mark.parametrize("method", ARITHMETIC)
-@pytest.mark.parametrize("numbers", [(3, 3), (1, 3), (3, 1), (1, 4, 1)])
-def test_one_image_goes_with_each_of_several(method, numbers):
-    prompts = [prompt(images, seed) for seed, images in enumerate(numbers)]
-    check(method, prompts, [1.0, 0.25, 0.5][: len(numbers)])
+    assert made.positive.image_embeds.dtype == torch.float32
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -91,21 +91,14 @@ def test_one_prompt_alone(method):
         assert torch.equal(getattr(made.negative, kind), getattr(alone.negative, kind))
 
 
-def test_concat_puts_images_side_by_side():
-    prompts = [prompt(2, 1), prompt(1, 2), prompt(3, 3)]
+@pytest.mark.parametrize("negatives, kept", [((5, 5, 5), 1), ((5, 6, 5), 2), ((5, 6, 7), 3)])
+def test_concat_puts_images_side_by_side_and_keeps_equal_negatives_once(negatives, kept):
+    prompts = [prompt(1 + i, i, negative) for i, negative in enumerate(negatives)]
     made = combine(given(*prompts), "concat", [1.0] * 3)
-    assert len(made.positive) == 6
+    assert (len(made.positive), len(made.negative)) == (6, kept)
     for kind in KINDS:
         truth = torch.cat([getattr(p.positive, kind) for p in prompts])
         assert torch.equal(getattr(made.positive, kind), truth)
-
-
-@pytest.mark.parametrize("negatives, kept", [((5, 5, 5), 1), ((5, 6, 5), 2), ((5, 6, 7), 3)])
-def test_concat_keeps_equal_negatives_once(negatives, kept):
-    prompts = [prompt(1, i, negative) for i, negative in enumerate(negatives)]
-    made = combine(given(*prompts), "concat", [1.0] * 3)
-    assert len(made.negative) == kept
-    for kind in KINDS:
         truth = torch.cat([getattr(features(1, n), kind) for n in dict.fromkeys(negatives)])
         assert torch.equal(getattr(made.negative, kind), truth)
 
@@ -134,21 +127,6 @@ def test_weights_of_nothing_average_negatives_evenly():
     assert not made.positive.image_embeds.any()
     one, other = (arrays(p.negative)[0] for p in prompts)
     np.testing.assert_allclose(arrays(made.negative)[0], (one + other) / 2, rtol=6.1e-8)
-
-
-def test_norm_average_keeps_the_length():
-    """Two unrelated directions of length 1 and 3: their mean would be shorter than 2."""
-    prompts = [prompt(1, i) for i in range(2)]
-    scaled = []
-    for p, length in zip(prompts, (1.0, 3.0), strict=True):
-        states = [getattr(p.positive, k) for k in KINDS]
-        states = [length * x / x.norm(dim=-1, keepdim=True) for x in states]
-        scaled.append(ImagePrompt(ImageFeatures(*states), p.negative, p.encoder, p.fingerprint))
-    norm, plain = (combine(given(*scaled), m, [1.0, 1.0]) for m in ("norm_average", "average"))
-    for kind in KINDS:
-        lengths = getattr(norm.positive, kind).norm(dim=-1)
-        torch.testing.assert_close(lengths, torch.full_like(lengths, 2.0))
-        assert (getattr(plain.positive, kind).norm(dim=-1) < 1.99).all()
 
 
 def test_norm_average_of_zero_vectors():
@@ -230,38 +208,9 @@ def test_other_numbers_of_images(method, side):
         combine(given(two, three), method, [1.0, 1.0])
 
 
-@pytest.mark.parametrize("method", ["average", "norm_average"])
-@pytest.mark.parametrize("weights", [[0.0, 0.0, 0.0], [1.0, -1.0, 0.0], [0.1, 0.2, -0.3]])
-def test_weights_that_sum_to_nothing(method, weights):
-    with pytest.raises(ValueError, match=f"{method} divides by the sum of weights, which is 0"):
-        combine(given(*(prompt(1, i) for i in range(3))), method, weights)
-
-
-def test_concat_takes_no_weights():
-    with pytest.raises(ValueError, match=r"weights must all be 1; found 1, 0\.5"):
-        combine(given(prompt(), prompt(1, 1)), "concat", [1.0, 0.5])
-
-
-def test_weights_out_of_range():
-    with pytest.raises(ValueError, match=r"add with weights 1e\+300, 1 leaves the range"):
-        combine(given(prompt(), prompt(1, 1)), "add", [1e300, 1.0])
-
-
-def test_no_prompt_and_an_unknown_method():
-    with pytest.raises(ValueError, match="No image prompt is connected"):
-        combine({}, "average", [])
-    with pytest.raises(ValueError, match="'max'; expected one of concat, average"):
-        combine(given(prompt()), "max", [1.0])
-
-
 @pytest.mark.parametrize(
     "text, expected",
-    [
-        ("", [1, 1]),
-        (" \n", [1, 1]),
-        ("1,0.5", [1, 0.5]),
-        (" -1 ,\n2e-1 ", [-1, 0.2]),
-    ],
+    [("", [1, 1]), (" \n", [1, 1]), ("1,0.5", [1, 0.5]), (" -1 ,\n2e-1 ", [-1, 0.2])],
 )
 def test_weights_as_text(text, expected):
     assert parse_weights(text, 2) == expected
@@ -284,6 +233,25 @@ def test_weights_as_text_that_cannot_be(text, said):
         parse_weights(text, 2)
 
 
-def test_weights_of_another_number():
-    with pytest.raises(ValueError, match="3 weights for 2"):
-        combine(given(prompt(), prompt(1, 1)), "add", [1.0, math.pi, 2.0])
+NO_SUM = "divides by the sum of weights, which is 0"
+
+
+@pytest.mark.parametrize(
+    "method, weights, said",
+    [
+        *(
+            (method, weights, f"{method} {NO_SUM}")
+            for method in ("average", "norm_average")
+            for weights in ([0.0, 0.0, 0.0], [1.0, -1.0, 0.0], [0.1, 0.2, -0.3])
+        ),
+        ("concat", [1.0, 0.5], r"weights must all be 1; found 1, 0\.5"),
+        ("add", [1e300, 1.0], r"add with weights 1e\+300, 1 leaves the range"),
+        ("add", [1.0, 3.14, 2.0], "3 weights for 2"),
+        ("average", [], "No image prompt is connected"),
+        ("max", [1.0], "'max'; expected one of concat, average"),
+    ],
+)
+def test_weights_and_methods_that_cannot_be(method, weights, said):
+    count = 2 if "for 2" in said else len(weights)
+    with pytest.raises(ValueError, match=said):
+        combine(given(*(prompt(1, i) for i in range(count))), method, weights)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from comfyui_ip_adapter.ip_adapter_core.negative_noise import KINDS, noise
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.functional import gaussian_blur
 
 
 def picture(height=48, width=64, count=1, seed=0):
@@ -69,15 +68,8 @@ def test_gaussian_is_a_mixture_with_normal_noise_around_grey():
     inside = alone[(alone > 0) & (alone < 1)]  # what was clipped would narrow it
     assert 0.21 < inside.std() < 0.23  # of a normal one of 0.25, cut at two deviations
     quarter = noise(black, "gaussian", 0.25, 0.0, 0)
-    torch.testing.assert_close(quarter[inside_both(alone, quarter)], expected(alone, quarter))
-
-
-def inside_both(alone, mixed):
-    return (alone > 0) & (alone < 1) & (mixed > 0)
-
-
-def expected(alone, mixed):
-    return 0.25 * alone[inside_both(alone, mixed)]
+    kept = (alone > 0) & (alone < 1) & (quarter > 0)
+    torch.testing.assert_close(quarter[kept], 0.25 * alone[kept])
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.6])
@@ -125,16 +117,6 @@ def test_grains_are_as_large_as_an_encoder_sees(kind):
     assert (grains[:, 1:] != grains[:, :-1]).float().mean() > 0.8
 
 
-@pytest.mark.parametrize("size, sigma", [(224, 2.0), (448, 4.0)])
-def test_blur_is_torchvisions(size, sigma):
-    """Of 2 pixels at 224, so of 4 at 448. torchvision mirrors at the edges."""
-    given = picture(size, size)
-    found = noise(given, "dissolve", 0.0, 2.0, 0)
-    truth = gaussian_blur(given.movedim(-1, 1), [8 * int(sigma) + 1] * 2, [sigma] * 2)
-    inner = (slice(None), *[slice(20, -20)] * 2)
-    torch.testing.assert_close(found[inner], truth.movedim(1, -1)[inner], atol=2e-4, rtol=0)
-
-
 def blurred(given, sigma):
     """Edges and all, by a matrix for each axis."""
     made = given.double()
@@ -174,16 +156,6 @@ def test_blur_costs_no_more_where_pictures_are_large(shape):
         found = noise(given, "dissolve", 0.0, 32.0, 0)
     assert found.isfinite().all()
     assert counter.get_total_flops() < 1000 * shape[0] * shape[1]
-
-
-def test_blur_keeps_edges_and_the_first_axes_apart():
-    flat = torch.full((1, 30, 50, 3), 0.7)
-    torch.testing.assert_close(noise(flat, "shuffle", 1.0, 20.0, 0), flat)
-    stripes = torch.zeros(1, 224, 300, 3)
-    stripes[:, :, 150:] = 1
-    made = noise(stripes, "shuffle", 0.0, 3.0, 0)
-    torch.testing.assert_close(made, made[:, :1].expand_as(made))  # along the stripe nothing
-    assert 0.01 < made[0, 0, 145, 0] < made[0, 0, 149, 0] < 0.5
 
 
 def test_grey_and_transparent_pictures():

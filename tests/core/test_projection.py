@@ -1,4 +1,4 @@
-"""Projections against diffusers' own classes, and against the formula in float64."""
+"""Projections against diffusers' own classes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_ip_adapter.ip_adapter_core.adapter import PROJECTIONS
+from comfyui_ip_adapter.ip_adapter_core.resampler import DIM_HEAD, PerceiverAttention
 from diffusers import UNet2DConditionModel
-from torch.nn.functional import gelu, layer_norm
+from torch.nn.functional import layer_norm
 
 from tests.support.checkpoint_layouts import full_projection, linear_projection, resampler
+from tests.support.random_models import weights as random_weights
 
 PUBLISHED = {
     "sd15": ("base", linear_projection(1024, 768)),
@@ -36,7 +38,7 @@ def features(kind, width, images=3, patches=257):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sizes_agree_with_diffusers(name, random_weights):
+def test_published_sizes_agree_with_diffusers(name):
     kind, layout = PUBLISHED[name]
     weights = random_weights(layout)
     convert = UNet2DConditionModel._convert_ip_adapter_image_proj_to_diffusers
@@ -49,7 +51,7 @@ def test_published_sizes_agree_with_diffusers(name, random_weights):
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 10])
-def test_linear_projection_is_the_formula(tokens, random_weights):
+def test_linear_projection_is_the_formula(tokens):
     weights = random_weights(linear_projection(24, 16, tokens))
     x = features("base", 24).double()
     w = {key: value.double() for key, value in weights.items()}
@@ -58,27 +60,17 @@ def test_linear_projection_is_the_formula(tokens, random_weights):
     torch.testing.assert_close(build("base", weights).double()(x), truth)
 
 
-@pytest.mark.parametrize("patches", [1, 5, 257])
-def test_full_projection_is_the_formula_with_exact_gelu(patches, random_weights):
-    weights = random_weights(full_projection(24, 16))
-    x = 3 * features("full", 24, patches=patches).double()
-    w = {key: value.double() for key, value in weights.items()}
-    hidden = gelu(x @ w["proj.0.weight"].T + w["proj.0.bias"], approximate="none")
-    y = hidden @ w["proj.2.weight"].T + w["proj.2.bias"]
-    truth = layer_norm(y, (16,), w["proj.3.weight"], w["proj.3.bias"], eps=1e-5)
-    torch.testing.assert_close(build("full", weights).double()(x), truth)
-
-
-@pytest.mark.parametrize(
-    "kind, layout",
-    [
-        ("base", linear_projection(24, 16)),
-        ("full", full_projection(24, 16)),
-        ("plus", resampler(24, 16, 64)),
-    ],
-)
-def test_images_do_not_see_each_other(kind, layout, random_weights):
-    module = build(kind, random_weights(layout))
-    x = features(kind, 24, patches=9)
-    alone = torch.cat([module(image[None]) for image in x])
-    torch.testing.assert_close(module(x), alone, rtol=1e-4, atol=1e-5)
+def test_scores_do_not_overflow_half_precision():
+    """q·k reaches 64 · 60 · 60, beyond float16; scaled, 64 times less than its square root."""
+    layer = PerceiverAttention(DIM_HEAD, heads=1).half()
+    with torch.no_grad():
+        layer.to_q.weight.copy_(7.5 * torch.eye(DIM_HEAD))
+        layer.to_kv.weight.copy_(torch.cat([7.5 * torch.eye(DIM_HEAD), torch.eye(DIM_HEAD)]))
+        for module in (layer.norm1, layer.norm2):
+            module.weight.fill_(8.0)
+        generator = torch.Generator().manual_seed(0)
+        features, latents = (torch.randn(1, n, DIM_HEAD, generator=generator) for n in (6, 2))
+        found = layer(features.half(), latents.half())
+        expected = layer.double()(features.half().double(), latents.half().double())
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)

@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec
-from comfyui_ip_adapter.ip_adapter_core.compatibility import check_encoder
 from comfyui_ip_adapter.ip_adapter_core.image_prompt import (
     ImageFeatures,
     ImagePrompt,
@@ -45,12 +43,19 @@ def path(tmp_path):
     return tmp_path / "prompt.safetensors"
 
 
-@pytest.mark.parametrize(
-    "images, negatives, sizes",
-    [(1, 1, {}), (3, 2, {}), (1, 1, {"embed": 0}), (2, 1, {"states": (0, 0)})],
-)
-def test_it_comes_back_to_the_bit(path, images, negatives, sizes):
-    given = prompt(images, negatives, **sizes)
+VIEWS = ImageFeatures(torch.randn(2, 24)[:, ::2], torch.randn(20, 5, 2).permute(2, 1, 0))
+GIVEN = {
+    "one image": prompt(1),
+    "several": prompt(3, 2),
+    "no embeddings": prompt(1, embed=0),
+    "no states": prompt(2, states=(0, 0)),
+    "sides that share memory": ImagePrompt(*[features(2)] * 2, TEXT),
+    "views": ImagePrompt(VIEWS, VIEWS, TEXT),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
+def test_it_comes_back_to_the_bit(path, given):
     save(given, path)
     found = load(path)
     assert (found.encoder, found.fingerprint) == (given.encoder, given.fingerprint)
@@ -66,18 +71,6 @@ def test_what_the_file_says(path):
     assert (metadata["encoder"], metadata["encoder_fingerprint"]) == (TEXT, "0123abcd")
     assert metadata["workflow"] == "{}"
     assert sorted(load_file(path)) == sorted(KEYS)
-
-
-@pytest.mark.parametrize("views", [True, False])
-def test_views_and_sides_that_share_memory(path, views):
-    states = torch.randn(20, 5, 2).permute(2, 1, 0)
-    side = ImageFeatures(torch.randn(2, 24)[:, ::2], states)
-    if not views:
-        side = features(2)
-    given = ImagePrompt(side, side, TEXT)
-    save(given, path)
-    for one, other in zip(bits(load(path)), bits(given), strict=True):
-        assert torch.equal(one, other)
 
 
 def test_a_prompt_outlives_its_file(path):
@@ -138,15 +131,6 @@ def test_fingerprints_of_the_first_format_are_not_compared(path):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(PromptFileError, match="cannot be written"):
         save(prompt(), tmp_path / "none" / "prompt.safetensors")
-
-
-def test_others_may_read_it(path):
-    if os.name == "nt":
-        pytest.skip("Windows has no such bits")
-    save(prompt(), path)
-    plain = path.with_name("plain")
-    plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode
 
 
 def rewritten(change_tensors=None, **metadata):
@@ -233,15 +217,6 @@ def test_features_that_are_not_finite_are_not_saved(path):
     with pytest.raises(PromptFileError, match=r"NaN.*Encode the image again.*weights are damaged"):
         save(given, path)
     assert not path.exists()
-
-
-def test_a_loaded_prompt_is_refused_by_an_adapter_of_another_encoder(path):
-    save(prompt(), path)
-    sizes = (("feature_dim", 1024), ("cross_attention_dim", 10), ("tokens", 4))
-    with pytest.raises(ValueError) as error:
-        check_encoder(AdapterSpec("base", sizes, (8,)), load(path), "adapter.bin")
-    for words in ("'adapter.bin'", "CLIP ViT-H/14", TEXT, "12 wide"):
-        assert words in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -12,28 +12,6 @@ def masks(count=3, height=6, width=5):
     return [torch.rand(1, height, width, generator=generator) for _ in range(count)]
 
 
-def test_normalised_masks_share_where_they_overlap_and_nowhere_else():
-    given = masks()
-    found = share_out(given, "normalize")
-    for y in range(6):
-        for x in range(5):
-            values = [float(mask[0, y, x]) for mask in given]
-            whole = max(1.0, sum(values))
-            assert [float(m[0, y, x]) for m in found] == pytest.approx([v / whole for v in values])
-
-
-def test_added_masks_stay():
-    given = masks()
-    assert all(torch.equal(a, b) for a, b in zip(share_out(given, "add"), given, strict=True))
-
-
-@pytest.mark.parametrize("overlap", ["normalize", "add"])
-def test_the_rest_is_what_is_left_free(overlap):
-    given = masks(2)
-    rest = share_out(given, overlap, rest=True)[-1]
-    assert torch.allclose(rest, (1 - given[0] - given[1]).clamp(min=0))
-
-
 def test_masks_of_other_sizes_and_numbers():
     """A left half in few pixels and a right half in many, one of them for each of two latents."""
     left = torch.zeros(4, 4)

@@ -1,4 +1,4 @@
-"""Means over what a sampling run wrote down, and which run some latents are of."""
+"""Means over what a sampling run wrote down, which run some latents are of, maps as colours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from comfyui_ip_adapter.ip_adapter_core.attention_map import (
     RecordedRun,
     Share,
     blocks_of,
+    check_images,
+    colorize,
     of_samples,
 )
 
@@ -39,11 +41,7 @@ def value(recorded, prompt=0, start=0.0, end=1.0, blocks=ALL):
 
 def test_each_prompt_by_the_steps_in_which_it_was_in_force():
     """A early, B late, each alone in the first slot; both in the middle."""
-    found = run(
-        share(9.0, 0.2, numbers=(1,)),
-        share(5.0, 0.4, 0.3),
-        share(1.0, 0.5, numbers=(2,)),
-    )
+    found = run(share(9.0, 0.2, numbers=(1,)), share(5.0, 0.4, 0.3), share(1.0, 0.5, numbers=(2,)))
     assert (value(found, 1), value(found, 2)) == (0.3, 0.4)
     assert value(found, 0) == (0.2 + 0.7 + 0.5) / 3
     assert (value(found, 1, 0.3), value(found, 2, 0.0, 0.6)) == (0.4, 0.3)
@@ -71,10 +69,7 @@ def test_texts_count_alike_in_one_call_or_in_several():
 def test_evaluations_at_one_sigma_are_one_step():
     """As Heun's sampler evaluates all but the first twice; then steps and blocks count alike."""
     found = run(
-        share(9.0, 0.1),
-        share(5.0, 0.2),
-        share(5.0, 0.4),
-        share(5.0, 0.8, block=("middle", 0)),
+        share(9.0, 0.1), share(5.0, 0.2), share(5.0, 0.4), share(5.0, 0.8, block=("middle", 0))
     )
     assert value(found, 1) == (0.1 + 0.3 + 0.8) / 3
     assert value(found, 1, blocks=[("input", None)]) == 0.2
@@ -169,3 +164,30 @@ def test_latents_of_no_run():
             of_samples([run(share(5.0, 0.1), samples=made)], samples)
     with pytest.raises(ValueError, match=r"Nothing has been recorded.* came from the cache"):
         of_samples([], made)
+
+
+def test_colours_reach_from_nothing_to_the_largest_value_of_all_maps():
+    maps = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    colours = colorize(maps)
+    assert torch.allclose(colorize(maps * 1e-3), colours, atol=1e-5)
+    grey = colours.mean(-1).flatten()[maps.flatten().argsort()]
+    assert (grey.diff() >= 0).all() and float(grey[-1]) > 0.8
+
+
+@pytest.mark.parametrize("size", [(64, 96), (65, 97), (24, 36)])
+def test_pictures_of_the_maps_shape_at_any_size(size):
+    check_images(torch.rand(2, *size, 3), torch.rand(2, 8, 12))
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((3, 64, 96, 3), "image holds 3 pictures, but samples 2 latents"),
+        ((1, 64, 96, 3), "image holds 1 pictures, but samples 2 latents"),
+        ((2, 64, 64, 3), "image is 64×64 pixels, but samples 12×8 latents"),
+        ((2, 96, 64, 3), "image is 64×96 pixels"),
+    ],
+)
+def test_pictures_of_another_shape(shape, message):
+    with pytest.raises(ValueError, match=message):
+        check_images(torch.rand(shape), torch.rand(2, 8, 12))

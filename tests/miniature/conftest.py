@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from miniature import setup
-from miniature.drawing import WORKFLOWS
+from miniature import assemble
 from miniature.metrics import SceneClassifier
-from tools.comfyui.server import Client
+from miniature.through_comfyui import WORKFLOWS
+from tools.comfyui.client import Client
 
 
 @pytest.fixture(scope="session")
 def base_directory() -> Path:
     """ComfyUI's base directory of the miniature."""
-    return setup.ensure()
+    return assemble.ensure()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,17 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
-from miniature import adapters, base, build, concatenated, control, files, models, setup, workflows
+from miniature import (
+    adapters,
+    assemble,
+    base,
+    build,
+    concatenated,
+    control,
+    files,
+    models,
+    workflows,
+)
 from miniature.scenes import mark, render, scenes
 from training.models.base import load_base
 
@@ -30,10 +40,9 @@ STEPS = {
 LIMIT = 32_000_000
 
 
-@pytest.fixture
-def few_parts(monkeypatch):
-    """Builds of two parts: the classifier's and one that stops at its first attempt."""
-    attempts = []
+def test_a_part_is_made_unless_it_is_there(tmp_path, monkeypatch):
+    """Of the classifier, and a part that stops at its first attempt."""
+    attempts, parts = [], build.Build.parts
 
     def stops(target):
         target.write_text("half")
@@ -42,16 +51,11 @@ def few_parts(monkeypatch):
             raise InterruptedError
         target.write_text("whole")
 
-    real = build.Build.parts
-
-    def parts(self):
-        (classifier,) = (part for part in real(self) if part[1] == files.CLASSIFIER)
+    def two(self):
+        (classifier,) = (part for part in parts(self) if part[1] == files.CLASSIFIER)
         return [classifier, ("stops", "stops.txt", stops)]
 
-    monkeypatch.setattr(build.Build, "parts", parts)
-
-
-def test_a_part_is_made_unless_it_is_there(few_parts, tmp_path):
+    monkeypatch.setattr(build.Build, "parts", two)
     work = build.Build(1, tmp_path / "work", STEPS)
     with pytest.raises(InterruptedError):
         work.run()
@@ -68,9 +72,9 @@ def test_a_part_is_made_unless_it_is_there(few_parts, tmp_path):
     assert times["made_on"] == [f"{torch.get_num_threads()} CPU threads"]
     with pytest.raises(build.RecipeError, match="--work"):  # not of seed 1's parts
         build.Build(2, work.work, STEPS).run()
-    again = build.Build(1, tmp_path / "again", STEPS)
-    again.parts()[0][2](tmp_path / "again.safetensors")
-    theirs = load_file(tmp_path / "again.safetensors")
+    again = tmp_path / "again.safetensors"
+    build.Build(1, tmp_path / "again", STEPS).parts()[0][2](again)
+    theirs = load_file(again)
     assert all(torch.equal(x, theirs[key]) for key, x in state.items())  # the seed says all
 
 
@@ -80,7 +84,6 @@ def test_what_several_machines_made_says_so(tmp_path, monkeypatch):
         monkeypatch.setattr(build, "_hardware", lambda _, name=hardware: name)
         work.note(part, seconds)
     assert work.times() == {"made_on": ["one", "another"], "seconds": {"a": 3, "b": 7}}
-    assert work.seconds() == 10
 
 
 def test_the_device_reaches_every_part(monkeypatch, tmp_path):
@@ -92,13 +95,16 @@ def test_the_device_reaches_every_part(monkeypatch, tmp_path):
         devices.append(device)
         raise InterruptedError
 
-    for module, name in (
-        *((models, f"train_{name}") for name in ("autoencoder", "image_encoder", "classifier")),
-        *((module, "train") for module in (base, adapters, concatenated)),
-        *((control, name) for name in ("train_control", "train_second_base")),
-        (adapters, "cache"),
-    ):
-        monkeypatch.setattr(module, name, note)
+    trainers = {
+        models: ("train_autoencoder", "train_image_encoder", "train_classifier"),
+        control: ("train_control", "train_second_base"),
+        adapters: ("train", "cache"),
+        base: ("train",),
+        concatenated: ("train",),
+    }
+    for module, names in trainers.items():
+        for name in names:
+            monkeypatch.setattr(module, name, note)
     monkeypatch.setattr(base, "all_contexts", lambda device: note(device=device))
     monkeypatch.setattr(models, "image_tower", lambda path: None)
     monkeypatch.setattr(build.Build, "_frozen", lambda self: (None, None))
@@ -106,14 +112,12 @@ def test_the_device_reaches_every_part(monkeypatch, tmp_path):
     monkeypatch.setattr(files, "load", lambda path: weights)
     pool = dict.fromkeys(("latents", "kinds", "states"))
     monkeypatch.setattr(build, "load_file", lambda path: pool)
-    trained = [part for part in whole.parts() if part[0] not in NOT_TRAINED]
+    untrained = ("latents", "8 bits", "checkpoint", "pictures")
+    trained = [part for part in whole.parts() if part[0] not in untrained]
     for _, target, make in trained:
         with pytest.raises(InterruptedError):
             make(tmp_path / target)
     assert devices == ["cuda"] * len(trained) and len(trained) == 12
-
-
-NOT_TRAINED = ("latents", "8 bits", "checkpoint", "pictures")
 
 
 @pytest.mark.parametrize(
@@ -125,9 +129,6 @@ def test_a_device_that_is_not_there_is_named(device, told, monkeypatch):
     with pytest.raises(argparse.ArgumentTypeError, match=rf"{device}: .*{told}"):
         build.device(device)
     assert build.device("cpu") == "cpu"
-
-
-OPTIONS = (("--dtype", "float32"), ("--mixed_precision", "no"))  # of the cache and of a training
 
 
 def test_adapters_are_launched_where_asked_in_float32(monkeypatch):
@@ -142,8 +143,9 @@ def test_adapters_are_launched_where_asked_in_float32(monkeypatch):
         config = load_config_from_file(line[line.index("--config_file") + 1])
         assert (config.mixed_precision, config.distributed_type.value) == ("no", "NO")
         assert not config.use_cpu and config.num_processes == 1
-    for line, (name, value) in zip(lines, OPTIONS * 2, strict=True):
-        assert line[line.index(name) + 1] == value
+    for cache, training in (lines[:2], lines[2:]):
+        assert cache[cache.index("--dtype") + 1] == "float32"
+        assert training[training.index("--mixed_precision") + 1] == "no"
 
 
 def test_steps_are_changed_by_name():
@@ -215,8 +217,8 @@ def test_a_gpu_makes_all_parts(tmp_path):
 def laid(made, monkeypatch, tmp_path):
     """ComfyUI's base directory of what was made."""
     monkeypatch.setattr(files, "FOLDER", made[1])
-    monkeypatch.setenv(setup.FOLDER_VARIABLE, str(tmp_path))
-    return setup.ensure()
+    monkeypatch.setenv(assemble.FOLDER_VARIABLE, str(tmp_path))
+    return assemble.ensure()
 
 
 @pytest.mark.nightly

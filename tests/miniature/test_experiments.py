@@ -1,18 +1,22 @@
-"""The experiments' figures, on images for which they are known."""
+"""Drawing by several servers, and the experiments' figures, on images for which they are known."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from PIL import Image
 
-from miniature import experiments, setup
-from miniature.drawing import Task
+from miniature import assemble, experiments
 from miniature.metrics import Similarity
 from miniature.scenes import outlined, render, scenes
+from miniature.through_comfyui import Drawer, Task
 from miniature.workflows import SECOND
+from tests.support import image_folders
+from tools.workflows.api import of_class
 
 
 @pytest.fixture
@@ -71,9 +75,6 @@ def test_figures_of_the_variants(task, monkeypatch):
     monkeypatch.setattr(
         experiments.concatenated, "draw", lambda _, texts: given.append(texts) or strangers
     )
-    monkeypatch.setattr(
-        experiments.files, "manifest", lambda: {"files": {experiments.files.CONCATENATED: {}}}
-    )
     images = {
         ("image_only", "fine-grained"): task.images[:, None],
         ("text_and_image", "fine-grained"): asked[:, None],
@@ -114,21 +115,14 @@ def test_figures_of_several_references(task, classify):
 
 
 def test_figures_of_structure(task, classify):
-    rows = scenes(setup.SHOWN, 24, experiments.STRUCTURES + task.seeds[0])
+    rows = scenes(assemble.SHOWN, 24, experiments.STRUCTURES + task.seeds[0])
     followed = render(replace(rows, colour=task.rows.colour, background=task.rows.background))
     images = {
-        "controlnet": followed,
-        ("image_to_image", 1.0): replace(rows, colour=task.rows.colour),
-        ("image_to_image", 0.0): rows,
+        "controlnet": followed[:, None],
+        ("image_to_image", 1.0): render(replace(rows, colour=task.rows.colour))[:, None],
+        ("image_to_image", 0.0): render(rows)[:, None],
     }
-    images = {
-        name: made if isinstance(made, Tensor) else render(made) for name, made in images.items()
-    }
-    found = experiments.structure(
-        Known(task, {name: made[:, None] for name, made in images.items()}),
-        classify,
-        task.images,
-    )
+    found = experiments.structure(Known(task, images), classify, task.images)
     assert min(found["shape_of_edges"], found["colour"], found["background"]) > 0.95
     assert found["overlap"] > 0.9 > 0.7 > found["overlap_without"]
     start = found["image_to_image"]
@@ -186,8 +180,41 @@ def test_figures_of_the_map(task):
     disc = experiments.mask().float()
     maps = (0.1 + 0.8 * disc).expand(24, 1, 3, 64, 64)
     found = experiments.attention_map(Known(task, {"attention_map": maps}))
-    assert found == {
-        "inside": pytest.approx(0.9),
-        "outside": pytest.approx(0.1),
-        "overlap": 1,
-    }
+    assert found == pytest.approx({"inside": 0.9, "outside": 0.1, "overlap": 1})
+
+
+class Server:
+    """Draws one grey for each noise, and waits with its first until another server draws too."""
+
+    def __init__(self, meeting):
+        self.meeting, self.busy, self.drawn = meeting, threading.Lock(), 0
+
+    def run(self, prompt):
+        assert self.busy.acquire(blocking=False), "a server was given two prompts at once"
+        if not self.drawn:
+            self.meeting.wait(timeout=20)
+        self.drawn += 1
+        (sampler,) = of_class(prompt, "KSampler")
+        (saver,) = (name for name, node in prompt.items() if node["class_type"] == "SaveImage")
+        grey = Image.new("RGB", (8, 8), (sampler["seed"] % 256,) * 3)
+        self.busy.release()
+        return SimpleNamespace(images={saver: [image_folders.encoded(grey)]})
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_servers_share_the_work_and_the_order_stays(tmp_path, count):
+    meeting = threading.Barrier(count)
+    servers = [Server(meeting) for _ in range(count)]
+    task = Task.of(12, seed=0)
+    drawn = Drawer(servers, task, tmp_path)("text_and_image")
+    assert drawn.shape == (12, 1, 3, 8, 8)
+    shown = (drawn[:, 0, 0, 0, 0] * 255).round().int().tolist()
+    assert shown == [seed % 256 for seed in task.seeds]
+    assert sum(server.drawn for server in servers) == 12
+    assert all(server.drawn for server in servers)
+
+
+def test_what_a_server_raises_is_raised(tmp_path):
+    failing = SimpleNamespace(run=lambda prompt: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Drawer([failing], Task.of(8, seed=0), tmp_path)("text_and_image")

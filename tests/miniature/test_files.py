@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ip_adapter_core.variants import FEATURE_KINDS
-from miniature import base, build, files, models, setup, workflows
+from miniature import assemble, base, build, files, models, workflows
 from miniature.metrics import distance
 from miniature.scenes import outlined, render, scenes
 from training.models.base import load_base
@@ -50,15 +50,14 @@ def test_the_manifest_is_of_the_recipe():
 
 
 def test_builds_of_one_recipe_are_known(monkeypatch):
-    shipped = files.manifest()
-    recipe = files.made()["recipe"]
+    shipped, recipe = files.manifest(), files.made()["recipe"]
 
     def of(**changes):
         monkeypatch.setattr(files, "manifest", lambda: {**shipped, **changes})
         return files.made()["recipe"]
 
-    others = {"seconds": {}, "side_by_side": {}, "files": {}}
-    assert of(seed=99, made_on="another", seconds_in_all=1, **others) == recipe
+    others = {"made_on": "another", "seconds": {}, "side_by_side": {}, "files": {}}
+    assert of(seed=99, seconds_in_all=1, **others) == recipe
     assert of(steps={**shipped["steps"], "control": 1}) != recipe
     assert of(scenes="others") != recipe
     assert of(adapters={**shipped["adapters"], "train_batch_size": 1}) != recipe
@@ -118,9 +117,8 @@ def test_an_adapters_idle_layer_is_left_out_and_put_back(base_directory):
 
 def test_the_autoencoder_keeps_both_styles():
     vae = files.autoencoder(files.FOLDER / files.AUTOENCODER)
-    rows = scenes(1 << 41, 64)
     for draw, levels in ((render, 6), (outlined, 9)):
-        images = draw(rows)
+        images = draw(scenes(1 << 41, 64))
         with torch.inference_mode():
             found = vae.decode(vae.encode(images))
         assert distance(found, images) < levels, draw
@@ -131,36 +129,36 @@ def test_set_up_again_nothing_is_made_and_after_a_change_all_is(
 ):
     checkpoint = base_directory / "models" / "checkpoints" / workflows.CHECKPOINT
     before = checkpoint.stat().st_mtime_ns
-    setup.ensure()
+    assemble.ensure()
     assert checkpoint.stat().st_mtime_ns == before
     monkeypatch.setenv("IP_ADAPTER_MINIATURE", str(tmp_path))
-    assert setup.ensure() == tmp_path
+    assert assemble.ensure() == tmp_path
     copy = tmp_path / "models" / "checkpoints" / checkpoint.name
     assert files.checksum(copy) == files.checksum(checkpoint)
     stamp = tmp_path / "made.json"
     stamp.write_text(json.dumps({"shipped": {}}))
     reference = tmp_path / "input" / "reference.png"
     reference.write_bytes(b"old")
-    setup.ensure()
+    assemble.ensure()
     assert reference.stat().st_size > 1000
 
 
 def test_an_interrupted_set_up_is_not_taken_for_done(monkeypatch, tmp_path):
-    monkeypatch.setenv("IP_ADAPTER_MINIATURE", str(tmp_path))
+    monkeypatch.setenv(assemble.FOLDER_VARIABLE, str(tmp_path))
+    stamp = tmp_path / "made.json"
+    stamp.write_text(json.dumps({"shipped": {}}))
 
     def interrupted():
         raise KeyboardInterrupt
 
-    stamp = tmp_path / "made.json"
-    stamp.write_text(json.dumps({"shipped": {}}))
-    monkeypatch.setattr(setup, "_models", interrupted)
+    monkeypatch.setattr(assemble, "_models", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        setup.ensure()
+        assemble.ensure()
     assert not stamp.exists()
 
 
 def test_another_build_has_a_base_directory_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.delenv("IP_ADAPTER_MINIATURE", raising=False)
-    ours = setup.base_directory()
+    monkeypatch.delenv(assemble.FOLDER_VARIABLE, raising=False)
+    ours = assemble.base_directory()
     monkeypatch.setattr(files, "FOLDER", tmp_path)
-    assert setup.base_directory() not in (ours, tmp_path)
+    assert assemble.base_directory() not in (ours, tmp_path)

@@ -70,11 +70,11 @@ def test_chance_knows_what_is_preferred():
     found = torch.tensor([0, 0, 1, 2] * 16)
     wanted = torch.tensor([0, 0, 0, 3] * 16)
     seen = chance(found, wanted)
-    assert seen.mean == pytest.approx(0.5 * 0.75, abs=0.01)
+    assert seen["mean"] == pytest.approx(0.5 * 0.75, abs=0.01)
     generator = torch.Generator().manual_seed(5)
     shuffled = [share(found, wanted[torch.randperm(64, generator=generator)]) for _ in range(2000)]
-    assert 0.98 < sum(seen.low <= one <= seen.high for one in shuffled) / 2000 < 1
-    assert share(found, found) > seen.high  # images that follow are beyond it
+    assert 0.98 < sum(seen["low"] <= one <= seen["high"] for one in shuffled) / 2000 < 1
+    assert share(found, found) > seen["high"]  # images that follow are beyond it
 
 
 def test_chance_of_several_images_of_each_reference():
@@ -85,8 +85,8 @@ def test_chance_of_several_images_of_each_reference():
     assert copies == once == chance(found[:, None], wanted)
     four = torch.randint(4, (64, 4), generator=generator)
     many = chance(four, wanted)
-    assert many.high - many.low < 0.7 * (once.high - once.low)
-    assert many.low < share(four, wanted[:, None]) < many.high
+    assert many["high"] - many["low"] < 0.7 * (once["high"] - once["low"])
+    assert many["low"] < share(four, wanted[:, None]) < many["high"]
 
 
 def test_the_interval_is_wilsons():

@@ -10,10 +10,10 @@ import pytest
 
 from miniature import files
 from miniature import model_card as card
+from miniature.scenes import KINDS
 from miniature.thresholds import demands
 from tests.miniature.test_thresholds import GOOD
 
-KINDS = ("colour", "background", "texture", "shape")
 EVALUATION = {
     **copy.deepcopy(GOOD),
     "references": 64,
@@ -24,40 +24,44 @@ EVALUATION = {
     "intervals": {kind: [0.81, 0.98] for kind in KINDS},
     "by_weight": {w: dict.fromkeys(KINDS, x) for w, x in (("0", 0.1), ("1", 0.913))},
     "image_similarity_of_strangers": 0.031,
-    "fine_grained": dict.fromkeys(KINDS, 0.877),
-    "concatenated": dict.fromkeys(KINDS, 0.7),
+    "fine_grained": dict.fromkeys(KINDS, 0.877) | {"similarity_to_asked": 0.922},
+    "concatenated": dict.fromkeys(KINDS, 0.7) | {"similarity_to_asked": 0.533},
     "described": dict.fromkeys(KINDS, 0.993),
     "similarity_to_asked": 0.911,
 }
 EVALUATION["chance"]["shape"] = {"mean": 0.18, "low": 0.1, "high": 0.3}
 EVALUATION["image_only"]["image_similarity"] = 0.666
-for name, likeness in (("fine_grained", 0.922), ("concatenated", 0.533)):
-    EVALUATION[name]["similarity_to_asked"] = likeness
 EVALUATION["findings"]["references"] = 24
 for one in EVALUATION["findings"]["sets"]:
     one["variants"]["strangers"] = one["variants"]["concatenated"]
     one["several_references"]["average"]["colour_of_either"] = 0.6
 
 
-@pytest.fixture
-def text():
-    return card.section(EVALUATION)
+def of_seed(number, **changes):
+    made = {"recipe": "abc", "seed": number, "minutes": 10 * number, "on": "a machine"}
+    found = copy.deepcopy(EVALUATION)
+    found["findings"]["sets"] += copy.deepcopy(found["findings"]["sets"])  # two
+    return {**found, "made": made, **changes}
 
 
-def test_the_figures_are_in_it(text):
+def without(found, *path):
+    *way, last = path
+    place = found
+    for key in way:
+        place = place[key]
+    del place[last]
+    return found
+
+
+def test_the_figures_are_in_it():
+    text = card.section(EVALUATION)
     for figure in ("0.91 (0.81 … 0.98)", "0.88", "0.13 (0.07 … 0.19)", "0.05 at 0", "0.03", "0.67"):
         assert figure in text, figure
-    assert "Of 64 references" in text and "4 pictures each" in text
+    assert "Of 64 references" in text and "4 images each" in text
     assert "at λ = 1: 0.91 base, 0.92 fine-grained, 0.53 concatenated." in text
     assert "| … fine-grained | 15.0 |" in text and "| … concatenated | 30.0 |" in text
     assert "are met." in text and "Missed" not in text
-
-
-def of_seed(seed, **changes):
-    made = {"recipe": "abc", "seed": seed, "minutes": 10 * seed, "on": "a machine"}
-    found = {**copy.deepcopy(EVALUATION), "made": made, **changes}
-    found["findings"]["sets"] += copy.deepcopy(found["findings"]["sets"])  # two
-    return found
+    assert "| seed 1 |" not in text
 
 
 def test_further_builds_lie_beside_the_first():
@@ -66,62 +70,36 @@ def test_further_builds_lie_beside_the_first():
         one["variants"]["base"]["text_and_image"]["distance"] = 40.0 + number
     text = card.section(of_seed(1), [other])
     assert "seed 1 in 10 minutes (a machine); seed 2 in 20 minutes (a machine)" in text
-    kept = EVALUATION["shape_kept"]
-    assert f"| shape of the text at λ = 1 | {kept:.2f} | 0.88 |" in text
-    first = EVALUATION["findings"]["sets"][0]["variants"]["base"]["text_and_image"]["distance"]
-    assert f"| distance from what is asked, base adapter | {first:.1f} | 40.5 |" in text
+    assert "| shape of the text at λ = 1 | 0.90 | 0.88 |" in text
+    assert "| distance from what is asked, base adapter | 20.0 | 40.5 |" in text
     met = f"{len([*demands(other)])}"
     assert f"met | {met} of {met} |" in text
 
 
-def test_without_further_builds_no_table_of_them(text):
-    assert "| seed 1 |" not in text
-
-
-def test_a_model_that_one_build_lacks_is_left_out():
-    other = of_seed(2)
-    del other["findings"]["sets"][0]["structure"], other["concatenated"]
-    text = card.section(of_seed(1), [other])
-    assert text.count("edges and image: overlap") == 1  # of the first build's sets
-    assert text.count("\n| … concatenated") + 2 == card.section(of_seed(1), [of_seed(2)]).count(
-        "\n| … concatenated"
-    )
-
-
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("other", "told"),
     [
-        ({"made": {}}, "no 'made': measure"),
-        ({"made": {"recipe": "x", "seed": 2, "minutes": 1, "on": ""}}, "recipes abc, x; expected"),
-        ({"made": of_seed(1)["made"]}, r"seeds \[1, 1\]; expected"),
-        ({"references": 8}, "'references': 64.*'references': 8.*measure one again"),
-        ({"seed": 5}, "'seed': 0.*'seed': 5"),
-        ({"sampling": {"steps": 9, "guidance": 4.0}}, "'steps': 20.*'steps': 9"),
-        ({"findings": {**EVALUATION["findings"], "references": 9}}, "'findings': 9"),
-        ({"findings": {**EVALUATION["findings"], "sets": []}}, r"'sets': \[\]"),
+        (of_seed(2, made={}), "no 'made': measure"),
+        (
+            of_seed(2, made={"recipe": "x", "seed": 2, "minutes": 1, "on": ""}),
+            "recipes abc, x; expected",
+        ),
+        (of_seed(1), r"seeds \[1, 1\]; expected"),
+        (of_seed(2, references=8), "'references': 64.*'references': 8.*measure one again"),
+        (of_seed(2, seed=5), "'seed': 0.*'seed': 5"),
+        (of_seed(2, sampling={"steps": 9, "guidance": 4.0}), "'steps': 20.*'steps': 9"),
+        (of_seed(2, findings=EVALUATION["findings"] | {"references": 9}), "'findings': 9"),
+        (of_seed(2, findings=EVALUATION["findings"] | {"sets": []}), r"'sets': \[\]"),
+        (without(of_seed(2), "findings"), "no 'findings'"),
     ],
 )
-def test_builds_that_cannot_be_compared_are_refused(change, told):
+def test_builds_that_cannot_be_compared_are_refused(other, told):
     with pytest.raises(card.NotComparable, match=told):
-        card.section(of_seed(1), [of_seed(2) | change])
-
-
-def test_a_build_without_findings_is_refused():
-    other = of_seed(2)
-    del other["findings"]
-    with pytest.raises(card.NotComparable, match="no 'findings'"):
         card.section(of_seed(1), [other])
 
 
-def test_a_figure_that_a_build_lacks_is_no_model_that_it_lacks():
-    other = of_seed(2)
-    del other["texture_at_zero"]
-    with pytest.raises(KeyError, match="texture_at_zero"):
-        card.section(of_seed(1), [other])
-
-
-def test_every_line_of_a_table_has_as_many_cells(text):
-    text += "\n\n" + card.section(of_seed(1), [of_seed(2), of_seed(3)])
+def test_every_line_of_a_table_has_as_many_cells():
+    text = card.section(EVALUATION) + "\n\n" + card.section(of_seed(1), [of_seed(2), of_seed(3)])
     for block in text.split("\n\n"):
         widths = {line.count("|") for line in block.splitlines() if line.startswith("|")}
         assert len(widths) <= 1, block
@@ -132,26 +110,17 @@ def test_what_is_missed_is_said():
     assert "Missed:\n\n- colour follows the reference at λ = 1: 0.500 (≥ 0.9)" in missed
 
 
-def test_without_further_models_there_are_fewer_lines(text):
-    few = copy.deepcopy(EVALUATION)
-    for one in few["findings"]["sets"]:
-        del one["structure"], one["another_base"], one["variants"]["concatenated"]
-    assert card.section(few).count("\n|") < text.count("\n|") - 12
-    assert "structure: not measured" in card.section(few)
-    del few["findings"]
-    assert "| set 1 |" not in card.section(few)
-
-
 def test_a_figure_that_is_missing_is_no_model_that_is_missing():
-    few = copy.deepcopy(EVALUATION)
-    del few["findings"]["sets"][0]["structure"]["overlap"]
+    with pytest.raises(KeyError, match="texture_at_zero"):
+        card.section(of_seed(1), [without(of_seed(2), "texture_at_zero")])
+    few = without(copy.deepcopy(EVALUATION), "findings", "sets", 0, "structure", "overlap")
     with pytest.raises(KeyError):
         card.section(few)
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """The command, on a card and an evaluation."""
+    """The command, on a card and evaluations; the first has to be of the build `abc`."""
     monkeypatch.setattr(files, "FOLDER", tmp_path)
     monkeypatch.setattr(files, "checksums", lambda: {"unet": "abc"})
     (tmp_path / "README.md").write_text(f"{card.BEGIN}{card.END}", encoding="utf-8")
@@ -169,26 +138,22 @@ def run(tmp_path, monkeypatch):
 
 
 def test_the_command_writes_the_card(run):
-    assert "Of 64 references" in run({**EVALUATION, "build": {"unet": "abc"}})
-
-
-def test_the_command_lays_further_builds_beside(run):
-    assert "| seed 1 | seed 2 |" in run(of_seed(1, build={"unet": "abc"}), of_seed(2))
-
-
-def test_builds_that_cannot_be_compared_are_told(run, capsys):
-    with pytest.raises(SystemExit):
-        run(of_seed(1, build={"unet": "abc"}), of_seed(1))
-    assert "seeds [1, 1]" in capsys.readouterr().err
+    first = of_seed(1, build={"unet": "abc"})
+    assert "Of 64 references" in run(first)
+    assert "| seed 1 | seed 2 |" in run(first, of_seed(2))
 
 
 @pytest.mark.parametrize(
-    ("evaluation", "told"),
-    [(None, "is not there"), ({**EVALUATION, "build": {"unet": "xyz"}}, "measured other files")],
+    ("evaluations", "told"),
+    [
+        ([None], "is not there"),
+        ([of_seed(1, build={"unet": "xyz"})], "measured other files"),
+        ([of_seed(1, build={"unet": "abc"}), of_seed(1)], "seeds [1, 1]"),
+    ],
 )
-def test_another_builds_figures_and_none_are_refused(run, capsys, evaluation, told):
+def test_the_command_tells_what_cannot_be(run, capsys, evaluations, told):
     with pytest.raises(SystemExit):
-        run(evaluation)
+        run(*evaluations)
     assert told in capsys.readouterr().err
 
 

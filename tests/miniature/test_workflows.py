@@ -7,7 +7,7 @@ import json
 import pytest
 
 from miniature import workflows
-from miniature.drawing import WORKFLOWS
+from miniature.through_comfyui import WORKFLOWS
 from tools.comfyui.browser import COMPLAINTS
 
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json") if path.stem != "sdxl")

@@ -130,7 +130,7 @@ def find(real, folder, encoders):
 
     def find(family, preset):
         choice = loaders.find_files(real[family], preset, paths.adapters(), paths.encoders())
-        find.choice, find.said = choice, loaders.describe_choice(choice)
+        find.said = loaders.describe_choice(choice)
         return choice.adapter.name, choice.encoder.name
 
     return find

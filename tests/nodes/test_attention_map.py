@@ -18,7 +18,7 @@ def attention_map(nodes, monkeypatch, tmp_path):
 
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
 
-    def attention_map(seen, picture, samples=None, **asked):
+    def attention_map(seen, picture, **asked):
         maps = next(iter(seen.values()))
         count, prompts, *size = maps.shape
         made = torch.rand(count, 4, *size)
@@ -29,9 +29,8 @@ def attention_map(nodes, monkeypatch, tmp_path):
         ]
         record = AttentionRecorder()
         record.runs.append(RecordedRun(made, prompts, lambda at: 10 * (1 - at), shares))
-        latent = {"samples": made if samples is None else samples}
-        given = {"record": record, "samples": latent, "image": picture, **ASKED, **asked}
-        return nodes["IPA_AttentionMap"].execute(**given)
+        given = {"record": record, "samples": {"samples": made}, "image": picture}
+        return nodes["IPA_AttentionMap"].execute(**given, **{**ASKED, **asked})
 
     return attention_map
 
@@ -47,7 +46,9 @@ def test_it_lies_over_the_picture(attention_map):
     maps = torch.zeros(1, 8, 12)
     maps[:, :, :6] = 0.4
     picture = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(0))
-    overlay, heat = attention_map(once(maps), picture).args
+    made = attention_map(once(maps), picture)
+    assert len(made.ui.as_dict()["images"]) == 1
+    overlay, heat = made.args
     assert overlay.shape == (1, 64, 96, 3) and heat.shape == (1, 64, 96)
     assert torch.allclose(heat[:, :, :30], torch.tensor(0.4), atol=0.02)
     assert float(heat[:, :, 60:].max()) < 0.02
@@ -78,35 +79,13 @@ def test_each_setting_chooses(attention_map, asked, value):
     assert torch.allclose(heat, torch.tensor(value))
 
 
-def test_a_preview_is_shown(attention_map):
-    shown = attention_map(once(torch.rand(2, 8, 8)), torch.rand(2, 16, 16, 4)).ui.as_dict()
-    assert len(shown["images"]) == 2
-
-
 @pytest.mark.parametrize(
-    "picture, samples, asked, message",
+    "picture, message",
     [
-        ((3, 16, 16, 3), None, {}, "image holds 3 pictures, but samples 2 latents"),
-        ((2, 16, 24, 3), None, {}, "image is 24×16 pixels"),
-        ((2, 16, 16, 3), torch.zeros(2, 4, 8, 8), {}, "samples are of none of the 1 sampling runs"),
-        ((2, 16, 16, 3), None, {"start_at": 0.8, "end_at": 0.2}, "swap them"),
-        ((2, 16, 16, 3), None, {"prompt_number": 2}, "prompt_number is 2, but 1 were applied"),
-        (
-            (2, 16, 16, 3),
-            None,
-            {"blocks": "middle, output 1"},
-            "'output 1', which was not recorded",
-        ),
+        ((3, 16, 16, 3), "image holds 3 pictures, but samples 2 latents"),
+        ((2, 16, 24, 3), "image is 24×16 pixels"),
     ],
 )
-def test_what_does_not_fit(attention_map, picture, samples, asked, message):
+def test_pictures_that_do_not_fit(attention_map, picture, message):
     with pytest.raises(ValueError, match=message):
-        attention_map(once(torch.rand(2, 8, 8)), torch.rand(picture), samples, **asked)
-
-
-def test_the_record_node_gives_a_model_and_what_watches_it(nodes, small):
-    patched = small.apply(small.model(), small.adapter(), small.images())
-    recorded, record = nodes["IPA_RecordAttention"].execute(patched).args
-    latents = small.run(small.guider(recorded, small.text(1), small.text(2)))
-    assert record.of(latents).heat([("all", None)], 0.0, 1.0, 0).shape == (2, 8, 8)
-    assert recorded is not patched
+        attention_map(once(torch.rand(2, 8, 8)), torch.rand(picture))

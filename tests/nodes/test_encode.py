@@ -1,4 +1,5 @@
-"""IPA_PrepareImage: what the encoder sees, from which the same features come."""
+"""IPA_PrepareImage: what the encoder sees, from which the same features come. IPA_EncodeImage and
+IPA_CombinePrompts: which encoder a prompt is of."""
 
 from __future__ import annotations
 
@@ -19,23 +20,26 @@ def pictures(height, width, count=2, channels=3):
 
 @pytest.fixture
 def prepare(nodes, clip_vision, prompts_folder):
+    execute = nodes["IPA_PrepareImage"].execute
+
     def prepare(image, crop="center", x=0.5, y=0.5, grid=1):
-        made = nodes["IPA_PrepareImage"].execute(clip_vision, image, crop, x, y, grid)
-        return made.args[0]
+        return execute(clip_vision, image, crop, x, y, grid).args[0]
 
     return prepare
 
 
 @pytest.fixture
 def encode(nodes, clip_vision):
-    def encode(image, crop):
-        return nodes["IPA_EncodeImage"].execute(clip_vision, image, crop).args[0].positive
+    def encode(image, crop="center", encoder=clip_vision):
+        return nodes["IPA_EncodeImage"].execute(encoder, image, crop).args[0]
 
     return encode
 
 
 def same(one, other):
-    return all(torch.equal(getattr(one, kind), getattr(other, kind)) for kind in KINDS)
+    return all(
+        torch.equal(getattr(one.positive, kind), getattr(other.positive, kind)) for kind in KINDS
+    )
 
 
 @pytest.mark.parametrize("crop", ["center", "pad", "none"])
@@ -120,9 +124,6 @@ def test_the_node_shows_it(nodes, clip_vision, prompts_folder):
     "changed, said",
     [
         ({"crop": "middle"}, "'middle'; expected one of center, pad, none, point, tiles"),
-        ({"crop": "point", "x": float("nan")}, "x is nan"),
-        ({"crop": "tiles", "grid": 9}, "grid is 9"),
-        ({"crop": "tiles", "image": pictures(1, 100)}, "100 tiles; at most 64"),
         ({"image": torch.rand(0, 8, 8, 3)}, "image holds no pixels"),
         ({"image": torch.rand(8, 8, 3), "crop": "point"}, r"image has shape \[8, 8, 3\]"),
         ({"image": torch.full((1, 8, 8, 3), torch.nan), "crop": "tiles"}, "image contains NaN"),
@@ -133,7 +134,78 @@ def test_what_cannot_be(prepare, changed, said):
         prepare(**{"image": pictures(40, 50), **changed})
 
 
-def test_an_encoder_of_another_kind(prepare, clip_vision, monkeypatch):
-    monkeypatch.setattr(clip_vision, "model_type", "siglip2_vision_model")
-    with pytest.raises(ValueError, match=r"siglip2_vision_model.*expected a CLIP vision model"):
-        prepare(pictures(40, 50))
+@pytest.fixture
+def combine(nodes):
+    execute = nodes["IPA_CombinePrompts"].execute
+    return lambda prompts, method="concat", weights="": execute(prompts, method, weights).args[0]
+
+
+@pytest.fixture
+def another(clip_vision, small):
+    """An image encoder of the same shapes, with other weights."""
+    from comfy.clip_vision import ClipVisionModel
+
+    made = ClipVisionModel(clip_vision.config)
+    small.fill(made.model.requires_grad_(False), seed=41)
+    return made
+
+
+SQUARE = torch.rand(1, 28, 28, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_weights_follow_the_sockets(small, combine):
+    """A workflow for the server may name sockets in any order, and leave some out."""
+    prompts = {f"prompt{i}": small.images(seed=i) for i in (11, 2, 0)}
+    made = combine(prompts, "add", "1, 10, 100")
+    one, two, three = (prompts[f"prompt{i}"].positive.image_embeds for i in (0, 2, 11))
+    torch.testing.assert_close(made.positive.image_embeds, one + 10 * two + 100 * three)
+
+
+def test_the_activation_goes_into_the_description(encode, clip_vision, monkeypatch):
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import encode as module
+
+    monkeypatch.setattr(module, "describe_encoder", lambda *given: f"quick: {given[-1]}")
+    assert encode(SQUARE).encoder == "quick: False"
+    monkeypatch.setitem(clip_vision.config, "hidden_act", "quick_gelu")
+    assert encode(SQUARE).encoder == "quick: True"
+
+
+def test_encoders_of_equal_shapes_are_told_apart(encode, combine, clip_vision, another):
+    one, other = (encode(SQUARE, encoder=encoder) for encoder in (clip_vision, another))
+    assert one.encoder == other.encoder
+    assert one.fingerprint != other.fingerprint
+    with pytest.raises(ValueError) as error:
+        combine({"prompt0": one, "prompt1": other}, "average")
+    for words in (one.encoder, one.fingerprint[:12], other.fingerprint[:12], "prompt0", "prompt1"):
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"hidden_act": "quick_gelu"},
+        {"image_mean": [0.5, 0.5, 0.5]},
+        {"image_std": [0.5, 0.5, 0.5]},
+    ],
+)
+def test_other_settings_of_the_same_weights_are_another_encoder(encode, clip_vision, changed):
+    from comfy.clip_vision import ClipVisionModel
+
+    made = ClipVisionModel({**clip_vision.config, **changed})
+    made.model.load_state_dict(clip_vision.get_sd())
+    one, other = (encode(SQUARE, encoder=encoder) for encoder in (clip_vision, made))
+    assert one.encoder == other.encoder
+    assert one.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "damaged",
+    ["visual_projection.weight", "vision_model.embeddings.position_embedding.weight"],
+)
+def test_a_damaged_encoder_is_named(encode, another, value, damaged):
+    known = encode(SQUARE, encoder=another).encoder
+    another.model.get_parameter(damaged).data.view(-1)[7] = value
+    with pytest.raises(ValueError, match=r"NaN or infinite.*weights are damaged") as error:
+        encode(SQUARE, encoder=another)
+    assert known in str(error.value)

@@ -87,13 +87,8 @@ def test_words_have_room(draw, weight, start):
     "given, message",
     [
         (("1", "2"), "starts has 2; expected 0 … 1"),
-        (("1", "0.2, -0.1"), "starts has -0.1"),
-        (("a", "0"), "weights has 'a'"),
-        (("", "0"), "weights is empty"),
-        (("1", ""), "starts is empty"),
         (("0.5, 1, 0.5", "0"), "weights has 0.5 more than once"),
         (("1", "0; 0.2; 0.2"), "starts has 0.2 more than once"),
-        (("0,25; 0,5", "0"), "weights has 25; expected -5 … 5.*point"),
         (("-5.5", "0"), "weights has -5.5"),
     ],
 )

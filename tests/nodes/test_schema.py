@@ -4,225 +4,147 @@ from __future__ import annotations
 
 import pytest
 
-KNOBS = {
-    "adapter": ("IP_ADAPTER", {}),
-    "image_prompt": ("IMAGE_PROMPT", {}),
-    "weight": ("FLOAT", {"default": 1.0, "min": -5.0, "max": 5.0, "step": 0.05}),
-    "start_at": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.001}),
-    "end_at": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.001}),
+
+def number(default, min_, max_, step):
+    return "FLOAT", {"default": default, "min": min_, "max": max_, "step": step}
+
+
+MODEL, PROMPT, CLIP, IMAGE = ("MODEL", {}), ("IMAGE_PROMPT", {}), ("CLIP_VISION", {}), ("IMAGE", {})
+GROWING = ("COMFY_AUTOGROW_V3", {})
+LINKED = ("FLOAT", {"forceInput": True})
+WINDOW = {"start_at": number(0.0, 0.0, 1.0, 0.001), "end_at": number(1.0, 0.0, 1.0, 0.001)}
+STRENGTH = {
+    "weight": number(1.0, -5.0, 5.0, 0.05),
+    **WINDOW,
     "combine": (["concat", "average", "per_latent"], {"default": "concat"}),
 }
-OPTIONAL_KNOBS = {
-    "mask": ("MASK", {}),
-    "layer_weights": ("LAYER_WEIGHTS", {}),
-    "weight_curve": ("CURVE", {"forceInput": True}),
-    "latent_weights": ("LATENT_WEIGHTS", {}),
-}
-PRESETS = [
+KNOBS = {"adapter": ("IP_ADAPTER", {}), "image_prompt": PROMPT, **STRENGTH}
+CURVES = {"layer_weights": ("LAYER_WEIGHTS", {}), "weight_curve": ("CURVE", {"forceInput": True})}
+OPTIONAL_KNOBS = {"mask": ("MASK", {}), **CURVES, "latent_weights": ("LATENT_WEIGHTS", {})}
+LAYER_PRESETS = [
     *("uniform", "style", "strong style", "composition", "style and composition"),
     *("style without composition", "ease in", "ease out", "ease in-out", "reverse in-out"),
     *("weak input", "weak middle", "weak output", "strong middle"),
 ]
-# id: display name, category, required and optional inputs in order, outputs
-NODES = {
-    "IPA_LoadAdapter": (
-        "Load IP-Adapter",
-        "model/loaders",
-        {"adapter_name": (["a.safetensors"], {})},
-        {},
-        {"adapter": "IP_ADAPTER"},
-    ),
-    "IPA_EncodeImage": (
-        "Encode Image Prompt",
-        "model/conditioning",
-        {
-            "clip_vision": ("CLIP_VISION", {}),
-            "image": ("IMAGE", {}),
-            "crop": (["center", "pad", "none"], {"default": "center"}),
-        },
-        {"negative_image": ("IMAGE", {})},
-        {"image_prompt": "IMAGE_PROMPT"},
-    ),
-    "IPA_Apply": (
-        "Apply IP-Adapter",
-        "model/conditioning",
-        {"model": ("MODEL", {}), **KNOBS},
-        OPTIONAL_KNOBS,
-        {"model": "MODEL"},
-    ),
-    "IPA_ApplyConditioning": (
-        "Apply IP-Adapter (Conditioning)",
-        "model/conditioning",
-        {
-            "model": ("MODEL", {}),
-            "positive": ("CONDITIONING", {}),
-            "negative": ("CONDITIONING", {}),
-            **KNOBS,
-        },
-        OPTIONAL_KNOBS,
-        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING"},
-    ),
-    "IPA_ApplyRegions": (
-        "Apply IP-Adapter (Regions)",
-        "model/conditioning",
-        {
-            "model": ("MODEL", {}),
-            "adapter": KNOBS["adapter"],
-            "image_prompts": ("COMFY_AUTOGROW_V3", {}),
-            "masks": ("COMFY_AUTOGROW_V3", {}),
-            "overlap": (["normalize", "add"], {"default": "normalize"}),
-            **{name: KNOBS[name] for name in ("weight", "start_at", "end_at", "combine")},
-        },
-        {name: OPTIONAL_KNOBS[name] for name in ("layer_weights", "weight_curve")},
-        {"model": "MODEL"},
-    ),
-    "IPA_LayerWeights": (
-        "Layer Weights",
-        "model/conditioning",
-        {
-            "model": ("MODEL", {}),
-            "preset": (PRESETS, {"default": "uniform"}),
-            "changes": ("STRING", {"default": "", "multiline": True}),
-        },
-        {},
-        {"layer_weights": "LAYER_WEIGHTS", "profile": "IMAGE", "layers": "STRING"},
-    ),
-    "IPA_LatentWeights": (
-        "Weights per Latent",
-        "model/conditioning",
-        {
-            "weights": ("STRING", {"default": "0: 0, 15: 1", "multiline": True}),
-            "count": ("INT", {"default": 0, "min": 0, "max": 100_000}),
-        },
-        {"curve": ("CURVE", {"forceInput": True})},
-        {"latent_weights": "LATENT_WEIGHTS"},
-    ),
-    "IPA_RecordAttention": (
-        "Record Image Attention",
-        "model/conditioning",
-        {"model": ("MODEL", {})},
-        {},
-        {"model": "MODEL", "record": "ATTENTION_RECORD"},
-    ),
-    "IPA_AttentionMap": (
-        "Image Attention Map",
-        "model/conditioning",
-        {
-            "record": ("ATTENTION_RECORD", {}),
-            "samples": ("LATENT", {}),
-            "image": ("IMAGE", {}),
-            "blocks": ("STRING", {"default": "all"}),
-            "start_at": KNOBS["start_at"],
-            "end_at": KNOBS["end_at"],
-            "prompt_number": ("INT", {"default": 0, "min": 0, "max": 64}),
-            "opacity": ("FLOAT", {"default": 0.6, "min": 0.0, "max": 1.0, "step": 0.05}),
-        },
-        {},
-        {"overlay": "IMAGE", "heat_map": "MASK"},
-    ),
-    "IPA_GridValues": (
-        "Weights × Starts",
-        "model/conditioning",
-        {
-            "weights": ("STRING", {"default": "0.25, 0.5, 0.75, 1"}),
-            "starts": ("STRING", {"default": "0, 0.2, 0.4"}),
-        },
-        {},
-        {"weight": "FLOAT", "start_at": "FLOAT"},
-    ),
-    "IPA_DrawGrid": (
-        "Draw Grid",
-        "model/conditioning",
-        {
-            "images": ("IMAGE", {}),
-            "weight": ("FLOAT", {"forceInput": True}),
-            "start_at": ("FLOAT", {"forceInput": True}),
-        },
-        {},
-        {"grid": "IMAGE"},
-    ),
-    "IPA_LoadImageEncoder": (
-        "Load Image Encoder (OpenCLIP)",
-        "model/loaders",
-        {"encoder_name": ([], {})},
-        {},
-        {"clip_vision": "CLIP_VISION"},
-    ),
+PRESETS = ["light", "standard", "fine-grained", "face", "full face"]
+METHODS = ["concat", "average", "norm_average", "add", "subtract"]
+NODES = {  # display names and outputs
+    "IPA_LoadAdapter": ("Load IP-Adapter", {"adapter": "IP_ADAPTER"}),
+    "IPA_LoadImageEncoder": ("Load Image Encoder (OpenCLIP)", {"clip_vision": "CLIP_VISION"}),
     "IPA_AutoLoad": (
         "Load IP-Adapter (Auto)",
-        "model/loaders",
-        {
-            "model": ("MODEL", {}),
-            "preset": (
-                ["light", "standard", "fine-grained", "face", "full face"],
-                {"default": "standard"},
-            ),
-        },
-        {},
         {"adapter": "IP_ADAPTER", "clip_vision": "CLIP_VISION", "chosen": "STRING"},
     ),
-    "IPA_PrepareImage": (
-        "Prepare Image for Prompt",
-        "model/conditioning",
-        {
-            "clip_vision": ("CLIP_VISION", {}),
-            "image": ("IMAGE", {}),
-            "crop": (["center", "pad", "none", "point", "tiles"], {"default": "center"}),
-            "x": ("FLOAT", {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.01}),
-            "y": ("FLOAT", {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.01}),
-            "grid": ("INT", {"default": 1, "min": 1, "max": 4}),
-        },
-        {},
-        {"image": "IMAGE"},
+    "IPA_EncodeImage": ("Encode Image Prompt", {"image_prompt": "IMAGE_PROMPT"}),
+    "IPA_PrepareImage": ("Prepare Image for Prompt", {"image": "IMAGE"}),
+    "IPA_NegativeNoise": ("Negative Image Noise", {"image": "IMAGE"}),
+    "IPA_CombinePrompts": ("Combine Image Prompts", {"image_prompt": "IMAGE_PROMPT"}),
+    "IPA_SavePrompt": ("Save Image Prompt", {"image_prompt": "IMAGE_PROMPT"}),
+    "IPA_LoadPrompt": ("Load Image Prompt", {"image_prompt": "IMAGE_PROMPT"}),
+    "IPA_Apply": ("Apply IP-Adapter", {"model": "MODEL"}),
+    "IPA_ApplyConditioning": (
+        "Apply IP-Adapter (Conditioning)",
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING"},
     ),
-    "IPA_NegativeNoise": (
-        "Negative Image Noise",
-        "model/conditioning",
-        {
-            "image": ("IMAGE", {}),
-            "kind": (["gaussian", "dissolve", "shuffle"], {"default": "gaussian"}),
-            "strength": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}),
-            "blur": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 32.0, "step": 0.5}),
-            "seed": (
-                "INT",
-                {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True},
-            ),
-        },
-        {},
-        {"image": "IMAGE"},
+    "IPA_ApplyRegions": ("Apply IP-Adapter (Regions)", {"model": "MODEL"}),
+    "IPA_LayerWeights": (
+        "Layer Weights",
+        {"layer_weights": "LAYER_WEIGHTS", "profile": "IMAGE", "layers": "STRING"},
     ),
-    "IPA_CombinePrompts": (
-        "Combine Image Prompts",
-        "model/conditioning",
-        {
-            "prompts": ("COMFY_AUTOGROW_V3", {}),
-            "method": (
-                ["concat", "average", "norm_average", "add", "subtract"],
-                {"default": "concat"},
-            ),
-            "weights": ("STRING", {"default": ""}),
-        },
-        {},
-        {"image_prompt": "IMAGE_PROMPT"},
+    "IPA_LatentWeights": ("Weights per Latent", {"latent_weights": "LATENT_WEIGHTS"}),
+    "IPA_RecordAttention": (
+        "Record Image Attention",
+        {"model": "MODEL", "record": "ATTENTION_RECORD"},
     ),
-    "IPA_SavePrompt": (
-        "Save Image Prompt",
-        "model/conditioning",
-        {
-            "image_prompt": ("IMAGE_PROMPT", {}),
-            "filename_prefix": ("STRING", {"default": "image_prompts/prompt"}),
-        },
-        {},
-        {"image_prompt": "IMAGE_PROMPT"},
-    ),
-    "IPA_LoadPrompt": (
-        "Load Image Prompt",
-        "model/conditioning",
-        {"prompt_name": (["image_prompts/a.safetensors [output]"], {})},
-        {},
-        {"image_prompt": "IMAGE_PROMPT"},
-    ),
+    "IPA_AttentionMap": ("Image Attention Map", {"overlay": "IMAGE", "heat_map": "MASK"}),
+    "IPA_GridValues": ("Weights × Starts", {"weight": "FLOAT", "start_at": "FLOAT"}),
+    "IPA_DrawGrid": ("Draw Grid", {"grid": "IMAGE"}),
 }
+REQUIRED = {  # inputs, in order
+    "IPA_LoadAdapter": {"adapter_name": (["a.safetensors"], {})},
+    "IPA_LoadImageEncoder": {"encoder_name": ([], {})},
+    "IPA_AutoLoad": {"model": MODEL, "preset": (PRESETS, {"default": "standard"})},
+    "IPA_EncodeImage": {
+        "clip_vision": CLIP,
+        "image": IMAGE,
+        "crop": (["center", "pad", "none"], {"default": "center"}),
+    },
+    "IPA_PrepareImage": {
+        "clip_vision": CLIP,
+        "image": IMAGE,
+        "crop": (["center", "pad", "none", "point", "tiles"], {"default": "center"}),
+        "x": number(0.5, 0.0, 1.0, 0.01),
+        "y": number(0.5, 0.0, 1.0, 0.01),
+        "grid": ("INT", {"default": 1, "min": 1, "max": 4}),
+    },
+    "IPA_NegativeNoise": {
+        "image": IMAGE,
+        "kind": (["gaussian", "dissolve", "shuffle"], {"default": "gaussian"}),
+        "strength": number(1.0, 0.0, 1.0, 0.01),
+        "blur": number(0.0, 0.0, 32.0, 0.5),
+        "seed": (
+            "INT",
+            {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True},
+        ),
+    },
+    "IPA_CombinePrompts": {
+        "prompts": GROWING,
+        "method": (METHODS, {"default": "concat"}),
+        "weights": ("STRING", {"default": ""}),
+    },
+    "IPA_SavePrompt": {
+        "image_prompt": PROMPT,
+        "filename_prefix": ("STRING", {"default": "image_prompts/prompt"}),
+    },
+    "IPA_LoadPrompt": {"prompt_name": (["image_prompts/a.safetensors [output]"], {})},
+    "IPA_Apply": {"model": MODEL, **KNOBS},
+    "IPA_ApplyConditioning": {
+        "model": MODEL,
+        "positive": ("CONDITIONING", {}),
+        "negative": ("CONDITIONING", {}),
+        **KNOBS,
+    },
+    "IPA_ApplyRegions": {
+        "model": MODEL,
+        "adapter": KNOBS["adapter"],
+        "image_prompts": GROWING,
+        "masks": GROWING,
+        "overlap": (["normalize", "add"], {"default": "normalize"}),
+        **STRENGTH,
+    },
+    "IPA_LayerWeights": {
+        "model": MODEL,
+        "preset": (LAYER_PRESETS, {"default": "uniform"}),
+        "changes": ("STRING", {"default": "", "multiline": True}),
+    },
+    "IPA_LatentWeights": {
+        "weights": ("STRING", {"default": "0: 0, 15: 1", "multiline": True}),
+        "count": ("INT", {"default": 0, "min": 0, "max": 100_000}),
+    },
+    "IPA_RecordAttention": {"model": MODEL},
+    "IPA_AttentionMap": {
+        "record": ("ATTENTION_RECORD", {}),
+        "samples": ("LATENT", {}),
+        "image": IMAGE,
+        "blocks": ("STRING", {"default": "all"}),
+        **WINDOW,
+        "prompt_number": ("INT", {"default": 0, "min": 0, "max": 64}),
+        "opacity": number(0.6, 0.0, 1.0, 0.05),
+    },
+    "IPA_GridValues": {
+        "weights": ("STRING", {"default": "0.25, 0.5, 0.75, 1"}),
+        "starts": ("STRING", {"default": "0, 0.2, 0.4"}),
+    },
+    "IPA_DrawGrid": {"images": IMAGE, "weight": LINKED, "start_at": LINKED},
+}
+OPTIONAL = {
+    "IPA_EncodeImage": {"negative_image": IMAGE},
+    "IPA_Apply": OPTIONAL_KNOBS,
+    "IPA_ApplyConditioning": OPTIONAL_KNOBS,
+    "IPA_ApplyRegions": CURVES,
+    "IPA_LatentWeights": {"curve": ("CURVE", {"forceInput": True})},
+}
+LOADERS = {"IPA_LoadAdapter", "IPA_LoadImageEncoder", "IPA_AutoLoad"}
 # Those that a prompt may end in: they show or keep something.
 ENDS = {
     *("IPA_PrepareImage", "IPA_SavePrompt", "IPA_LayerWeights", "IPA_AttentionMap"),
@@ -248,7 +170,8 @@ def info(nodes, folder, prompts_folder):
 def test_names_and_words_to_find_it_by(info, node_id):
     node = info(node_id)
     assert node["name"] == node_id
-    assert (node["display_name"], node["category"]) == NODES[node_id][:2]
+    category = "model/loaders" if node_id in LOADERS else "model/conditioning"
+    assert (node["display_name"], node["category"]) == (NODES[node_id][0], category)
     assert "ip adapter" in " ".join(node["search_aliases"])
     assert len(node["search_aliases"]) >= 3
     assert node["description"].endswith(".")
@@ -260,7 +183,7 @@ def test_names_and_words_to_find_it_by(info, node_id):
 @pytest.mark.parametrize("kind", ["required", "optional"])
 def test_inputs(info, node_id, kind):
     found = info(node_id)["input"].get(kind, {})
-    expected = NODES[node_id][2 if kind == "required" else 3]
+    expected = {"required": REQUIRED, "optional": OPTIONAL}[kind].get(node_id, {})
     assert list(found) == list(expected)
     for name, (type_, limits) in expected.items():
         # A choice comes as ("COMBO", {"options": [...]}).
@@ -273,7 +196,7 @@ def test_inputs(info, node_id, kind):
 @pytest.mark.parametrize("node_id", NODES)
 def test_outputs(info, node_id):
     node = info(node_id)
-    assert dict(zip(node["output_name"], node["output"], strict=True)) == NODES[node_id][4]
+    assert dict(zip(node["output_name"], node["output"], strict=True)) == NODES[node_id][1]
     for name, tooltip in zip(node["output_name"], node["output_tooltips"], strict=True):
         assert len(tooltip or "") > 10, f"{name} has no tooltip"
 

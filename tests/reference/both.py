@@ -1,23 +1,111 @@
-"""The same image prompts on the same UNet: ComfyUI with this pack's nodes, and diffusers."""
+"""The same image prompts on the same UNet: ComfyUI with this pack's nodes, and diffusers.
+
+UNets are of both families at any width, around one set of weights. Adapters are for any of them,
+as a file holds them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import comfy.samplers
+import comfy.supported_models
+import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import ManagedAdapter
-from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImagePrompt
-from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
+from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import ManagedAdapter, load_adapter
+from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImageFeatures, ImagePrompt
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.reference.adapters import Encoder, loaded, sections, weights
-from tests.reference.unets import comfy_model, diffusers_unet
-from tests.support.checkpoint_layouts import POOLED, UNet
+from tests.sampling import small
+from tests.support.checkpoint_layouts import POOLED, SD15, SDXL, UNet, adapter
+from tests.support.random_models import State, fill, weights
+
+CPU = torch.device("cpu")
+SMALL = {  # every layer, fewer channels
+    "sd15": dataclasses.replace(SD15, channels=32, context=48),
+    "sdxl": dataclasses.replace(SDXL, channels=32, context=48, heads=(2, 4, 8)),
+}
+
+
+@functools.lru_cache(maxsize=2)
+def comfy_model(family: UNet) -> ModelPatcher:
+    """ComfyUI's model, its UNet randomly filled."""
+    models = comfy.supported_models
+    config = (models.SDXL if family.sdxl else models.SD15)({})
+    config.unet_config = {**family.comfy_config(), "dtype": torch.float32}
+    config.manual_cast_dtype = None
+    model = config.get_model({}, device=CPU)
+    fill(model.diffusion_model, seed=1)
+    return ModelPatcher(model, CPU, CPU)
+
+
+def diffusers_unet(family: UNet) -> UNet2DConditionModel:
+    """diffusers' model around the very tensors of `comfy_model`."""
+    weights = comfy_model(family).model.diffusion_model.state_dict()
+    names = comfy.utils.unet_to_diffusers(family.comfy_config())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**family.diffusers_config())
+    wanted = unet.state_dict()
+    state = {theirs: weights.pop(ours) for theirs, ours in names.items() if theirs in wanted}
+    if weights:
+        raise AssertionError(f"diffusers' UNet has no place for {list(weights)[:4]}")
+    unet.load_state_dict(state, assign=True)
+    return unet.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What an image encoder gives: widths of its embedding and states, number of states.
+
+    `resampler`: width of a plus adapter's, None for the published one.
+    """
+
+    embed: int
+    hidden: int
+    patches: int
+    resampler: int | None = 128
+
+    def prompt(self, images: int, seed: int) -> ImagePrompt:
+        """Random features of some images; their negative is one zero image."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        positive = randn(images, self.embed), randn(images, self.patches, self.hidden)
+        zero = torch.zeros(1, self.embed), randn(1, self.patches, self.hidden)
+        return ImagePrompt(ImageFeatures(*positive), ImageFeatures(*zero), "a random encoder")
+
+
+SMALL_ENCODER = Encoder(embed=40, hidden=56, patches=33)
+VIT_H = Encoder(embed=1024, hidden=1280, patches=257, resampler=None)
+
+
+def only(prompt: ImagePrompt, number: int) -> ImagePrompt:
+    """One image of a prompt."""
+    states, embeds = prompt.positive.penultimate_hidden_states, prompt.positive.image_embeds
+    one = ImageFeatures(embeds[number : number + 1], states[number : number + 1])
+    return ImagePrompt(one, prompt.negative, prompt.encoder)
+
+
+def sections(state: State) -> dict[str, State]:
+    """The layout of the official .bin files, which diffusers wants."""
+    out: dict[str, State] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in state.items():
+        section, name = key.split(".", 1)
+        out[section][name] = value
+    return out
+
 
 SIZES = {"width": 832, "height": 1216, "crop_w": 16, "crop_h": 32}
 SIZES |= {"target_width": 800, "target_height": 1200}
@@ -62,21 +150,29 @@ class Pair:
 
     family: UNet
     encoder: Encoder
-    _weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _weights: dict[str, State] = field(default_factory=dict)
     _adapters: dict[str, ManagedAdapter] = field(default_factory=dict)
     _unets: dict[tuple[str, ...], tuple[UNet2DConditionModel, list[Any]]] = field(
         default_factory=dict
     )
     _plain: dict[Size, list[Call]] = field(default_factory=dict)
 
-    def weights(self, kind: str) -> dict[str, Tensor]:
+    def weights(self, kind: str) -> State:
+        """Random, large enough for the image to change the noise by much."""
         if kind not in self._weights:
-            self._weights[kind] = weights(self.family, self.encoder, kind)
+            features = self.encoder.embed if kind == "base" else self.encoder.hidden
+            layout = adapter(self.family, kind, features, self.encoder.resampler)
+            gains = {"_ip.weight": 2.0}
+            self._weights[kind] = weights(layout, seed=sum(map(ord, kind)), gains=gains)
         return self._weights[kind]
 
     def adapter(self, kind: str) -> ManagedAdapter:
+        """The same, through a file and this pack's loader."""
         if kind not in self._adapters:
-            self._adapters[kind] = loaded(self.weights(kind))
+            with TemporaryDirectory() as folder:
+                path = Path(folder) / "adapter.safetensors"
+                save_file(self.weights(kind), path)
+                self._adapters[kind] = load_adapter(path)
         return self._adapters[kind]
 
     def unet(self, kinds: tuple[str, ...]) -> tuple[UNet2DConditionModel, list[Any]]:
@@ -100,22 +196,23 @@ class Pair:
         model = comfy_model(self.family)
         positive, negative = text(self.family, 1), text(self.family, 2)
         for s in settings:
-            knobs = {
-                "adapter": self.adapter(s.kind),
-                "image_prompt": s.prompt,
-                "weight": s.weight,
-                "start_at": 0.0,
-                "end_at": 1.0,
-                "combine": "concat",
-                "mask": s.mask,
-                "layer_weights": s.layers,
-            }
+            given = self.adapter(s.kind), s.prompt
+            knobs = {"weight": s.weight, "mask": s.mask, "layer_weights": s.layers}
             if route == "model":
-                (model,) = ApplyIPAdapter.execute(model, **knobs).args
+                model = small.apply(model, *given, **knobs)
             else:
-                out = ApplyIPAdapterConditioning.execute(model, positive, negative, **knobs)
-                model, positive, negative = out.args
+                model, positive, negative = small.apply_conditioning(
+                    model, positive, negative, *given, **knobs
+                )
         return record(model, positive, negative, size)
+
+    def text_and_sizes(self, call: Call) -> dict[str, Tensor]:
+        """What SDXL is told of a call's rows besides."""
+        if not self.family.sdxl:
+            return {}
+        pooled = [text(self.family, seed)[0][1]["pooled_output"] for seed in (1, 2)]
+        time_ids = TIME_IDS.expand(len(call.rows), -1)
+        return {"text_embeds": torch.cat(pooled)[call.rows], "time_ids": time_ids}
 
     def diffusers(
         self,
@@ -133,14 +230,10 @@ class Pair:
         unet, layers = self.unet(tuple(kinds))
         for n, processor in enumerate(layers):
             processor.scale = [of_adapter[n] for of_adapter in scales]
-        added: dict[str, Any] = {}
+        added: dict[str, Any] = self.text_and_sizes(call)
         if kinds:
             sides = zip(kinds, prompts, strict=True)
             added["image_embeds"] = [features(kind, prompt, call) for kind, prompt in sides]
-        if self.family.sdxl:
-            pooled = [text(self.family, seed)[0][1]["pooled_output"] for seed in (1, 2)]
-            added["text_embeds"] = torch.cat(pooled)[call.rows]
-            added["time_ids"] = TIME_IDS.expand(len(call.rows), -1)
         inputs = call.x, call.timesteps, call.context
         extra = {} if masks is None else {"ip_adapter_masks": list(masks)}
         hook = unet.encoder_hid_proj.register_forward_hook(in_a_row) if one_sequence else None
@@ -175,9 +268,7 @@ def record(model: Any, positive: Any, negative: Any, size: Size) -> list[Call]:
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "recorder", keep)
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative)
-    guider.set_cfg(4.0)
+    guider = small.guider(model, positive, negative, cfg=4.0)
     noise = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(3))
     sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([5.0, 0.0])
     guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=0)

@@ -1,5 +1,4 @@
-"""What trains is what samples: a file that train.py wrote, in train.py's own forward pass, in
-ComfyUI with this pack, and in diffusers."""
+"""What trains is what samples: a file of train.py's in its own forward pass, ComfyUI, diffusers."""
 
 from __future__ import annotations
 
@@ -20,15 +19,15 @@ pytestmark = pytest.mark.usefixtures("arrow")
 
 
 @pytest.fixture(scope="module")
-def bases(unets, tmp_path_factory):
+def bases(both, tmp_path_factory):
     """For each family a UNet with all of its layers, and a diffusers folder around it."""
     found = {}
-    for name, family in unets.SMALL.items():
-        contexts = {"sd15": small_models.HIDDEN, "sdxl": 2 * small_models.HIDDEN}
-        family = dataclasses.replace(family, context=contexts[name])
+    for name, family in both.SMALL.items():
+        context = small_models.HIDDEN * (1 + family.sdxl)
+        family = dataclasses.replace(family, context=context)
         folder = tmp_path_factory.mktemp(name)
         small_models.base(folder, name)
-        unets.diffusers_unet(family).save_pretrained(folder / "unet")
+        both.diffusers_unet(family).save_pretrained(folder / "unet")
         if family.sdxl:
             second = small_models.second_text_encoder(POOLED)
             second.save_pretrained(folder / "text_encoder_2")
@@ -80,11 +79,11 @@ def trained(bases, pictures, tmp_path, accelerate_anew):
         *nightly(("sd15", "plus"), ("sd15", "full"), ("sdxl", "base"), ("sdxl", "full")),
     ],
 )
-def test_the_three_agree(bases, both, adapters, trained, family, variant):
+def test_the_three_agree(bases, both, trained, family, variant):
     from training.unet import attach
 
     path = trained(family, variant)
-    encoder = adapters.Encoder(small_models.EMBED, small_models.STATES, patches=17)
+    encoder = both.Encoder(small_models.EMBED, small_models.STATES, patches=17)
     pair = both.Pair(bases[family][0], encoder)
     pair._weights[variant] = {k: v.float() for k, v in load_file(path).items()}
     prompt = encoder.prompt(1, seed=0)
@@ -97,14 +96,9 @@ def test_the_three_agree(bases, both, adapters, trained, family, variant):
         attach(unet)
         features = both.features(variant, prompt, call)[:, 0]
         keys_values = [(key, weight * value) for key, value in adapter(features)]
-        added = None
-        if pair.family.sdxl:
-            pooled = [both.text(pair.family, seed)[0][1]["pooled_output"] for seed in (1, 2)]
-            time_ids = both.TIME_IDS.expand(len(call.rows), -1)
-            added = {"text_embeds": torch.cat(pooled)[call.rows], "time_ids": time_ids}
         ours = unet(
             *(call.x, call.timesteps, call.context),
-            added_cond_kwargs=added,
+            added_cond_kwargs=pair.text_and_sizes(call),
             cross_attention_kwargs={"ip_hidden_states": keys_values},
         ).sample
         assert both.error(ours, call.out) < TOLERANCE

@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.sampling import regions
 from tests.support.sets import nightly
 
 GUIDANCES = (
@@ -29,10 +30,10 @@ LAYOUTS = (
 
 
 @pytest.fixture(scope="session")
-def truth(pack) -> ModuleType:
-    from tests.sampling import truth
+def comparison(pack) -> type:
+    from tests.sampling.truth import Comparison
 
-    return truth
+    return Comparison
 
 
 @pytest.fixture(scope="session")
@@ -42,13 +43,6 @@ def guidances(pack) -> ModuleType:
     return guidances
 
 
-@pytest.fixture(scope="session")
-def regions() -> ModuleType:
-    from tests.sampling import regions
-
-    return regions
-
-
 @pytest.fixture(params=GUIDANCES)
 def guidance(request, guidances):
     """A function of a model and three conditionings that makes a guider."""
@@ -56,21 +50,84 @@ def guidance(request, guidances):
 
 
 @pytest.fixture(params=LAYOUTS)
-def regional(request, small, regions):
+def regional(request, small):
     """A positive and a negative conditioning of several regions."""
     return regions.texts(small, request.param)
 
 
-@pytest.fixture
-def split_for_memory(host, monkeypatch):
-    """Every conditioning gets a UNet call of its own, as where memory is short."""
+@pytest.fixture(params=["one call", "split for memory"])
+def memory(request, host, monkeypatch):
+    """Conditionings share UNet calls, or get one each, as where memory is short."""
     from comfy.model_patcher import ModelPatcher
 
-    monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
+    if request.param == "split for memory":
+        monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
+
+
+@pytest.fixture
+def windowed(host):
+    """The host's context windows over a batch of frames: 4 at a time, 2 shared."""
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    def windowed(model, schedule="standard_static", fix=True):
+        return ContextWindowsManualNode.execute(
+            model=model,
+            context_length=4,
+            context_overlap=2,
+            context_schedule=schedule,
+            context_stride=1,
+            closed_loop=False,
+            fuse_method="pyramid",
+            dim=0,
+            freenoise=False,
+            causal_window_fix=fix,
+        ).args[0]
+
+    return windowed
+
+
+@pytest.fixture
+def empty_text(small):
+    """The PerpNeg node, which brings the text of its own past the guider."""
+    from comfy_extras.nodes_perpneg import PerpNeg
+
+    def empty_text(model, text):
+        return PerpNeg.execute(model, text, 1.0).args[0]
+
+    return empty_text
+
+
+@pytest.fixture
+def enlarging(host):
+    """A sampler that enlarges the latents to twice their size."""
+    from comfy_extras.nodes_advanced_samplers import SamplerLCMUpscale
+
+    return SamplerLCMUpscale.execute(2.0, -1, "bilinear").args[0]
+
+
+@pytest.fixture
+def traced(host):
+    """The steps of the host's node for compiling a model, with a backend that traces only."""
+    from comfy_extras import nodes_torch_compile as node
+
+    def traced(model):
+        clone = model.clone()
+        options = {"guard_filter_fn": node.skip_torch_compile_dict}
+        node.set_torch_compile_wrapper(model=clone, backend="eager", options=options)
+        return clone
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield traced
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)
-def _as_in_the_host():
+def _as_in_the_host(host, monkeypatch):
+    """Without gradients, and with memory for all of a step in one call, whatever else runs."""
+    from comfy.model_patcher import ModelPatcher
+
+    monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 2**40)
     torch.manual_seed(0)
     with torch.inference_mode():
         yield

@@ -26,16 +26,13 @@ LEVEL = {"channels": 32, "context": CONTEXT}
 SD15 = replace(layouts.SD15, **LEVEL, heads=(4, 4, 4, 4))
 SDXL70 = replace(layouts.SDXL, **LEVEL, heads=(2, 4, 8))  # as deep as SDXL, for all of its layers
 SDXL = replace(SDXL70, depths=(0, 1, 2))
-TINY = {  # for what takes long for every layer
-    **replace(SD15, multipliers=(1,), depths=(1,), blocks=1).comfy_config(),
+TINY = replace(SD15, multipliers=(1,), depths=(1,), blocks=1)  # for what no level matters to
+SIZES = {"sd15": SD15, "sdxl": SDXL, "sdxl70": SDXL70, "tiny": TINY}
+CONFIGS = {name: size.comfy_config() for name, size in SIZES.items()}
+CONFIGS["two layers"] = {  # for what takes long for every layer
+    **CONFIGS["tiny"],
     "transformer_depth_middle": -2,  # none
     "transformer_depth_output": [1, 0],
-}
-CONFIGS = {
-    "sd15": SD15.comfy_config(),
-    "sdxl": SDXL.comfy_config(),
-    "sdxl70": SDXL70.comfy_config(),
-    "tiny": TINY,
 }
 # In checkpoint order, written out: (place in the host's attention patches, width).
 SD15_LAYERS = [
@@ -44,26 +41,29 @@ SD15_LAYERS = [
     *[(("output", n, 0), 32) for n in (9, 10, 11)],
     (("middle", 0, 0), 128),
 ]
-SDXL_LAYERS = [
-    *[(("input", n, 0), 64) for n in (4, 5)],
-    *[(("input", n, i), 128) for n in (7, 8) for i in (0, 1)],
-    *[(("output", n, i), 128) for n in (0, 1, 2) for i in (0, 1)],
-    *[(("output", n, 0), 64) for n in (3, 4, 5)],
-    *[(("middle", 0, i), 128) for i in (0, 1)],
+TINY_LAYERS = [
+    *[(place, 32) for place in (("input", 1, 0), ("output", 0, 0), ("output", 1, 0))],
+    (("middle", 0, 0), 32),
 ]
-SDXL70_LAYERS = [
-    *[(("input", n, i), 64) for n in (4, 5) for i in range(2)],
-    *[(("input", n, i), 128) for n in (7, 8) for i in range(10)],
-    *[(("output", n, i), 128) for n in (0, 1, 2) for i in range(10)],
-    *[(("output", n, i), 64) for n in (3, 4, 5) for i in range(2)],
-    *[(("middle", 0, i), 128) for i in range(10)],
-]
-TINY_LAYERS = [(("input", 1, 0), 32), (("output", 1, 0), 32)]
+
+
+def _sdxl_layers(upper: int, lower: int):
+    """So many of them in a block of the upper level, and of the lower one."""
+    return [
+        *[(("input", n, i), 64) for n in (4, 5) for i in range(upper)],
+        *[(("input", n, i), 128) for n in (7, 8) for i in range(lower)],
+        *[(("output", n, i), 128) for n in (0, 1, 2) for i in range(lower)],
+        *[(("output", n, i), 64) for n in (3, 4, 5) for i in range(upper)],
+        *[(("middle", 0, i), 128) for i in range(lower)],
+    ]
+
+
 LAYERS = {
     "sd15": SD15_LAYERS,
-    "sdxl": SDXL_LAYERS,
-    "sdxl70": SDXL70_LAYERS,
+    "sdxl": _sdxl_layers(1, 2),
+    "sdxl70": _sdxl_layers(2, 10),
     "tiny": TINY_LAYERS,
+    "two layers": TINY_LAYERS[:3:2],
 }
 
 
@@ -153,6 +153,19 @@ def run(guider, *, at=(0.3, 0.6), batch=2, size=8, sampler="euler", seed=1, **op
     if isinstance(sampler, str):
         sampler = comfy.samplers.sampler_object(sampler)
     return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=0, **options)
+
+
+def applied(route, model, *given, texts=None, **settings):
+    """Model, positive and negative by the node of that route, "model" or "conditioning"."""
+    texts = texts or (text(1), text(2))
+    if route == "model":
+        return apply(model, *given, **settings), *texts
+    return apply_conditioning(model, *texts, *given, **settings)
+
+
+def sample(model, *conditionings, **options):
+    """Sample with plain guidance, by two random texts unless others are given."""
+    return run(guider(model, *(conditionings or (text(1), text(2)))), **options)
 
 
 def counted(model):

@@ -12,30 +12,10 @@ from torch._dynamo.utils import counters
 
 from tests.support.sets import nightly
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def compiled(model, backend):
-    from comfy_extras import nodes_torch_compile as node
-
-    if backend == "inductor":
-        return node.TorchCompileModel.execute(model, backend).args[0]
-    # The node offers no other backend; these are its steps, with one that traces only.
-    clone = model.clone()
-    options = {"guard_filter_fn": node.skip_torch_compile_dict}
-    node.set_torch_compile_wrapper(model=clone, backend=backend, options=options)
-    return clone
-
-
+MASK = torch.rand(1, 20, 20)
 SETTINGS = {
     "plain": {},
-    "mask": {"mask": torch.rand(1, 20, 20)},
+    "mask": {"mask": MASK},
     "per latent": {"combine": "per_latent", "mask": torch.rand(2, 20, 20)},
     "window": {"start_at": 0.35, "end_at": 0.5},
 }
@@ -48,61 +28,45 @@ SETTINGS = {
         *nightly(("model", "mask"), ("conditioning", "window")),
     ],
 )
-def test_traced_in_one_piece(small, route, setting):
-    model, given = small.model("tiny"), (small.adapter("tiny"), small.images(2))
-    texts, settings = (small.text(1), small.text(2)), SETTINGS[setting]
-    if route == "model":
-        patched, *conds = small.apply(model, *given, **settings), *texts
-    else:
-        patched, *conds = small.apply_conditioning(model, *texts, *given, **settings)
-
-    def run(model, at=(0.3, 0.4, 0.6)):
-        return small.run(small.guider(model, *conds), at=at)
-
-    traced = compiled(patched, "eager")
-    found, expected = run(traced), run(patched)
+def test_traced_in_one_piece(small, traced, route, setting):
+    given = small.model("two layers"), small.adapter("two layers"), small.images(2)
+    patched, *texts = small.applied(route, *given, **SETTINGS[setting])
+    at, compiled = (0.3, 0.4, 0.6), traced(patched)
+    found, expected = (small.sample(m, *texts, at=at) for m in (compiled, patched))
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     # With a window: one graph outside it, one inside. Neither is made twice.
     graphs = 2 if setting == "window" else 1
     assert counters["stats"]["unique_graphs"] == graphs
-    run(traced)
+    small.sample(compiled, *texts, at=at)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
     if setting == "window":
-        bare = small.run(small.guider(model, *texts), at=(0.6,))
-        assert torch.equal(run(traced, at=(0.6,)), bare)
+        outside = small.sample(compiled, *texts, at=(0.6,))
+        assert torch.equal(outside, small.sample(given[0], at=(0.6,)))
 
 
-def test_a_patch_of_another_pack_is_traced_too(small):
-    patched = small.apply(small.model("tiny"), small.adapter("tiny"), small.images())
+def test_a_patch_of_another_pack_is_traced_too(small, traced):
+    patched = small.apply(small.model("two layers"), small.adapter("two layers"), small.images())
     patched.set_model_attn2_replace(lambda q, k, v, options: 0.5 * q, "output", 1)
-
-    def run(model):
-        return small.run(small.guider(model, small.text(1), small.text(2)))
-
-    found, expected = run(compiled(patched, "eager")), run(patched)
+    found, expected = small.sample(traced(patched)), small.sample(patched)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-PYTHON_H = Path(sysconfig.get_path("include"), "Python.h")
-
-
 @pytest.mark.nightly
 @pytest.mark.skipif(
-    shutil.which("g++") is None or not PYTHON_H.exists(),
+    shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
     reason="inductor compiles with g++ and Python's headers",
 )
+@pytest.mark.usefixtures("traced")
 def test_the_node_itself(small):
     """With inductor, on a UNet of two layers: it compiles a minute for every ten."""
-    given = small.adapter("tiny"), small.images()
-    patched = small.apply(small.model("tiny"), *given, mask=torch.rand(1, 20, 20))
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
 
-    def run(model):
-        return small.run(small.guider(model, small.text(1), small.text(2)))
-
-    found, expected = run(compiled(patched, "inductor")), run(patched)
-    bare = run(small.model("tiny"))
+    model = small.model("two layers")
+    patched = small.apply(model, small.adapter("two layers"), small.images(), mask=MASK)
+    compiled = TorchCompileModel.execute(patched, "inductor").args[0]
+    found, expected, bare = (small.sample(m) for m in (compiled, patched, model))
     effect = float((expected - bare).abs().max())
     assert float((found - expected).abs().max()) <= 1e-4 * effect
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]

@@ -9,84 +9,54 @@ from tests.support.sets import nightly
 
 AT = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 PIECES = [[0.1 * i, [0.2, 1.0, 0.0, 0.7, 0.4][i % 5]] for i in range(11)]
+FALLING = {"weight_curve": [[0, 1], [1, 0]]}
 
 
-def line(points, x: float) -> float:
-    """Linear between points, written out."""
-    before = max((p for p in points if p[0] <= x), key=lambda p: p[0], default=points[0])
-    after = min((p for p in points if p[0] >= x), key=lambda p: p[0], default=points[-1])
-    if after[0] == before[0]:
-        return before[1]
-    return before[1] + (after[1] - before[1]) * (x - before[0]) / (after[0] - before[0])
+def linear(*points):
+    """As a request holds the host's curve; of points alone it makes a smooth one."""
+    return {"points": points, "interpolation": "linear"}
 
 
-def curve(points, interpolation="linear"):
-    """As the host's Curve Editor hands it over."""
-    from comfy_api.input import CurveInput
-
-    return CurveInput.from_raw({"points": points, "interpolation": interpolation})
-
-
-def compare(small, truth, family, given, wanted, batch=2, images=1, **options):
-    """A run with the settings `given` follows the truth of `wanted`."""
-    model, adapter, prompt = small.model(family), small.adapter(family), small.images(images)
-    texts = small.text(1), small.text(2)
-    sides = truth.sides(adapter, prompt, **wanted)
-    expected = truth.apply(model, small.LAYERS[family], *zip(texts, sides, strict=True))
-    models = small.apply(model, adapter, prompt, **given), expected, model
-    truth.check(
-        *(small.run(small.guider(m, *texts), at=AT, batch=batch, **options) for m in models)
-    )
+UP_AND_DOWN = linear([0, 0], [0.5, 1], [1, 0.2])
 
 
 @pytest.mark.parametrize("family", ["sd15", *nightly("sdxl", "sdxl70")])
 @pytest.mark.parametrize(
     "points", [[[0, 1], [1, 0]], [[0.3, 0.2], [0.5, 2.0], [0.9, -1.0]], PIECES], ids=len
 )
-def test_a_curve_multiplies_the_weight(small, truth, family, points):
-    steps = {at: line(points, at) for at in AT}
-    settings = {
-        "weight": 0.7,
-        "layer_weights": [0.1 * (i % 17) for i in range(len(small.LAYERS[family]))],
-    }
-    given = {**settings, "weight_curve": curve(points)}
-    compare(small, truth, family, given, {**settings, "steps": steps}, size=8)
+def test_a_curve_multiplies_the_weight(comparison, small, family, points):
+    weights = [0.1 * (i % 17) for i in range(len(small.LAYERS[family]))]
+    compared = comparison(family=family)
+    compared.on_model(weight=0.7, layer_weights=weights, weight_curve=linear(*points)).check(at=AT)
 
 
-def test_it_is_the_hosts_curve(small, truth):
-    """Smooth, as the editor draws it, and also from the points that a request may hold."""
+def test_it_is_the_hosts_curve(comparison, small):
+    """As the Curve Editor hands it over, and also from the points that a request may hold."""
+    from comfy_api.input import CurveInput
+
     points = [[0, 0.1], [0.4, 1.0], [1, 0.3]]
-    smooth = curve(points, "monotone_cubic")
-    steps = {at: smooth.interp(at) for at in AT}
-    assert max(abs(steps[at] - line(points, at)) for at in AT) > 0.01
+    smooth = CurveInput.from_raw(points)
     for given in (smooth, points, {"points": points}):
-        compare(small, truth, "sd15", {"weight_curve": given}, {"steps": steps})
+        compared = comparison().on_model(weight_curve=smooth)
+        compared.model = small.apply(
+            small.model("tiny"), small.adapter("tiny"), small.images(), weight_curve=given
+        )
+        compared.check(at=AT)
 
 
-@pytest.mark.parametrize("sampler", ["heun", *nightly("ddim", "dpmpp_2m")])
-def test_samplers(small, truth, sampler):
-    """heun evaluates every sigma but the last twice."""
-    points = [[0, 0], [0.5, 1], [1, 0.2]]
-    steps = {at: line(points, at) for at in AT}
-    compare(
-        small, truth, "sd15", {"weight_curve": curve(points)}, {"steps": steps}, sampler=sampler
-    )
+@pytest.mark.parametrize("sampler", ["euler", "heun", "uni_pc", *nightly("ddim", "dpmpp_2m")])
+def test_samplers(comparison, sampler):
+    """A curve within a window; heun evaluates every sigma but the last twice."""
+    settings = {"weight_curve": UP_AND_DOWN, "start_at": 0.3, "end_at": 0.7}
+    comparison().on_model(**settings).check(at=AT, sampler=sampler)
 
 
 @pytest.mark.parametrize("sampler", ["dpm_2", *nightly("dpmpp_2s_ancestral", "dpmpp_sde")])
-def test_samplers_that_evaluate_between_the_runs_sigmas(small, truth, sampler):
-    points = [[0, 0], [0.5, 1], [1, 0.2]]
-    model, adapter, images = small.model(), small.adapter(), small.images()
-    texts, at = (small.text(1), small.text(2)), (0.1, 0.4, 0.8)
-    sides = truth.sides(adapter, images, curve=lambda x: line(points, x))
-    expected = truth.apply(model, small.SD15_LAYERS, *zip(texts, sides, strict=True))
-    patched = small.apply(model, adapter, images, weight_curve=curve(points))
-    results = []
-    for each in (patched, expected, model):
-        watched, calls = small.counted(each)
-        results.append(small.run(small.guider(watched, *texts), at=at, sampler=sampler))
-        assert len(calls) > len(at)
-    truth.check(*results, tolerance=3e-4)
+def test_samplers_that_evaluate_between_the_runs_sigmas(comparison, small, sampler):
+    model, calls = small.counted(small.model("tiny"))
+    compared = comparison(model=model).on_model(weight_curve=UP_AND_DOWN)
+    compared.check(at=(0.1, 0.4, 0.8), sampler=sampler, tolerance=3e-4)
+    assert len(calls) > 3 * 3
 
 
 @pytest.fixture
@@ -106,15 +76,16 @@ def asked(small, monkeypatch):
 
 
 def test_a_curve_asks_the_host_little_and_once_for_all_prompts_that_share_it(small, asked):
-    falling = curve([[0, 1], [1, 0]])
-    falling.interp = None  # one place after the other would be thousands of calls
-    counts = []
-    patched = small.model("tiny")
+    from comfy_api.input import CurveInput
+
+    curve = CurveInput.from_raw(UP_AND_DOWN)
+    curve.interp = None  # one place after the other would be thousands of calls
+    patched, counts = small.model("tiny"), []
     for seed in (1, 2):
         given = small.adapter("tiny"), small.images(seed=seed)
-        patched = small.apply(patched, *given, weight_curve=falling)
+        patched = small.apply(patched, *given, weight_curve=curve)
         asked.clear()
-        small.run(small.guider(patched, small.text(1), small.text(2)), at=(0.3,))
+        small.sample(patched, at=(0.3,))
         counts.append(len(asked))
     assert counts[0] == counts[1] < 500
 
@@ -130,12 +101,10 @@ def test_a_curve_keeps_keys_and_values_once(small):
         held.extend(entry["model_conds"][patch.KEY].prompts for c in conds for entry in c)
         return executor(model, conds, *args, **kwargs)
 
-    patched = small.apply(
-        small.model("tiny"), small.adapter("tiny"), small.images(), weight_curve=[[0, 1], [1, 0]]
-    )
+    patched = small.apply(small.model("tiny"), small.adapter("tiny"), small.images(), **FALLING)
     # Registered later than the pack's own wrapper, it runs within that.
     patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "look", look)
-    small.run(small.guider(patched, small.text(1), small.text(2)), at=(0.3,))
+    small.sample(patched, at=(0.3,))
     size = small.TOKENS * 2 * sum(width for _, width in small.TINY_LAYERS)
     packs = [
         sum(x.numel() for x in vars(prompt).values() if torch.is_tensor(x) and x.numel() >= size)
@@ -145,68 +114,26 @@ def test_a_curve_keeps_keys_and_values_once(small):
     assert packs == [2 * size, 2 * size]
 
 
-def test_a_curve_within_a_window(small, truth):
-    points = [[0, 0], [1, 1]]
-    window = {"start_at": 0.3, "end_at": 0.7}
-    steps = {at: line(points, at) for at in AT}
-    compare(
-        small, truth, "sd15", {**window, "weight_curve": curve(points)}, {**window, "steps": steps}
-    )
-
-
 def test_where_a_curve_is_0_nothing_is_added(small):
-    model, texts = small.model(), (small.text(1), small.text(2))
-    points = [[0, 0], [0.6, 0], [0.61, 1], [1, 1]]
-    patched = small.apply(model, small.adapter(), small.images(), weight_curve=curve(points))
-    early, late = (0.1, 0.4, 0.6), (0.1, 0.4, 0.7)
-    for at, equal in ((early, True), (late, False)):
-        found, plain = (small.run(small.guider(m, *texts), at=at) for m in (patched, model))
-        assert torch.equal(found, plain) == equal
+    model = small.model("tiny")
+    curve = linear([0, 0], [0.6, 0], [0.61, 1], [1, 1])
+    patched = small.apply(model, small.adapter("tiny"), small.images(), weight_curve=curve)
+    for at, equal in (((0.1, 0.4, 0.6), True), ((0.1, 0.4, 0.7), False)):
+        assert torch.equal(small.sample(patched, at=at), small.sample(model, at=at)) == equal
 
 
-def test_ten_pieces_add_no_unet_call(small):
-    model, texts = small.model(), (small.text(1), small.text(2))
-    counts = []
-    for m in (model, small.apply(model, small.adapter(), small.images(), weight_curve=PIECES)):
-        watched, calls = small.counted(m)
-        small.run(small.guider(watched, *texts), at=[i / 20 for i in range(20)], batch=1)
-        counts.append(calls)
-    assert counts[0] == counts[1] and len(counts[0]) == 20
-
-
-def test_conditionings_with_curves_of_their_own(small, truth):
-    model, adapter, images = small.model(), small.adapter(), small.images()
-    positive, other, negative = (small.text(i) for i in (1, 2, 3))
-    rising, falling = [[0, 0], [1, 1]], [[0, 1], [1, 0]]
-    first = truth.sides(adapter, images, steps={at: line(rising, at) for at in AT})
-    second = truth.sides(adapter, images, steps={at: line(falling, at) for at in AT})
-    expected = truth.apply(
-        model,
-        small.SD15_LAYERS,
-        (positive, first[0]),
-        (other, second[0]),
-        (negative, first[1] + second[1]),
-    )
-    patched, one, uncond = small.apply_conditioning(
-        model, positive, negative, adapter, images, weight_curve=curve(rising)
-    )
-    patched, two, uncond = small.apply_conditioning(
-        patched, other, uncond, adapter, images, weight_curve=curve(falling)
-    )
-    truth.check(
-        small.run(small.guider(patched, one + two, uncond), at=AT),
-        *(small.run(small.guider(m, positive + other, negative), at=AT) for m in (expected, model)),
-    )
+def test_conditionings_with_curves_of_their_own(comparison, small):
+    compared = comparison(*(small.text(i) for i in (1, 2, 3)))
+    compared.on_texts(0, weight_curve=[[0, 0], [1, 1]]).on_texts(1, **FALLING).check(at=AT)
 
 
 @pytest.mark.parametrize("family", ["sd15", *nightly("sdxl", "sdxl70")])
 @pytest.mark.parametrize("masks", [0, 1, 3])
-def test_weights_per_latent_of_which_the_last_holds(small, truth, family, masks):
+def test_weights_per_latent_of_which_the_last_holds(comparison, family, masks):
     settings = {"latent_weights": [0.0, 0.5, -1.5], "weight": 0.8}
     if masks:
-        generator = torch.Generator().manual_seed(masks)
-        settings["mask"] = 0.2 + 0.8 * torch.rand(masks, 12, 10, generator=generator)
-    compare(small, truth, family, settings, settings, batch=6)
+        settings["mask"] = 0.2 + 0.8 * torch.rand(masks, 12, 10)
+    comparison(family=family).on_model(**settings).check(batch=6)
 
 
 @pytest.mark.parametrize(
@@ -222,13 +149,13 @@ def test_weights_per_latent_of_which_the_last_holds(small, truth, family, masks)
 )
 def test_values_that_cannot_be(small, settings, message):
     with pytest.raises(ValueError, match=message):
-        small.apply(small.model(), small.adapter(), small.images(), **settings)
+        small.apply(small.model("tiny"), small.adapter("tiny"), small.images(), **settings)
 
 
 def test_more_weights_than_latents(small):
-    model = small.apply(small.model(), small.adapter(), small.images(), latent_weights=[1.0] * 3)
+    given = small.model("tiny"), small.adapter("tiny"), small.images()
     with pytest.raises(ValueError, match=r"3 latent_weights for a batch of 2 latents"):
-        small.run(small.guider(model, small.text(1), small.text(2)), batch=2)
+        small.sample(small.apply(*given, latent_weights=[1.0] * 3), batch=2)
 
 
 def test_a_mask_is_not_multiplied_out_for_weights_of_latents(small):
@@ -244,10 +171,9 @@ def test_a_mask_is_not_multiplied_out_for_weights_of_latents(small):
 def test_keys_and_values_that_the_models_dtype_cannot_hold(small, dtype):
     model = small.model("tiny", dtype=torch.float16, cast=dtype)
     given = small.adapter("tiny"), small.images()
-    patched = small.apply(model, *given, weight=5.0, layer_weights=[1e6] * 2)
-    guider = small.guider(patched, small.text(1), small.text(2))
+    patched = small.apply(model, *given, weight=5.0, layer_weights=[1e6] * 4)
     if dtype == torch.float32:
-        assert small.run(guider, at=(0.5,)).isfinite().all()
+        assert small.sample(patched, at=(0.5,)).isfinite().all()
     else:
         with pytest.raises(ValueError, match=r"not finite in .*float16.*Lower weight"):
-            small.run(guider, at=(0.5,))
+            small.sample(patched, at=(0.5,))

@@ -7,13 +7,16 @@ by what that row *is*: its text says which conditioning, its place in the chunk 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
+from comfy_api.input import CurveInput
 from torch.nn.functional import interpolate, linear
+
+from tests.sampling import small
 
 KEY = "truth"
 
@@ -23,8 +26,7 @@ class Image:
     """One image prompt on one conditioning, with the settings of the Apply nodes.
 
     `features (N, embed)`: one row a latent with `per_latent`, all on every latent without.
-    `steps`: a factor of λ at each fraction of the schedule where a step lies. `curve`: the same for
-    every fraction. `latent_weights`: a factor a latent, the last one for those that follow.
+    `latent_weights`: a factor a latent, the last one for those that follow.
     """
 
     adapter: object
@@ -35,9 +37,8 @@ class Image:
     mask: torch.Tensor | None = None
     layer_weights: list[float] | None = None
     per_latent: bool = False
-    steps: dict[float, float] | None = None
     latent_weights: list[float] | None = None
-    curve: Callable[[float], float] | None = None
+    weight_curve: Any = None
 
     def tokens(self, latent: int) -> torch.Tensor:
         features = self.features
@@ -46,11 +47,11 @@ class Image:
         return self.adapter.module.tokens(features).double().flatten(0, 1)
 
 
-def sides(adapter, prompt, **settings) -> tuple[list[Image], list[Image]]:
+def sides(adapter, image_prompt, **settings) -> tuple[list[Image], list[Image]]:
     """The positive and negative side of one image prompt, `combine` resolved by hand."""
     combine = settings.pop("combine", "concat")
     made = []
-    for side in (prompt.positive, prompt.negative):
+    for side in (image_prompt.positive, image_prompt.negative):
         features = side.image_embeds
         if combine == "average":
             features = sum(features[1:], features[0])[None] / len(features)
@@ -147,22 +148,14 @@ def _branch(image: Image, number: int, query, latent: int, place, options) -> to
         scores = (q @ k.T / q.shape[-1] ** 0.5).exp()
         heads.append(scores / scores.sum(-1, keepdim=True) @ v)
     weight = image.weight * (image.layer_weights[number] if image.layer_weights else 1.0)
-    if image.steps is not None:
-        weight *= image.steps[_step(image.steps, options)]
-    if image.curve is not None:
-        weight *= image.curve(_fraction(options))
+    if image.weight_curve is not None:
+        weight *= CurveInput.from_raw(image.weight_curve).interp(_fraction(options))
     if image.latent_weights is not None:
         weight *= image.latent_weights[min(latent, len(image.latent_weights) - 1)]
     out = weight * torch.cat(heads, -1)
     if image.mask is not None:
         out = out * _mask(image.mask, latent, place, options)
     return out.to(query.dtype)
-
-
-def _step(steps, options) -> float:
-    """The fraction whose sigma is the step's."""
-    sampling, sigma = options["model_sampling"], float(options["sigmas"][0])
-    return min(steps, key=lambda at: abs(sampling.percent_to_sigma(at) - sigma))
 
 
 def _fraction(options) -> float:
@@ -182,8 +175,8 @@ def _mask(mask, latent: int, place, options) -> torch.Tensor:
     (full_rows, full_columns), area = place
     top, left = area[2:] if area else (0, 0)
     whole = (full_rows * height // rows, full_columns * width // columns)
-    mask = mask[latent % len(mask)].double()[None, None]
-    level = interpolate(mask, whole, mode="bicubic", align_corners=False)[0, 0]
+    masks = mask.double().reshape(-1, 1, 1, *mask.shape[-2:])
+    level = interpolate(masks[latent % len(masks)], whole, mode="bicubic")[0, 0]
     y, x = top * height // rows, left * width // columns
     return level[y : y + height, x : x + width].reshape(-1, 1)
 
@@ -194,3 +187,67 @@ def check(found, expected, without, tolerance: float = 1e-4) -> None:
     assert effect > 0.01 * float(without.std()), "the images change too little to tell anything"
     error = float((found - expected).abs().max()) / effect
     assert error <= tolerance, f"relative error {error:.1e}"
+
+
+def joined(model, *conditionings):
+    """Plain guidance: all but the last conditioning are positive."""
+    *positives, negative = conditionings
+    return small.guider(model, [entry for texts in positives for entry in texts], negative)
+
+
+class Comparison:
+    """A model and conditionings with image prompts, beside the truth of them.
+
+    Settings are those of the Apply nodes, `adapter` and `image_prompt` included.
+    """
+
+    def __init__(self, *texts, model=None, family="tiny"):
+        self.family = family
+        self.plain = self.model = model or small.model(family)
+        self.texts = texts or (small.text(1), small.text(2))
+        self.conditionings = list(self.texts)
+        self.images: list[list[Image]] = [[] for _ in self.texts]
+
+    def on_model(self, positives: int = 1, **settings) -> Comparison:
+        """IPA_Apply. `positives`: how many of the conditionings, the first ones, are positive."""
+        given = self._given(settings)
+        self.model = small.apply(self.model, **given)
+        positive, negative = sides(**given)
+        for number, images in enumerate(self.images):
+            images += positive if number < positives else negative
+        return self
+
+    def on_texts(self, positive: int | None = 0, negative: int | None = -1, **settings):
+        """IPA_ApplyConditioning on the conditionings of these numbers, or on one not used."""
+        given, numbers = self._given(settings), (positive, negative)
+        texts = [small.text(99) if n is None else self.conditionings[n] for n in numbers]
+        self.model, *made = small.apply_conditioning(self.model, *texts, **given)
+        for number, conditioning, images in zip(numbers, made, sides(**given), strict=True):
+            if number is not None:
+                self.conditionings[number] = conditioning
+                self.images[number] += images
+        return self
+
+    def _given(self, settings) -> dict[str, Any]:
+        return {"adapter": small.adapter(self.family), "image_prompt": small.images(), **settings}
+
+    def check(self, guider=joined, change=None, tolerance: float = 1e-4, **options):
+        """Sample with all of that: the latents are the truth's, in no more UNet calls than without.
+        Returns them: with the images, true ones, and without images.
+
+        `change`: what is done to each model last. `options`: of `small.run`.
+        """
+        true = apply(
+            self.plain, small.LAYERS[self.family], *zip(self.texts, self.images, strict=True)
+        )
+        latents, counts = [], []
+        for model in (self.model, true, self.plain):
+            watched, calls = small.counted(model)
+            given = self.conditionings if model is self.model else self.texts
+            torch.manual_seed(0)
+            made = guider(change(watched) if change else watched, *given)
+            latents.append(small.run(made, **options))
+            counts.append(calls)
+        assert counts[0] == counts[2]
+        check(*latents, tolerance)
+        return latents

@@ -149,7 +149,7 @@ _AROUND = {
 _IN_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|\w+samplers)\.(\d+)\.(.+)")
 
 
-def _published(key: str, size: UNet) -> str:
+def published_name(key: str, size: UNet) -> str:
     """Return a published UNet's or ControlNet's name of what diffusers calls `key`."""
     if ".resnets." in key:
         for theirs, ours in _RESIDUAL.items():
@@ -180,7 +180,7 @@ def unet(size: UNet) -> Layout:
     from diffusers import UNet2DConditionModel
 
     found = of(lambda: UNet2DConditionModel(**size.diffusers_config()))
-    return {_published(key, size): shape for key, shape in found.items()}
+    return {published_name(key, size): shape for key, shape in found.items()}
 
 
 def controlnet(size: UNet) -> Layout:
@@ -189,7 +189,7 @@ def controlnet(size: UNet) -> Layout:
 
     given = {k: v for k, v in size.diffusers_config().items() if k != "up_block_types"}
     found = of(lambda: ControlNetModel(**given))
-    return {_published(key, size): shape for key, shape in found.items()}
+    return {published_name(key, size): shape for key, shape in found.items()}
 
 
 _VAE = {
@@ -281,6 +281,19 @@ def resampler(features: int, context: int, width: int, tokens: int = 16) -> Layo
             **dense(f"layers.{i}.1.3", width, 4 * width, bias=False),
         }
     return layout
+
+
+def adapter(size: UNet, kind: str, features: int, width: int | None = None) -> Layout:
+    """Return a whole file for that UNet, as published for its family: base, plus or full.
+
+    `features`: what the encoder gives the kind. `width`: of a resampler of another size.
+    """
+    projection = {
+        "base": linear_projection(features, size.context),
+        "plus": resampler(features, size.context, width or (1280 if size.sdxl else 768)),
+        "full": full_projection(features, size.context),
+    }[kind]
+    return ip_adapter(projection, size.widths, size.context)
 
 
 def ip_adapter(projection: Layout, widths: Sequence[int], context: int) -> Layout:

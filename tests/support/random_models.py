@@ -48,11 +48,7 @@ def weights(
 ) -> State:
     """Make weights that keep activations near 1: fan-in scaling, normalisations around 1.
 
-    Args:
-        layout: Names and shapes.
-        seed: Another one gives other weights.
-        gains: Factors of the tensors whose names end so.
-        dtype: Of the weights.
+    `gains`: factors of the tensors whose names end so.
     """
     state = {}
     for name, shape in layout.items():

@@ -5,7 +5,6 @@ Of diffusers, transformers and open_clip, as folders and as single files.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,6 @@ def text_config(width: int = HIDDEN, factor: int = 2, projection: int = EMBED) -
 
 
 def text_encoder() -> CLIPTextModel:
-    """Make SD1.5's text encoder, SDXL's first."""
     return fill(CLIPTextModel(text_config()), 3)
 
 
@@ -82,7 +80,6 @@ def second_text_encoder(pooled: int = POOLED) -> CLIPTextModelWithProjection:
 
 
 def vision_config() -> CLIPVisionConfig:
-    """Configure an image encoder."""
     return CLIPVisionConfig(
         hidden_size=STATES,
         intermediate_size=64,
@@ -137,7 +134,6 @@ def unet(family: str) -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """Make Stable Diffusion's noise schedule."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -264,16 +260,16 @@ def preprocessed(model: CLIP, **changes: Any) -> CLIP:
 
 
 _TRANSFORMERS = {
-    r"^class_embedding$": "embeddings.class_embedding",
-    r"^positional_embedding$": "embeddings.position_embedding.weight",
-    r"^conv1\.": "embeddings.patch_embedding.",
-    r"^ln_pre\.": "pre_layrnorm.",
-    r"^ln_post\.": "post_layernorm.",
-    r"^transformer\.resblocks\.": "encoder.layers.",
-    r"\.attn\.": ".self_attn.",
-    r"\.ln_(\d)\.": r".layer_norm\1.",
-    r"\.c_fc\.": ".fc1.",
-    r"\.c_proj\.": ".fc2.",
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.": "embeddings.patch_embedding.",
+    "ln_pre.": "pre_layrnorm.",
+    "ln_post.": "post_layernorm.",
+    "transformer.resblocks.": "encoder.layers.",
+    ".attn.": ".self_attn.",
+    ".ln_": ".layer_norm",
+    ".c_fc.": ".fc1.",
+    ".c_proj.": ".fc2.",
 }
 
 
@@ -292,18 +288,16 @@ def as_transformers(visual: Any) -> CLIPVisionModelWithProjection:
         hidden_act="quick_gelu" if quick else "gelu",
     )
     model = CLIPVisionModelWithProjection(config)
-    state = dict(visual.state_dict())
-    model.visual_projection.weight.data = state.pop("proj").T.contiguous()
-    for name in list(state):
-        key = name
+    state = {}
+    for name, tensor in visual.state_dict().items():
         for theirs, ours in _TRANSFORMERS.items():
-            key = re.sub(theirs, ours, key)
-        tensor = state.pop(name)
-        if "in_proj_" in key:
+            name = name.replace(theirs, ours)
+        if "in_proj_" in name:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                state[key.replace("in_proj_", f"{letter}_proj.")] = part
+                state[name.replace("in_proj_", f"{letter}_proj.")] = part
         else:
-            state[key] = tensor
+            state[name] = tensor
+    model.visual_projection.weight.data = state.pop("proj").T.contiguous()
     model.vision_model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 

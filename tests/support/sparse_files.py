@@ -23,31 +23,24 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tests.support.checkpoint_layouts import (
-    SD15,
-    SDXL,
-    Layout,
-    full_projection,
-    ip_adapter,
-    linear_projection,
-    of,
-    resampler,
-)
+from tests.support.checkpoint_layouts import SD15, SDXL, Layout, adapter, of
 from tests.support.random_models import under
 
 ADAPTERS: dict[str, Layout] = {
-    "sd15": ip_adapter(linear_projection(1024, 768), SD15.widths, 768),
-    "sd15_vit-G": ip_adapter(linear_projection(1280, 768), SD15.widths, 768),
-    "sd15_plus": ip_adapter(resampler(1280, 768, 768), SD15.widths, 768),
-    "sd15_full": ip_adapter(full_projection(1280, 768), SD15.widths, 768),
-    "sdxl": ip_adapter(linear_projection(1280, 2048), SDXL.widths, 2048),
-    "sdxl_vit-h": ip_adapter(linear_projection(1024, 2048), SDXL.widths, 2048),
-    "sdxl_plus": ip_adapter(resampler(1280, 2048, 1280), SDXL.widths, 2048),
+    "sd15": adapter(SD15, "base", 1024),
+    "sd15_vit-G": adapter(SD15, "base", 1280),
+    "sd15_plus": adapter(SD15, "plus", 1280),
+    "sd15_full": adapter(SD15, "full", 1280),
+    "sdxl": adapter(SDXL, "base", 1280),
+    "sdxl_vit-h": adapter(SDXL, "base", 1024),
+    "sdxl_plus": adapter(SDXL, "plus", 1280),
 }
-# Width, layers, heads, MLP's width, embedding, pixels.
-VIT_L, VIT_H = (1024, 24, 16, 4096, 768, 224), (1280, 32, 16, 5120, 1024, 224)
-VIT_BIGG, VIT_L_336 = (1664, 48, 16, 8192, 1280, 224), (1024, 24, 16, 4096, 768, 336)
-SIZES = {"ViT-L": VIT_L, "ViT-L-336": VIT_L_336, "ViT-H": VIT_H, "ViT-bigG": VIT_BIGG}
+SIZES = {  # width, layers, heads, MLP's width, embedding, pixels
+    "ViT-L": (1024, 24, 16, 4096, 768, 224),
+    "ViT-L-336": (1024, 24, 16, 4096, 768, 336),
+    "ViT-H": (1280, 32, 16, 5120, 1024, 224),
+    "ViT-bigG": (1664, 48, 16, 8192, 1280, 224),
+}
 
 
 def write(path: Path, layout: Mapping[str, tuple[int, ...]], metadata: Any = None) -> Path:
@@ -78,27 +71,16 @@ def vision(name: str = "ViT-H", **changes: int) -> Layout:
 
 @functools.cache
 def both_towers(name: str = "ViT-H") -> Layout:
-    """Return a whole CLIP of transformers, its text tower small."""
+    """Return a whole CLIP of transformers."""
     sizes = _vision(name)
-    text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
-    config = CLIPConfig(
-        text_config=text, vision_config=sizes, projection_dim=sizes["projection_dim"]
-    )
+    config = CLIPConfig(vision_config=sizes, projection_dim=sizes["projection_dim"])
     return of(lambda: CLIPModel(config))
 
 
 @functools.cache
 def siglip() -> Layout:
     """Google's SigLIP as the host loads it."""
-    config = SiglipVisionConfig(
-        hidden_size=1152,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        intermediate_size=4304,
-        patch_size=14,
-        image_size=384,
-    )
-    found = of(lambda: SiglipVisionModel(config))
+    found = of(lambda: SiglipVisionModel(SiglipVisionConfig()))
     return found if "vision_model" in next(iter(found)) else under("vision_model.", found)
 
 

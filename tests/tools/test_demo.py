@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miniature import setup
+from miniature import assemble
 from miniature.scenes import scenes
 from tools import demo
 from tools.demo_request import DemoRequest, DemoRow, Render
@@ -21,22 +22,13 @@ from tools.workflows.api import of_class, read
 
 
 @pytest.fixture
-def row():
-    image = setup.shown(scenes(1, 1), 64)
-    return DemoRow("a title", "some.png", image, (Render(0.5, "a boat"),))
-
-
-@pytest.fixture
-def ask(row):
-    return DemoRequest((row,), "blurred", size=64, steps=3, guidance=5.0, seed=9)
-
-
-@pytest.fixture
 def workflow():
     return read(demo.WORKFLOW)
 
 
-def test_the_workflow_gets_the_demos_values_and_stays_itself(workflow, ask, row):
+def test_the_workflow_gets_the_demos_values_and_stays_itself(workflow):
+    row = DemoRow("", "some.png", Image.new("RGB", (64, 64)), (Render(0.5, "a boat"),))
+    ask = DemoRequest((row,), "blurred", size=64, steps=3, guidance=5.0, seed=9)
     before = json.dumps(workflow)
     prompt = demo.adjusted(workflow, ask, row, row.renders[0])
     assert json.dumps(workflow) == before
@@ -66,26 +58,20 @@ def test_the_sheet_shows_every_reference_and_every_picture():
     assert shown.issuperset(colours)
 
 
-@pytest.fixture(
-    params=[
+@pytest.mark.parametrize(
+    "arguments",
+    [
         pytest.param([], id="host", marks=pytest.mark.nightly),
         pytest.param(["--no-host"], id="no host"),
     ],
 )
-def arguments(request):
-    """Of the demo, on each road: what that needs is imported, or skips where there is none."""
-    if request.param:
-        importlib.import_module("tools.demo_diffusers")
-    else:
-        request.getfixturevalue("host_path")
-    return request.param
-
-
-def test_the_demo_draws_its_sheet(tmp_path, monkeypatch, capsys, arguments):
+def test_the_demo_draws_its_sheet(tmp_path, monkeypatch, capsys, arguments, request):
     monkeypatch.setattr(demo, "OUTPUT", tmp_path / "output" / "demo.png")
     if arguments:  # by day
         monkeypatch.setattr(demo, "WEIGHTS", (0.0, 1.0))
         monkeypatch.setattr(demo, "TEXTS", ("circle",))
+    else:
+        request.getfixturevalue("host_path")  # skips where there is none
     monkeypatch.setattr(sys, "argv", ["demo", "--steps", "1", *arguments])
     demo.main()
     assert capsys.readouterr().out.splitlines()[-1] == str(demo.OUTPUT)
@@ -123,11 +109,12 @@ def test_comfyui_and_diffusers_draw_the_same_pictures(host_path):
     """From the same noise and at the same steps: to two 8-bit levels in the mean."""
     asked = demo.miniature_request(seed=3, size=None, steps=None)
     rows = tuple(
-        DemoRow(row.title, row.file, row.reference, row.renders[:1] + row.renders[-1:])
+        replace(row, renders=row.renders[:1] + row.renders[-1:])
         for row in (asked.rows[0], asked.rows[1], asked.rows[-1])
     )
-    ask = DemoRequest(rows, asked.negative, asked.size, asked.steps, asked.guidance, asked.seed)
-    hosts, theirs = demo.render_with_comfyui(host_path, ask, None), demo.render_with_diffusers(ask)
+    ask = replace(asked, rows=rows)
+    hosts = demo.render_with_comfyui(host_path, ask, None)
+    theirs = importlib.import_module("tools.demo_diffusers").draw(ask, demo.show)
     for one, other in zip(chain(*hosts), chain(*theirs), strict=True):
         apart = np.abs(np.asarray(one, float) - np.asarray(other, float))
         assert apart.mean() < 2, apart.mean()
@@ -138,7 +125,7 @@ def test_comfyui_and_diffusers_draw_the_same_pictures(host_path):
 def test_no_text_names_the_shape_of_its_reference():
     ask = demo.miniature_request(seed=0, size=None, steps=None)
     for row in ask.rows:
-        shown = scenes(setup.SHOWN, 1, setup.REFERENCES[row.file]).captions[0]
+        shown = scenes(assemble.SHOWN, 1, assemble.REFERENCES[row.file]).captions[0]
         assert shown not in {render.text for render in row.renders}
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from tools.comfyui import install as host
 
+AROUND = host._around
+
 
 def comfyui(folder: Path) -> Path:
     """Make an empty tree that looks like ComfyUI's source."""
@@ -29,10 +31,14 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def test_the_variable_comes_first(nowhere, tmp_path, monkeypatch):
-    named = comfyui(tmp_path / "named")
+def test_the_variable_comes_first_and_the_install_around_the_pack_second(
+    nowhere, tmp_path, monkeypatch
+):
     comfyui(host.default_workspace())
-    monkeypatch.setattr(host, "_around", lambda: comfyui(tmp_path / "around"))
+    around, named = comfyui(tmp_path / "ComfyUI"), comfyui(tmp_path / "named")
+    monkeypatch.setattr(host, "_around", AROUND)
+    monkeypatch.setattr(host, "ROOT", around / "custom_nodes" / "a-pack")
+    assert host.locate() == around
     monkeypatch.setenv(host.PATH_VARIABLE, str(named))
     assert host.locate() == named
 
@@ -44,13 +50,6 @@ def test_a_wrong_variable_is_an_error_that_says_what_to_do(nowhere, tmp_path, mo
         host.locate()
     for part in ("nothing", host.PATH_VARIABLE, "expected", "main.py", "unset"):
         assert part in str(raised.value)
-
-
-def test_the_install_around_the_pack_comes_second(tmp_path, monkeypatch):
-    monkeypatch.delenv(host.PATH_VARIABLE, raising=False)
-    around = comfyui(tmp_path / "ComfyUI")
-    monkeypatch.setattr(host, "ROOT", around / "custom_nodes" / "a-pack")
-    assert host.locate() == around
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="paths as on Linux")

@@ -6,11 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools.comfyui.install import ROOT
+
 CODE = """
 import asyncio, importlib.util, sys
 from tools.comfyui import install
@@ -30,10 +30,10 @@ print(len(nodes), len({node.GET_SCHEMA().node_id for node in nodes}))
 def archived() -> list[str]:
     def listed(*options: str) -> set[str]:
         command = ["git", "ls-files", "-z", "--cached", *options]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip("not a git checkout")
-        return {name for name in done.stdout.decode().split("\0") if (ROOT / name).is_file()}
+        return {name for name in done.stdout.split("\0") if (ROOT / name).is_file()}
 
     return sorted(listed() - listed("--ignored", "--exclude-from=.comfyignore"))
 

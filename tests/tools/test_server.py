@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 from PIL import Image
@@ -88,55 +90,60 @@ def test_progress_is_reported_and_an_interrupt_ends_the_prompt(server, sampled):
     server.free()
 
 
-class TestRefused:
-    def test_unknown_node(self, server, inverted):
-        inverted["2"]["class_type"] = "NoSuchNode"
-        with pytest.raises(PromptError, match="NoSuchNode") as raised:
-            server.run(inverted)
-        assert raised.value.node_id == "2"
-
-    def test_invalid_value(self, server, inverted):
-        inverted["1"]["inputs"]["image"] = "no-such-picture.png"
-        with pytest.raises(PromptError, match="no-such-picture") as raised:
-            server.run(inverted)
-        error = raised.value
-        assert (error.node_id, error.node_class) == ("1", "LoadImage")
-        assert error.exception_type == "custom_validation_failed"
-
-    def test_nothing_to_do(self, server):
-        with pytest.raises(PromptError, match="no outputs"):
-            server.run({})
-
-    def test_the_server_goes_on(self, server, inverted):
-        assert server.run(inverted).images["3"]
+def change(node, **changes):
+    return lambda prompt: prompt[node].update(changes)
 
 
-def test_a_node_that_raises_is_named(server, models, inverted):
+@pytest.mark.parametrize(
+    "break_, said, node, kind",
+    [
+        (change("2", class_type="NoSuchNode"), "NoSuchNode", ("2", ANY), ANY),
+        (
+            change("1", inputs={"image": "no-such-picture.png"}),
+            "no-such-picture",
+            ("1", "LoadImage"),
+            "custom_validation_failed",
+        ),
+        (dict.clear, "no outputs", ANY, ANY),
+        (
+            change("1", inputs={"image": "broken.png"}),
+            r"^node 1 \(LoadImage\): ",
+            ("1", "LoadImage"),
+            "PIL.UnidentifiedImageError",
+        ),
+    ],
+    ids=["unknown node", "invalid value", "nothing to do", "a node that raises"],
+)
+def test_a_bad_prompt_is_refused_and_the_server_goes_on(
+    server, models, inverted, break_, said, node, kind
+):
+    given = copy.deepcopy(inverted)
+    break_(given)
     broken = models / "input" / "broken.png"
     broken.write_bytes(b"no picture")
-    inverted["1"]["inputs"]["image"] = broken.name
     try:
-        with pytest.raises(PromptError) as raised:
-            server.run(inverted)
+        with pytest.raises(PromptError, match=said) as raised:
+            server.run(given)
     finally:
         broken.unlink()
     error = raised.value
-    assert (error.node_id, error.node_class) == ("1", "LoadImage")
-    assert "UnidentifiedImageError" in error.exception_type
-    assert str(error).startswith("node 1 (LoadImage): ")
+    assert (error.node_id, error.node_class) == node
+    assert error.exception_type == kind
+    assert server.run(inverted).images["3"]
 
 
 def test_a_server_that_ends_at_once_shows_its_log(tmp_path: Path):
     (tmp_path / "main.py").write_text("print('no such luck'); raise SystemExit(3)")
-    with pytest.raises(ServerError, match=r"(?s)exit code 3.*no such luck"):
-        Server(tmp_path / "base", tmp_path).start()
+    server = Server(tmp_path / "base", tmp_path)
+    with pytest.raises(ServerError, match=r"(?s)exit code 3.*no such luck"), server:
+        pass
 
 
 def test_a_server_that_never_answers_is_stopped(tmp_path: Path):
     (tmp_path / "main.py").write_text("import time; time.sleep(60)")
     server = Server(tmp_path / "base", tmp_path, start_timeout=2)
-    with pytest.raises(ServerError, match="within 2 s"):
-        server.start()
+    with pytest.raises(ServerError, match="within 2 s"), server:
+        pass
     assert server.process is None
 
 

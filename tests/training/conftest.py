@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from ip_adapter_core.variants import FAMILIES
 from tests.support import image_folders, small_models
@@ -58,11 +61,12 @@ def settings(frozen, pictures, tmp_path, accelerate_anew):
 
 
 @pytest.fixture
-def train():
+def train(accelerate_anew):
     """Train as train.py does, without its command line; gives the trainer back."""
     from training.trainer import Trainer
 
     def train(config):
+        accelerate_anew()
         trainer = Trainer(config)
         trainer.train()
         return trainer
@@ -96,3 +100,30 @@ def forked():
     yield forked
     for child in children:
         child.kill()
+
+
+@pytest.fixture
+def two_ranks(forked, accelerate_anew):
+    """Run a function in two child processes, with the variables that torchrun sets."""
+
+    def as_rank(rank, port, function, args):
+        from training.distributed import begin
+
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank}
+        where |= {"LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": rank}
+        os.environ.update({name: str(value) for name, value in where.items()})
+        torch.set_num_threads(1)
+        begin()
+        function(*args)
+
+    def two_ranks(function, *args):
+        accelerate_anew()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [forked(as_rank, rank, port, function, args) for rank in range(2)]
+        for rank in ranks:
+            rank.join(120)
+        assert [rank.exitcode for rank in ranks] == [0, 0]
+
+    return two_ranks

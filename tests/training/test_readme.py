@@ -14,6 +14,12 @@ import pytest
 from training import cache, config, evaluate, train
 
 ROOT = Path(__file__).resolve().parents[2]
+MODELS = ("--pretrained_model_name_or_path=a", "--image_encoder_path=b", "--output_dir=c")
+REQUIRED = {
+    "train.py": (*MODELS, "--train_data_dir=d"),
+    "cache.py": (*MODELS, "--train_data_dir=d"),
+    "evaluate.py": (*MODELS, "--eval_data_dir=d", "--ip_adapter_path=e"),
+}
 CONFIGS = {
     "train.py": config.TrainConfig,
     "cache.py": cache.CacheConfig,
@@ -38,12 +44,6 @@ def test_every_option_exists(capsys):
         for line in commands(page):
             if script := re.search(r"training/(\w+\.py) (.*)", line):
                 file, options = script[1], shlex.split(script[2])
-                required = ["--pretrained_model_name_or_path=a", "--image_encoder_path=b"]
-                required += ["--output_dir=c"]
-                if file != "evaluate.py":
-                    required += ["--train_data_dir=d"]
-                else:
-                    required += ["--eval_data_dir=d", "--ip_adapter_path=e"]
                 if "…" in options or "my.yaml" in options:
                     before = ["", *options]  # "…" stands for a value, or for further options
                     given = [
@@ -52,7 +52,7 @@ def test_every_option_exists(capsys):
                         if option not in ("--config", "my.yaml")
                         and (option != "…" or last.startswith("--"))
                     ]
-                    options = [*required, *given]
+                    options = [*REQUIRED[file], *given]
                 config.parse(CONFIGS[file], file, options)
                 checked.append((name, file))
     assert {file for _, file in checked} == {*CONFIGS}
@@ -61,13 +61,13 @@ def test_every_option_exists(capsys):
 
 @pytest.mark.nightly
 def test_the_small_set_as_it_stands(tmp_path, arrow):
-    from miniature import setup
+    from miniature import assemble
 
     page = PAGES["training/README.md"]
     text = page[page.index("### First on a small set") :]
     lines = commands(text[: text.index("\n## ")])
     assert [*map(lambda line: line.split()[0], lines)] == ["python", *["accelerate"] * 2, "cp"]
-    base = setup.ensure()
+    base = assemble.ensure()
     for line in lines:
         line = line.replace(".cache/miniature", str(base)).replace("output/small", str(tmp_path))
         program, *arguments = shlex.split(line)

@@ -1,21 +1,19 @@
-"""The workflows' files, read once, and what their tests run them on."""
+"""The workflows' files, and what their tests run them on."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib import request
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.support import standins
-from tools.comfyui.server import Client, Result
-from tools.workflows import api
-from tools.workflows.api import FOLDER, NAMES
+from tools.workflows.api import FOLDER, NAMES, read
 
 
 @dataclass(frozen=True)
@@ -32,38 +30,22 @@ class Workflow:
         return [node for node in self.editor["nodes"] if node["type"] != "MarkdownNote"]
 
     @property
-    def notes(self) -> list[dict[str, Any]]:
-        return [node for node in self.editor["nodes"] if node["type"] == "MarkdownNote"]
-
-
-def read(name: str) -> Workflow:
-    """Read the files of one task. Raises FileNotFoundError if either format is missing."""
-    editor = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
-    return Workflow(name, editor, api.read(name))
-
-
-@pytest.fixture(scope="session")
-def workflows() -> list[Workflow]:
-    """Every workflow, for tests that tell at once of all that fail."""
-    return [read(name) for name in NAMES]
+    def models(self) -> list[dict[str, str]]:
+        """The downloads that its nodes offer."""
+        return [m for node in self.nodes for m in node["properties"].get("models", ())]
 
 
 @pytest.fixture(params=NAMES)
-def workflow(request: pytest.FixtureRequest) -> Workflow:
-    return read(request.param)
+def workflow(request):
+    editor = json.loads((FOLDER / f"{request.param}.json").read_text("utf-8"))
+    return Workflow(request.param, editor, read(request.param))
 
 
 @pytest.fixture(scope="session")
-def reading() -> Callable[[str], Workflow]:
-    """Return what reads a workflow by name, for tests of particular ones."""
-    return read
-
-
-@pytest.fixture(scope="session")
-def client(server: Client) -> Client:
-    """Return the server on stand-ins, with every file and saved prompt that a workflow names."""
-    standins.ensure("workflows")
-    server.run(needed(api.read("save_prompt"), "IPA_SavePrompt"))
+def client(server):
+    """The server on stand-ins, with every file and saved prompt that a workflow names."""
+    standins.ensure()
+    server.run(needed(read("save_prompt"), "IPA_SavePrompt"))
     return server
 
 
@@ -76,16 +58,23 @@ def needed(api: dict[str, Any], class_: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def object_info(client: Client) -> dict[str, Any]:
-    """Return the host's node classes."""
+def opened(client):
+    """Open an address of the server as a browser does."""
+    direct = request.build_opener(request.ProxyHandler({}))
+    return lambda path: direct.open(f"http://{client.address}{path}")
+
+
+@pytest.fixture(scope="session")
+def object_info(client):
+    """The host's node classes."""
     return client.object_info()
 
 
 @pytest.fixture(scope="session")
-def images() -> Callable[[Result], list[np.ndarray]]:
-    """Return what decodes a run's images, [height, width, 3]: their files hold the prompt too."""
+def images():
+    """Decode a run's images, [height, width, 3]: their files hold the prompt too."""
 
-    def decode(result: Result) -> list[np.ndarray]:
+    def decode(result):
         files = (data for node in result.images.values() for data in node)
         return [np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float) for data in files]
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ip_adapter_core.files import published
-from tools.workflows.api import FOLDER, NAMES, PUBLIC, of_class
+from tools.workflows.api import FOLDER, NAMES, PUBLIC, of_class, read
 
 FOLDER_OF = {
     "ckpt_name": "checkpoints",
@@ -33,7 +33,7 @@ def test_every_task_and_nothing_else_has_files():
     assert all(re.fullmatch("[a-z][a-z_]*", name) for name in names)
 
 
-def a_picture_stands_beside_it_where_the_template_browser_looks(workflow):
+def test_a_picture_stands_beside_it_where_the_template_browser_looks(workflow):
     path = FOLDER / f"{workflow.name}.jpg"
     assert path.stat().st_size <= 60 * 1024
     with Image.open(path) as picture:
@@ -42,32 +42,28 @@ def a_picture_stands_beside_it_where_the_template_browser_looks(workflow):
         assert len(picture.convert("L").getcolors(256) or range(257)) > 16, "an empty picture"
 
 
-def each_model_file_comes_with_its_download(workflow):
+def test_each_model_file_comes_with_its_download(workflow):
     wanted = {
         (value, FOLDER_OF[name])
         for node in workflow.api.values()
         for name, value in node["inputs"].items()
         if name in FOLDER_OF
     }
-    if any(node["class_type"] == "IPA_AutoLoad" for node in workflow.api.values()):
+    if any(of_class(workflow.api, "IPA_AutoLoad")):
         wanted |= FOUND
-    offered = [
-        (model["name"], model["directory"])
-        for node in workflow.nodes
-        for model in node["properties"].get("models", ())
-    ]
+    offered = [(model["name"], model["directory"]) for model in workflow.models]
     assert set(offered) == wanted
     assert len(offered) == len(wanted)
 
 
-def files_are_those_that_auto_tells_people_to_get(workflow):
+def test_files_are_those_that_auto_tells_people_to_get(workflow):
     recommended = {own.name for family in published.ADAPTERS.values() for own in family.values()}
     inputs = [node["inputs"] for node in workflow.api.values()]
     assert {i["adapter_name"] for i in inputs if "adapter_name" in i} <= recommended
     assert {i["clip_name"] for i in inputs if "clip_name" in i} <= {published.VIT_H.name}
 
 
-def downloads_stand_at_the_node_that_names_the_file(workflow):
+def test_downloads_stand_at_the_node_that_names_the_file(workflow):
     for node in workflow.nodes:
         files = [value for value in node["widgets_values"] if str(value).endswith(".safetensors")]
         if node["type"] == "IPA_AutoLoad":
@@ -75,13 +71,15 @@ def downloads_stand_at_the_node_that_names_the_file(workflow):
         assert [model["name"] for model in node["properties"].get("models", ())] == files
 
 
-def notes_link_every_model(workflow):
-    text = "\n".join(note["widgets_values"][0] for note in workflow.notes)
-    for node in workflow.nodes:
-        for model in node["properties"].get("models", ()):
-            assert f"[{model['name']}]({model['url']})" in text
-            saved_as = PurePosixPath(urlsplit(model["url"]).path).name
-            assert saved_as == model["name"] or f"saves it as `{saved_as}`" in text
+def test_each_download_is_the_public_one_and_linked_in_a_note(workflow):
+    notes = (node for node in workflow.editor["nodes"] if node["type"] == "MarkdownNote")
+    text = "\n".join(note["widgets_values"][0] for note in notes)
+    for model in workflow.models:
+        public = PUBLIC[model["name"]]
+        assert model == {"name": public.name, "url": public.url, "directory": public.directory}
+        assert f"[{public.name}]({public.url})" in text
+        saved_as = PurePosixPath(urlsplit(public.url).path).name
+        assert saved_as == public.name or f"saves it as `{saved_as}`" in text
 
 
 @pytest.mark.parametrize("weights", PUBLIC.values(), ids=lambda weights: weights.name)
@@ -93,25 +91,14 @@ def test_downloads_are_of_a_kind_that_the_host_offers(weights):
     assert weights.name.endswith(".safetensors") and weights.saved_as.endswith(".safetensors")
 
 
-def a_file_has_one_download_everywhere(workflow):
-    for node in workflow.nodes:
-        for model in node["properties"].get("models", ()):
-            public = PUBLIC[model["name"]]
-            assert model == {
-                "name": public.name,
-                "url": public.url,
-                "directory": public.directory,
-            }
-
-
-def nodes_name_the_pack_they_come_from(workflow):
+def test_nodes_name_the_pack_they_come_from(workflow):
     for node in workflow.nodes:
         ours = node["type"].startswith("IPA_")
         assert node["properties"]["cnr_id"] == ("comfyui-ip-adapter" if ours else "comfy-core")
         assert node["properties"]["Node name for S&R"] == node["type"]
 
 
-def nothing_overlaps_and_frames_hold_their_nodes(workflow):
+def test_nothing_overlaps_and_frames_hold_their_nodes(workflow):
     def box(node):
         (x, y), (width, height) = node["pos"], node["size"]
         return x, y - TITLE_BAR, x + width, y + height
@@ -123,61 +110,32 @@ def nothing_overlaps_and_frames_hold_their_nodes(workflow):
         (x, y, x + width, y + height)
         for x, y, width, height in (group["bounding"] for group in workflow.editor["groups"])
     ]
-    for node in workflow.nodes:
-        left, top, right, bottom = box(node)
+    for left, top, right, bottom in map(box, workflow.nodes):
         assert any(x <= left and y <= top and right <= r and bottom <= b for x, y, r, b in frames)
 
 
-def links_run_forward(workflow):
+def test_links_run_forward(workflow):
     left = {node["id"]: node["pos"][0] for node in workflow.editor["nodes"]}
     for _, source, _, target, _, _ in workflow.editor["links"]:
         assert left[source] <= left[target]
 
 
-def paper_settings(workflow):
-    for node in workflow.api.values():
-        inputs = node["inputs"]
-        if node["class_type"] == "KSampler":
-            assert (inputs["sampler_name"], inputs["scheduler"]) == ("ddim", "ddim_uniform")
-            assert (inputs["steps"], inputs["cfg"]) == (50, 7.5)
-    texts = {
-        node["inputs"]["text"]
-        for node in workflow.api.values()
-        if node["class_type"] == "CLIPTextEncode"
-    }
+def test_settings_are_the_papers(workflow):
+    for inputs in of_class(workflow.api, "KSampler"):
+        assert (inputs["sampler_name"], inputs["scheduler"]) == ("ddim", "ddim_uniform")
+        assert (inputs["steps"], inputs["cfg"]) == (50, 7.5)
+    texts = {inputs["text"] for inputs in of_class(workflow.api, "CLIPTextEncode")}
+    apply = "IPA_Apply", "IPA_ApplyConditioning", "IPA_ApplyRegions"
     weights = {
-        node["inputs"]["weight"]
-        for node in workflow.api.values()
-        if node["class_type"] in ("IPA_Apply", "IPA_ApplyConditioning", "IPA_ApplyRegions")
-        and isinstance(node["inputs"]["weight"], float)
+        inputs["weight"]
+        for inputs in of_class(workflow.api, *apply)
+        if isinstance(inputs["weight"], float)
     }
-    if not weights:  # a list of them
-        return
-    assert weights == {1.0} if texts == {""} else max(weights) < 1
+    if weights:  # not a list of them
+        assert weights == {1.0} if texts == {""} else max(weights) < 1
 
 
-CHECKS = (
-    a_picture_stands_beside_it_where_the_template_browser_looks,
-    each_model_file_comes_with_its_download,
-    files_are_those_that_auto_tells_people_to_get,
-    downloads_stand_at_the_node_that_names_the_file,
-    notes_link_every_model,
-    a_file_has_one_download_everywhere,
-    nodes_name_the_pack_they_come_from,
-    nothing_overlaps_and_frames_hold_their_nodes,
-    links_run_forward,
-    paper_settings,
-)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_of_every_workflow(check, workflows, subtests):
-    for workflow in workflows:
-        with subtests.test(workflow.name):
-            check(workflow)
-
-
-def test_per_latent_has_one_latent_for_each_picture(reading):
-    api = reading("several_images_per_latent").api
+def test_per_latent_has_one_latent_for_each_picture():
+    api = read("several_images_per_latent")
     (latent,) = of_class(api, "EmptyLatentImage")
     assert latent["batch_size"] == len([*of_class(api, "LoadImage")])

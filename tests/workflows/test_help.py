@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
-from urllib import error, request
+from urllib import error
 
 import pytest
 
-from tools.docs.help import DOCS, IMAGES, PAGES, PREFIX, build
-from tools.generated import out_of_step
+from tools.docs.help import DOCS, IMAGES, PAGES, build
+from tools.generated import ours, out_of_step
+from tools.workflows import api
 
 NAMES = sorted(path.stem for path in PAGES.glob("*.md"))
 IN_NO_WORKFLOW = {"IPA_LoadImageEncoder"}
 """Its page shows the picture of a workflow that it can be put into."""
 
 
-def read(name: str) -> str:
+def read(name):
     return (DOCS / f"{name}.md").read_text("utf-8")
 
 
-def table(page: str, heading: str) -> dict[str, tuple[str, str]]:
+def table(page, heading):
     """Type and meaning by the name, of each row of the table under that heading."""
     section = page.split(f"## {heading}\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| \*(.+?)\*<br>(.+) \|$", section, re.M)
@@ -35,19 +35,22 @@ def test_pages_and_images_are_what_the_prose_the_nodes_and_the_workflows_give(ob
 
 
 def test_every_node_has_a_page(object_info):
-    assert sorted(name for name in object_info if name.startswith(PREFIX)) == NAMES
+    assert list(ours(object_info)) == NAMES
 
 
-def test_a_page_names_every_input_and_output_and_what_to_do_when_it_fails(object_info, subtests):
-    for name in NAMES:
-        page, node = read(name), object_info[name]
-        with subtests.test(name):
-            assert page.startswith(f"# {node['display_name']}\n")
-            inputs = [*node["input"].get("required", {}), *node["input"].get("optional", {})]
-            assert list(table(page, "Inputs")) == inputs
-            assert list(table(page, "Outputs")) == node["output_name"]
-            assert re.search(r"^## When it fails\n\n\S", page, re.M)
-            assert not re.search(r"[{}]", page), "a placeholder is left"
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_names_all_that_its_node_has_and_shows_a_workflow_with_it(object_info, name):
+    page, node = read(name), object_info[name]
+    assert page.startswith(f"# {node['display_name']}\n")
+    inputs = [*node["input"].get("required", {}), *node["input"].get("optional", {})]
+    assert list(table(page, "Inputs")) == inputs
+    assert list(table(page, "Outputs")) == node["output_name"]
+    assert re.search(r"^## When it fails\n\n\S", page, re.M)
+    assert not re.search(r"[{}]", page), "a placeholder is left"
+    (shown,) = re.findall(rf"^!\[[^]]+\]\({IMAGES}/(\w+)\.jpg\)$", page, re.M)
+    assert f"**{shown}**" in page
+    nodes = {node["class_type"] for node in api.read(shown).values()}
+    assert (name in nodes) != (name in IN_NO_WORKFLOW)
 
 
 def test_a_page_tells_ranges_choices_and_defaults():
@@ -62,45 +65,31 @@ def test_a_page_tells_ranges_choices_and_defaults():
 def test_no_page_lists_the_files_of_a_machine(object_info):
     for name, key in (("IPA_LoadAdapter", "adapter_name"), ("IPA_LoadPrompt", "prompt_name")):
         assert table(read(name), "Inputs")[key][0] == "a file from the list"
-    for file in object_info["IPA_LoadImageEncoder"]["input"]["required"]["encoder_name"][1][
-        "options"
-    ]:
+    required = object_info["IPA_LoadImageEncoder"]["input"]["required"]
+    for file in required["encoder_name"][1]["options"]:
         assert file not in read("IPA_LoadImageEncoder")
 
 
-def test_a_page_shows_and_names_a_workflow_with_the_node(reading, subtests):
-    for name in NAMES:
-        page = read(name)
-        with subtests.test(name):
-            (shown,) = re.findall(rf"^!\[[^]]+\]\({IMAGES}/(\w+)\.jpg\)$", page, re.M)
-            assert f"**{shown}**" in page
-            nodes = {node["class_type"] for node in reading(shown).api.values()}
-            assert (name in nodes) != (name in IN_NO_WORKFLOW)
-
-
-def test_the_host_serves_pages_and_pictures_where_the_panel_looks(client, object_info):
+def test_the_host_serves_pages_and_pictures_where_the_panel_looks(opened, object_info):
     """The panel takes the pack's name out of `python_module`.
 
     It asks for a page in the user's language first, and must get nothing there.
     """
-    direct = request.build_opener(request.ProxyHandler({}))
-    base = f"http://{client.address}/extensions"
     for name in NAMES:
         folder, pack = object_info[name]["python_module"].split(".")
         assert folder == "custom_nodes"
+        docs = f"/extensions/{pack}/docs"
         with pytest.raises(error.HTTPError, match="404"):
-            direct.open(f"{base}/{pack}/docs/{name}/en.md")
-        with direct.open(f"{base}/{pack}/docs/{name}.md") as answer:
+            opened(f"{docs}/{name}/en.md")
+        with opened(f"{docs}/{name}.md") as answer:
             assert "html" not in answer.headers["Content-Type"]  # the panel would not show it
             assert answer.read().decode("utf-8") == read(name)
     for path in (DOCS / IMAGES).iterdir():
-        with direct.open(f"{base}/{pack}/docs/{IMAGES}/{path.name}") as answer:
+        with opened(f"{docs}/{IMAGES}/{path.name}") as answer:
             assert answer.headers["Content-Type"] == "image/jpeg"
             assert answer.read() == path.read_bytes()
 
 
 def test_the_folder_adds_no_script_to_the_editor(client):
-    direct = request.build_opener(request.ProxyHandler({}))
-    with direct.open(f"http://{client.address}/extensions") as answer:
-        scripts = json.load(answer)
+    scripts = client.get("/extensions")
     assert scripts and not [path for path in scripts if "ip_adapter" in path]

@@ -4,135 +4,126 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from miniature.workflows import on_miniature
-from tools.comfyui.server import Client
-from tools.workflows.api import smaller
+from tools.workflows.api import NAMES, of_class, read, smaller
 
 SERVERS = {"miniature": "miniature_server", "stand-ins": "client"}  # fixtures
 MODELS = [
     pytest.param("miniature", marks=pytest.mark.xdist_group("miniature_server")),
     pytest.param("stand-ins", marks=[pytest.mark.nightly, pytest.mark.xdist_group("_started")]),
 ]
-Images = list[np.ndarray]
 
 
 class Runs:
     """Workflows on one of the two sets of models, each run once."""
 
-    def __init__(self, models: str, client: Client, images: Callable[..., Images]) -> None:
+    def __init__(self, models, client, images):
         self.models, self.client, self.images = models, client, images
-        self.done: dict[str, Images] = {}
+        self.done = {}
 
-    def prepared(self, api: Any, side: int | None = None) -> dict[str, Any]:
+    def prepared(self, name, side=128):
         """Return the workflow with less work, and files and presets that the models have."""
         if self.models == "miniature":
-            return on_miniature(api, "a star", steps=4)
-        made = smaller(api, steps=2, side=side or 128)
-        for node in made.values():
-            if node["class_type"] == "IPA_LayerWeights":
-                node["inputs"]["preset"] = "ease out"  # the stand-ins have other blocks
+            return on_miniature(read(name), "a star", steps=4)
+        made = smaller(read(name), steps=2, side=side)
+        for inputs in of_class(made, "IPA_LayerWeights"):
+            inputs["preset"] = "ease out"  # the stand-ins have other blocks
         return made
 
-    def of(self, api: Any) -> Images:
+    def of(self, api):
         """Run a workflow for the images that it saves, without previews."""
         result = self.client.run(api)
         (saved,) = (id_ for id_, node in api.items() if node["class_type"] == "SaveImage")
         result.images = {saved: result.images[saved]}
         return self.images(result)
 
-    def __call__(self, workflow: Any) -> Images:
-        if workflow.name not in self.done:
-            self.done[workflow.name] = self.of(self.prepared(workflow.api))
-        return self.done[workflow.name]
+    def __call__(self, name, side=128):
+        if name not in self.done:
+            self.done[name] = self.of(self.prepared(name, side))
+        return self.done[name]
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def run(request: pytest.FixtureRequest, images: Any) -> Runs:
+def run(request, images):
     return Runs(request.param, request.getfixturevalue(SERVERS[request.param]), images)
 
 
-def check(run: Runs, workflow: Any, side: int | None = None) -> None:
+def check(run, name, side=128):
     """Run a workflow, and check the number, size and content of its images."""
-    api = run.prepared(workflow.api, side)
-    sized = [node["inputs"] for node in api.values() if "height" in node["inputs"]]
-    sized = [inputs for inputs in sized if isinstance(inputs["height"], int)]
-    made = run(workflow) if side is None else run.of(api)
+    sized = [node["inputs"] for node in run.prepared(name, side).values()]
+    sized = [inputs for inputs in sized if isinstance(inputs.get("height"), int)]
+    made = run(name, side)
     assert len(made) == max(inputs.get("batch_size", 1) for inputs in sized)
     for image in made:
-        if workflow.name != "weight_start_grid":  # whose size follows from the words at its edges
+        if name != "weight_start_grid":  # whose size follows from the words at its edges
             assert image.shape == (sized[0]["height"], sized[0]["width"], 3)
         # Not a number would come out as one flat black.
         assert image.std(axis=(0, 1)).min() > 2, "a flat image"
         assert 5 < image.mean() < 250
 
 
-def test_every_workflow_runs_to_images(run, workflows, reading, subtests):
-    run(reading("save_prompt"))  # whose file another loads
-    for workflow in workflows:
-        if (run.models, workflow.name) != ("miniature", "sdxl"):  # which is of one family
-            with subtests.test(workflow.name):
-                check(run, workflow)
+def test_every_workflow_runs_to_images(run, subtests):
+    run("save_prompt")  # whose file another loads
+    for name in NAMES:
+        if (run.models, name) != ("miniature", "sdxl"):  # which is of one family
+            with subtests.test(name):
+                check(run, name)
 
 
-def test_sdxl_runs_to_an_image(client, images, reading):
+def test_sdxl_runs_to_an_image(client, images):
     """On a stand-in by day too: the miniature is of one family."""
-    check(Runs("stand-ins", client, images), reading("sdxl"), side=64)
+    check(Runs("stand-ins", client, images), "sdxl", side=64)
 
 
-def test_each_latent_follows_its_own_image(reading, run):
+def test_each_latent_follows_its_own_image(run):
     """The first of three is what its image gives alone: seed and settings are the same."""
-    alone = run(reading("image_only"))[0]
-    first, *others = run(reading("several_images_per_latent"))
+    alone = run("image_only")[0]
+    first, *others = run("several_images_per_latent")
     assert np.abs(first - alone).max() <= 2
     assert all(np.abs(other - alone).mean() > 5 for other in others)
 
 
-def test_ways_to_combine_differ(reading, run):
-    made = [run(reading(f"several_images_{way}"))[0] for way in ("concat", "average")]
-    made.append(run(reading("image_only"))[0])
+def test_ways_to_combine_differ(run):
+    made = [run(f"several_images_{way}")[0] for way in ("concat", "average")]
+    made.append(run("image_only")[0])
     for index, image in enumerate(made):
         for other in made[:index]:
             assert np.abs(image - other).mean() > 1
 
 
-def test_another_checkpoint_is_another(reading, run):
-    one, other = run(reading("image_only"))[0], run(reading("another_checkpoint"))[0]
+def test_another_checkpoint_is_another(run):
+    one, other = run("image_only")[0], run("another_checkpoint")[0]
     assert np.abs(one - other).mean() > 5
 
 
-def test_inpainting_changes_the_white_part_alone(reading, run):
-    (made,) = run(reading("inpainting"))
-    nodes = run.prepared(reading("inpainting").api).values()
+def test_inpainting_changes_the_white_part_alone(run):
+    (made,) = run("inpainting")
+    nodes = run.prepared("inpainting").values()
     files = {n["_meta"]["title"]: n["inputs"].get("image") for n in nodes}
-    start, mask = (
-        run.client.view({"filename": file, "type": "input"})
-        for title, file in files.items()
-        if title in ("Picture to repaint", "Mask: white is repainted")
-    )
-    side = made.shape[:2]
-    start, mask = (
-        np.asarray(Image.open(io.BytesIO(x)).convert("RGB").resize(side, Image.BICUBIC), float)
-        for x in (start, mask)
-    )
+
+    def given(title):
+        data = run.client.view({"filename": files[title], "type": "input"})
+        picture = Image.open(io.BytesIO(data)).convert("RGB")
+        return np.asarray(picture.resize(made.shape[:2], Image.BICUBIC), float)
+
+    start, mask = given("Picture to repaint"), given("Mask: white is repainted")
     difference = np.abs(made - start).mean(axis=2)
     assert difference[mask[..., 0] < 1].mean() < 2
     assert difference[mask[..., 0] > 254].mean() > 20
 
 
-def test_each_prompt_follows_its_own_image(reading, run):
+def test_each_prompt_follows_its_own_image(run):
     """The texts are alike, so that exchanging the images is exchanging the regions."""
-    api = run.prepared(reading("per_prompt").api, side=64)
+    api = run.prepared("per_prompt", side=64)
 
-    def exchanged(class_: str, input_: str) -> dict[str, Any]:
+    def exchanged(class_, input_):
         made = copy.deepcopy(api)
-        one, other = (node["inputs"] for node in made.values() if node["class_type"] == class_)
+        one, other = of_class(made, class_)
         one[input_], other[input_] = other[input_], one[input_]
         return made
 
@@ -143,17 +134,15 @@ def test_each_prompt_follows_its_own_image(reading, run):
     assert np.abs(images_exchanged - as_is).mean() > 5
 
 
-def test_a_grid_holds_the_images_of_its_values(reading, run):
+def test_a_grid_holds_the_images_of_its_values(run):
     """The cell of weight 0.5 and start 0.2 is what Apply gives with these alone."""
-    api = run.prepared(reading("weight_start_grid").api)
-    (sheet,) = run(reading("weight_start_grid"))
-    (apply,) = (node for node in api.values() if node["class_type"] == "IPA_Apply")
-    apply["inputs"] |= {"weight": 0.5, "start_at": 0.2}
-    decoded = next(i for i, node in api.items() if node["class_type"] == "VAEDecode")
-    (save,) = (node for node in api.values() if node["class_type"] == "SaveImage")
-    save["inputs"]["images"] = [decoded, 0]
+    api = run.prepared("weight_start_grid")
+    (sheet,) = run("weight_start_grid")
+    ids = {node["class_type"]: id_ for id_, node in api.items()}
+    api[ids["IPA_Apply"]]["inputs"] |= {"weight": 0.5, "start_at": 0.2}
+    api[ids["SaveImage"]]["inputs"]["images"] = [ids["VAEDecode"], 0]
     for name in ("IPA_GridValues", "IPA_DrawGrid"):
-        del api[next(i for i, node in api.items() if node["class_type"] == name)]
+        del api[ids[name]]
     (alone,) = run.of(api)
     factor = max(1, 160 // alone.shape[1])  # small ones are enlarged, so that the words have room
     alone = alone.repeat(factor, 0).repeat(factor, 1)
@@ -163,15 +152,6 @@ def test_a_grid_holds_the_images_of_its_values(reading, run):
     assert any(np.abs(windows[y, x] - cell).max() <= 2 for y, x in corners)  # rounded twice
 
 
-def test_a_saved_prompt_draws_what_its_image_does(reading, run):
-    (encoded,), (loaded,) = run(reading("save_prompt")), run(reading("load_prompt"))
+def test_a_saved_prompt_draws_what_its_image_does(run):
+    (encoded,), (loaded,) = run("save_prompt"), run("load_prompt")
     np.testing.assert_array_equal(loaded, encoded)
-
-
-def test_a_saved_prompt_lies_in_the_output_folder(reading, run):
-    result = run.client.run(run.prepared(reading("save_prompt").api))
-    (saved,) = (
-        node["image_prompts"][0] for node in result.outputs.values() if "image_prompts" in node
-    )
-    assert (saved["subfolder"], saved["type"]) == ("image_prompts", "output")
-    assert run.client.view(saved)[8:9] == b"{"  # a safetensors file

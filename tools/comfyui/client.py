@@ -28,23 +28,24 @@ class Progress:
 class Result:
     """What a prompt did: `images` are file contents by output node, in order."""
 
-    prompt_id: str
     images: dict[str, list[bytes]] = field(default_factory=dict)
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     executed: list[str] = field(default_factory=list)
     cached: list[str] = field(default_factory=list)
 
 
+@dataclass(eq=False)
 class PromptError(RuntimeError):
     """A prompt was refused or failed; says in which node and why."""
 
-    def __init__(self, node_id: str, node_class: str, exception_type: str, message: str) -> None:
-        where = f"node {node_id} ({node_class}): " if node_id else ""
-        super().__init__(f"{where}{exception_type}: {message}")
-        self.node_id = node_id
-        self.node_class = node_class
-        self.exception_type = exception_type
-        self.message = message
+    node_id: str
+    node_class: str
+    exception_type: str
+    message: str
+
+    def __str__(self) -> str:
+        where = f"node {self.node_id} ({self.node_class}): " if self.node_id else ""
+        return f"{where}{self.exception_type}: {self.message}"
 
 
 class PromptInterrupted(PromptError):
@@ -54,16 +55,19 @@ class PromptInterrupted(PromptError):
 def _refusal(body: Mapping[str, Any]) -> PromptError:
     """Return the first error of a /prompt answer with status 400."""
     for node_id, node in (body.get("node_errors") or {}).items():
-        first = (node.get("errors") or [{}])[0]
-        message = f"{first.get('message', 'invalid')}: {first.get('details', '')}".strip(": ")
-        return PromptError(node_id, node.get("class_type", ""), first.get("type", ""), message)
+        first = (node.get("errors") or [{"message": "invalid"}])[0]
+        return PromptError(node_id, node.get("class_type", ""), *_kind_and_message(first))
     top = body.get("error")
     if not isinstance(top, Mapping):
         return PromptError("", "", "invalid_prompt", str(top))
     extra = top.get("extra_info") or {}
-    message = f"{top.get('message', '')}: {top.get('details', '')}".strip(": ")
     node_id, node_class = str(extra.get("node_id", "")), str(extra.get("class_type", ""))
-    return PromptError(node_id, node_class, str(top.get("type", "")), message)
+    return PromptError(node_id, node_class, *_kind_and_message(top))
+
+
+def _kind_and_message(said: Mapping[str, Any]) -> tuple[str, str]:
+    message = f"{said.get('message', '')}: {said.get('details', '')}".strip(": ")
+    return str(said.get("type", "")), message
 
 
 class Client:
@@ -90,10 +94,6 @@ class Client:
     def object_info(self, node_class: str = "") -> dict[str, Any]:
         """Return the schema of every node, or of one."""
         return dict(self.get(f"/object_info/{node_class}".rstrip("/")))
-
-    def system_stats(self) -> dict[str, Any]:
-        """Return versions, devices and memory, as the server sees them."""
-        return dict(self.get("/system_stats"))
 
     def interrupt(self) -> None:
         """Stop the prompt that runs; callable from `on_progress` and other threads."""
@@ -140,39 +140,33 @@ class Client:
             aiohttp.ClientSession() as session,
             session.ws_connect(address, max_msg_size=0) as socket,
         ):
-            result = Result(self._post(prompt))
+            result, prompt_id = Result(), self._post(prompt)
             async for message in socket:
                 if message.type != aiohttp.WSMsgType.TEXT:
                     continue  # previews
                 event = json.loads(message.data)
                 data = event.get("data") or {}
-                if data.get("prompt_id") == result.prompt_id and self._take(
-                    event["type"], data, result, on_progress
-                ):
-                    return result
+                if data.get("prompt_id") != prompt_id:
+                    continue
+                match event["type"]:
+                    case "execution_success":
+                        return result
+                    case "execution_cached":
+                        result.cached.extend(map(str, data["nodes"]))
+                    case "executing" if data["node"] is not None:
+                        result.executed.append(str(data["node"]))
+                    case "progress":
+                        on_progress(Progress(str(data["node"]), data["value"], data["max"]))
+                    case "executed" if data.get("output"):
+                        result.outputs[str(data["node"])] = data["output"]
+                    case "execution_interrupted" | "execution_error" as kind:
+                        raise _failure(kind, data)
         raise ConnectionError(f"the server at {self.address} closed the connection")
 
-    @staticmethod
-    def _take(
-        kind: str, data: Mapping[str, Any], result: Result, on_progress: Callable[[Progress], None]
-    ) -> bool:
-        """Note one event of our prompt; True when it was the last."""
-        if kind == "execution_cached":
-            result.cached.extend(str(node) for node in data["nodes"])
-        elif kind == "executing" and data["node"] is not None:
-            result.executed.append(str(data["node"]))
-        elif kind == "progress":
-            on_progress(Progress(str(data["node"]), int(data["value"]), int(data["max"])))
-        elif kind == "executed" and data.get("output"):
-            result.outputs[str(data["node"])] = data["output"]
-        elif kind == "execution_interrupted":
-            node, name = str(data.get("node_id", "")), str(data.get("node_type", ""))
-            raise PromptInterrupted(node, name, "InterruptProcessingException", "interrupted")
-        elif kind == "execution_error":
-            raise PromptError(
-                str(data.get("node_id", "")),
-                str(data.get("node_type", "")),
-                str(data.get("exception_type", "")),
-                str(data.get("exception_message", "")).strip(),
-            )
-        return kind == "execution_success"
+
+def _failure(kind: str, data: Mapping[str, Any]) -> PromptError:
+    node_id, node_class = str(data.get("node_id", "")), str(data.get("node_type", ""))
+    if kind == "execution_interrupted":
+        return PromptInterrupted(node_id, node_class, "InterruptProcessingException", "interrupted")
+    message = str(data.get("exception_message", "")).strip()
+    return PromptError(node_id, node_class, str(data.get("exception_type", "")), message)

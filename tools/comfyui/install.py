@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 logger = logging.getLogger("comfyui_ip_adapter.tools")
 
@@ -138,7 +139,7 @@ def flags() -> list[str]:
     return shlex.split(os.environ.get(FLAGS_VARIABLE, DEFAULT_FLAGS))
 
 
-def boot(host: Path) -> Path:
+def boot(host: Path) -> None:
     """Make `comfy`, `nodes`, `folder_paths` … of `host` importable in this process.
 
     The host comes first on `sys.path` and the pack last, so that the pack's `nodes`
@@ -156,28 +157,13 @@ def boot(host: Path) -> Path:
                 f"cannot boot ComfyUI from {host}: a module {name!r} is already loaded from "
                 f"{origin}. Start a new process in which nothing imports it before the host."
             )
-    here = {"", str(ROOT), os.getcwd()} - {str(host)}
-    if any(entry in here for entry in sys.path):
-        sys.path[:] = [entry for entry in sys.path if entry not in here]
-        sys.path.append(str(ROOT))
-    if str(host) not in sys.path:
-        sys.path.insert(0, str(host))
-    given, sys.argv = sys.argv, ["main.py", *flags(), "--disable-all-custom-nodes"]
-    try:
+    moved = {"", str(ROOT), os.getcwd(), str(host)}
+    sys.path[:] = [str(host), *(path for path in sys.path if path not in moved), str(ROOT)]
+    with patch.object(sys, "argv", ["main.py", *flags(), "--disable-all-custom-nodes"]):
         importlib.import_module("comfy.options").enable_args_parsing()
         importlib.import_module("comfy.cli_args")
-    finally:
-        sys.argv = given
     for name in wanted:
         importlib.import_module(name)
-    return host
-
-
-def add_models(base_directory: Path) -> None:
-    """Let the booted host look for models below `base_directory/models` first."""
-    folder_paths = importlib.import_module("folder_paths")
-    for folder in sorted((base_directory / "models").iterdir()):
-        folder_paths.add_model_folder_path(folder.name, str(folder), is_default=True)
 
 
 def load_pack() -> ModuleType:
@@ -186,19 +172,22 @@ def load_pack() -> ModuleType:
     Afterwards `from comfyui_ip_adapter.ip_adapter_core.resampler import Resampler` works.
     Needs no host: the pack's root imports nothing.
     """
-    if PACK in sys.modules:
-        return sys.modules[PACK]
+    return load_package(PACK, ROOT)
+
+
+def load_package(name: str, folder: Path) -> ModuleType:
+    """Load the package in `folder` under that name, once."""
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(
-        PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
-    if spec is None or spec.loader is None:
-        raise ImportError(f"no module can be made of {ROOT / '__init__.py'}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[PACK] = module
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[PACK]
+        del sys.modules[name]
         raise
     return module
 

@@ -9,14 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from urllib import error, request
 
-from tools.comfyui.client import Client, Progress, PromptError, PromptInterrupted, Result
+from tools.comfyui.client import Client
 from tools.comfyui.install import PACK, ROOT, flags
 
-__all__ = ["Client", "Progress", "PromptError", "PromptInterrupted", "Result", "Server"]
 logger = logging.getLogger("comfyui_ip_adapter.tools")
 
 WATCHED = """
@@ -40,15 +38,8 @@ class ServerError(RuntimeError):
     """Say that the server did not start or ended early, with the end of its log."""
 
 
-def free_port() -> int:
-    """Return a TCP port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def link_pack(base_directory: Path) -> Path:
-    """Link this repository into `base_directory/custom_nodes` and return the link."""
+def link_pack(base_directory: Path) -> None:
+    """Link this repository into `base_directory/custom_nodes`."""
     link = base_directory / "custom_nodes" / PACK
     link.parent.mkdir(parents=True, exist_ok=True)
     if link.is_symlink() and link.resolve() != ROOT:
@@ -59,58 +50,68 @@ def link_pack(base_directory: Path) -> Path:
         except FileExistsError:
             pass  # another process was quicker
         except OSError:  # Windows without the privilege to make symbolic links
-            subprocess.run(
-                ["cmd", "/c", "mklink", "/J", str(link), str(ROOT)], check=True, shell=False
-            )
-    return link
+            subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(ROOT)], check=True)
 
 
+@dataclass
 class Server:
     """Run ComfyUI as a subprocess, with this pack and the models and inputs of a base directory.
 
     What it writes (outputs, temporary files, settings) goes to a folder of its own, which
     ends with it; so servers may share a base directory. `with Server(base, host) as client`.
+
+    Args:
+        base_directory: holds `models/` and `input/`.
+        host: ComfyUI's folder.
+        arguments: further flags for ComfyUI.
+        start_timeout: in seconds.
+        prompt_timeout: in seconds.
+        threads: CPU threads of the computation where `OMP_NUM_THREADS` is not set. Layers of
+            small models wait for each other with more than one, above all beside another busy
+            process. None leaves the choice to torch.
     """
 
-    def __init__(
-        self,
-        base_directory: Path,
-        host: Path,
-        arguments: tuple[str, ...] = (),
-        start_timeout: float = 180.0,
-        prompt_timeout: float = 600.0,
-        threads: int | None = 1,
-    ) -> None:
-        """Set the server up; `start` starts it.
-
-        Args:
-            base_directory: holds `models/` and `input/`.
-            host: ComfyUI's folder.
-            arguments: further flags for ComfyUI.
-            start_timeout: in seconds.
-            prompt_timeout: in seconds.
-            threads: CPU threads of the computation where `OMP_NUM_THREADS` is not set. Layers of
-                small models wait for each other with more than one, above all beside another busy
-                process. None leaves the choice to torch.
-        """
-        self.base_directory = base_directory
-        self.host = host
-        self.arguments = arguments
-        self.start_timeout = start_timeout
-        self.prompt_timeout = prompt_timeout
-        self.threads = threads
-        self.process: subprocess.Popen[bytes] | None = None
+    base_directory: Path
+    host: Path
+    arguments: tuple[str, ...] = ()
+    start_timeout: float = 180.0
+    prompt_timeout: float = 600.0
+    threads: int | None = 1
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def __enter__(self) -> Client:
-        return self.start()
+        """Start the server and wait until it answers.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
+        Raises:
+            ServerError: it ended, or did not answer within `start_timeout` seconds.
+        """
+        link_pack(self.base_directory)
+        self._folder = tempfile.TemporaryDirectory(prefix="ip-adapter-", ignore_cleanup_errors=True)
+        run = Path(self._folder.name)
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]  # nothing listens on it from here on
+        # Not the environment's: PYTHONPATH may hold the repository, whose nodes/ would shadow.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        if self.threads is not None:
+            environment.setdefault("OMP_NUM_THREADS", str(self.threads))
+        log = run / "log.txt"
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                self._command(port, run),
+                cwd=run,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        address = f"127.0.0.1:{port}"
+        try:
+            self._wait(self.process, address, log)
+        except BaseException:
+            self.__exit__()
+            raise
+        logger.info("ComfyUI answers at http://%s", address)
+        return Client(address, timeout=self.prompt_timeout)
 
     def _command(self, port: int, run: Path) -> list[str]:
         folders: list[str] = []
@@ -130,60 +131,24 @@ class Server:
             *self.arguments,
         ]
 
-    def start(self) -> Client:
-        """Start the server and wait until it answers.
-
-        Raises:
-            ServerError: it ended, or did not answer within `start_timeout` seconds.
-        """
-        link_pack(self.base_directory)
-        self._folder = tempfile.TemporaryDirectory(prefix="ip-adapter-", ignore_cleanup_errors=True)
-        run, port = Path(self._folder.name), free_port()
-        self.log = run / "log.txt"
-        # Not the environment's: PYTHONPATH may hold the repository, whose nodes/ would shadow.
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        if self.threads is not None:
-            environment.setdefault("OMP_NUM_THREADS", str(self.threads))
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                self._command(port, run),
-                cwd=run,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        address = f"127.0.0.1:{port}"
-        try:
-            self._wait(address)
-        except BaseException:
-            self.stop()
-            raise
-        logger.info("ComfyUI answers at http://%s", address)
-        return Client(address, timeout=self.prompt_timeout)
-
-    def _wait(self, address: str) -> None:
+    def _wait(self, process: subprocess.Popen[bytes], address: str, log: Path) -> None:
         deadline = time.monotonic() + self.start_timeout
-        direct = request.build_opener(request.ProxyHandler({}))
         while time.monotonic() < deadline:
-            if self.process is None or self.process.poll() is not None:
-                code = self.process.returncode if self.process else None
-                raise ServerError(f"ComfyUI ended with exit code {code}.\n{self.tail()}")
+            if process.poll() is not None:
+                problem = f"ended with exit code {process.returncode}"
+                break
             try:
-                direct.open(f"http://{address}/system_stats", timeout=5).close()
+                Client(address, timeout=5).get("/system_stats")
                 return
-            except (error.URLError, OSError):
+            except OSError:  # urllib's errors included
                 time.sleep(0.2)
-        raise ServerError(
-            f"ComfyUI did not answer at {address} within {self.start_timeout:g} s.\n{self.tail()}"
-        )
+        else:
+            problem = f"did not answer at {address} within {self.start_timeout:g} s"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        end = "\n".join(["The end of its log:", *lines[-40:]])
+        raise ServerError(f"ComfyUI {problem}.\n{end}")
 
-    def tail(self, lines: int = 40) -> str:
-        """Return the end of the server's log."""
-        text = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(["The end of its log:", *text[-lines:]])
-
-    def stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the server, by force if it does not go within ten seconds."""
         if self.process is None:
             return

@@ -14,13 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tools.comfyui.install import ROOT
-from tools.generated import Files, ObjectInfo, command
+from tools.generated import Files, ObjectInfo, command, inputs_of, ours
 
 WORKFLOWS = ROOT / "workflows"
 PAGES = ROOT / "tools" / "docs" / "pages"
 DOCS = ROOT / "web" / "docs"
 IMAGES = "pictures"  # beside the pages, whose links are relative to their own folder
-PREFIX = "IPA_"  # of the ids of this pack's nodes
 
 _INPUTS = re.compile(r"^\{inputs\}$", re.M)
 _OUTPUTS = re.compile(r"^\{outputs\}\n((?:\w+: .+\n?)*)", re.M)
@@ -31,7 +30,7 @@ _MARKS = re.compile(r"([\\`*|<\[]|\b_|_\b)")  # that markdown would take for its
 
 def build(info: ObjectInfo) -> Files:
     """Return every page, and the images that the pages show."""
-    nodes = {name: node for name, node in sorted(info.items()) if name.startswith(PREFIX)}
+    nodes = ours(info)
     prose = {name: (PAGES / f"{name}.md").read_text(encoding="utf-8") for name in nodes}
     files = {DOCS / f"{name}.md": _page(nodes[name], prose[name]).encode() for name in nodes}
     shown = {f"{name}.jpg" for text in prose.values() for name in _PICTURE.findall(text)}
@@ -56,12 +55,10 @@ def _page(node: Mapping[str, Any], prose: str) -> str:
 
 
 def _inputs(node: Mapping[str, Any]) -> str:
-    rows = []
-    for kind in ("required", "optional"):
-        for name, (type_, *rest) in node["input"].get(kind, {}).items():
-            options = rest[0] if rest else {}
-            what = _type(type_, options) + (", optional" if kind == "optional" else "")
-            rows.append((name, what, _meaning(options)))
+    rows = (
+        (name, _type(type_, options) + (", optional" if optional else ""), _meaning(options))
+        for name, type_, options, optional in inputs_of(node)
+    )
     return _table("Input", rows)
 
 
@@ -73,10 +70,11 @@ def _outputs(node: Mapping[str, Any], lines: str) -> str:
             f"{', '.join(meanings) or '(none)'} are; the node has "
             f"{', '.join(node['output_name'])}, in this order."
         )
-    listed = ("list of " if several else "" for several in node["output_is_list"])
-    types = (some + type_ for some, type_ in zip(listed, node["output"], strict=True))
-    rows = zip(meanings, map(_escaped, types), meanings.values(), strict=True)
-    return _table("Output", rows)
+    types = (
+        _escaped(f"list of {type_}" if several else type_)
+        for type_, several in zip(node["output"], node["output_is_list"], strict=True)
+    )
+    return _table("Output", zip(meanings, types, meanings.values(), strict=True))
 
 
 def _meaning(options: Mapping[str, Any]) -> str:
@@ -106,9 +104,9 @@ def _type(type_: str, options: Mapping[str, Any]) -> str:
     parts = [_escaped(type_)]
     if not options.get("forceInput"):
         if "min" in options:
-            parts.append(f"{_number(options['min'])} to {_number(options['max'])}")
+            parts.append(f"{_value(options['min'])} to {_value(options['max'])}")
         if "default" in options:
-            parts.append(f"default {_default(options['default'])}")
+            parts.append(f"default {_value(options['default'])}")
     return ", ".join(parts)
 
 
@@ -123,14 +121,10 @@ def _choices(options: Mapping[str, Any]) -> str:
     return "one of " + ", ".join(shown)
 
 
-def _default(value: Any) -> str:
+def _value(value: Any) -> str:
     if isinstance(value, str):
         return f"`{value}`" if value else "empty"
-    return _number(value)
-
-
-def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:g}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _escaped(text: str) -> str:

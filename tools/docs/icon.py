@@ -6,12 +6,11 @@ python -m tools.docs.icon
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from miniature.scenes import BACKGROUNDS, COLORS, SHAPES, TEXTURES, Scenes, render, scenes
+from miniature.scenes import BACKGROUNDS, COLORS, SHAPES, TEXTURES, render, scenes, to_pil
 from tools.comfyui.install import ROOT
 
 SIDE, TILE = 400, 232  # the registry takes squares of at most 400 pixels
@@ -19,22 +18,17 @@ GROUND, INK = "#1e2127", "#f2f2f2"
 
 
 def _tile(shape: str) -> Image.Image:
-    """Draw a scene of the miniature's that differs in its shape alone."""
+    """Draw a scene of the miniature's that differs in its shape alone, in a frame."""
     numbers = {"colour": [*COLORS].index("orange"), "texture": TEXTURES.index("plain")}
     numbers |= {"background": [*BACKGROUNDS].index("sky"), "shape": SHAPES.index(shape)}
     row = replace(scenes(0, 1), **{name: torch.tensor([n]) for name, n in numbers.items()})
     still = {name: torch.zeros(1) for name in ("x", "y", "angle")}
     row = replace(row, **still, size=torch.tensor([0.82]), light=torch.ones(1))
-    return _framed(row)
-
-
-def _framed(row: Scenes) -> Image.Image:
-    pixels = (render(row, TILE)[0].movedim(0, -1) * 255).round().byte().numpy()
     tile = Image.new("RGBA", (TILE + 12, TILE + 12), (0, 0, 0, 0))
     ImageDraw.Draw(tile).rounded_rectangle((0, 0, TILE + 11, TILE + 11), 28, fill=INK)
     mask = Image.new("L", (TILE, TILE))
     ImageDraw.Draw(mask).rounded_rectangle((0, 0, TILE - 1, TILE - 1), 24, fill=255)
-    tile.paste(Image.fromarray(pixels), (6, 6), mask)
+    tile.paste(to_pil(render(row, TILE)[0]), (6, 6), mask)
     return tile
 
 
@@ -50,11 +44,7 @@ def draw() -> Image.Image:
     return icon
 
 
-def main() -> None:
-    target: Path = ROOT / "docs" / "icon.png"
+if __name__ == "__main__":
+    target = ROOT / "docs" / "icon.png"
     draw().save(target, optimize=True)
     print(target.relative_to(ROOT))
-
-
-if __name__ == "__main__":
-    main()

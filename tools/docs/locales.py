@@ -12,28 +12,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from tools.comfyui.install import ROOT
-from tools.docs.help import PREFIX
-from tools.generated import Files, ObjectInfo, command
+from tools.generated import Files, ObjectInfo, command, inputs_of, ours
 
 LOCALES = ROOT / "locales"
 
 
 def build(info: ObjectInfo) -> Files:
     """Return what people read of each of the pack's nodes, by the keys of the editor's nodeDefs."""
-    texts = {name: _node(node) for name, node in sorted(info.items()) if name.startswith(PREFIX)}
+    texts = {name: _node(node) for name, node in ours(info).items()}
     text = json.dumps(texts, indent=2, ensure_ascii=False) + "\n"
     return {LOCALES / "en" / "nodeDefs.json": text.encode()}
 
 
 def _node(node: Mapping[str, Any]) -> dict[str, Any]:
-    inputs = node["input"].get("required", {}) | node["input"].get("optional", {})
     outputs = zip(node["output_name"], node["output_tooltips"], strict=True)
     return {
         "display_name": node["display_name"],
         "description": node["description"],
         "inputs": {
-            name: _named(name, options[0].get("tooltip") if options else None)
-            for name, (_, *options) in inputs.items()
+            name: _named(name, options.get("tooltip")) for name, _, options, _ in inputs_of(node)
         },
         "outputs": {str(place): _named(*output) for place, output in enumerate(outputs)},
     }

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from miniature import setup
+from miniature import assemble
 from miniature.workflows import in_editor
 from tools.comfyui import browser, install
 from tools.comfyui.server import Server
@@ -37,47 +37,32 @@ SELECT = """(type) => {
 GRAPH: Any = {"x": 205, "y": 212, "width": 1292, "height": 378}  # where the fitted view lies
 
 
-def graph(page: Any, workflow: dict[str, Any], target: Path) -> None:
-    """Take the workflow after it has run."""
-    page.evaluate(LOAD, workflow)
-    page.wait_for_function(DONE, timeout=600_000, polling=1000)
-    page.evaluate(FIT)
-    page.wait_for_timeout(3000)
-    page.screenshot(path=target, clip=GRAPH)
+def draw(workflow: dict[str, Any], node: str, folder: Path) -> None:
+    """Take the workflow after it has run, the page beside `node`, and the template browser."""
 
+    def take(name: str, **options: Any) -> None:
+        page.wait_for_timeout(3000)
+        page.screenshot(path=folder / name, **options)
+        print(folder / name)
 
-def help_panel(page: Any, node: str, target: Path) -> None:
-    """Take a node of the loaded workflow, and its page beside it."""
-    page.evaluate(SELECT, node)
-    page.wait_for_timeout(1000)
-    page.get_by_role("button", name="Node Info").click()
-    page.wait_for_timeout(3000)
-    page.screenshot(path=target)
-
-
-def templates(page: Any, target: Path) -> None:
-    """Take the template browser with the pack's workflows."""
-    page.get_by_role("button", name="Templates").click()
-    page.get_by_role("dialog").get_by_text("ip_adapter").first.click()
-    page.wait_for_timeout(3000)
-    page.screenshot(path=target)
-
-
-def draw(workflow: dict[str, Any], node: str, folder: Path) -> list[Path]:
-    """Take all of them, and return their files."""
-    folder.mkdir(exist_ok=True)
-    targets = [folder / f"{name}.png" for name in ("graph", "help", "templates")]
     options = {"viewport": {"width": 1700, "height": 800}, "device_scale_factor": 1.5}
-    server = Server(setup.ensure(), install.require())
+    server = Server(assemble.ensure(), install.require())
     with server as client, browser.editor(client, **options) as page:
         page.wait_for_timeout(3000)
         page.keyboard.press("Escape")
         page.evaluate(NO_MINIMAP)
-        graph(page, workflow, targets[0])
-        help_panel(page, node, targets[1])
+        page.evaluate(LOAD, workflow)
+        page.wait_for_function(DONE, timeout=600_000, polling=1000)
+        page.evaluate(FIT)
+        take("graph.png", clip=GRAPH)
+        page.evaluate(SELECT, node)
+        page.wait_for_timeout(1000)
+        page.get_by_role("button", name="Node Info").click()
+        take("help.png")
         page.keyboard.press("Escape")
-        templates(page, targets[2])
-    return targets
+        page.get_by_role("button", name="Templates").click()
+        page.get_by_role("dialog").get_by_text("ip_adapter").first.click()
+        take("templates.png")
 
 
 def main() -> None:
@@ -88,8 +73,7 @@ def main() -> None:
     given = parser.parse_args()
     source = install.ROOT / "workflows" / f"{given.workflow}.json"
     workflow = in_editor(json.loads(source.read_text(encoding="utf-8")), given.text)
-    for target in draw(workflow, given.node, install.ROOT / "docs"):
-        print(target)
+    draw(workflow, given.node, install.ROOT / "docs")
 
 
 if __name__ == "__main__":

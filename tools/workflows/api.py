@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from ip_adapter_core.files.published import BASE, BASE_SDXL_VIT_H, PLUS, PLUS_FACE, VIT_H, Weights
@@ -17,6 +18,14 @@ FOLDER = ROOT / "workflows"
 NAMES = sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
 DEFECTS = "monochrome, lowres, bad anatomy, worst quality, low quality"
 """The negative text of the authors' own code."""
+
+LOADERS = {
+    "CheckpointLoaderSimple": ("checkpoints", "ckpt_name"),
+    "CLIPVisionLoader": ("clip_vision", "clip_name"),
+    "IPA_LoadAdapter": ("ipadapter", "adapter_name"),
+    "ControlNetLoader": ("controlnet", "control_net_name"),
+}
+"""The folder of `models/` that a class loads from, and its input that names a file there."""
 
 Api = Mapping[str, Mapping[str, Any]]
 _HUB = "https://huggingface.co"
@@ -53,9 +62,26 @@ def of_class(api: Api, *classes: str) -> Iterator[dict[str, Any]]:
     return (node["inputs"] for node in api.values() if node["class_type"] in classes)
 
 
+def missing(api: Api, models: Path) -> list[str]:
+    """Return the files that the workflow loads and that `models` lacks, relative to it."""
+    named = [
+        Path(folder, inputs[key])
+        for loader, (folder, key) in LOADERS.items()
+        for inputs in of_class(api, loader)
+    ]
+    return [str(path) for path in named if not (models / path).is_file()]
+
+
 def is_link(value: Any) -> TypeGuard[list[Any]]:
     """Return whether an input's value is another node's output, `[node, number]`."""
     return isinstance(value, list)
+
+
+def fed_by(api: Api, id_: str) -> Iterator[str]:
+    """Yield the ids of the nodes that a node's outputs go to."""
+    for other, node in api.items():
+        if any(is_link(value) and value[0] == id_ for value in node["inputs"].values()):
+            yield other
 
 
 def smaller(api: Api, steps: int, side: int) -> dict[str, Any]:

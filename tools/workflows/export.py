@@ -14,13 +14,13 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ip_adapter_core.files.published import Weights
-from tools.generated import Files, ObjectInfo, command
-from tools.workflows.api import BASE, FOLDER, NAMES, PUBLIC, VIT_H, Api, is_link, read
+from tools.generated import PREFIX, Files, ObjectInfo, command, inputs_of
+from tools.workflows.api import BASE, FOLDER, NAMES, PUBLIC, VIT_H, Api, fed_by, is_link, read
 
 NOTES = Path(__file__).with_name("notes")
 PACK = "comfyui-ip-adapter"
@@ -57,15 +57,10 @@ LEAST = {
 """Room for images and text, which slots and widgets alone would not give."""
 TITLE, GAP, MARGIN, HEADING = 30, 44, 20, 50  # a position is below the node's title bar
 NOTE_WIDTH = 420
-OURS, POSITIVE, NEGATIVE, NOTE = (
-    {"color": color, "bgcolor": background}
-    for color, background in (
-        ("#233", "#355"),
-        ("#232", "#353"),
-        ("#322", "#533"),
-        ("#222", "#000"),
-    )
-)
+OURS = {"color": "#233", "bgcolor": "#355"}
+POSITIVE = {"color": "#232", "bgcolor": "#353"}
+NEGATIVE = {"color": "#322", "bgcolor": "#533"}
+NOTE = {"color": "#222", "bgcolor": "#000"}
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "CURVE"}
 FOUND = {"IPA_AutoLoad": [BASE, VIT_H]}
 """Files that a node looks for without naming them, as the workflows set it."""
@@ -96,16 +91,14 @@ def _completed(api: Json, info: ObjectInfo) -> Json:
 
 def note(name: str) -> str:
     """Return a workflow's note, each paragraph in one line, as the editor shows line ends."""
+
+    def shared(line: re.Match[str]) -> str:
+        return (NOTES / "shared" / f"{line[1]}.md").read_text("utf-8")
+
     text = (NOTES / f"{name}.md").read_text("utf-8")
-    text = re.sub(
-        r"^\{(\w+)\}$",
-        lambda line: (NOTES / "shared" / f"{line[1]}.md").read_text("utf-8"),
-        text,
-        flags=re.M,
-    )
-    return (
-        "\n\n".join(" ".join(block.split()) for block in re.split(r"\n{2,}", text.strip())) + "\n"
-    )
+    text = re.sub(r"^\{(\w+)\}$", shared, text, flags=re.M)
+    blocks = re.split(r"\n{2,}", text.strip())
+    return "\n\n".join(" ".join(block.split()) for block in blocks) + "\n"
 
 
 def to_editor(name: str, api: Api, about: str, info: ObjectInfo) -> Json:
@@ -161,7 +154,7 @@ def _node(id_: str, api: Api, info: ObjectInfo, links: list[list[Any]]) -> Json:
             links.append([slot["link"], int(value[0]), value[1], int(id_), len(slots), type_])
         slots.append(slot)
     # Older hosts give the nodes that end a workflow no outputs, and nothing here uses them.
-    ends = own["output_node"] and not class_.startswith("IPA_")
+    ends = own["output_node"] and not class_.startswith(PREFIX)
     outputs = [
         {"name": name, "type": type_, "links": None}
         for name, type_ in zip(own["output_name"], own["output"], strict=True)
@@ -195,18 +188,16 @@ def _declared(
     A growing list becomes the entries that are `given` and the empty one that the editor keeps at
     its end.
     """
-    for kind in ("required", "optional"):
-        for name, (type_, *rest) in info[class_]["input"].get(kind, {}).items():
-            options = rest[0] if rest else {}
-            if type_ != "COMFY_AUTOGROW_V3":
-                yield name, type_, options, kind == "optional"
-                continue
-            template = options["template"]
-            ((entry_type, *_),) = template["input"]["required"].values()
-            used = sum(key.startswith(f"{name}.") for key in given)
-            for index in range(used + 1):
-                entry = f"{name}.{template['prefix']}{index}"
-                yield entry, entry_type, {}, index >= template["min"]
+    for name, type_, options, optional in inputs_of(info[class_]):
+        if type_ != "COMFY_AUTOGROW_V3":
+            yield name, type_, options, optional
+            continue
+        template = options["template"]
+        ((entry_type, *_),) = template["input"]["required"].values()
+        used = sum(key.startswith(f"{name}.") for key in given)
+        for index in range(used + 1):
+            entry = f"{name}.{template['prefix']}{index}"
+            yield entry, entry_type, {}, index >= template["min"]
 
 
 def is_widget(type_: Any, options: Mapping[str, Any]) -> bool:
@@ -216,21 +207,24 @@ def is_widget(type_: Any, options: Mapping[str, Any]) -> bool:
 
 def _properties(class_: str, values: Sequence[Any]) -> Json:
     """Return which pack the node is from, and which files it needs."""
-    files = _files(values) or FOUND.get(class_, [])
-    models = [{"name": file.name, "url": file.url, "directory": file.directory} for file in files]
+    models = [
+        {"name": file.name, "url": file.url, "directory": file.directory}
+        for file in _files(class_, values)
+    ]
     return {
-        "cnr_id": PACK if class_.startswith("IPA_") else "comfy-core",
+        "cnr_id": PACK if class_.startswith(PREFIX) else "comfy-core",
         "Node name for S&R": class_,
         **({"models": models} if models else {}),
     }
 
 
-def _files(values: Sequence[Any]) -> list[Weights]:
-    return [PUBLIC[value] for value in values if isinstance(value, str) and value in PUBLIC]
+def _files(class_: str, values: Iterable[Any]) -> list[Weights]:
+    named = [PUBLIC[value] for value in values if isinstance(value, str) and value in PUBLIC]
+    return named or FOUND.get(class_, [])
 
 
 def _colors(class_: str, title: str) -> Json:
-    if class_.startswith("IPA_"):
+    if class_.startswith(PREFIX):
         return OURS
     if class_ == "CLIPTextEncode":
         return NEGATIVE if "Negative" in title else POSITIVE
@@ -239,14 +233,7 @@ def _colors(class_: str, title: str) -> Json:
 
 def _step(id_: str, api: Api) -> str:
     """Return the column that a node stands in."""
-    if step := STEP_OF.get(api[id_]["class_type"]):
-        return step
-    feeds = (
-        other
-        for other, node in api.items()
-        if any(is_link(value) and value[0] == id_ for value in node["inputs"].values())
-    )
-    return _step(next(feeds), api)
+    return STEP_OF.get(api[id_]["class_type"]) or _step(next(fed_by(api, id_)), api)
 
 
 def _place(steps: Sequence[str], nodes: Sequence[Json]) -> list[Json]:
@@ -305,10 +292,9 @@ def _notes(last_id: int, texts: Mapping[str, str]) -> list[Json]:
 
 def _downloads(api: Api) -> str:
     """Return the model files by folder, with their links and the names to save them under."""
-    files = [file for node in api.values() for file in _files([*node["inputs"].values()])]
-    files += [file for node in api.values() for file in FOUND.get(node["class_type"], [])]
+    classes = ((node["class_type"], node["inputs"].values()) for node in api.values())
     folders: dict[str, list[str]] = {}
-    for file in dict.fromkeys(files):
+    for file in dict.fromkeys(file for needs in classes for file in _files(*needs)):
         saved = f" (a browser saves it as `{file.saved_as}`: rename it)"
         line = f"- [{file.name}]({file.url}){saved if file.saved_as != file.name else ''}"
         folders.setdefault(file.directory, []).append(line)

@@ -13,17 +13,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
-from miniature import setup
+from miniature import assemble
 from miniature.workflows import on_miniature
 from tools.comfyui import install
 from tools.comfyui.server import Client, Server
-from tools.workflows.api import FOLDER, NAMES, PUBLIC, Api, is_link, of_class, read
+from tools.workflows.api import (
+    FOLDER,
+    NAMES,
+    PUBLIC,
+    Api,
+    fed_by,
+    is_link,
+    missing,
+    of_class,
+    read,
+)
 
 SIDE = 512
 LIMIT = 60 * 1024
@@ -36,11 +47,6 @@ REMARK = "drawn by the miniature models of the repository"
 TEXT = "a star"
 BEFORE = {"load_prompt": ("save_prompt",)}
 """Workflows that another's run must come before."""
-LOADERS = {
-    "CheckpointLoaderSimple": "ckpt_name",
-    "ControlNetLoader": "control_net_name",
-    "IPA_LoadAdapter": "adapter_name",
-}
 
 Box = tuple[int, int, int, int]
 
@@ -76,19 +82,18 @@ def stages_of(api: Api) -> list[Stage]:
 
 def _first_labels(api: Api, id_: str) -> Iterator[str]:
     """Yield labels of the first stages downstream; `#` and an id tells equal ones apart."""
-    for next_, node in api.items():
-        if any(is_link(value) and value[0] == id_ for value in node["inputs"].values()):
-            label = _label(api, next_, node)
-            if label is None:
-                yield from _first_labels(api, next_)
-            elif label:
-                yield label
+    for next_ in fed_by(api, id_):
+        label = _label(api, next_)
+        if label is None:
+            yield from _first_labels(api, next_)
+        elif label:
+            yield label
 
 
-def _label(api: Api, id_: str, node: Mapping[str, Any]) -> str | None:
+def _label(api: Api, id_: str) -> str | None:
     """Return a stage's label, None for a node to look past, "" for one where nothing begins."""
-    inputs = node["inputs"]
-    match node["class_type"]:
+    inputs = api[id_]["inputs"]
+    match api[id_]["class_type"]:
         case "IPA_Apply" | "IPA_ApplyConditioning":
             weight = inputs["weight"]
             shown = "weights" if is_link(weight) else f"weight {weight:g}"
@@ -146,26 +151,27 @@ def draw(
     places = _squares(RESULTS, len(results), align=0.0)
     stages = stages_of(api)
     left, right = BOXES
-    boxes = [(left, top, right, top + 84) for top in _tops(len(stages), 84, 3 * GAP)]
-    for stage, box in zip(stages, boxes, strict=True):
-        for start, end in [
-            *((tiles[file], box) for file in stage.files),
-            *((box, place) for place in places),
-        ]:
-            middles = (start[1] + start[3]) // 2, (end[1] + end[3]) // 2
-            pen.line([(start[2], middles[0]), (end[0], middles[1])], FAINT, 3)
-    for file, tile in tiles.items():
-        _paste(sheet, images[file], tile)
-    for stage, box in zip(stages, boxes, strict=True):
+    tops = _tops(len(stages), 84, 3 * GAP)
+    boxes = [(left, top, right, top + 84) for top in tops]
+    labelled = list(zip(stages, boxes, strict=True))
+    lines = [(tiles[file], box) for stage, box in labelled for file in stage.files]
+    lines += itertools.product(boxes, places)
+    for start, end in lines:
+        middles = (start[1] + start[3]) // 2, (end[1] + end[3]) // 2
+        pen.line([(start[2], middles[0]), (end[0], middles[1])], FAINT, 3)
+    pasted = [(images[file], tile) for file, tile in tiles.items()]
+    for image, box in (*pasted, *zip(results, places, strict=True)):
+        room = box[2] - box[0], box[3] - box[1]
+        fitted = ImageOps.pad(image.convert("RGB"), room, Image.Resampling.LANCZOS, GROUND)
+        sheet.paste(fitted, box)
+    for stage, box in labelled:
         pen.rounded_rectangle(box, 10, BOX)
         middle = ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)
-        pen.multiline_text(middle, stage.label, INK, _font(21), "mm", 3, "center")
-    for result, place in zip(results, places, strict=True):
-        _paste(sheet, result, place)
-    pen.text((SIDE - 12, 30), _checkpoint_of(api), FAINT, _font(24), "rm")
-    text = _wrapped(_text_of(api), _font(22), SIDE - 24)
-    pen.multiline_text((SIDE // 2, 454), text, INK, _font(22), "mm", 4, "center")
-    pen.text((SIDE // 2, 496), remark, FAINT, _font(18), "mm")
+        pen.text(middle, stage.label, INK, anchor="mm", spacing=3, align="center", font_size=21)
+    pen.text((SIDE - 12, 30), _checkpoint_of(api), FAINT, anchor="rm", font_size=24)
+    text = _wrapped(pen, _text_of(api), 22, SIDE - 24)
+    pen.text((SIDE // 2, 454), text, INK, anchor="mm", align="center", font_size=22)
+    pen.text((SIDE // 2, 496), remark, FAINT, anchor="mm", font_size=18)
     return sheet
 
 
@@ -184,31 +190,16 @@ def _tops(count: int, height: int, gap: int = GAP) -> list[int]:
     return [top + index * (height + gap) for index in range(count)]
 
 
-def _paste(sheet: Image.Image, image: Image.Image, box: Box) -> None:
-    """Paste the whole image, as large as fits, into the middle of the box."""
-    room = box[2] - box[0], box[3] - box[1]
-    fitted = ImageOps.contain(image.convert("RGB"), room, Image.Resampling.LANCZOS)
-    sheet.paste(
-        fitted, (box[0] + (room[0] - fitted.width) // 2, box[1] + (room[1] - fitted.height) // 2)
-    )
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _wrapped(pen: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
     """Break the text into lines no wider than `width`."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
+        if lines and pen.textlength(longer, font_size=size) <= width:
             lines[-1] = longer
         else:
             lines.append(word)
     return "\n".join(lines)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
-    return font
 
 
 def run_and_draw(client: Client, api: Api, remark: str) -> Image.Image:
@@ -242,16 +233,6 @@ def in_order(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(one for name in names for one in (*BEFORE.get(name, ()), name)))
 
 
-def _lacking(client: Client, api: Api) -> list[str]:
-    """Return the model files that the workflow names and the server's loaders do not offer."""
-    lacking: set[str] = set()
-    for class_, name in LOADERS.items():
-        choice = client.object_info(class_)[class_]["input"]["required"][name]
-        offered = choice[0] if isinstance(choice[0], list) else choice[1]["options"]
-        lacking |= {inputs[name] for inputs in of_class(api, class_)} - {*offered}
-    return sorted(lacking)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help=f"workflows to draw; all by default: {NAMES}")
@@ -261,12 +242,12 @@ def main() -> None:
         if arguments.server:
             client = Client(arguments.server)
         else:
-            client = stack.enter_context(Server(setup.ensure(), install.require()))
+            client = stack.enter_context(Server(assemble.ensure(), install.require()))
         for name in in_order(arguments.names or NAMES):
             api = read(name)
             if not arguments.server:
                 api = on_miniature(api, TEXT)
-                if lacking := _lacking(client, api):
+                if lacking := missing(api, assemble.base_directory() / "models"):
                     print(f"{name}: left as it is, the miniature has no {', '.join(lacking)}")
                     continue
             data = jpeg(run_and_draw(client, api, "" if arguments.server else REMARK))

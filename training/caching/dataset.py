@@ -93,11 +93,6 @@ class CachedDataset(Dataset[Example]):
         found = load_file(self.folder / DROPPED)
         return DroppedConditions(found[self.kind], found["states"], found.get("pooled"))
 
-    @property
-    def feature_dim(self) -> int:
-        """Width of the features."""
-        return self.dropped().features.shape[-1]
-
     def _place(self, first: int, end: int, row: int) -> tuple[int, int]:
         """Where in its shard a row lies, among all and among those of its bucket."""
         if self.buckets.of_row is None:

@@ -73,11 +73,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Return what a folder's cache was made of, None if it holds none.
-
-    Raises:
-        TrainingError: `cache.json` is no manifest, or of another format.
-    """
+    """Read a folder's manifest, if any. Raises TrainingError for one of another format."""
     path = folder / MANIFEST
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -112,11 +108,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all. Equal tensors give equal bytes.
-
-    `about` goes into the metadata. Raises TrainingError if it cannot be written, and then leaves
-    nothing behind.
-    """
+    """Write equal tensors as equal bytes, whole or not at all, else raise TrainingError."""
     # One key only: safetensors writes several in no certain order.
     metadata = {"cache": json.dumps(about, ensure_ascii=False, sort_keys=True)}
     try:
@@ -134,11 +126,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Open a file that `write_tensors` wrote: a `safetensors.safe_open`, and its `about`.
-
-    Raises:
-        OSError: It cannot be opened, or is cut short, or none of ours.
-    """
+    """Open what `write_tensors` wrote, and its `about`. Raises OSError for what is none, or cut."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file, json.loads(file.metadata()["cache"])

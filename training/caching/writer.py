@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checkpoints import make_writable
 from ..data.dataset import RawDataset, loader
 from ..errors import TrainingError
 from ..models.frozen import FrozenEncoders
@@ -33,42 +34,23 @@ from .format import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How images reach the encoders: `batch` at once, read ahead by `workers` processes."""
-
-    batch: int
-    workers: int
-
-
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Make `folder` and keep others from writing to it meanwhile.
-
-    Raises TrainingError if it cannot be written to, or another run is writing to it.
-    """
+    """Make `folder` and keep others from it. Raises TrainingError if it cannot be written to."""
+    make_writable(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise TrainingError(
             f"Another cache.py is writing to '{folder}'. Wait for it, or give another "
             "--output_dir. (Several processes of one cache are started by one `accelerate launch`.)"
         ) from error
-    except OSError as error:
-        raise TrainingError(
-            f"Nothing can be written to '{folder}': {error.strerror}. Give --output_dir a folder "
-            "that this user may write to."
-        ) from error
     with lock:
         yield
 
 
 def begin(folder: Path, manifest: Manifest, encoders: FrozenEncoders) -> None:
-    """Say whose cache this is, or see that the one that lies there is the same.
-
-    Raises TrainingError if it is another one's, or the folder holds something else.
-    """
+    """Say whose cache this is. Raises TrainingError if the folder holds something else."""
     found = read_manifest(folder)
     if found is None and any(folder.glob("shard-*.safetensors")):
         raise TrainingError(
@@ -109,51 +91,42 @@ def write_shards(
     folder: Path,
     manifest: Manifest,
     shards: Sequence[int],
-    reading: Reading,
+    batch_size: int,
+    workers: int,
     bar: tqdm,
 ) -> None:
-    """Encode and write the shards of these numbers.
+    """Encode and write the shards of these numbers, from images that `workers` processes read.
 
     A batch never reaches over a shard's end, so a shard's bytes are the same whichever process
     writes it. Raises TrainingError if the disk is full, or an encoder gives what is not finite.
     """
     if not shards:
         return
-    batches = _Batches(dataset, manifest, shards, reading.batch)
-    loaded = iter(loader(dataset, cast(Any, batches), reading.workers))
+    of_row = dataset.buckets.of_row
+
+    def batches(shard: int) -> Iterator[np.ndarray]:
+        return _batches(np.array(manifest.rows_of(shard)), of_row, batch_size)
+
+    numbered = ([(row, row) for row in x.tolist()] for shard in shards for x in batches(shard))
+    loaded = iter(loader(dataset, numbered, workers))
     for shard in shards:
         content = _Shard(manifest)
-        for rows in batches.of_shard(shard):
+        for rows in batches(shard):
             batch = next(loaded)
             content.add(rows, batch, encoders.outputs(batch, manifest.features))
             bar.update(len(rows))
         path = shard_path(folder, shard)
-        write_tensors(path, content.tensors(dataset.buckets.of_row), {"broken": content.broken})
+        write_tensors(path, content.tensors(of_row), {"broken": content.broken})
         if shard == shards[0]:
             _look_ahead(folder, path.stat().st_size, len(shards) - 1)
 
 
-class _Batches:
-    """For a DataLoader: batches of (number, row), each of one shard and one bucket."""
-
-    def __init__(
-        self, dataset: RawDataset, manifest: Manifest, shards: Sequence[int], batch: int
-    ) -> None:
-        self._of_row = dataset.buckets.of_row
-        self._manifest, self._shards, self._batch = manifest, shards, batch
-
-    def of_shard(self, shard: int) -> Iterator[np.ndarray]:
-        rows = np.array(self._manifest.rows_of(shard))
-        buckets = np.zeros_like(rows) if self._of_row is None else self._of_row[rows]
-        for bucket in np.unique(buckets):
-            alike = rows[buckets == bucket]
-            for start in range(0, len(alike), self._batch):
-                yield alike[start : start + self._batch]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for shard in self._shards:
-            for rows in self.of_shard(shard):
-                yield [(row, row) for row in rows.tolist()]
+def _batches(rows: np.ndarray, of_row: np.ndarray | None, batch: int) -> Iterator[np.ndarray]:
+    """Split a shard's rows into batches, each of one bucket."""
+    buckets = np.zeros_like(rows) if of_row is None else of_row[rows]
+    for bucket in np.unique(buckets):
+        alike = rows[buckets == bucket]
+        yield from (alike[start : start + batch] for start in range(0, len(alike), batch))
 
 
 @dataclass

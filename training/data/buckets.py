@@ -77,11 +77,10 @@ def square(size: int) -> Buckets:
 
 
 def bucket_sizes(size: int) -> tuple[tuple[int, int], ...]:
-    """Return all `(height, width)` of multiples of 64 that are near size² pixels.
+    """Return all `(height, width)` of multiples of 64 that are 0.85 to 1 times size² pixels.
 
-    0.85 to 1 times as many, sides of at most 1 : 2, each as large as fits; the square one first.
-
-    Raises TrainingError unless `size` is a multiple of 64.
+    Sides are at most 1 : 2, each as large as fits; the square one is first. Raises TrainingError
+    unless `size` is a multiple of 64.
     """
     check_multiple("resolution", size, STEP, "with enable_bucket: 512, 768 or 1024")
     sizes = {(size, size)}
@@ -125,8 +124,7 @@ def by_aspect(source: Source, size: int, folder: Path) -> Buckets:
 
 def image_sizes(source: Source, folder: Path) -> np.ndarray:
     """Upright height and width of every image, (rows, 2) int32; 0 for those that are broken."""
-    stated = source.sizes()
-    sizes: np.ndarray = np.zeros((len(source), 2), np.int32) if stated is None else stated
+    sizes = source.sizes()
     if sizes.all():
         return sizes
     name = hashlib.blake2b(f"sizes {source.fingerprint}".encode(), digest_size=16).hexdigest()

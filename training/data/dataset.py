@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from multiprocessing.sharedctypes import RawValue
 from types import FrameType
@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .buckets import LATENT_STEP, Buckets
-from .image import BrokenImageError, fit, open_image
+from .image import BrokenImageError, ImageData, fit, open_image
 from .randomness import NoiseSettings, SampleNoise, sample_noise
-from .sampler import RankBatchSampler
 from .sources import Record, Source
 
 Example = dict[str, Any]
@@ -61,10 +60,9 @@ class Examples:
         try:
             if record.broken:
                 raise BrokenImageError(record.broken)
-            image = open_image(record.image)
-            reference = image
+            reference = image = open_image(record.image)
             if record.reference is not None:
-                reference = _open_reference(record)
+                reference = _open_reference(record.reference)
         except BrokenImageError as error:
             return example | {
                 "pixels": torch.zeros(3, height, width),
@@ -84,10 +82,9 @@ class Examples:
         }
 
 
-def _open_reference(record: Record) -> Image.Image:
-    assert record.reference is not None
+def _open_reference(data: ImageData) -> Image.Image:
     try:
-        return open_image(record.reference)
+        return open_image(data)
     except BrokenImageError as error:
         raise BrokenImageError(f"its reference picture: {error}") from error
 
@@ -115,11 +112,7 @@ class RawDataset(Dataset[Example]):
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """Stack examples to a batch.
-
-    Tensors are stacked, `tokens` for each tokenizer; `draws` is flattened into its fields; `weight`
-    (N,); of `broken` the non-empty ones.
-    """
+    """Stack examples; `draws` is flattened into its fields, and `broken` has the non-empty ones."""
     batch: dict[str, Any] = {}
     for key in examples[0]:
         values = [example[key] for example in examples]
@@ -141,16 +134,18 @@ def _stack(values: list[Any]) -> Tensor:
 
 
 def loader(
-    dataset: Dataset[Any], batches: RankBatchSampler | None, workers: int, prefetch: int = 2
+    dataset: Dataset[Any],
+    batches: Iterable[list[tuple[int, int]]] | None,
+    workers: int,
+    prefetch: int = 2,
 ) -> DataLoader[Any]:
     """Return a loader of collated batches, read ahead by `workers` processes (0: in this one).
 
     `batches` says which samples; None for a stream, which makes its batches itself. What comes
     does not depend on `workers`. Each worker keeps `prefetch` batches ready.
     """
-    limit = getattr(dataset, "max_workers", None)
-    if limit is not None:
-        workers = limit(workers)
+    if hasattr(dataset, "max_workers"):
+        workers = dataset.max_workers(workers)
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
     if workers:
         options |= {

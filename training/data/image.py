@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,34 +30,24 @@ def open_image(data: ImageData) -> Image.Image:
     Raises BrokenImageError for what cannot be read: missing, cut short, no image at all,
     larger than Pillow's decompression-bomb limit, of floating-point numbers, or a mere strip.
     """
-    try:
-        with _opened(data) as image:
-            image.load()
-            _turn_upright(image)
-            return _rgb(image)
-    except BrokenImageError:
-        raise
-    except Exception as error:  # Pillow's plugins raise a dozen kinds for damaged files
-        raise BrokenImageError(_reason(error)) from error
+    with _opened(data) as image:
+        image.load()
+        with contextlib.suppress(Exception):  # damaged EXIF beside sound pixels loses no image
+            ImageOps.exif_transpose(image, in_place=True)
+        return _rgb(image)
 
 
 def upright_size(data: ImageData) -> tuple[int, int]:
-    """(height, width) as `open_image` will give it, from the header: no pixels are decoded.
-
-    Raises BrokenImageError for what cannot be read.
-    """
-    try:
-        with _opened(data) as image:
-            width, height = image.size
-            # Pillow decodes a whole PNG in search of EXIF behind its pixels, and tells a TIFF's
-            # size as it will be turned.
-            tells = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
-            sideways = tells and _orientation(image) in _SIDEWAYS
-    except BrokenImageError:
-        raise
-    except Exception as error:
-        raise BrokenImageError(_reason(error)) from error
-    return (width, height) if sideways else (height, width)
+    """Return `open_image`'s (height, width) from the header alone, or raise BrokenImageError."""
+    with _opened(data) as image:
+        width, height = image.size
+        # Pillow decodes a whole PNG in search of EXIF behind its pixels, and tells a TIFF's size as
+        # it will be turned.
+        if image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info):
+            with contextlib.suppress(Exception):
+                if image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS:
+                    return width, height
+        return height, width
 
 
 class Fitted(NamedTuple):
@@ -87,15 +78,23 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Fitted:
     return Fitted(pixels.div_(127.5).sub_(1), top, left)
 
 
-def _opened(data: ImageData) -> Image.Image:
-    if isinstance(data, Image.Image):
-        return data.copy()  # the caller's stays open
+@contextlib.contextmanager
+def _opened(data: ImageData) -> Iterator[Image.Image]:
     if isinstance(data, bytes) and not data:
         raise BrokenImageError("it is empty (0 bytes)")
-    image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise BrokenImageError(f"a strip of {image.width} × {image.height} pixels")
-    return image
+    try:
+        if isinstance(data, Image.Image):
+            image = data.copy()  # the caller's stays open
+        else:
+            image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+        with image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise BrokenImageError(f"a strip of {image.width} × {image.height} pixels")
+            yield image
+    except BrokenImageError:
+        raise
+    except Exception as error:  # Pillow's plugins raise a dozen kinds for damaged files
+        raise BrokenImageError(_reason(error)) from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -117,18 +116,6 @@ def _from_deep(image: Image.Image) -> Image.Image:
         raise BrokenImageError("pixels of more than 16 bits, whose range is not known")
     grey = np.rint(values * (255 / _DEEP)).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
-
-
-def _turn_upright(image: Image.Image) -> None:
-    # Damaged EXIF beside sound pixels is no reason to lose the image.
-    with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
-
-
-def _orientation(image: Image.Image) -> int:
-    with contextlib.suppress(Exception):
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return 1
 
 
 def _reason(error: Exception) -> str:

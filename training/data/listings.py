@@ -25,11 +25,7 @@ Values = dict[str, Any]
 
 
 def find_metadata(folder: Path) -> Path | None:
-    """Return the file that lists a folder's images, None if it has none.
-
-    Raises:
-        TrainingError: There are several, or only folders in it have one.
-    """
+    """Return the file that lists a folder's images, if any. Raises TrainingError for several."""
     present = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(present) > 1:
         raise TrainingError(
@@ -49,11 +45,7 @@ def find_metadata(folder: Path) -> Path | None:
 
 
 def read_listing(path: Path) -> Iterator[Values]:
-    """Yield the rows of a JSON list, JSON lines, CSV or Parquet.
-
-    Raises:
-        TrainingError: The file is none of these, or damaged.
-    """
+    """Yield the rows of a JSON list, JSON lines, CSV or Parquet. Raises TrainingError."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise TrainingError(
@@ -70,37 +62,39 @@ def _read_lines(path: Path) -> Iterator[Values]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield from _objects(line, f"'{path}', line {number}", lambda value: [value])
+                where = f"'{path}', line {number}"
+                yield _object(_parsed(line, where), where)
 
 
 def _read_list(path: Path) -> Iterator[Values]:
-    def listed(value: Any) -> list[Any]:
-        if not isinstance(value, list):
-            raise TrainingError(
-                f"'{path}' begins with {str(value)[:20]!r}; expected a list as the reference "
-                'scripts read it: [{"image_file": "a.jpg", "text": "…"}, …].'
-            )
-        return value
+    values = _parsed(path.read_text(encoding="utf-8-sig"), f"'{path}'")
+    if not isinstance(values, list):
+        raise TrainingError(
+            f"'{path}' begins with {str(values)[:20]!r}; expected a list as the reference scripts "
+            'read it: [{"image_file": "a.jpg", "text": "…"}, …].'
+        )
+    for value in values:
+        yield _object(value, f"'{path}'")
 
-    return _objects(path.read_text(encoding="utf-8-sig"), f"'{path}'", listed)
 
-
-def _objects(text: str, where: str, listed: Callable[[Any], list[Any]]) -> Iterator[Values]:
+def _parsed(text: str, where: str) -> Any:
     try:
-        values = listed(json.loads(text))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise TrainingError(
             f"{where} is no complete JSON ({error}), near "
             f"{text[max(0, error.pos - 20) :][:60]!r}. It was cut short or edited by hand: correct "
             "it."
         ) from error
-    for value in values:
-        if not isinstance(value, dict):
-            raise TrainingError(
-                f"{where}: found {str(value)[:60]!r}; expected an object with the file name and "
-                "the caption of a picture."
-            )
-        yield value
+
+
+def _object(value: Any, where: str) -> Values:
+    if not isinstance(value, dict):
+        raise TrainingError(
+            f"{where}: found {str(value)[:60]!r}; expected an object with the file name and the "
+            "caption of a picture."
+        )
+    return value
 
 
 def _read_csv(path: Path) -> Iterator[Values]:
@@ -125,20 +119,19 @@ _READERS: dict[str, Callable[[Path], Iterator[Values]]] = {
 def read_folder(path: Path) -> Iterator[Values]:
     """Yield a row for each image, in the order of their names; captions lie in `.txt` files."""
     others: list[str] = []
-    none = True
+    any_image = False
     for place, names in _walk(path):
         present = set(names)
         for name in names:
             stem, extension = os.path.splitext(name)
             if extension.lower() in IMAGES:
-                none = False
-                text = (
-                    _read_caption(path / place / f"{stem}.txt") if f"{stem}.txt" in present else ""
-                )
+                any_image = True
+                beside = f"{stem}.txt"
+                text = _read_caption(path / place / beside) if beside in present else ""
                 yield {"image": os.path.join(place, name), "text": text}
             elif len(others) < FIRST:
                 others.append(os.path.join(place, name))
-    if none:
+    if not any_image:
         there = f"Other files are there: {', '.join(others)}." if others else "It holds no files."
         raise TrainingError(
             f"There is no picture in '{path}' or the folders in it (looked for "

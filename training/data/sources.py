@@ -12,16 +12,18 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, Image, Value, config, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
+from .. import fingerprints
 from ..errors import TrainingError
 from .image import ImageData
 from .listings import FIRST, Values, find_metadata, folder_state, read_folder, read_listing
@@ -66,22 +68,6 @@ ROWS = Columns("image", "text", "reference")  # of what is written to the cache 
 _ROLES = {"image": "pictures", "text": "captions", "reference": "reference pictures"}
 
 
-class Source(Protocol):
-    """Rows by number. `fingerprint` identifies them all, for a cache and for resuming."""
-
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> Record: ...
-
-    def sizes(self) -> np.ndarray | None:
-        """Return height and width as the data tells them.
-
-        (rows, 2) int32, 0 where it does not; None if it tells none.
-        """
-
-
 def open_source(
     data: str | os.PathLike[str],
     *,
@@ -109,30 +95,31 @@ def open_source(
     root = Path(image_root).expanduser() if image_root else path
     if path.is_dir() and any((path / mark).is_file() for mark in MARKS):
         dataset = _load_saved(path)
-        return RowSource(dataset, dataset._fingerprint, columns, default_caption, root)
+        return Source(dataset, dataset._fingerprint, columns, default_caption, root)
     listing = find_metadata(path) if path.is_dir() else path
     if listing is None:
         how = "Write the caption of a.jpg to a.txt beside it, or all to a metadata.jsonl"
-        dataset = _cached(read_folder, path, folder_state(path), ROWS, cache_dir)
+        dataset = _through_cache(read_folder, path, folder_state(path), ROWS, cache_dir)
     else:
         how = f"Write captions to '{listing}'"
         root = root if image_root else listing.parent
         stat = listing.stat()
-        columns = _columns_of_listing(listing, columns, default_caption)
+        first = next(read_listing(listing), None)
+        if first is None:
+            raise TrainingError(f"'{listing}' lists no pictures. Expected a row for each picture.")
+        columns = pick_columns(columns, list(map(str, first)), f"'{listing}'", default_caption)
         state = f"{stat.st_size} {stat.st_mtime_ns}"
-        dataset = _cached(read_listing, listing, state, columns, cache_dir)
-    source = RowSource(dataset, _hash(dataset), ROWS, default_caption, root, how)
+        dataset = _through_cache(read_listing, listing, state, columns, cache_dir)
+    source = Source(dataset, _hash(dataset), ROWS, default_caption, root, how)
     source.check_files(path)
     return source
 
 
-class RowSource:
-    """Rows of a `datasets.Dataset`.
+class Source:
+    """Rows of a `datasets.Dataset`, by number; `fingerprint` identifies them all.
 
-    Its images are `datasets.Image`, encoded bytes, or paths relative to `root`.
-
-    Raises:
-        TrainingError: Columns of other kinds, or missing captions; `how` says how to give them.
+    Its images are `datasets.Image`, encoded bytes, or paths relative to `root`. Raises
+    TrainingError for columns of other kinds and missing captions; `how` says how to give these.
     """
 
     def __init__(
@@ -150,17 +137,14 @@ class RowSource:
         names = dataset.column_names
         self._columns = columns = pick_columns(columns, names, where, default_caption)
         self._default_caption, self._root = default_caption, root
-        key = repr((state, columns, default_caption))
-        self.fingerprint = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprints.of_repr((state, columns, default_caption))
         for column in filter(None, (columns.image, columns.reference)):
             _check_images(dataset.features[column], column, where)
-        self._has_sizes = all(
-            "int" in str(getattr(dataset.features.get(name), "dtype", ""))
-            for name in ("height", "width")
-        )
-        used = {*vars(columns).values(), *(("height", "width") if self._has_sizes else ())}
+        told = ("height", "width")
+        kinds = (str(getattr(dataset.features.get(name), "dtype", "")) for name in told)
+        self._sizes = told if all("int" in kind for kind in kinds) else ()
         # As Arrow, so that images stay encoded bytes.
-        kept = [name for name in names if name in used]
+        kept = [name for name in names if name in {*vars(columns).values(), *self._sizes}]
         self._rows = dataset.select_columns(kept).with_format("arrow")
         if columns.text is not None:
             self._check_captions(columns.text, where, how or f"Fill column '{columns.text}'")
@@ -188,19 +172,14 @@ class RowSource:
             value = value["bytes"] or value["path"]
         return self._root / value if value and isinstance(value, str) else value
 
-    def sizes(self) -> np.ndarray | None:
-        """Return height and width where the data tells them, (rows, 2) int32.
-
-        None if it tells none.
-        """
-        if not self._has_sizes:
-            return None
+    def sizes(self) -> np.ndarray:
+        """Return height and width as the data tells them, (rows, 2) int32, 0 where it does not."""
         sizes = np.zeros((len(self), 2), np.int32)
-        for place, name in enumerate(("height", "width")):
+        for place, name in enumerate(self._sizes):
             for start, chunk in self._chunks(name):
                 known = pc.fill_null(chunk, 0).to_numpy().clip(0)
                 sizes[start : start + len(chunk), place] = known
-        return sizes if sizes.any() else None
+        return sizes
 
     def check_files(self, data: Path) -> None:
         """Raise TrainingError if none of some files, from the first row to the last, is there."""
@@ -258,14 +237,9 @@ def _check_images(feature: Any, column: str, where: str) -> None:
 def pick_columns(
     columns: Columns, present: list[str], where: str, default_caption: str | None
 ) -> Columns:
-    """Choose the columns to read.
+    """Choose the columns to read, None for references or captions that may lack and do.
 
-    None for references, if there are none, and for captions, if there are none and a default
-    caption is given.
-
-    Raises:
-        TrainingError: A column was asked for that is not there, or no usual name of the images or
-            the captions is; the message names those that are.
+    Raises TrainingError if a column is not there; the message names those that are.
     """
     picked = {}
     for role in ("image", "text", "reference"):
@@ -337,31 +311,22 @@ _FEATURES = Features(
 )
 
 
-def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Return where lists of images are kept: `cache_dir`, or a folder in Hugging Face's."""
-    return Path(cache_dir or Path(config.HF_DATASETS_CACHE) / "ip_adapter_training")
-
-
-def _cached(
+def _through_cache(
     read: Callable[[Path], Iterator[Values]],
     path: Path,
     state: str,
     columns: Columns,
     cache_dir: str | os.PathLike[str] | None,
 ) -> Dataset:
-    """Return the rows that `read` gives, from the cache folder if they were read before.
-
-    `state` changes with the files that are read. One process writes, others wait.
-    """
-    folder = cache_folder(cache_dir)
-    key = repr((VERSION, str(path.absolute()), state, columns))
+    """Return the rows that `read` gives; kept in the cache folder until `state` is another."""
+    folder = Path(cache_dir or Path(config.HF_DATASETS_CACHE) / "ip_adapter_training")
     try:
         return Dataset.from_generator(
             _rows,
             features=_FEATURES,
             cache_dir=str(folder),
             gen_kwargs={"read": read, "path": path, "columns": columns},
-            fingerprint=hashlib.blake2b(key.encode(), digest_size=16).hexdigest(),
+            fingerprint=fingerprints.of_repr((VERSION, str(path.absolute()), state, columns)),
         )
     except (DatasetGenerationError, OSError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
@@ -381,13 +346,6 @@ def _hash(dataset: Dataset) -> str:
     for block in rows.iter(BLOCK):
         digest.update(json.dumps([*block.to_pydict().values()]).encode())
     return digest.hexdigest()
-
-
-def _columns_of_listing(path: Path, columns: Columns, default_caption: str | None) -> Columns:
-    first = next(read_listing(path), None)
-    if first is None:
-        raise TrainingError(f"'{path}' lists no pictures. Expected a row for each picture.")
-    return pick_columns(columns, list(map(str, first)), f"'{path}'", default_caption)
 
 
 def _rows(
@@ -414,12 +372,8 @@ def _row(values: Values, columns: Columns, where: str) -> Values:
             f"{where}: '{columns.text}' is {text!r}; expected one caption as a text."
         )
     caption = "" if text is None else str(text).strip()
-    height, width = _pixels(values.get("height")), _pixels(values.get("width"))
-    return dict(zip(_FEATURES, (image, caption, reference, height, width), strict=True))
-
-
-def _pixels(value: Any) -> int:
-    try:
-        return max(0, int(value))
-    except (TypeError, ValueError):
-        return 0  # not told: the image's header is read
+    sizes = {"height": 0, "width": 0}  # not told: the image's header is read
+    for name in sizes:
+        with suppress(TypeError, ValueError):
+            sizes[name] = max(0, int(values.get(name)))  # type: ignore[arg-type]
+    return {"image": image, "text": caption, "reference": reference, **sizes}

@@ -9,7 +9,6 @@ whichever worker process happens to serve that lane, and a resumed run finds its
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from ip_adapter_core.files.atomic import atomic
 
+from .. import fingerprints
 from ..errors import TrainingError
 from .buckets import Buckets, nearest
 from .dataset import Examples, collate
@@ -48,10 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_stream(data: str | os.PathLike[str]) -> bool:
-    """Return whether `data` names WebDataset shards.
-
-    `….tar`, a pattern of such, a URL or a folder of them.
-    """
+    """Return whether `data` names WebDataset shards: `….tar`, a pattern, a URL or a folder."""
     text = os.fspath(data)
     path = Path(text).expanduser()
     if path.is_dir():
@@ -60,10 +57,7 @@ def is_stream(data: str | os.PathLike[str]) -> bool:
 
 
 def expand_shards(data: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Every shard that `data` names: braces (`{000..099}`), `*` and folders are expanded.
-
-    Raises TrainingError if it names none, or local ones that do not exist.
-    """
+    """Expand braces (`{000..099}`), `*` and folders. Raises TrainingError for missing ones."""
     text = os.fspath(data)
     if "://" in text or text.startswith("pipe:"):
         return tuple(braceexpand.braceexpand(text))
@@ -86,21 +80,13 @@ def expand_shards(data: str | os.PathLike[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ShardReader:
-    """Reader of shards.
-
-    `columns.text` names the key of captions in `.json` files; `default_caption` is the caption of
-    images without.
-    """
+    """Reads shards; `columns.text` names the key of captions in `.json` files."""
 
     columns: Columns = field(default_factory=Columns)
     default_caption: str | None = None
 
     def records(self, shard: str) -> Generator[Record]:
-        """Yield the samples of a shard, in its order.
-
-        A shard that cannot be read to its end gives what could be, then a record that is broken
-        and says so.
-        """
+        """Yield a shard's samples, and a broken record if it cannot be read to its end."""
         try:
             with gopen(shard) as stream:
                 source = [{"url": shard, "stream": stream}]
@@ -136,28 +122,24 @@ class ShardReader:
         references = [key for key in files if key.startswith("reference.") and _is_image(key)]
         images = [key for key in files if _is_image(key) and key not in references]
         name = f"{sample['__key__']} in {os.path.basename(shard)}"
-        caption, wrong = self._caption(files)
+        caption, wrong = None, ""
+        try:
+            caption = self._caption(files) or self.default_caption
+            if caption is None:
+                wrong = f"no caption (.txt or .json) among its files {', '.join(files)}"
+        except ValueError as error:
+            wrong = f"its caption cannot be read: {error}"
         if not images:
             wrong = f"no picture among its files {', '.join(files)}"
         return Record(
             name=name,
             image=files[images[0]] if images else b"",
-            text=caption,
+            text=caption or "",
             reference=files[references[0]] if references else None,
             broken=wrong,
         )
 
-    def _caption(self, files: dict[str, bytes]) -> tuple[str, str]:
-        """Return the caption, and what is wrong with it."""
-        try:
-            caption = self._found_caption(files) or self.default_caption
-        except ValueError as error:
-            return "", f"its caption cannot be read: {error}"
-        if caption is None:
-            return "", f"no caption (.txt or .json) among its files {', '.join(files)}"
-        return caption, ""
-
-    def _found_caption(self, files: dict[str, bytes]) -> str:
+    def _caption(self, files: dict[str, bytes]) -> str:
         asked = self.columns.text
         if "txt" in files and asked is None:
             return files["txt"].decode("utf-8-sig").strip()
@@ -235,8 +217,7 @@ class BucketCounts:
         with suppress(OSError):  # a URL
             stat = os.stat(unit.shard)
             state = stat.st_size, stat.st_mtime_ns
-        key = repr((tuple(unit), state, self._sizes))
-        name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        name = fingerprints.of_repr((tuple(unit), state, self._sizes))
         return self._folder / f"{name}.count.json"  # type: ignore[operator]  # TypeError: no folder
 
 
@@ -278,25 +259,22 @@ class Lane:
                     skip -= 1
                 else:
                     yield records, size
-            if len(tried) == len(self.sampler.shards) * self.sampler.parts:
-                raise TrainingError(self._nothing())
-
-    def _nothing(self) -> str:
-        shards, lanes = self.sampler.shards, self.sampler.lanes
-        return (
-            f"No batch of {self.batch} readable samples came of {len(shards)} shards, read by "
-            f"{lanes} readers: '{shards[0]}', … Look for broken shards in the log above. If there "
-            f"are none, the shards hold too few samples, and {self.batch * lanes} would be enough "
-            "if they were of one shape: give more, or a smaller train_batch_size."
-        )
+            shards, lanes = self.sampler.shards, self.sampler.lanes
+            if len(tried) == len(shards) * self.sampler.parts:
+                raise TrainingError(
+                    f"No batch of {self.batch} readable samples came of {len(shards)} shards, read "
+                    f"by {lanes} readers: '{shards[0]}', … Look for broken shards in the log above."
+                    f" If there are none, the shards hold too few samples, and {self.batch * lanes}"
+                    " would be enough if they were of one shape: give more, or a smaller "
+                    "train_batch_size."
+                )
 
     def _known_batches(self, units: Sequence[Unit]) -> int:
         """How many batches an epoch of these units gives; 0 if that is not known."""
-        found = [self.counts.get(unit) for unit in units]
-        known = [counts for counts in found if counts is not None]
-        if len(known) < len(units):
+        known = [self.counts.get(unit) for unit in units]
+        if any(counts is None for counts in known):
             return 0
-        return int((np.sum(known, axis=0) // self.batch).sum())
+        return int((np.sum(known, axis=0) // self.batch).sum())  # type: ignore[arg-type]
 
     def _epoch(self, epoch: int, units: Sequence[Unit]) -> Iterator[RecordBatch]:
         chance = counted(self.sampler.seed, epoch, self.number)
@@ -319,13 +297,11 @@ class Lane:
                 self.counts.put(unit, counts)
 
     def _bucket(self, record: Record) -> int:
-        if len(self.buckets.sizes) == 1 or record.broken:
-            return 0
-        try:
-            size = upright_size(record.image)
-        except BrokenImageError:
-            return 0
-        return int(nearest(self.buckets.sizes, np.array([size]))[0])
+        if len(self.buckets.sizes) > 1 and not record.broken:
+            with suppress(BrokenImageError):
+                size = np.array([upright_size(record.image)])
+                return int(nearest(self.buckets.sizes, size)[0])
+        return 0
 
 
 def _shuffled(items: Iterator[Any], chance: np.random.RandomState) -> Iterator[Any]:
@@ -384,8 +360,7 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
         """Changes with everything that the order depends on but the shards' contents."""
         names = [os.path.basename(shard) for shard in self._sampler.shards]
         state = names, self._sampler.lanes, self._sampler.seed, self._batch, self._buckets.sizes
-        key = repr(("philox", state, self._reader, BUFFER)).encode()
-        return hashlib.blake2b(key, digest_size=16).hexdigest()
+        return fingerprints.of_repr(("philox", state, self._reader, BUFFER))
 
     @staticmethod
     def max_workers(asked: int) -> int:

@@ -1,1 +1,1 @@
-"""Parts of the evaluation: its pictures and captions, its results on disk, its table and plot."""
+"""Parts of the evaluation: its images and captions, its results on disk, its table and plot."""

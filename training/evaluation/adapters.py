@@ -18,10 +18,7 @@ from .report import Subject
 
 
 def load(paths: Sequence[str]) -> list[tuple[Subject, IPAdapter]]:
-    """Adapters from their files, any published kind, in float32.
-
-    Raises TrainingError if a file is no adapter, or the same one twice.
-    """
+    """Load adapters in float32. Raises TrainingError if a file is none, or the same one twice."""
     names = [Path(path).name for path in paths]
     loaded: list[tuple[Subject, IPAdapter]] = []
     for path, name in zip(paths, names, strict=True):
@@ -29,7 +26,7 @@ def load(paths: Sequence[str]) -> list[tuple[Subject, IPAdapter]]:
             adapter = adapter_file.load(path).float().eval().requires_grad_(False)
         except CheckpointError as error:
             raise TrainingError(str(error)) from error
-        digest = _sha256(path)
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         if any(subject.digest == digest for subject, _ in loaded):
             raise TrainingError(f"'{path}' is given twice, or is a copy of another of the files.")
         parameters = sum(parameter.numel() for parameter in adapter.parameters())
@@ -38,16 +35,8 @@ def load(paths: Sequence[str]) -> list[tuple[Subject, IPAdapter]]:
     return loaded
 
 
-def check_fits(
-    adapter: IPAdapter,
-    name: str,
-    unet: Any,
-    encoder: ImageEncoder,
-) -> None:
-    """Raise TrainingError unless the adapter fits.
-
-    It must read what this encoder gives, and have W'k, W'v for exactly this UNet's layers.
-    """
+def check_fits(adapter: IPAdapter, name: str, unet: Any, encoder: ImageEncoder) -> None:
+    """Raise TrainingError unless the adapter reads this encoder and fits this UNet's layers."""
     spec = adapter.spec
     layers = cross_attention_layers(unet).values()
     found = unet.config.cross_attention_dim, tuple(layer.to_k.out_features for layer in layers)
@@ -65,11 +54,3 @@ def check_fits(
             f"'{name}' reads {kind} {spec.feature_dim} wide, but those of '{encoder.name}' are "
             f"{given} wide. Give the image encoder that this adapter was trained with."
         )
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -13,19 +13,20 @@ import open_clip
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity
 from transformers import AutoTokenizer, CLIPModel
 
 from .. import fingerprints
 from ..errors import TrainingError
 from ..models import image_encoder
 
+Encode = Callable[[Sequence[Any]], Tensor]  # N images or captions to (N, E)
 CLIP_T_SCALE = 2.5  # w of CLIPScore (arXiv 2104.08718, equation 1)
 
 
 def clip_i(images: Tensor, references: Tensor) -> Tensor:
     """Return `(N,)` cosines of the embeddings `(N, E)` of images and of their references."""
-    return _cosine(images, references)
+    return cosine_similarity(images.double(), references.double())
 
 
 def clip_t(images: Tensor, captions: Tensor) -> Tensor:
@@ -34,26 +35,14 @@ def clip_t(images: Tensor, captions: Tensor) -> Tensor:
     The captions stand as they are: CLIPScore's own prefix, "A photo depicts", is the caller's
     to put before them.
     """
-    return CLIP_T_SCALE * _cosine(images, captions).clamp(min=0)
-
-
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (normalize(a.double(), dim=-1) * normalize(b.double(), dim=-1)).sum(-1)
+    return CLIP_T_SCALE * clip_i(images, captions).clamp(min=0)
 
 
 class Clip:
-    """A CLIP model with both towers, on a device. Embeddings come back on the CPU, in float32.
-
-    `encode_images` and `encode_texts` make `(N, E)` of N images or captions.
-    """
+    """A CLIP model with both towers, on a device; its embeddings come on the CPU, in float32."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        name: str,
-        encode_images: Callable[[Sequence[Image.Image]], Tensor],
-        encode_texts: Callable[[Sequence[str]], Tensor],
-        batch: int,
+        self, name: str, batch: int, model: nn.Module, encode_images: Encode, encode_texts: Encode
     ) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.name, self.batch = name, batch
@@ -72,20 +61,16 @@ class Clip:
         return fingerprints.of_weights(self.model)
 
     @torch.no_grad()
-    def _embed(self, items: Sequence[Any], encode: Callable[[Any], Tensor]) -> Tensor:
+    def _embed(self, items: Sequence[Any], encode: Encode) -> Tensor:
         parts = [items[start : start + self.batch] for start in range(0, len(items), self.batch)]
         return torch.cat([encode(part).float().cpu() for part in parts])
 
 
 def load_clip(name: str, device: torch.device, batch: int = 32) -> Clip:
-    """Load a scoring model in float32 by its name: `open_clip:…`, a folder, or a hub id.
-
-    Raises:
-        TrainingError: It cannot be had; the message names what was asked for.
-    """
-    build = _open_clip if name.startswith(image_encoder.OPEN_CLIP) else _transformers
+    """Load a model in float32: `open_clip:…`, a folder, or a hub id. Raises TrainingError."""
+    load = _open_clip if name.startswith(image_encoder.OPEN_CLIP) else _transformers
     try:
-        clip = build(name, batch)
+        clip = Clip(name, batch, *load(name))
     except (OSError, RuntimeError, KeyError, ValueError) as error:  # as the two libraries raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise TrainingError(
@@ -97,7 +82,7 @@ def load_clip(name: str, device: torch.device, batch: int = 32) -> Clip:
     return clip
 
 
-def _transformers(name: str, batch: int) -> Clip:
+def _transformers(name: str) -> tuple[nn.Module, Encode, Encode]:
     model: Any = CLIPModel.from_pretrained(name)
     processor: Any = image_encoder.Processor.from_pretrained(name)
     tokenizer: Any = AutoTokenizer.from_pretrained(name)
@@ -113,18 +98,15 @@ def _transformers(name: str, batch: int) -> Clip:
         ids, mask = tokens.input_ids, tokens.attention_mask
         return _pooled(model.get_text_features(input_ids=ids, attention_mask=mask))
 
-    return Clip(model, name, encode_images, encode_texts, batch)
+    return model, encode_images, encode_texts
 
 
 def _pooled(output: Any) -> Tensor:
     return getattr(output, "pooler_output", output)  # transformers 4 gives the tensor itself
 
 
-def _open_clip(name: str, batch: int) -> Clip:
-    """Load `open_clip:ViT-L-14/openai`, or `open_clip:ViT-L-14-quickgelu@FILE`.
-
-    (OpenAI's towers have quick GELUs, and a bare file does not say so.)
-    """
+def _open_clip(name: str) -> tuple[nn.Module, Encode, Encode]:
+    """Load `open_clip:NAME/TAG` or `open_clip:NAME@FILE`: OpenAI's files are of NAME-quickgelu."""
     model, architecture = image_encoder.create_open_clip(name)
     _, prepare = image_encoder.of_open_clip(model)
     tokenizer = open_clip.get_tokenizer(architecture)
@@ -136,4 +118,4 @@ def _open_clip(name: str, batch: int) -> Clip:
     def encode_texts(captions: Sequence[str]) -> Tensor:
         return model.encode_text(tokenizer(list(captions)).to(model.logit_scale.device))
 
-    return Clip(model, name, encode_images, encode_texts, batch)
+    return model, encode_images, encode_texts

@@ -1,4 +1,4 @@
-"""Pictures with one caption each: COCO val2017, or any folder that training reads."""
+"""Images with one caption each: COCO val2017, or any folder that training reads."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ ANNOTATION = Path("annotations", "captions_val2017.json")
 def read(folder: str) -> Rows:
     """Return COCO's rows in the order of its annotation file, or those of a folder with captions.
 
-    (`metadata.jsonl`, CSV, or `.txt` beside the pictures.)
-
     Raises TrainingError if there is neither.
     """
     root = Path(folder)
     if not root.exists():
         raise TrainingError(
             f"'{folder}' does not exist. Give --eval_data_dir the folder that holds val2017/ and "
-            f"{ANNOTATION}, or any folder of pictures with captions."
+            f"{ANNOTATION}, or any folder of images with captions."
         )
     if (root / ANNOTATION).exists():
         return _annotated(root)
@@ -42,10 +40,7 @@ def read(folder: str) -> Rows:
 
 
 def _annotated(root: Path) -> list[Record]:
-    """One row a picture, with the first of its captions (the file has five and more).
-
-    Raises TrainingError if the annotation file is not one, or a picture has no caption.
-    """
+    """Return a row an image, with the first of its captions (the file has five and more)."""
     path = root / ANNOTATION
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -60,15 +55,15 @@ def _annotated(root: Path) -> list[Record]:
             "annotations_trainval2017.zip again."
         ) from error
     if not files:
-        raise TrainingError(f"'{path}' names no pictures. Unpack it again.")
+        raise TrainingError(f"'{path}' names no images. Unpack it again.")
     bare = [name for number, name in files.items() if not first.get(number)]
     if bare:
         raise TrainingError(
-            f"{len(bare)} of {len(files)} pictures in '{path}' have no caption, the first "
+            f"{len(bare)} of {len(files)} images in '{path}' have no caption, the first "
             f"{bare[0]}. Unpack annotations_trainval2017.zip again."
         )
-    pictures = root / "val2017" if (root / "val2017").is_dir() else root
-    return [Record(name, pictures / name, first[number]) for number, name in files.items()]
+    images = root / "val2017" if (root / "val2017").is_dir() else root
+    return [Record(name, images / name, first[number]) for number, name in files.items()]
 
 
 def check_present(rows: Rows, numbers: range) -> None:
@@ -77,7 +72,7 @@ def check_present(rows: Rows, numbers: range) -> None:
     missing = [path for path in paths if isinstance(path, Path) and not path.is_file()]
     if missing:
         raise TrainingError(
-            f"{len(missing)} of {len(paths)} pictures are missing, the first '{missing[0]}'. "
+            f"{len(missing)} of {len(paths)} images are missing, the first '{missing[0]}'. "
             "Unpack val2017.zip again, or correct the captions' file names."
         )
 
@@ -85,7 +80,6 @@ def check_present(rows: Rows, numbers: range) -> None:
 def fingerprint(rows: Rows) -> str:
     """Of the rows' names and captions, in order."""
     digest = hashlib.sha256()
-    for number in range(len(rows)):
-        record = rows[number]
+    for record in map(rows.__getitem__, range(len(rows))):
         digest.update(json.dumps([record.name, record.text]).encode())
     return digest.hexdigest()[:16]

@@ -7,11 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from ip_adapter_core.files.atomic import atomic
 
-from .scores import IMAGE_ONLY, WITH_TEXT, Condition, Found, replace_text
+from .scores import IMAGE_ONLY, WITH_TEXT, Condition, Found, Score, replace_text
 
 SOURCE = "arXiv 2308.06721, Table 1"
 # method, trained parameters in millions, CLIP-T, CLIP-I
@@ -54,26 +55,11 @@ def results(
 
     The same numbers whatever the order in which the samples were measured.
     """
-    asked, listed = frozenset(rows), []
-    for subject in subjects:
-        measured = [
-            _mean(condition, asked, found) for condition in conditions(subject.digest, weights)
-        ]
-        listed.append(
-            {
-                "name": subject.name,
-                "sha256": subject.digest,
-                "variant": subject.variant,
-                "parameters": subject.parameters,
-                IMAGE_ONLY: measured[0],
-                WITH_TEXT: measured[1:],
-            }
-        )
     return {
         "protocol": dict(protocol),
-        "pictures": len(rows) - sum(row in asked for row in found.broken),
-        "broken": {names[row]: why for row, why in sorted(found.broken.items()) if row in asked},
-        "adapters": listed,
+        "pictures": len(rows) - sum(row in rows for row in found.broken),
+        "broken": {names[row]: why for row, why in sorted(found.broken.items()) if row in rows},
+        "adapters": [_measured(subject, weights, rows, found) for subject in subjects],
         "published": {
             "source": SOURCE,
             "rows": [
@@ -84,55 +70,66 @@ def results(
     }
 
 
-def _mean(condition: Condition, rows: frozenset[int], found: Found) -> dict[str, Any]:
+def _measured(
+    subject: Subject, weights: Sequence[float], rows: range, found: Found
+) -> dict[str, Any]:
+    alone, *texts = (_mean(x, rows, found) for x in conditions(subject.digest, weights))
+    return {
+        "name": subject.name,
+        "sha256": subject.digest,
+        "variant": subject.variant,
+        "parameters": subject.parameters,
+        IMAGE_ONLY: alone,
+        WITH_TEXT: texts,
+    }
+
+
+def _mean(condition: Condition, rows: range, found: Found) -> dict[str, Any]:
     """Return means, and standard errors over images (samples of one are not independent)."""
-    by_row: dict[int, list[tuple[float, float]]] = {}
+    by_row: dict[int, list[Score]] = {}
     for key in sorted(k for k in found.scores if k.condition == condition and k.row in rows):
         by_row.setdefault(key.row, []).append(found.scores[key])
     samples = sum(map(len, by_row.values()))
     out: dict[str, Any] = {"weight": condition.weight, "samples": samples}
-    for place, name in enumerate(("clip_i", "clip_t")):
-        means = [math.fsum(s[place] for s in part) / len(part) for part in by_row.values()]
-        count = len(means)
-        mean = math.fsum(means) / count if count else None
-        out[name] = mean
-        if mean is not None and count > 1:
-            variance = math.fsum((x - mean) ** 2 for x in means) / (count - 1)
-            out[f"{name}_error"] = math.sqrt(variance / count)
+    for name in Score._fields:
+        means = [fmean(getattr(score, name) for score in part) for part in by_row.values()]
+        out[name] = fmean(means) if means else None
+        if len(means) > 1:
+            out[f"{name}_error"] = stdev(means) / math.sqrt(len(means))
     return out
 
 
 def table(found: Mapping[str, Any]) -> str:
     """Markdown: what was measured here, then what the paper published."""
-    pictures, protocol = found["pictures"], found["protocol"]
+    protocol = found["protocol"]
     lines = [
-        f"Measured here: {pictures} pictures, {protocol['num_images_per_prompt']} samples each, "
-        f"{protocol['clip_model']}; DDIM, {protocol['num_inference_steps']} steps, guidance "
+        f"Measured here: {found['pictures']} images, {protocol['num_images_per_prompt']} samples "
+        f"each, {protocol['clip_model']}; DDIM, {protocol['num_inference_steps']} steps, guidance "
         f"{protocol['guidance_scale']:g}.",
         "",
         "| adapter | parameters | prompt | weight | CLIP-T | CLIP-I |",
         "|---|---|---|---|---|---|",
     ]
+    alone = IMAGE_ONLY.replace("_", " ")
     for adapter in found["adapters"]:
         head = f"| {_cell(adapter['name'])} | {adapter['parameters'] / 1e6:.1f}M "
-        for prompt in (IMAGE_ONLY, WITH_TEXT):
-            measured = adapter[prompt]
-            for entry in measured if isinstance(measured, list) else [measured]:
-                scores = " | ".join(_score(entry, name) for name in ("clip_t", "clip_i"))
-                lines.append(f"{head}| {_words(prompt)} | {entry['weight']:g} | {scores} |")
+        for entry in (adapter[IMAGE_ONLY], *adapter[WITH_TEXT]):
+            prompt = alone if entry is adapter[IMAGE_ONLY] else WITH_TEXT.replace("_", " ")
+            scores = f"{_score(entry, 'clip_t')} | {_score(entry, 'clip_i')}"
+            lines.append(f"{head}| {prompt} | {entry['weight']:g} | {scores} |")
     lines += [
         "",
-        f"Published, not measured here ({SOURCE}; COCO val2017, 5000 pictures, 4 samples each, "
+        f"Published, not measured here ({SOURCE}; COCO val2017, 5000 images, 4 samples each, "
         "CLIP ViT-L/14):",
         "",
         "| method (published) | parameters | prompt | CLIP-T | CLIP-I |",
         "|---|---|---|---|---|",
     ]
     for name, size, text, image in PUBLISHED:
-        lines.append(f"| {name} | {size}M | {_words(IMAGE_ONLY)} | {text:.3f} | {image:.3f} |")
+        lines.append(f"| {name} | {size}M | {alone} | {text:.3f} | {image:.3f} |")
     if found["broken"]:
-        named = ", ".join(f"{_cell(name)}" for name in found["broken"])
-        lines += ["", f"Left out, their pictures could not be opened: {named}."]
+        named = ", ".join(map(_cell, found["broken"]))
+        lines += ["", f"Left out, their images could not be opened: {named}."]
     return "\n".join(lines) + "\n"
 
 
@@ -141,10 +138,6 @@ def _score(entry: Mapping[str, Any], name: str) -> str:
         return "–"
     error = entry.get(f"{name}_error")
     return f"{entry[name]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
-
-
-def _words(prompt: str) -> str:
-    return prompt.replace("_", " ")
 
 
 def _cell(text: str) -> str:

@@ -1,6 +1,6 @@
 """Scores of single samples as JSON lines: what is measured once is measured.
 
-    OUT/protocol.json        what the scores were measured with; other settings are refused
+    OUT/protocol.json        what the scores were measured with; other options are refused
     OUT/scores-00000.jsonl   one file a process, one line a sample, only ever appended to
 
 A line is complete when it ends; a process that is killed while writing leaves at most one torn
@@ -21,11 +21,8 @@ from ip_adapter_core.files.atomic import atomic
 from ..errors import TrainingError
 
 PROTOCOL = "protocol.json"
-NAMES = (
-    "pretrained_model_name_or_path",
-    "image_encoder_path",
-    "clip_model",
-)  # may change: their weights are compared
+# These may change: their weights are compared.
+NAMES = ("pretrained_model_name_or_path", "image_encoder_path", "clip_model")
 IMAGE_ONLY, WITH_TEXT = "image_only", "with_text"
 
 logger = logging.getLogger(__name__)
@@ -48,14 +45,14 @@ class Key(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Likeness to the picture and to the caption."""
+    """Likeness to the image and to the caption."""
 
     clip_i: float
     clip_t: float
 
 
 class Found(NamedTuple):
-    """What a folder holds: scores, and the rows whose picture could not be opened, with why."""
+    """What a folder holds: scores, and the rows whose image could not be opened, with why."""
 
     scores: dict[Key, Score]
     broken: dict[int, str]
@@ -69,23 +66,24 @@ def claim(folder: Path, protocol: Mapping[str, Any]) -> None:
     """
     path = folder / PROTOCOL
     try:
+        now = json.dumps(dict(protocol), indent=1, ensure_ascii=False)
         if not path.exists():
-            replace_text(path, json.dumps(dict(protocol), indent=1, ensure_ascii=False))
+            replace_text(path, now)
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TrainingError(
             f"'{path}' cannot be written or read ({error}). Make room, give --output_dir another "
             "folder, or delete this one to measure anew."
         ) from error
-    now = json.loads(json.dumps(dict(protocol)))
-    keys = [key for key in {**stored, **now} if key not in NAMES]
-    differing = [key for key in keys if stored.get(key) != now.get(key)]
+    asked = json.loads(now)
+    keys = {*stored, *asked} - {*NAMES}
+    differing = {key for key in keys if stored.get(key) != asked.get(key)}
     if differing:
         named = {key.removesuffix("_weights") for key in differing}  # hashes tell nobody anything
-        listed = "; ".join(f"{k}: {stored.get(k)!r}, now {now.get(k)!r}" for k in sorted(named))
+        listed = "; ".join(f"{k}: {stored.get(k)!r}, now {asked.get(k)!r}" for k in sorted(named))
         raise TrainingError(
-            f"'{folder}' holds scores that were measured with other settings ({listed}). Give "
-            "--output_dir another folder, or the same settings as before."
+            f"'{folder}' holds scores that were measured with other options ({listed}). Give "
+            "--output_dir another folder, or the same options as before."
         )
 
 

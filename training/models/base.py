@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 
 from .. import fingerprints
 from ..errors import TrainingError
-from .diffusers_folder import DiffusersFolder, VAEFolder
+from .diffusers_folder import DiffusersFolder, load_vae
 from .layout import Family
 from .single_file import SUFFIXES, SingleFile
 
@@ -54,18 +54,6 @@ class Base(Encoders):
     scheduler: Mapping[str, Any]
 
 
-class _Opened(Protocol):
-    """Where the parts come from. Parts are whole, in float32 but for the UNet."""
-
-    @property
-    def family(self) -> Family: ...
-    @property
-    def scheduler(self) -> Mapping[str, Any]: ...
-    def unet(self, dtype: torch.dtype) -> Any: ...
-    def vae(self) -> Any: ...
-    def text(self) -> list[tuple[CLIPTokenizer, nn.Module]]: ...
-
-
 def load_base(
     path: str,
     dtype: torch.dtype = torch.float32,
@@ -86,11 +74,10 @@ def load_base(
     Raises TrainingError for a path where nothing lies, a missing part, another family.
     """
     opened = _open(path)
-    scheduler = dict(opened.scheduler)
     unet_dtype = unet_dtype or dtype
     unet = _frozen(opened.unet(unet_dtype), unet_dtype)
     encoders = _encoders(opened, path, dtype, vae)
-    return Base(**vars(encoders), unet=unet, scheduler=scheduler)
+    return Base(**vars(encoders), unet=unet, scheduler=dict(opened.scheduler))
 
 
 def load_encoders(
@@ -100,8 +87,15 @@ def load_encoders(
     return _encoders(_open(path), path, dtype, vae)
 
 
-def _encoders(opened: _Opened, path: str, dtype: torch.dtype, vae: str | None) -> Encoders:
-    autoencoder = _open_vae(vae, opened.family) if vae else opened.vae()
+def _encoders(
+    opened: SingleFile | DiffusersFolder, path: str, dtype: torch.dtype, vae: str | None
+) -> Encoders:
+    if not vae:
+        autoencoder = opened.vae()
+    elif Path(vae).is_file():
+        autoencoder = SingleFile(Path(vae)).vae_alone(opened.family)
+    else:
+        autoencoder = load_vae(vae)
     text = [Text(*pair) for pair in opened.text()]
     for tokenizer, encoder in text:
         rows = encoder.config.vocab_size
@@ -110,16 +104,10 @@ def _encoders(opened: _Opened, path: str, dtype: torch.dtype, vae: str | None) -
                 f"'{path}': the tokenizer has {len(tokenizer)} tokens, its text encoder only "
                 f"{rows}. They belong to different models; get the model's own tokenizer."
             )
+    read = ([*_told(encoder), tokenizer.pad_token_id] for tokenizer, encoder in text)
     weights = {
-        "vae": fingerprints.of_settings(
-            fingerprints.of_weights(autoencoder), _shape_of(autoencoder)
-        ),
-        "text encoder": fingerprints.of_settings(
-            *(
-                [fingerprints.of_weights(encoder), _shape_of(encoder), tokenizer.pad_token_id]
-                for tokenizer, encoder in text
-            )
-        ),
+        "vae": fingerprints.of_settings(*_told(autoencoder)),
+        "text encoder": fingerprints.of_settings(*read),
     }
     for _, encoder in text:
         _frozen(encoder, dtype)
@@ -132,20 +120,13 @@ def _encoders(opened: _Opened, path: str, dtype: torch.dtype, vae: str | None) -
     )
 
 
-def _open(path: str) -> _Opened:
+def _open(path: str) -> SingleFile | DiffusersFolder:
     local = Path(path)
     if local.is_file():
         return SingleFile(local)
     if not local.exists() and local.suffix in SUFFIXES:
         raise TrainingError(f"'{path}' does not exist. Correct the path of the base model.")
     return DiffusersFolder(path)
-
-
-def _open_vae(path: str, family: Family) -> Any:
-    local = Path(path)
-    if local.is_file():
-        return SingleFile(local).vae_alone(family)
-    return VAEFolder(path).vae()
 
 
 def _vae_dtype(vae: Any, family: Family, dtype: torch.dtype) -> torch.dtype:
@@ -168,6 +149,7 @@ _TELLING = (
 )
 
 
-def _shape_of(module: Any) -> dict[str, Any]:
+def _told(module: Any) -> tuple[str, dict[str, Any]]:
     found = {name: getattr(module.config, name, None) for name in _TELLING}
-    return {name: value for name, value in found.items() if value is not None}
+    shape = {name: value for name, value in found.items() if value is not None}
+    return fingerprints.of_weights(module), shape

@@ -16,8 +16,12 @@ MERGES = 49152 - 256 - 2  # how many of the file's lines count (openai/CLIP, sim
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def write(folder: Path, pad: str = END) -> None:
-    """Write a tokenizer folder as transformers reads it; `pad` fills texts up to 77 tokens."""
+@lru_cache
+def tokenizer(pad: str = END) -> CLIPTokenizer:
+    """Return the tokenizer of SD1.5 and of SDXL's first text encoder; with `pad` "!", its second's.
+
+    `pad` fills texts up to 77 tokens.
+    """
     with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
         merges = file.read().split("\n")[1 : MERGES + 1]
     letters = list(bytes_to_unicode().values())
@@ -31,19 +35,12 @@ def write(folder: Path, pad: str = END) -> None:
         "unk_token": END,
         "pad_token": pad,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {word: number for number, word in enumerate(words)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-@lru_cache
-def tokenizer(pad: str = END) -> CLIPTokenizer:
-    """Return the tokenizer of SD1.5 and of SDXL's first text encoder.
-
-    With `pad` "!", of its second.
-    """
+    files = {
+        "vocab.json": json.dumps({word: number for number, word in enumerate(words)}),
+        "merges.txt": "\n".join(["#version: 0.2", *merges]),
+        "tokenizer_config.json": json.dumps(config),
+    }
     with TemporaryDirectory() as folder:
-        write(Path(folder), pad)
+        for name, text in files.items():
+            Path(folder, name).write_text(text, encoding="utf-8")
         return CLIPTokenizer.from_pretrained(folder)

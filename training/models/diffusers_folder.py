@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..errors import TrainingError
-from . import clip_tokenizer as clip_vocabulary
+from . import clip_tokenizer
 from .layout import Family
 
 SD2_WIDTH = 1024  # of its text states; SD1.5's are 768 wide, SDXL's 2048
@@ -33,9 +34,8 @@ class DiffusersFolder:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        config = self._config(UNet2DConditionModel, "unet")
-        self.family: Family = _family(config, path)
-        self.scheduler: Mapping[str, Any] = self._config(DDPMScheduler, "scheduler")
+        self.family: Family = _family(self._read(UNet2DConditionModel.load_config, "unet"), path)
+        self.scheduler: Mapping[str, Any] = self._read(DDPMScheduler.load_config, "scheduler")
 
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
         return load_part(UNet2DConditionModel, self.path, "unet", dtype)
@@ -56,28 +56,20 @@ class DiffusersFolder:
     def _tokenizer(self, name: str) -> CLIPTokenizer:
         if Path(self.path).is_dir() and not Path(self.path, name).is_dir():
             logger.info("'%s' has no %s/: CLIP's own vocabulary is used.", self.path, name)
-            return clip_vocabulary.tokenizer(PADS[name])
-        try:
-            return CLIPTokenizer.from_pretrained(self.path, subfolder=name)
-        except (OSError, ValueError) as error:
-            raise _missing(self.path, name, error) from error
+            return clip_tokenizer.tokenizer(PADS[name])
+        return self._read(CLIPTokenizer.from_pretrained, name)
 
-    def _config(self, kind: Any, part: str) -> Mapping[str, Any]:
+    def _read(self, read: Any, part: str) -> Any:
         try:
-            return kind.load_config(self.path, subfolder=part)
+            return read(self.path, subfolder=part)
         except (OSError, ValueError) as error:
             raise _missing(self.path, part, error) from error
 
 
-class VAEFolder:
-    """An autoencoder that lies alone, or a whole model's: `vae/` below `path`, if there is one."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._part = "vae" if Path(path, "vae").is_dir() else None
-
-    def vae(self) -> AutoencoderKL:
-        return load_part(AutoencoderKL, self.path, self._part, torch.float32)
+def load_vae(path: str) -> AutoencoderKL:
+    """Load an autoencoder that lies alone, or a whole model's: `vae/` below `path`, if there is."""
+    part = "vae" if Path(path, "vae").is_dir() else None
+    return load_part(AutoencoderKL, path, part, torch.float32)
 
 
 def load_part(
@@ -88,10 +80,17 @@ def load_part(
     A model saved as fp16 variant only is found too. `expected` goes into the message of the
     TrainingError for what cannot be loaded.
     """
-    where = {"subfolder": part} if part else {}
     name = part or kind.__name__
+    load = partial(kind.from_pretrained, path, torch_dtype=dtype, output_loading_info=True)
+    load = partial(load, subfolder=part) if part else load
     try:
-        model, info = _variant(kind, path, torch_dtype=dtype, output_loading_info=True, **where)
+        try:
+            model, info = load()
+        except (OSError, ValueError) as error:
+            try:
+                model, info = load(variant="fp16")
+            except (OSError, ValueError):
+                raise error from None
     except (OSError, ValueError, RuntimeError) as error:
         raise _missing(path, name, error, expected) from error
     missing = sorted(info["missing_keys"])
@@ -101,16 +100,6 @@ def load_part(
             f"{missing[0]} among them. Download it again."
         )
     return model
-
-
-def _variant(kind: Any, path: str, **arguments: Any) -> Any:
-    try:
-        return kind.from_pretrained(path, **arguments)
-    except (OSError, ValueError) as error:
-        try:
-            return kind.from_pretrained(path, variant="fp16", **arguments)
-        except (OSError, ValueError):
-            raise error from None
 
 
 def _family(config: Mapping[str, Any], path: str) -> Family:

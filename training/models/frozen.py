@@ -10,14 +10,11 @@ from torch import Tensor
 
 from ip_adapter_core.variants import FeatureKind
 
-from .. import fingerprints
 from ..data.buckets import LATENT_STEP
 from ..errors import TrainingError
 from ..loss import DroppedConditions
 from .base import Encoders, Text
 from .image_encoder import ImageEncoder
-
-__all__ = ["FrozenEncoders", "ImageEncoder", "Tokenise", "text_states"]
 
 _READ = ("pixels", "reference", "tokens")  # what encoding uses up
 
@@ -106,27 +103,13 @@ class FrozenEncoders:
         self.vae, self.text, self.image_encoder = base.vae, base.text, image_encoder
         self.kind, self.family = kind, base.family
         self.tokenise = Tokenise(base.text)
-        self.names = {
-            "vae": base.name,
-            "text encoder": base.name,
-            "image encoder": image_encoder.name,
-        }
+        self.names = {**dict.fromkeys(base.weights, base.name), "image encoder": image_encoder.name}
         self.fingerprints = {**base.weights, "image encoder": image_encoder.weights}
         self.to(device)
 
-    def to(self, device: torch.device | str) -> FrozenEncoders:
-        parts: list[Any] = [self.vae, self.image_encoder, *(encoder for _, encoder in self.text)]
-        for part in parts:
+    def to(self, device: torch.device | str) -> None:
+        for part in (self.vae, self.image_encoder, *(text.encoder for text in self.text)):
             part.to(device)
-        return self
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all weights as their files hold them, and of the settings that matter.
-
-        The same whatever dtype and device they run in. `fingerprints` has it part by part.
-        """
-        return fingerprints.of_settings(self.fingerprints)
 
     def encode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Put what the encoders give in place of a batch's pixels and tokens.

@@ -8,18 +8,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import open_clip
 import torch
 import transformers
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import VisionTransformer
+from open_clip.utils import to_2tuple
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPVisionModelWithProjection
 
 from ip_adapter_core.files import encoder_file
+from ip_adapter_core.files.tower_config import ImageEncoderError
 from ip_adapter_core.variants import FEATURE_KINDS
 
 from .. import fingerprints
@@ -36,10 +38,7 @@ Processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImag
 
 
 class Preprocess:
-    """An image to `(3, s, s)` float32; can be sent to another process.
-
-    `settings`: sizes and colours, as plain values.
-    """
+    """An image to `(3, s, s)` float32, picklable. `settings`: sizes and colours, plain values."""
 
     def __init__(self, function: Callable[[Image.Image], Tensor], settings: dict[str, Any]) -> None:
         self._function, self.settings = function, settings
@@ -54,8 +53,7 @@ class OpenClipTower(nn.Module):
     def __init__(self, visual: Any) -> None:
         super().__init__()
         self.visual = visual
-        size: Any = visual.image_size
-        self.size: int = size if isinstance(size, int) else size[0]
+        self.size: int = to_2tuple(visual.image_size)[0]
         parts = [*visual.modules()]
         self.settings = {
             "kinds": sorted({type(part).__name__ for part in parts}),  # QuickGELU or GELU
@@ -72,13 +70,9 @@ class OpenClipTower(nn.Module):
                 "of a CLIP vision transformer. Train the base variant with it, or take a ViT."
             )
         hidden_only = "image_embeds" not in kinds
+        options = {"output_fmt": "NLC", "output_extra_tokens": True, "stop_early": hidden_only}
         out = self.visual.forward_intermediates(
-            pixels,
-            indices=[-2],
-            stop_early=hidden_only,
-            intermediates_only=hidden_only,
-            output_fmt="NLC",
-            output_extra_tokens=True,
+            pixels, indices=[-2], intermediates_only=hidden_only, **options
         )
         tokens = out["image_intermediates_prefix"][0], out["image_intermediates"][0]
         found = {"penultimate_hidden_states": torch.cat(tokens, dim=1)}
@@ -103,9 +97,6 @@ class TransformersTower(nn.Module):
         return found | ({"image_embeds": out.image_embeds} if "image_embeds" in kinds else {})
 
 
-Tower: TypeAlias = OpenClipTower | TransformersTower
-
-
 class ImageEncoder(nn.Module):
     """Pixels `(N, 3, s, s)` to what an image prompt is made of, without gradients.
 
@@ -117,16 +108,16 @@ class ImageEncoder(nn.Module):
     settings as they were given, before any cast.
     """
 
-    def __init__(self, tower: Tower, preprocess: Preprocess, name: str) -> None:
+    def __init__(
+        self, tower: OpenClipTower | TransformersTower, preprocess: Preprocess, name: str
+    ) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.size, self.preprocess = name, tower.size, preprocess
         self.tower = tower.requires_grad_(False).eval()
-        self.size = tower.size
-        self.preprocess = preprocess
         found = preprocess(Image.new("RGB", (self.size, self.size))).shape
         if found != (3, self.size, self.size):
             raise TrainingError(
-                f"'{name}' reads pictures of {self.size} pixels, but its preprocessing gives "
+                f"'{name}' reads images of {self.size} pixels, but its preprocessing gives "
                 f"{tuple(found)}. Mend its preprocessor_config.json."
             )
         self.weights = fingerprints.of_settings(
@@ -138,13 +129,10 @@ class ImageEncoder(nn.Module):
     def from_name(name: str, dtype: torch.dtype = torch.float32) -> ImageEncoder:
         """Return the encoder of that name, in `dtype` on the CPU.
 
-        `open_clip:ViT-H-14/laion2b_s32b_b79k` (any of open_clip's models and weights),
-        `open_clip:ViT-H-14@FILE` (weights from a file), or a folder or hub id of a transformers
-        CLIP model. Raises TrainingError for names and files that give no such encoder.
+        `open_clip:MODEL/WEIGHTS`, `open_clip:MODEL@FILE`, `open_clip:FILE`, or the folder or id
+        of a transformers CLIP model. Raises TrainingError for what gives no such encoder.
         """
-        load: Callable[[str], tuple[Tower, Preprocess]] = transformers_tower
-        if name.startswith(OPEN_CLIP):
-            load = open_clip_tower
+        load: Any = _open_clip_tower if name.startswith(OPEN_CLIP) else _transformers_tower
         tower, preprocess = load(name)
         return ImageEncoder(tower, preprocess, name).to(dtype)
 
@@ -192,9 +180,12 @@ class ImageEncoder(nn.Module):
 
 def of_open_clip(model: Any) -> tuple[OpenClipTower, Preprocess]:
     """Return the image tower of an open_clip model, and the preprocessing that it carries."""
-    settings = open_clip.get_model_preprocess_cfg(model)
+    return _open_clip(model.visual, open_clip.get_model_preprocess_cfg(model))
+
+
+def _open_clip(visual: Any, settings: dict[str, Any]) -> tuple[OpenClipTower, Preprocess]:
     transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
-    return OpenClipTower(model.visual), Preprocess(transform, settings)
+    return OpenClipTower(visual), Preprocess(transform, settings)
 
 
 def of_transformers(
@@ -209,21 +200,16 @@ def _processed(processor: Any, image: Image.Image) -> Tensor:
     return processor(images=image, return_tensors="pt").pixel_values[0]
 
 
-def open_clip_tower(name: str) -> tuple[OpenClipTower, Preprocess]:
-    """Load by `open_clip:MODEL/WEIGHTS`, `open_clip:MODEL@FILE` or `open_clip:FILE`.
-
-    Raises TrainingError.
-    """
+def _open_clip_tower(name: str) -> tuple[OpenClipTower, Preprocess]:
     if (file := Path(name.removeprefix(OPEN_CLIP))).is_file():
         return _of_file(file, name)
     try:
-        model, _ = create_open_clip(name)
+        return of_open_clip(create_open_clip(name)[0])
+    except TrainingError:
+        raise
     except (RuntimeError, OSError, ValueError, KeyError) as error:
-        if isinstance(error, TrainingError):
-            raise
         reason = " ".join(str(error).split())[:300]
         raise TrainingError(f"'{name}' cannot be loaded by open_clip: {reason}") from error
-    return of_open_clip(model)
 
 
 def create_open_clip(name: str) -> tuple[Any, str]:
@@ -242,18 +228,16 @@ def _of_file(file: Path, name: str) -> tuple[OpenClipTower, Preprocess]:
     try:
         tower, state = encoder_file.read(file)
         if tower is None:
-            raise encoder_file.ImageEncoderError(
+            raise ImageEncoderError(
                 "its tensors are named as in transformers; give the folder that holds it"
             )
-        size = tower.image_size
+        usual = {"mean": encoder_file.MEAN, "std": encoder_file.STD}
+        shaping = {**usual, **tower.preprocess, "size": tower.image_size}
         visual = encoder_file.build(tower, {key: x.float() for key, x in state.items()})
-    except encoder_file.ImageEncoderError as error:
+    except ImageEncoderError as error:
         raise TrainingError(f"'{name}': {error}.") from error
-    shaping = {"mean": encoder_file.MEAN, "std": encoder_file.STD, **tower.preprocess, "size": size}
     known = {field.name for field in fields(PreprocessCfg)}
-    settings = {key: value for key, value in shaping.items() if key in known}
-    transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
-    return OpenClipTower(visual), Preprocess(transform, settings)
+    return _open_clip(visual, {key: value for key, value in shaping.items() if key in known})
 
 
 def parsed_name(name: str) -> tuple[str, str | None, dict[str, Any]]:
@@ -263,8 +247,8 @@ def parsed_name(name: str) -> tuple[str, str | None, dict[str, Any]]:
         return rest, None, {}
     model, at, file = rest.partition("@")
     tag = ""
-    if not at:
-        model, _, tag = rest.rpartition("/") if "/" in rest else (rest, "", "")
+    if not at and "/" in rest:
+        model, _, tag = rest.rpartition("/")
     if model not in open_clip.list_models():
         like = difflib.get_close_matches(model, open_clip.list_models(), cutoff=0.5)
         raise TrainingError(
@@ -287,8 +271,7 @@ def parsed_name(name: str) -> tuple[str, str | None, dict[str, Any]]:
     return model, tag, {"quick_gelu": bool(found.get("quick_gelu", False))}
 
 
-def transformers_tower(name: str) -> tuple[TransformersTower, Preprocess]:
-    """Load by folder or hub id of a CLIP model. Raises TrainingError."""
+def _transformers_tower(name: str) -> tuple[TransformersTower, Preprocess]:
     expected = (
         "Expected the folder or hub id of a transformers CLIP vision model, or "
         f"{OPEN_CLIP}MODEL/WEIGHTS"

@@ -6,8 +6,7 @@ scaling of the latents) are facts of the published models, named where they stan
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ip_adapter_core.variants import Family
@@ -27,34 +26,38 @@ CLIP_HEAD = 64  # width of a head of CLIP's text encoders, and of SDXL's UNet
 SCALING = {"sd15": 0.18215, "sdxl": 0.13025}
 
 
-def count(shapes: Shapes, pattern: str) -> int:
-    """One more than the largest number that the pattern's group finds; 0 if there is none."""
-    found = (re.match(pattern, key) for key in shapes)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+def count(shapes: Shapes, prefix: str) -> int:
+    """One more than the largest number that stands after `prefix`; 0 if there is none."""
+    rest = (key.removeprefix(prefix) for key in shapes if key.startswith(prefix))
+    numbers = (key.partition(".")[0] for key in rest)
+    return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
 
 
 def unet(shapes: Shapes, family: Family) -> Config:
-    """Of `UNet2DConditionModel`.
-
-    Raises KeyError for what is no UNet of this kind, ValueError for one that diffusers cannot
-    build.
-    """
+    """Of `UNet2DConditionModel`. Raises KeyError for what is none, or ValueError."""
     levels: list[list[tuple[int, int]]] = [[]]  # of each residual block: width, transformer depth
-    for i in range(1, count(shapes, re.escape(UNET) + r"input_blocks\.(\d+)\.")):
+    for i in range(1, count(shapes, f"{UNET}input_blocks.")):
         block = f"{UNET}input_blocks.{i}"
         if f"{block}.0.op.weight" in shapes:
             levels.append([])
             continue
-        depth = count(shapes, re.escape(f"{block}.1.") + r"transformer_blocks\.(\d+)\.")
+        depth = count(shapes, f"{block}.1.transformer_blocks.")
         levels[-1].append((shapes[f"{block}.0.out_layers.3.weight"][0], depth))
     if any(len(set(level)) != 1 or len(level) != len(levels[0]) for level in levels):
         raise ValueError(f"its blocks differ within a level: {levels}")
     widths, depths = zip(*(level[0] for level in levels), strict=True)
-    middle = count(shapes, re.escape(f"{UNET}middle_block.1.") + r"transformer_blocks\.(\d+)\.")
+    middle = count(shapes, f"{UNET}middle_block.1.transformer_blocks.")
     without = not any(key.startswith(f"{UNET}middle_block.") for key in shapes)
     if not without and depths[-1] not in (0, middle):
         raise ValueError(f"{middle} transformer blocks in the middle, {depths[-1]} before it")
-    risen = _risen(shapes, len(levels[0]) + 1, depths)
+    # On the way up, the lowest level first: as on the way down, unless there are some there alone.
+    first = (f"{UNET}output_blocks.{n * (len(levels[0]) + 1)}.1." for n in range(len(levels)))
+    risen = [
+        down or count(shapes, f"{block}transformer_blocks.")
+        for block, down in zip(first, reversed(depths), strict=True)
+    ]
+    # diffusers has one number a level for both ways, and the last one's for the middle.
+    most = [max(pair) or 1 for pair in zip(depths, reversed(risen), strict=True)]
     crossed = next(key for key in shapes if key.startswith(UNET) and "attn2.to_k.weight" in key)
     projected = next(key for key in shapes if key.startswith(UNET) and "proj_in.weight" in key)
     config: Config = {
@@ -64,7 +67,7 @@ def unet(shapes: Shapes, family: Family) -> Config:
         "out_channels": shapes[f"{UNET}out.2.weight"][0],
         "block_out_channels": widths,
         "layers_per_block": len(levels[0]),
-        "transformer_layers_per_block": _layers_per_block(depths, risen, middle),
+        "transformer_layers_per_block": [*most[:-1], middle or most[-1]],
         "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths],
         "mid_block_type": None if without else "UNetMidBlock2DCrossAttn",
         "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in risen],
@@ -80,24 +83,6 @@ def unet(shapes: Shapes, family: Family) -> Config:
             "projection_class_embeddings_input_dim": shapes[f"{UNET}label_emb.0.0.weight"][1],
         }
     return config
-
-
-def _risen(shapes: Shapes, blocks: int, depths: Sequence[int]) -> list[int]:
-    """Return the transformer depth of each level on the way up, the lowest first.
-
-    That of the way down, unless there is a transformer on the way up alone.
-    """
-    found = []
-    for number, down in enumerate(reversed(depths)):
-        first = re.escape(f"{UNET}output_blocks.{number * blocks}.1.")
-        found.append(down or count(shapes, first + r"transformer_blocks\.(\d+)\."))
-    return found
-
-
-def _layers_per_block(depths: Sequence[int], risen: Sequence[int], middle: int) -> list[int]:
-    """Return diffusers' one number a level for both ways, and the last one's for the middle."""
-    most = [max(pair) or 1 for pair in zip(depths, risen[::-1], strict=True)]
-    return [*most[:-1], middle or most[-1]]
 
 
 def tiny_vae(shapes: Shapes, prefix: str = VAE) -> Config | None:
@@ -120,13 +105,13 @@ def tiny_vae(shapes: Shapes, prefix: str = VAE) -> Config | None:
 
 def vae(shapes: Shapes, family: Family, prefix: str = VAE) -> Config:
     """Of `AutoencoderKL`. Raises KeyError for what is none."""
-    levels = count(shapes, re.escape(prefix) + r"encoder\.down\.(\d+)\.")
+    levels = count(shapes, f"{prefix}encoder.down.")
     widths = [shapes[f"{prefix}encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
     return {
         "_class_name": "AutoencoderKL",
         "sample_size": 512 if family == "sd15" else 1024,
         "block_out_channels": widths,
-        "layers_per_block": count(shapes, re.escape(f"{prefix}encoder.down.0.block.") + r"(\d+)\."),
+        "layers_per_block": count(shapes, f"{prefix}encoder.down.0.block."),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "latent_channels": shapes[f"{prefix}decoder.conv_in.weight"][1],
@@ -138,31 +123,28 @@ def vae(shapes: Shapes, family: Family, prefix: str = VAE) -> Config:
 def text_l(shapes: Shapes, family: Family) -> Config:
     """Of CLIP ViT-L's `CLIPTextModel`. Raises KeyError for what is none."""
     prefix = TEXT_L[family]
-    vocabulary, width = shapes[f"{prefix}embeddings.token_embedding.weight"]
-    return _text(
-        vocabulary,
-        width,
-        layers=count(shapes, re.escape(prefix) + r"encoder\.layers\.(\d+)\."),
-        inner=shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
-        positions=shapes[f"{prefix}embeddings.position_embedding.weight"][0],
-    ) | {"hidden_act": "quick_gelu", "projection_dim": width}
+    tokens, positions = (
+        shapes[f"{prefix}embeddings.{name}_embedding.weight"] for name in ("token", "position")
+    )
+    layers = f"{prefix}encoder.layers."
+    inner = shapes[f"{layers}0.mlp.fc1.weight"][0]
+    config = _text(tokens, positions[0], count(shapes, layers), inner)
+    return config | {"hidden_act": "quick_gelu", "projection_dim": tokens[1]}
 
 
 def text_g(shapes: Shapes) -> Config:
     """Of OpenCLIP ViT-bigG's `CLIPTextModelWithProjection`. Raises KeyError for what is none."""
-    vocabulary, width = shapes[f"{TEXT_G}token_embedding.weight"]
-    return _text(
-        vocabulary,
-        width,
-        layers=count(shapes, re.escape(TEXT_G) + r"transformer\.resblocks\.(\d+)\."),
-        inner=shapes[f"{TEXT_G}transformer.resblocks.0.mlp.c_fc.weight"][0],
-        positions=shapes[f"{TEXT_G}positional_embedding"][0],
-    ) | {"hidden_act": "gelu", "projection_dim": shapes[f"{TEXT_G}text_projection"][1]}
+    tokens = shapes[f"{TEXT_G}token_embedding.weight"]
+    layers = f"{TEXT_G}transformer.resblocks."
+    inner = shapes[f"{layers}0.mlp.c_fc.weight"][0]
+    positions = shapes[f"{TEXT_G}positional_embedding"][0]
+    config = _text(tokens, positions, count(shapes, layers), inner)
+    return config | {"hidden_act": "gelu", "projection_dim": shapes[f"{TEXT_G}text_projection"][1]}
 
 
-def _text(vocabulary: int, width: int, layers: int, inner: int, positions: int) -> Config:
+def _text(tokens: tuple[int, ...], positions: int, layers: int, inner: int) -> Config:
+    vocabulary, width = tokens
     return {
-        "model_type": "clip_text_model",
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": inner,
@@ -176,11 +158,7 @@ def _text(vocabulary: int, width: int, layers: int, inner: int, positions: int) 
 
 
 def scheduler(shapes: Shapes) -> Config:
-    """Of Stable Diffusion's noise schedule.
-
-    Files of bases with v-prediction carry empty tensors that say so, as ComfyUI and the trainers of
-    such bases have agreed.
-    """
+    """Of Stable Diffusion's noise schedule; empty tensors say of v-prediction, as ComfyUI reads."""
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": 1000,

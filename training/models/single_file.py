@@ -1,36 +1,40 @@
 """A whole base model in one file, as it was published and as ComfyUI reads it.
 
-diffusers converts such files, but gets their sizes from the hub. Here they are read off the
-tensors and laid beside as the folder of configurations that it takes instead.
+diffusers converts such files, but gets their sizes from the hub. Here they are read off the tensors
+(`layout`), and diffusers' own converters rename what is read.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
 )
 from safetensors import safe_open
-from torch import nn
-from transformers import CLIPTokenizer
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from ip_adapter_core.files.header import CheckpointError, read_header, read_pickle
 
 from ..errors import TrainingError
-from . import clip_tokenizer as clip_vocabulary
 from . import layout
+from .clip_tokenizer import tokenizer
 from .diffusers_folder import PADS
 from .layout import Config, Family, Shapes
 
@@ -48,6 +52,8 @@ _OTHERS = {
     "image_proj": "an IP-Adapter",
     "lora_": "a LoRA",
 }
+
+State = dict[str, Tensor]
 
 
 class SingleFile:
@@ -81,7 +87,13 @@ class SingleFile:
 
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
         config = self._config("UNet", lambda: layout.unet(self._shapes, self.family))
-        return self._converted(UNet2DConditionModel, "unet", config, dtype)
+        return self._loaded(
+            "unet",
+            lambda: UNet2DConditionModel.from_config(config),
+            lambda state, unet: convert_ldm_unet_checkpoint(state, unet.config),
+            layout.UNET,
+            dtype,
+        )
 
     def vae(self) -> AutoencoderKL | AutoencoderTiny:
         return self._vae(self.family, layout.VAE)
@@ -92,49 +104,35 @@ class SingleFile:
         return self._vae(family, layout.VAE if whole else "")
 
     def _vae(self, family: Family, prefix: str) -> AutoencoderKL | AutoencoderTiny:
-        tiny = layout.tiny_vae(self._shapes, prefix)
-        if tiny is not None:
-            return self._tiny(tiny, prefix)
+        if tiny := layout.tiny_vae(self._shapes, prefix):
+            return self._loaded("vae", lambda: AutoencoderTiny.from_config(tiny), _tiny, prefix)
         config = self._config("VAE", lambda: layout.vae(self._shapes, family, prefix))
-        return self._converted(AutoencoderKL, "vae", config, torch.float32)
-
-    def _tiny(self, config: Config, prefix: str) -> AutoencoderTiny:
-        """Convert TAESD's names, as diffusers does not: the decoder's clamp is no layer there."""
-        names = {}
-        for key in self._shapes:
-            for side, skipped in (("encoder", 0), ("decoder", 1)):
-                if match := re.fullmatch(re.escape(f"{prefix}taesd_{side}.") + r"(\d+)\.(.+)", key):
-                    names[key] = f"{side}.layers.{int(match[1]) - skipped}.{match[2]}"
-        tensors = _tensors(self.path, list(names))
-        made: Any = AutoencoderTiny.from_config(config)
-        with self._failing("the VAE"):
-            made.load_state_dict({names[key]: x.float() for key, x in tensors.items()})
-        return made
+        return self._loaded(
+            "vae",
+            lambda: AutoencoderKL.from_config(config),
+            lambda state, vae: convert_ldm_vae_checkpoint(state, vae.config),
+            prefix,
+        )
 
     def text(self) -> list[tuple[CLIPTokenizer, nn.Module]]:
         family, shapes = self.family, self._shapes
-        configs = {
-            "text_encoder": self._config("text encoder", lambda: layout.text_l(shapes, family))
-        }
+        first = self._config("text encoder", lambda: layout.text_l(shapes, family))
+        encoder = self._loaded(
+            "text_encoder",
+            lambda: CLIPTextModel(CLIPTextConfig(**first)),
+            lambda state, _: convert_ldm_clip_checkpoint(state),
+            layout.TEXT_L[family],
+        )
+        found = [(tokenizer(PADS["tokenizer"]), encoder)]
         if family == "sdxl":
             second = self._config("second text encoder", lambda: layout.text_g(shapes))
-            configs["text_encoder_2"] = second
-        kind: Any = StableDiffusionPipeline if family == "sd15" else StableDiffusionXLPipeline
-        with _folder(configs) as folder, self._failing("the text encoders"):
-            pipeline = kind.from_single_file(
-                str(self.path),
-                config=str(folder),
-                local_files_only=True,
-                torch_dtype=torch.float32,
-                unet=None,
-                vae=None,
-                scheduler=None,
+            encoder = self._loaded(
+                "text_encoder_2",
+                lambda: CLIPTextModelWithProjection(CLIPTextConfig(**second)),
+                lambda state, text: convert_open_clip_checkpoint(text, state, layout.TEXT_G),
+                layout.TEXT_G,
             )
-        found = []
-        for name in configs:
-            encoder = getattr(pipeline, name)
-            self._check_whole(encoder, name)
-            found.append((getattr(pipeline, name.replace("text_encoder", "tokenizer")), encoder))
+            found.append((tokenizer(PADS["tokenizer_2"]), encoder))
         return found
 
     def _config(self, part: str, make: Callable[[], Config]) -> Config:
@@ -145,35 +143,37 @@ class SingleFile:
         except ValueError as error:
             raise self._refused(f"has a {part} that diffusers cannot build: {error}") from error
 
-    def _converted(self, kind: Any, part: str, config: Config, dtype: torch.dtype) -> Any:
-        with _folder({part: config}) as folder, self._failing(part):
-            module = kind.from_single_file(
-                str(self.path),
-                config=str(folder),
-                subfolder=part,
-                local_files_only=True,
-                torch_dtype=None if dtype == torch.float32 else dtype,  # None is quieter
+    def _loaded(
+        self,
+        part: str,
+        build: Callable[[], Any],
+        convert: Callable[[State, Any], State],
+        prefix: str,
+        dtype: torch.dtype = torch.float32,
+    ) -> Any:
+        """Build a part, with the tensors below `prefix` as `convert` renames them for it."""
+        with self._failing(part):
+            with init_empty_weights():
+                module = build()
+            state = convert(_tensors(self.path, prefix), module)
+            if not hasattr(module, "text_model"):  # nor has CLIPTextModel, from transformers 5.6 on
+                state = {key.removeprefix("text_model."): x for key, x in state.items()}
+            state = {key: x.to(dtype) for key, x in state.items()}
+            missing, _ = module.load_state_dict(state, strict=False, assign=True)
+        if missing:
+            raise self._refused(
+                f"lacks tensors of the {part}: {missing[0]} and {len(missing) - 1} more "
+                "(diffusers' names); download it again"
             )
-        self._check_whole(module, part)
         return module
 
     @contextmanager
     def _failing(self, part: str) -> Iterator[None]:
         try:
             yield
-        except NotImplementedError as error:  # what torch says of a tensor that never came
-            raise self._refused(f"lacks tensors of the {part}; download it again") from error
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise self._refused(f"has a {part} that diffusers cannot convert: {reason}") from error
-
-    def _check_whole(self, module: nn.Module, part: str) -> None:
-        missing = [name for name, tensor in module.named_parameters() if tensor.is_meta]
-        if missing:
-            raise self._refused(
-                f"lacks tensors of the {part}: {missing[0]} and {len(missing) - 1} more "
-                "(diffusers' names); download it again"
-            )
 
     def _refused(self, finding: str) -> TrainingError:
         return TrainingError(
@@ -182,38 +182,23 @@ class SingleFile:
         )
 
 
-@contextmanager
-def _folder(configs: Mapping[str, Config]) -> Iterator[Path]:
-    """Return a diffusers folder without weights.
-
-    Configurations by part, and tokenizers for the text.
-    """
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        index: Config = {} if "text_encoder_2" in configs else {"requires_safety_checker": False}
-        for part, config in configs.items():
-            (folder / part).mkdir()
-            (folder / part / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            if not part.startswith("text_encoder"):
-                continue
-            tokenizer = part.replace("text_encoder", "tokenizer")
-            clip_vocabulary.write(folder / tokenizer, PADS[tokenizer])
-            second = part == "text_encoder_2"
-            model = "CLIPTextModelWithProjection" if second else "CLIPTextModel"
-            index |= {
-                part: ["transformers", model],
-                tokenizer: ["transformers", "CLIPTokenizer"],
-            }
-        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-        yield folder
+def _tiny(state: State, _: nn.Module) -> State:
+    """Rename TAESD's layers, as diffusers does not: the decoder's clamp is no layer there."""
+    found = {}
+    for key, tensor in state.items():
+        if match := re.search(r"taesd_(encoder|decoder)\.(\d+)\.(.+)", key):
+            number = int(match[2]) - (match[1] == "decoder")
+            found[f"{match[1]}.layers.{number}.{match[3]}"] = tensor
+    return found
 
 
-def _tensors(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
+def _tensors(path: Path, prefix: str) -> State:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in names}
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in keys}
     content = read_pickle(path)
-    return {name: content[name] for name in names}
+    return {key: x for key, x in content.items() if key.startswith(prefix)}
 
 
 def _shapes(path: Path) -> Shapes:

@@ -111,8 +111,7 @@ def told(caplog):
 
 
 @pytest.mark.parametrize(
-    "name, variant",
-    [("ViT-H-14", "ViT-H-14-quickgelu"), ("ViT-bigG-14", "ViT-bigG-14-quickgelu")],
+    "name, variant", [("ViT-H-14", "ViT-H-14-quickgelu"), ("ViT-bigG-14", "ViT-bigG-14-quickgelu")]
 )
 def test_shapes_alone_leave_the_activation_open(tmp_path, caplog, name, variant):
     layout = {k: x for k, x in sparse.tower(name).items() if ".resblocks." not in k or ".0." in k}

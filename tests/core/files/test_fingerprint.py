@@ -32,10 +32,7 @@ def encoder(seed=0, width=64):
 
 @pytest.mark.parametrize(
     "dtype",
-    [
-        *(torch.float16, torch.bfloat16, torch.float64),
-        *(torch.float8_e4m3fn, torch.float8_e5m2),
-    ],
+    [*(torch.float16, torch.bfloat16, torch.float64), *(torch.float8_e4m3fn, torch.float8_e5m2)],
 )
 def test_the_dtype_does_not_count(dtype):
     expected = fingerprint(encoder())

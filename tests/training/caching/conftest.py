@@ -1,6 +1,8 @@
-"""The config of a small cache."""
+"""Small caches."""
 
 from __future__ import annotations
+
+import shutil
 
 import pytest
 
@@ -8,7 +10,7 @@ from training import cache
 
 
 @pytest.fixture
-def settings(frozen, pictures, tmp_path):
+def settings(frozen, pictures, tmp_path, arrow, accelerate_anew):
     """Settings of a small cache, with changes."""
 
     def settings(family="sd15", **changes):
@@ -26,3 +28,13 @@ def settings(frozen, pictures, tmp_path):
         return cache.CacheConfig(**{**given, **changes})
 
     return settings
+
+
+@pytest.fixture
+def finished(settings, tmp_path_factory):
+    """Settings of a small cache that is finished: made once, and copied."""
+    kept = tmp_path_factory.getbasetemp() / "finished_cache"
+    if not kept.exists():
+        cache.make(settings(output_dir=str(kept)))
+    shutil.copytree(kept, settings().output_dir)
+    return settings()

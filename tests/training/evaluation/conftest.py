@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,12 +14,11 @@ from safetensors.torch import save_file
 
 from tests.support import image_folders
 from tests.support import small_models as small
-from training.evaluate import EvaluationConfig
+from tools.comfyui.install import ROOT
+from training.evaluate import EvaluationConfig, evaluate
 from training.sampling import Sampler
 
-ROOT = Path(__file__).resolve().parents[3]
 PICTURES, SAMPLES = 5, 2
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -38,14 +38,15 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def settings(folder, tmp_path):
-    return EvaluationConfig(
+@pytest.fixture(scope="session")
+def measured(folder):
+    """Settings of an evaluation that is done."""
+    settings = EvaluationConfig(
         pretrained_model_name_or_path=str(folder / "base"),
         image_encoder_path=str(folder / "encoder"),
         ip_adapter_path=(str(folder / "one.safetensors"), str(folder / "two.bin")),
         eval_data_dir=str(folder / "coco"),
-        output_dir=str(tmp_path / "out"),
+        output_dir=str(folder / "measured"),
         clip_model=str(folder / "clip"),
         scale=(0.5, 1.0),
         num_images_per_prompt=SAMPLES,
@@ -54,37 +55,39 @@ def settings(folder, tmp_path):
         batch_size=4,  # two rows at once
         dtype="float32",
     )
+    evaluate(settings)
+    return settings
 
 
-@pytest.fixture(scope="session")
-def start(folder):
-    """Starts `evaluate.py` with the settings of `settings`, in some processes."""
+@pytest.fixture
+def settings(measured, tmp_path):
+    """The same settings, with nothing done."""
+    return replace(measured, output_dir=str(tmp_path / "out"))
 
-    def started(out, processes=1):
+
+@pytest.fixture
+def done(measured, settings):
+    """Settings of an evaluation that is done, in a folder of this test's own."""
+    shutil.copytree(measured.output_dir, settings.output_dir)
+    return settings
+
+
+@pytest.fixture
+def start():
+    """Starts `evaluate.py` with some settings, in some processes."""
+
+    def start(settings, processes=1):
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        given = {
-            "pretrained_model_name_or_path": "base",
-            "image_encoder_path": "encoder",
-            "eval_data_dir": "coco",
-            "clip_model": "clip",
-        }
-        options = [f"--{name}={folder / value}" for name, value in given.items()]
-        options += [f"--output_dir={out}", f"--num_images_per_prompt={SAMPLES}"]
-        options += ["--scale", "0.5", "1.0", "--num_inference_steps=2", "--guidance_scale=3.0"]
-        options += ["--batch_size=4", "--dtype=float32", "--ip_adapter_path"]
-        options += [str(folder / "one.safetensors"), str(folder / "two.bin")]
-        script = [*(several if processes > 1 else []), str(ROOT / "training/evaluate.py")]
-        return subprocess.Popen([sys.executable, *script, *options], env=ENVIRONMENT)
+        command = [sys.executable, *(several if processes > 1 else [])]
+        command.append(str(ROOT / "training" / "evaluate.py"))
+        for name, value in vars(settings).items():
+            if value not in (None, ""):
+                values = value if isinstance(value, tuple) else (value,)
+                command += [f"--{name}", *map(str, values)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+        return subprocess.Popen(command, env=environment)
 
-    return started
-
-
-@pytest.fixture(scope="session")
-def straight(start, tmp_path_factory):
-    """results.json of a run that nothing happened to."""
-    out = tmp_path_factory.mktemp("straight")
-    assert start(out).wait() == 0
-    return (out / "results.json").read_bytes()
+    return start
 
 
 @pytest.fixture

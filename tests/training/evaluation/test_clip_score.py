@@ -1,4 +1,4 @@
-"""CLIP-I and CLIP-T are what torchmetrics and a plain re-derivation make of the same weights."""
+"""CLIP-I and CLIP-T are what a plain re-derivation makes of the same weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from tests.support import image_folders
 from tests.support import small_models as small
@@ -18,11 +18,6 @@ from training.evaluation.clip_score import clip_i, clip_t, load_clip
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a cat", "two small birds on a long wire", "", "x" * 300, "a dog", "red, green, blue"]
-TINY = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +35,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip(folder):
     return load_clip(str(folder), CPU)
-
-
-@pytest.fixture(scope="module")
-def open_clip_file(tmp_path_factory):
-    """Weights of a model that open_clip is told about."""
-    path = tmp_path_factory.mktemp("open_clip")
-    (path / "test-tiny.json").write_text(json.dumps(TINY))
-    open_clip.add_model_config(path / "test-tiny.json")
-    model = small.fill(open_clip.create_model("test-tiny"), 9)
-    torch.save(model.state_dict(), path / "weights.pt")
-    return path / "weights.pt"
 
 
 def cosines(a, b):
@@ -79,36 +63,14 @@ def test_scores_of_a_transformers_model(folder, clip, pictures):
     assert len(expected[expected > 0]) > 0 and expected.std() > 0.01, "all alike: shows nothing"
 
 
-def test_clip_t_is_torchmetrics(folder, clip, pictures):
-    multimodal = pytest.importorskip("torchmetrics.functional.multimodal")
-
-    class AsBefore(CLIPModel):
-        """With the bare tensors that transformers 4 gave and torchmetrics expects."""
-
-        def get_image_features(self, *args):
-            return super().get_image_features(*args).pooler_output
-
-        def get_text_features(self, *args):
-            return super().get_text_features(*args).pooler_output
-
-    def model_and_processor():
-        parts = CLIPImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        return AsBefore.from_pretrained(folder), CLIPProcessor(*parts)
-
-    told = clip_t(clip.images(pictures), clip.texts(CAPTIONS))
-    tensors = [torch.tensor([*p.tobytes()]).view(p.height, p.width, 3) for p in pictures]
-    for score, tensor, caption in zip(told, tensors, CAPTIONS, strict=True):
-        if len(caption) > 77:
-            continue  # theirs loses the end token, from which CLIP reads the text
-        theirs = multimodal.clip_score(
-            tensor.permute(2, 0, 1).byte(), caption, model_name_or_path=model_and_processor
-        )
-        assert float(score) == pytest.approx(2.5 * float(theirs.detach()) / 100, abs=1e-5)
-
-
-def test_scores_of_an_open_clip_model(open_clip_file, pictures):
-    clip = load_clip(f"open_clip:test-tiny@{open_clip_file}", CPU)
-    model, _, prepare = open_clip.create_model_and_transforms("test-tiny", str(open_clip_file))
+def test_scores_of_an_open_clip_model(tmp_path, pictures):
+    """Of weights in a file, and a model that open_clip is told about."""
+    (tmp_path / "test-tiny.json").write_text(json.dumps(small.open_clip_config()))
+    open_clip.add_model_config(tmp_path / "test-tiny.json")
+    weights = tmp_path / "weights.pt"
+    torch.save(small.fill(open_clip.create_model("test-tiny"), 9).state_dict(), weights)
+    clip = load_clip(f"open_clip:test-tiny@{weights}", CPU)
+    model, _, prepare = open_clip.create_model_and_transforms("test-tiny", str(weights))
     model = model.double()
     tokens = open_clip.get_tokenizer("test-tiny")(CAPTIONS)
     with torch.no_grad():

@@ -25,14 +25,18 @@ from training.unet import attach
 PICTURES, SAMPLES = 5, 2  # conftest.py's
 
 
-def test_means_are_those_of_single_pictures(settings, folder):
+@pytest.fixture
+def results(measured):
+    return json.loads(Path(measured.output_dir, "results.json").read_bytes())
+
+
+def test_means_are_those_of_single_pictures(measured, results, folder):
     """All of it again, one picture at a time."""
-    results = evaluate(settings)
-    base = load_base(settings.pretrained_model_name_or_path)
+    base = load_base(measured.pretrained_model_name_or_path)
     attach(base.unet)
-    encoder = ImageEncoder.from_name(settings.image_encoder_path)
-    clip = load_clip(settings.clip_model, torch.device("cpu"))
-    sampler = Sampler(base, settings.sampling)
+    encoder = ImageEncoder.from_name(measured.image_encoder_path)
+    clip = load_clip(measured.clip_model, torch.device("cpu"))
+    sampler = Sampler(base, measured.sampling)
     annotations = json.loads((folder / "coco/annotations/captions_val2017.json").read_text())
     adapters = small.adapter("sd15", "base"), small.adapter("sd15", "plus", seed=9)
     for adapter, found in zip(adapters, results["adapters"], strict=True):
@@ -42,14 +46,10 @@ def test_means_are_those_of_single_pictures(settings, folder):
                 picture = Image.open(folder / "coco/val2017" / image["file_name"])
                 caption = f"the first caption of picture {row}"
                 features, zero = encode_images(encoder, [picture], adapter.spec.features)
+                states = encode_text(base, [caption if text else ""])
+                weight = 0.5 if text else 1.0
                 for sample in range(SAMPLES):
-                    asked = Prompts(
-                        encode_text(base, [caption if text else ""]),
-                        features,
-                        zero,
-                        [0.5 if text else 1.0],
-                        [row * SAMPLES + sample],
-                    )
+                    asked = Prompts(states, features, zero, [weight], [row * SAMPLES + sample])
                     embed = clip.images(sampler.draw(adapter, asked))
                     like.append(float(clip_i(embed, clip.images([picture]))))
                     true.append(float(clip_t(embed, clip.texts([caption]))))
@@ -64,61 +64,51 @@ def test_means_are_those_of_single_pictures(settings, folder):
     assert one["with_text"][0]["clip_i"] != one["with_text"][1]["clip_i"], "shows nothing"
 
 
-def test_what_is_written(settings):
-    results = evaluate(settings)
-    out = Path(settings.output_dir)
+def test_what_is_written(done, monkeypatch):
+    points, errorbar = [], Axes.errorbar
+
+    def noting(self, x, y, *args, **options):
+        points.append((x, y))
+        return errorbar(self, x, y, *args, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", noting)
+    results = evaluate(done)
+    out = Path(done.output_dir)
     assert json.loads((out / "results.json").read_text()) == results
     assert len((out / "scores-00000.jsonl").read_text().splitlines()) == 2 * 3 * PICTURES * SAMPLES
-    table = (out / "table.md").read_text()
-    here, published = table.split("Published, not measured here")
+    here, published = (out / "table.md").read_text().split("Published, not measured here")
     assert "| one.safetensors |" in here and "| two.bin |" in here and "0.588" not in here
     assert "| IP-Adapter | 22M | image only | 0.588 | 0.828 |" in published
+    assert "| Open unCLIP | 893M | image only | 0.608 | 0.858 |" in published
+    assert len(report.PUBLISHED) == 7
     assert "arXiv 2308.06721, Table 1" in published
     assert here.count("| with text | 0.5 |") == 2 and here.count("| image only | 1 |") == 2
     shown = results["adapters"][0]["with_text"][0]
     assert f"{shown['clip_t']:.3f}" in here and f"{shown['clip_i']:.3f}" in here
     assert Image.open(out / "weights.png").size[0] > 500
-
-
-def test_the_plot_shows_the_measured_points(settings, monkeypatch):
-    drawn = []
-    errorbar = Axes.errorbar
-    monkeypatch.setattr(
-        Axes,
-        "errorbar",
-        lambda self, x, y, *a, **k: drawn.append((x, y)) or errorbar(self, x, y, *a, **k),
-    )
-    results = evaluate(settings)
-    expected = [
+    assert points == [
         ([e["weight"] for e in adapter["with_text"]], [e[name] for e in adapter["with_text"]])
         for name in ("clip_i", "clip_t")
         for adapter in results["adapters"]
     ]
-    assert drawn == expected
 
 
-def test_a_limit_takes_the_first_pictures_only(settings):
-    evaluate(settings)
-    few = evaluate(changed(settings, max_samples=2))
+def test_a_limit_takes_the_first_pictures_only(done):
+    few = evaluate(changed(done, max_samples=2))
     assert few["pictures"] == 2
     assert few["adapters"][0]["image_only"]["samples"] == 2 * SAMPLES
 
 
-def test_the_batch_changes_nothing_but_last_bits(settings, tmp_path):
-    large = evaluate(settings)
-    one = evaluate(changed(settings, batch_size=1, output_dir=str(tmp_path / "other")))
-    for a, b in zip(large["adapters"], one["adapters"], strict=True):
+def test_without_text_and_in_smaller_batches(settings, results, drawn):
+    alone = evaluate(changed(settings, scale=(), batch_size=1))
+    assert sum(drawn) == 2 * PICTURES * SAMPLES
+    assert alone["adapters"][0]["with_text"] == []
+    assert Path(settings.output_dir, "weights.png").exists()
+    for a, b in zip(results["adapters"], alone["adapters"], strict=True):
         assert a["image_only"]["clip_i"] == pytest.approx(b["image_only"]["clip_i"], abs=2e-3)
 
 
-def test_image_only(settings, drawn):
-    results = evaluate(changed(settings, scale=()))
-    assert sum(drawn) == 2 * PICTURES * SAMPLES
-    assert results["adapters"][0]["with_text"] == []
-    assert Path(settings.output_dir, "weights.png").exists()
-
-
-def test_broken_pictures_are_left_out_and_named(settings, tmp_path, drawn):
+def test_broken_pictures_are_left_out_and_named(settings, measured, tmp_path, drawn):
     image_folders.coco(tmp_path / "coco", PICTURES)
     (tmp_path / "coco/val2017/000000000001.png").write_bytes(b"\x89PNG")
     given = changed(settings, eval_data_dir=str(tmp_path / "coco"), scale=())
@@ -128,24 +118,15 @@ def test_broken_pictures_are_left_out_and_named(settings, tmp_path, drawn):
     assert "000000000001.png" in Path(settings.output_dir, "table.md").read_text()
     drawn.clear()
     assert evaluate(given) == results and not drawn
-    expected = evaluate(changed(settings, scale=(), output_dir=str(tmp_path / "whole")))
-    found = scores.read(Path(settings.output_dir)).scores
-    for key, score in scores.read(tmp_path / "whole").scores.items():
-        if key.row != 1:  # seeds belong to rows, so the others have not changed
-            assert found[key].clip_i == pytest.approx(score.clip_i, abs=2e-3)
-    assert expected["pictures"] == PICTURES
+    whole = scores.read(Path(measured.output_dir)).scores
+    for key, score in scores.read(Path(settings.output_dir)).scores.items():
+        # seeds belong to rows, so the others have not changed
+        assert key.row != 1 and whole[key].clip_i == pytest.approx(score.clip_i, abs=2e-3)
 
 
 def test_a_plain_folder_with_captions(settings, tmp_path):
-    folder = tmp_path / "plain"
-    folder.mkdir()
-    rows = []
-    for number in range(2):
-        image_folders.image(number).save(folder / f"{number}.png")
-        rows.append({"file_name": f"{number}.png", "text": f"caption {number}"})
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    results = evaluate(changed(settings, eval_data_dir=str(folder)))
-    assert results["pictures"] == 2
+    image_folders.with_metadata(tmp_path / "plain", 2)
+    assert evaluate(changed(settings, eval_data_dir=str(tmp_path / "plain")))["pictures"] == 2
 
 
 def test_sdxl(settings, tmp_path):
@@ -157,10 +138,3 @@ def test_sdxl(settings, tmp_path):
     }
     results = evaluate(changed(settings, max_samples=1, **chosen))
     assert results["adapters"][0]["with_text"][0]["samples"] == SAMPLES
-
-
-def test_published_numbers_are_those_of_the_design():
-    by_name = {name: (text, image) for name, _, text, image in report.PUBLISHED}
-    assert by_name["IP-Adapter"] == (0.588, 0.828)
-    assert by_name["Open unCLIP"] == (0.608, 0.858)
-    assert len(report.PUBLISHED) == 7

@@ -31,10 +31,7 @@ Write = Callable[[Path], object]
 
 
 def base_directory() -> Path:
-    """Return ComfyUI's base directory of the miniature; IP_ADAPTER_MINIATURE moves it.
-
-    Another build than the shipped one has another.
-    """
+    """Return the build's base directory for ComfyUI; IP_ADAPTER_MINIATURE moves it."""
     chosen = os.environ.get(FOLDER_VARIABLE)
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -45,10 +42,7 @@ def base_directory() -> Path:
 
 
 def ensure() -> Path:
-    """Make what is missing or was made of other files, and return the base directory.
-
-    Takes some seconds the first time. Safe to call from several processes at once.
-    """
+    """Make what is missing or was made of other files; several processes may call it at once."""
     base = base_directory()
     base.mkdir(parents=True, exist_ok=True)
     stamp = base / "made.json"
@@ -58,7 +52,6 @@ def ensure() -> Path:
         if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == wanted:
             return base
         stamp.unlink(missing_ok=True)  # what follows may be interrupted
-        (base / "models" / "controlnet").mkdir(parents=True, exist_ok=True)
         for place, write in {**_models(), **_inputs()}.items():
             (base / place).parent.mkdir(parents=True, exist_ok=True)
             with atomic(base / place) as temporary:
@@ -69,18 +62,16 @@ def ensure() -> Path:
 
 def _models() -> dict[str, Write]:
     """Return what writes each model of the build, by its place."""
-    here, shipped = files.FOLDER, files.manifest()["files"]
+    here = files.FOLDER
     plain, plus = (workflows.ADAPTERS[kind] for kind in ("base", "fine-grained"))
     made: dict[str, Write] = {
         f"checkpoints/{workflows.CHECKPOINT}": _checkpoint,
         f"clip_vision/{workflows.ENCODER}": partial(shutil.copyfile, here / files.ENCODER),
         f"ipadapter/{plain}": partial(files.with_idle_layer, here / files.ADAPTER),
         f"ipadapter/{plus}": partial(files.with_idle_layer, here / files.ADAPTER_PLUS),
+        f"checkpoints/{workflows.SECOND}": partial(_checkpoint, change=files.SECOND_BASE),
+        f"controlnet/{workflows.CONTROL}": _control,
     }
-    if files.SECOND_BASE in shipped:
-        made[f"checkpoints/{workflows.SECOND}"] = partial(_checkpoint, change=files.SECOND_BASE)
-    if files.CONTROL in shipped:
-        made[f"controlnet/{workflows.CONTROL}"] = _control
     return {f"models/{place}": write for place, write in made.items()}
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from miniature import setup
+from miniature import assemble
 from miniature.scenes import SHAPES, Scenes, caption, render, scenes, to_tensor
 from miniature.workflows import SIDE, Api, given, on_miniature
 from tools.comfyui.client import Client
@@ -41,7 +41,7 @@ class Task:
     @staticmethod
     def of(count: int, seed: int) -> Task:
         """Make set number `seed`; no two share a reference or a noise."""
-        rows = scenes(setup.SHOWN, count, FIRST + seed * APART)
+        rows = scenes(assemble.SHOWN, count, FIRST + seed * APART)
         shift = 1 + torch.arange(count) % (len(SHAPES) - 1)
         shapes = (rows.shape + shift) % len(SHAPES)
         return Task(rows, render(rows, SIDE), shapes, [seed * APART + i for i in range(count)])
@@ -64,7 +64,7 @@ class Drawer:
         self.inputs.mkdir(parents=True, exist_ok=True)
         names = [f"{stem}_{number}.png" for number in self.task.seeds]
         for at, name in enumerate(names):
-            setup.shown(rows[at : at + 1]).save(self.inputs / name)
+            assemble.shown(rows[at : at + 1]).save(self.inputs / name)
         return names
 
     def __call__(
@@ -77,15 +77,10 @@ class Drawer:
         others: Sequence[str] | None = None,
         change: Callable[[Api], Api] | None = None,
     ) -> Tensor:
-        """Draw images `(N, batch, 3, 64, 64)`, a batch a reference.
+        """Draw images `(N, batch, 3, 64, 64)`, a batch a reference, through that workflow.
 
-        Args:
-            workflow: Its name in workflows/api/.
-            weight: λ.
-            adapter: As `on_miniature` takes it.
-            texts: The task's by default.
-            others: The image of the workflow's second LoadImage, for each reference.
-            change: Of the workflow, last.
+        `texts`: by default the task's; `others`: the images of the workflow's second LoadImage;
+        `change`: of the workflow, last.
         """
         api = json.loads((WORKFLOWS / f"{workflow}.json").read_text(encoding="utf-8"))
         free: SimpleQueue[Client] = SimpleQueue()
