@@ -142,9 +142,10 @@ def read_pickle(path: str | os.PathLike[str], *, mapped: bool = False, device: s
                 "other objects. Download it again, or use a .safetensors version."
             ) from None
         raise CheckpointError(
-            f"'{name}' was refused: expected a file of tensors only, but it asks for {wanted[1]}, "
-            "which could run code on this machine. Use a .safetensors version, or one from a "
-            "source that stores plain tensors."
+            f"'{name}' was refused and not opened: expected a file of tensors only, but it holds "
+            f"an object of {wanted[1]} besides, and whatever makes objects could run code on this "
+            "machine. Take the .safetensors version that most such models have, or convert this "
+            "one where nothing can be harmed: save its tensors with safetensors.torch.save_file."
         ) from None  # torch's text explains how to load it all the same
     except MemoryError:
         raise

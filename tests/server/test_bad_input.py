@@ -94,7 +94,7 @@ CASES: dict[str, tuple[Callable[[Any, Any], object], str, str]] = {
     "hostile pickle": (
         hostile,
         "IPA_LoadAdapter",
-        r"'bad-\w+\.bin'.*was refused.*run code",
+        r"'bad-\w+\.bin'.*was refused and not opened.*run code",
     ),
 }
 DAY = ("family", "λ too large", "batch", "NaN pixels", "hostile pickle")  # one of each kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +21,13 @@ IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".t
 BLOCK = 4096  # rows of a Parquet file in memory at a time
 FIRST = 5  # names in a message
 
+EMPTY = {"nan", "NaN", "NAN", "None", "none", "null", "NULL", "NA", "N/A", "n/a", "#N/A", "<NA>"}
+"""What tables that know no empty cell hold in its place: as pandas reads a CSV."""
+
 Values = dict[str, Any]
 """What a row says, by its columns."""
+
+logger = logging.getLogger(__name__)
 
 
 def find_metadata(folder: Path) -> Path | None:
@@ -99,7 +105,8 @@ def _object(value: Any, where: str) -> Values:
 
 def _read_csv(path: Path) -> Iterator[Values]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
+        for row in csv.DictReader(file):
+            yield {name: None if value in EMPTY else value for name, value in row.items()}
 
 
 def _read_parquet(path: Path) -> Iterator[Values]:
@@ -119,6 +126,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Values]]] = {
 def read_folder(path: Path) -> Iterator[Values]:
     """Yield a row for each image, in the order of their names; captions lie in `.txt` files."""
     others: list[str] = []
+    unnamed: list[str] = []
     any_image = False
     for place, names in _walk(path):
         present = set(names)
@@ -126,11 +134,21 @@ def read_folder(path: Path) -> Iterator[Values]:
             stem, extension = os.path.splitext(name)
             if extension.lower() in IMAGES:
                 any_image = True
+                if printable(os.path.join(place, name)) != os.path.join(place, name):
+                    unnamed.append(printable(os.path.join(place, name)))
+                    continue
                 beside = f"{stem}.txt"
                 text = _read_caption(path / place / beside) if beside in present else ""
                 yield {"image": os.path.join(place, name), "text": text}
             elif len(others) < FIRST:
                 others.append(os.path.join(place, name))
+    if unnamed:
+        logger.warning(
+            "%d pictures are left out, whose names are no UTF-8 (%s%s): rename them.",
+            len(unnamed),
+            ", ".join(unnamed[:FIRST]),
+            ", …" if len(unnamed) > FIRST else "",
+        )
     if not any_image:
         there = f"Other files are there: {', '.join(others)}." if others else "It holds no files."
         raise TrainingError(
@@ -143,14 +161,15 @@ def folder_state(folder: Path) -> str:
     """Return a hash that changes when an image comes, goes or is renamed, or a text is written."""
     digest = hashlib.blake2b(digest_size=16)
     for place, names in _walk(folder):
-        digest.update(f"\0{place}".encode())
+        digest.update(b"\0" + os.fsencode(place))
         for name in names:
             extension = os.path.splitext(name)[1].lower()
             if extension == ".txt":
                 stat = os.stat(folder / place / name)
-                digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+                digest.update(b"\0" + os.fsencode(name))
+                digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
             elif extension in IMAGES:
-                digest.update(f"\0{name}".encode())
+                digest.update(b"\0" + os.fsencode(name))
     return digest.hexdigest()
 
 
@@ -171,6 +190,16 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
         relative = os.path.relpath(place, folder)
         visible = sorted(name for name in names if not name.startswith("."))
         yield ("" if relative == "." else relative), visible
+
+
+def printable(name: str) -> str:
+    """Return a name as text: bytes of it that are no UTF-8 are written out."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def missing(value: Any) -> bool:
+    """Return whether a cell is empty: nothing, NaN as tables hold it, or no letters."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _read_caption(path: Path) -> str:

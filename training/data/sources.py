@@ -26,7 +26,16 @@ from datasets.exceptions import DatasetGenerationError
 from .. import fingerprints
 from ..errors import TrainingError
 from .image import ImageData
-from .listings import FIRST, Values, find_metadata, folder_state, read_folder, read_listing
+from .listings import (
+    FIRST,
+    Values,
+    find_metadata,
+    folder_state,
+    missing,
+    printable,
+    read_folder,
+    read_listing,
+)
 
 MARKS = ("state.json", "dataset_dict.json")  # of a folder that `save_to_disk` wrote
 VERSION = 2  # of the rows that are written to the cache folder: another number makes them anew
@@ -358,6 +367,7 @@ def _rows(
 def _row(values: Values, columns: Columns, where: str) -> Values:
     image, text = values.get(str(columns.image)), values.get(str(columns.text))
     reference = values.get(str(columns.reference))
+    reference = None if missing(reference) else reference
     if not isinstance(image, str) or not image:
         raise TrainingError(
             f"{where}: '{columns.image}' is {image!r}; expected the file name of a picture."
@@ -371,7 +381,13 @@ def _row(values: Values, columns: Columns, where: str) -> Values:
         raise TrainingError(
             f"{where}: '{columns.text}' is {text!r}; expected one caption as a text."
         )
-    caption = "" if text is None else str(text).strip()
+    for name in filter(None, (image, reference)):
+        if printable(name) != name:
+            raise TrainingError(
+                f"{where}: the file name '{printable(name)}' is no UTF-8. Rename the file."
+            )
+    # Half of a surrogate pair, as cut-off emoji leave it, is no text that can be stored.
+    caption = "" if missing(text) else str(text).encode("utf-8", "replace").decode().strip()
     sizes = {"height": 0, "width": 0}  # not told: the image's header is read
     for name in sizes:
         with suppress(TypeError, ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -103,6 +104,44 @@ class TestRead:
         for row in (3, -4):
             with pytest.raises(IndexError):
                 source[row]
+
+    @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "json", "saved"])
+    @pytest.mark.parametrize("empty", [math.nan, None, "", "  ", "absent"])
+    def test_an_empty_cell_is_no_caption(self, kind, empty, folder, opened, refused):
+        listed = [{"file_name": "a.jpg", "text": "a cat"}, {"file_name": "b.PNG"}]
+        if empty != "absent":
+            listed[1]["text"] = empty
+        if kind == "parquet" and empty != empty:  # a column of numbers: no caption at all
+            listed[0]["text"] = empty
+        if kind == "saved":
+            column = pa.array([row.get("text") for row in listed], pa.string(), from_pandas=True)
+            images = [str(folder / row["file_name"]) for row in listed]
+            table = pa.table({"image": images, "text": column})
+            datasets.Dataset(table).save_to_disk(data := folder / "saved")
+        elif kind == "json":
+            (data := folder / "list.json").write_text(json.dumps(listed))
+        else:
+            data = write_metadata(folder, kind, listed)
+        assert "of 2 pictures have no caption" in refused(data)
+        source = opened(data, default_caption="a picture")
+        first = "a cat" if listed[0]["text"] == "a cat" else "a picture"
+        assert [source[row].text for row in range(2)] == [first, "a picture"]
+
+    def test_names_of_other_systems_are_left_out_and_told(self, folder, opened, caplog):
+        write_texts(folder)
+        odd = os.fsencode(folder) + b"/caf\xe9.jpg"
+        try:
+            Path(os.fsdecode(odd)).write_bytes((folder / "a.jpg").read_bytes())
+        except OSError:
+            pytest.skip("this file system takes UTF-8 names alone")
+        assert rows(opened(folder)) == list(CAPTIONS.items())
+        assert r"1 pictures are left out, whose names are no UTF-8 (caf\udce9.jpg)" in caplog.text
+
+    def test_names_and_captions_that_are_half_a_character(self, folder, opened, refused):
+        write_metadata(folder, rows=[{"file_name": "a.jpg", "text": "cut off \ud83d"}])
+        assert rows(opened(folder)) == [("a.jpg", "cut off ?")]
+        write_metadata(folder, rows=[{"file_name": "\udce9.jpg", "text": "x"}])
+        assert r"row 1: the file name '\udce9.jpg' is no UTF-8" in refused(folder)
 
     @pytest.mark.parametrize("name", ["text", "caption", "prompt"])
     def test_usual_columns(self, name, folder, opened):
