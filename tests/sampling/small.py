@@ -13,6 +13,7 @@ import comfy.supported_models
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
+from comfyui_ip_adapter.ip_adapter_core.comfyui.host import CoreModelPatcher
 from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import ManagedAdapter
 from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImageFeatures, ImagePrompt
 from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
@@ -90,7 +91,7 @@ def adapter(family: str = "sd15", seed: int = 10, **sizes: int) -> ManagedAdapte
     spec = AdapterSpec("base", tuple(sizes.items()), widths)
     module = IPAdapter(spec, operations=comfy.ops.manual_cast).requires_grad_(False)
     fill(module, seed)
-    patcher = comfy.model_patcher.CoreModelPatcher(module, load_device=CPU, offload_device=CPU)
+    patcher = CoreModelPatcher(module, load_device=CPU, offload_device=CPU)
     return ManagedAdapter("random.safetensors", module, patcher)
 
 

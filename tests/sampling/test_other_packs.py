@@ -163,15 +163,6 @@ def test_a_model_that_is_called_otherwise_than_a_unet(host):
     assert patch.inject_decoupled_attention(call, *given[0], **given[1]) == given
 
 
-def test_a_patch_that_makes_more_rows_is_named(small, patched):
-    def grow(n, context, value, options):
-        return tuple(x.repeat(2, 1, 1) for x in (n, context, value))
-
-    patched.set_model_attn2_patch(grow)
-    with pytest.raises(RuntimeError, match="attn2 patch made 8 rows of the 4"):
-        small.sample(patched)
-
-
 def test_unprepared_prompts_explain_themselves(small, empty_text):
     given = small.model("tiny"), small.adapter("tiny"), small.images()
     model, positive, negative = small.applied("conditioning", *given)
