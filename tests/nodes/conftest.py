@@ -27,7 +27,7 @@ def nodes(pack) -> dict[str, type]:
 @pytest.fixture(scope="session")
 def clip_vision(small):
     """A random image encoder of the widths that the adapters of `small` read."""
-    from comfy.clip_vision import ClipVisionModel
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.host import clip_vision_model
 
     config = {
         "model_type": "clip_vision_model",
@@ -41,7 +41,7 @@ def clip_vision(small):
         "num_channels": 3,
         "hidden_act": "gelu",
     }
-    encoder = ClipVisionModel(config)
+    encoder = clip_vision_model(config)
     small.fill(encoder.model.requires_grad_(False), seed=40)
     return encoder
 

@@ -124,9 +124,9 @@ def test_images_of_another_encoder(small, apply):
 
 def test_an_encoder_without_its_projection(small, apply, nodes, clip_vision):
     """The host gives the pooled state in its place, which can be as wide as an embedding."""
-    from comfy.clip_vision import ClipVisionModel
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.host import clip_vision_model
 
-    encoder = ClipVisionModel({**clip_vision.config, "projection_dim": small.HIDDEN})
+    encoder = clip_vision_model({**clip_vision.config, "projection_dim": small.HIDDEN})
     state = clip_vision.get_sd()
     encoder.load_sd({k: v for k, v in state.items() if k != "visual_projection.weight"})
     encode = nodes["IPA_EncodeImage"].execute

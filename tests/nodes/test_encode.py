@@ -143,9 +143,9 @@ def combine(nodes):
 @pytest.fixture
 def another(clip_vision, small):
     """An image encoder of the same shapes, with other weights."""
-    from comfy.clip_vision import ClipVisionModel
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.host import clip_vision_model
 
-    made = ClipVisionModel(clip_vision.config)
+    made = clip_vision_model(clip_vision.config)
     small.fill(made.model.requires_grad_(False), seed=41)
     return made
 
@@ -189,9 +189,9 @@ def test_encoders_of_equal_shapes_are_told_apart(encode, combine, clip_vision, a
     ],
 )
 def test_other_settings_of_the_same_weights_are_another_encoder(encode, clip_vision, changed):
-    from comfy.clip_vision import ClipVisionModel
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.host import clip_vision_model
 
-    made = ClipVisionModel({**clip_vision.config, **changed})
+    made = clip_vision_model({**clip_vision.config, **changed})
     made.model.load_state_dict(clip_vision.get_sd())
     one, other = (encode(SQUARE, encoder=encoder) for encoder in (clip_vision, made))
     assert one.encoder == other.encoder

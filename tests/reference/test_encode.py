@@ -29,7 +29,7 @@ SIZES = {
 def encoders(activation):
     """ComfyUI's CLIP vision model and transformers' of equal weights, which the host keeps in
     float16; `quick_gelu` as in ViT-L/14, `gelu` as in ViT-H/14."""
-    from comfy.clip_vision import ClipVisionModel
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.host import clip_vision_model
 
     theirs = CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES, hidden_act=activation))
     generator = torch.Generator().manual_seed(0)
@@ -40,7 +40,7 @@ def encoders(activation):
         elif weight.ndim > 1 and "position" not in name:
             noise = noise * 1.5 / weight[0].numel() ** 0.5
         weight.data = noise.half().float()
-    ours = ClipVisionModel({**SIZES, "hidden_act": activation, "model_type": "clip_vision_model"})
+    ours = clip_vision_model({**SIZES, "hidden_act": activation, "model_type": "clip_vision_model"})
     missing, unexpected = ours.load_sd(theirs.state_dict())
     assert not missing
     assert not [key for key in unexpected if not key.endswith("position_ids")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import ModuleType
 
 import pytest
@@ -58,16 +59,16 @@ def regional(request, small):
 @pytest.fixture(params=["one call", "split for memory"])
 def memory(request, host, monkeypatch):
     """Conditionings share UNet calls, or get one each, as where memory is short."""
-    from comfy.model_patcher import ModelPatcher
-
     if request.param == "split for memory":
-        monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
+        _free(monkeypatch, 0)
 
 
 @pytest.fixture
 def windowed(host):
     """The host's context windows over a batch of frames: 4 at a time, 2 shared."""
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    known = inspect.signature(ContextWindowsManualNode.execute).parameters
 
     def windowed(model, schedule="standard_static", fix=True):
         return ContextWindowsManualNode.execute(
@@ -80,7 +81,7 @@ def windowed(host):
             fuse_method="pyramid",
             dim=0,
             freenoise=False,
-            causal_window_fix=fix,
+            **({"causal_window_fix": fix} if "causal_window_fix" in known else {}),
         ).args[0]
 
     return windowed
@@ -122,12 +123,21 @@ def traced(host):
     torch._dynamo.reset()
 
 
+def _free(monkeypatch, amount):
+    """Have the host find so many bytes free where it splits conditionings."""
+    from comfy import model_management
+    from comfy.model_patcher import ModelPatcher
+
+    if hasattr(ModelPatcher, "get_free_memory"):
+        monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: amount)
+    else:  # before 0.23
+        monkeypatch.setattr(model_management, "get_free_memory", lambda *_, **__: amount)
+
+
 @pytest.fixture(autouse=True)
 def _as_in_the_host(host, monkeypatch):
     """Without gradients, and with memory for all of a step in one call, whatever else runs."""
-    from comfy.model_patcher import ModelPatcher
-
-    monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 2**40)
+    _free(monkeypatch, 2**40)
     torch.manual_seed(0)
     with torch.inference_mode():
         yield

@@ -32,7 +32,7 @@ def test_a_curve_multiplies_the_weight(comparison, small, family, points):
 
 def test_it_is_the_hosts_curve(comparison, small):
     """As the Curve Editor hands it over, and also from the points that a request may hold."""
-    from comfy_api.input import CurveInput
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.host import CurveInput
 
     points = [[0, 0.1], [0.4, 1.0], [1, 0.3]]
     smooth = CurveInput.from_raw(points)
@@ -76,7 +76,7 @@ def asked(small, monkeypatch):
 
 
 def test_a_curve_asks_the_host_little_and_once_for_all_prompts_that_share_it(small, asked):
-    from comfy_api.input import CurveInput
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.host import CurveInput
 
     curve = CurveInput.from_raw(UP_AND_DOWN)
     curve.interp = None  # one place after the other would be thousands of calls

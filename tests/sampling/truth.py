@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
-from comfy_api.input import CurveInput
+from comfyui_ip_adapter.ip_adapter_core.comfyui.host import CurveInput
 from torch.nn.functional import interpolate, linear
 
 from tests.sampling import small
