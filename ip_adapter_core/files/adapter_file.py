@@ -19,7 +19,7 @@ from ..resampler import DIM_HEAD
 from ..variants import Variant
 from . import trained_layouts
 from .atomic import atomic
-from .header import DTYPES, Shaped, damaged, few, file_format, read_pickle, shapes
+from .header import DTYPES, Shape, Shaped, damaged, few, file_format, read_pickle
 from .header import CheckpointError as CheckpointError  # what `load` raises
 
 # The tensor whose presence decides for a projection.
@@ -215,8 +215,18 @@ def infer_spec(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
 
 
 @functools.lru_cache(maxsize=32)  # a folder holds many files of few kinds
-def _layout(spec: AdapterSpec) -> dict[str, Shaped]:
-    return shapes(IPAdapter(spec, device="meta").state_dict())
+def _layout(spec: AdapterSpec) -> dict[str, Shape]:
+    """Return the tensors of `IPAdapter(spec)`.
+
+    Its many layers are not built, which would take the search of a folder twice the time.
+    """
+    projection = PROJECTIONS[spec.variant](**spec.sizes, device="meta").state_dict()
+    layout = {f"image_proj.{key}": Shape(tuple(x.shape), x.dtype) for key, x in projection.items()}
+    for i, width in enumerate(spec.layer_dims):
+        for kind in "kv":
+            shape = Shape((width, spec.cross_attention_dim), torch.float32)
+            layout[f"ip_adapter.{2 * i + 1}.to_{kind}_ip.weight"] = shape
+    return layout
 
 
 def _check(weights: Mapping[str, Shaped], layout: Mapping[str, Shaped], name: str) -> None:
