@@ -29,6 +29,9 @@ from tools.comfyui.client import Client  # noqa: E402
 from tools.comfyui.server import Server  # noqa: E402
 
 _host.load_pack()  # so that test modules can import it by its name; needs no ComfyUI
+# Autograd's engine starts here: after a test that compiles it would start threads, for devices that
+# tracing makes up, and a process that has them can fork none that trains.
+torch.ones((), requires_grad=True).backward()
 
 
 SHARED = ("page", "miniature_server", "_started")  # one browser, one server of each kind
