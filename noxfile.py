@@ -149,6 +149,20 @@ def bench(session: nox.Session) -> None:
     run(session, "benchmarks", *session.posargs)
 
 
+@nox.session(venv_backend="none", requires=["environment"])
+def hosts(session: nox.Session) -> None:
+    """Try the versions of ComfyUI in a folder: -- FOLDER; writes output/hosts.json."""
+    run(session, "tools.hosts", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def packs(session: nox.Session) -> None:
+    """Try other packs beside this one, from checkouts in a folder: -- FOLDER."""
+    folder, *others = session.posargs or ["."]
+    place = {"IP_ADAPTER_PACKS": str(Path(folder).absolute())}
+    run(session, "pytest", "tests/packs", "-q", "-rA", *others, OMP_NUM_THREADS="1", **place)
+
+
 @nox.session(venv_params=["--system-site-packages"])
 def lint(session: nox.Session) -> None:
     """Check formatting, style and types."""

@@ -57,7 +57,12 @@ def _cpu_seconds() -> float:
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Fail a test of the day set that is too slow for it."""
     begun = _cpu_seconds()
-    yield
+    try:
+        yield
+    except RuntimeError as error:  # host.py's word for hosts before 0.19
+        if "knows no curves" in str(error):
+            pytest.skip(str(error))
+        raise
     used = _cpu_seconds() - begun
     if used > CPU_SECONDS and item.get_closest_marker("nightly") is None:
         pytest.fail(
