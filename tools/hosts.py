@@ -2,9 +2,9 @@
 
     python -m tools.hosts FOLDER [FOLDER …]
 
-Each folder is a ComfyUI, or holds some. Of each version the day set of tests/nodes and
-tests/sampling runs, then the shipped workflow text_and_image through a real server, on the miniature.
-Prints a table, newest first, and what failed or was left out; writes output/hosts.json.
+Each folder is a ComfyUI, or holds some. In each version the day set of tests/nodes and
+tests/sampling runs, then the shipped workflow text_and_image on the miniature, through a real
+server. Prints a table, newest first, and what failed or was left out; writes output/hosts.json.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WORKFLOW, TEXT = "text_and_image", "a star"
 
 @dataclass
 class Outcome:
-    """What one version gave. `largest`: of the differences of 8-bit pixels to the newest's image."""
+    """What one version gave. `largest`: by how much an 8-bit pixel differs from the newest's."""
 
     version: str
     passed: int = 0
@@ -65,8 +65,10 @@ def run_tests(host: Path, outcome: Outcome) -> None:
         report = Path(folder, "report.xml")
         spread = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadgroup")
         subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", *spread, "-m", "not nightly", *TESTS]
-            + ["--junitxml", str(report)],
+            [
+                *(sys.executable, "-m", "pytest", "-q", *spread, "-m", "not nightly"),
+                *("--junitxml", str(report), *TESTS),
+            ],
             cwd=ROOT,
             env={**os.environ, PATH_VARIABLE: str(host), "OMP_NUM_THREADS": "1", "CI": "true"},
             stdout=subprocess.DEVNULL,
