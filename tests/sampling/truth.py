@@ -91,6 +91,7 @@ def apply(model, layers, *conditionings):
             for i, latent in enumerate(latents)
         ]
         options = {**options, KEY: rows, "latent_shape": x.shape[-2:], "model_sampling": sampling}
+        options["chunks of the call"] = tuple(chunks)
         return executor(x, timesteps, context, y, control, options, *args, **kwargs)
 
     clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, locate)
@@ -100,7 +101,7 @@ def apply(model, layers, *conditionings):
         def attend(q, k, v, options):
             out = (before or _text)(q, k, v, options).clone()
             rows = options[KEY]
-            for row, number_of in enumerate(options.get("order", range(len(rows)))):
+            for row, number_of in enumerate(_order(options["chunks of the call"], rows, len(q))):
                 images, latent, place = rows[number_of]
                 for image in images:
                     if _in_window(image, float(options["sigmas"][0]), sampling):
@@ -114,6 +115,17 @@ def apply(model, layers, *conditionings):
     for number, ((key, _), before) in enumerate(zip(layers, befores, strict=True)):
         clone.set_model_attn2_replace(patch(number, before), *key)
     return clone
+
+
+def _order(chunks, rows, found: int) -> list[int]:
+    """Which row each of a layer's is: couples repeat those of texts that are not negative (1)."""
+    batch, order = len(rows) // len(chunks), []
+    positive = len(chunks) - chunks.count(1)
+    times = (found - batch * chunks.count(1)) // (batch * positive) if positive else 1
+    for i, chunk in enumerate(chunks):
+        order += [*range(i * batch, (i + 1) * batch)] * (1 if chunk == 1 else times)
+    assert len(order) == found
+    return order
 
 
 def _frames(window) -> list[int]:
