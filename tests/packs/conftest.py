@@ -1,4 +1,4 @@
-"""Other packs, from checkouts in the folder that IP_ADAPTER_PACKS names: `nox -s packs -- FOLDER`."""
+"""Other packs, from checkouts in a folder: `nox -s packs -- FOLDER`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 FOLDER = "IP_ADAPTER_PACKS"
 _nodes: dict[str, dict[str, Any]] = {}
@@ -71,6 +72,19 @@ def run_node(node: Any, inputs: dict[str, Any]) -> Any:
     else:
         out = getattr(node(), getattr(node, "FUNCTION", "execute"))(**given, **inputs)
     return getattr(out, "args", None) or getattr(out, "result", None) or out
+
+
+@pytest.fixture(scope="session")
+def truth(pack):
+    from tests.sampling import truth
+
+    return truth
+
+
+@pytest.fixture(autouse=True)
+def _as_in_the_host():
+    with torch.inference_mode():
+        yield
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def couple(model, regions, *, keep_list: bool):
     def widen(n, context, value, options):
         chunks = list(options["cond_or_uncond"])
         batch = len(n) // len(chunks)
-        options["order"] = rows_of(chunks, batch)
+        order = rows_of(chunks, batch)
         options["chunks"] = chunks
         texts = []
         for i, chunk in enumerate(chunks):
@@ -40,10 +40,11 @@ def couple(model, regions, *, keep_list: bool):
             wide = [c for chunk in chunks for c in [chunk] * (1 if chunk == 1 else count)]
             options["cond_or_uncond"][:] = wide
         joined = torch.cat(texts)
-        return n[options["order"]], joined, joined
+        return n[order], joined, joined
 
     def join(out, options):
-        chunks, batch = options["chunks"], len(set(options["order"])) // len(options["chunks"])
+        chunks = options["chunks"]
+        batch = len(out) // sum(1 if chunk == 1 else count for chunk in chunks)
         if keep_list:
             options["cond_or_uncond"][:] = chunks
         height, width = options["activations_shape"][-2:]
