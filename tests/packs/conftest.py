@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -40,8 +40,11 @@ def nodes_of(name: str) -> dict[str, Any]:
         spec = importlib.util.spec_from_file_location(module_name, path / "__init__.py", **given)
         assert spec is not None and spec.loader is not None
         module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        # prompt-control loads nothing where it sees pytest.
+        seen = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
         try:
-            spec.loader.exec_module(module)
+            with patch.dict(os.environ, seen, clear=True):
+                spec.loader.exec_module(module)
             nodes = dict(getattr(module, "NODE_CLASS_MAPPINGS", {}))
             if hasattr(module, "comfy_entrypoint"):
                 nodes |= asyncio.run(_of_extension(module))
