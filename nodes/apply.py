@@ -75,7 +75,8 @@ def shared_inputs() -> list[io.Input]:
             "mask",
             optional=True,
             tooltip="Where the image acts, over the whole picture, of any size. A batch of masks "
-            "gives each latent its own.",
+            "gives each latent its own. Nodes that sample tiles or crops one by one lay it over "
+            "each of them anew.",
         ),
         types.LayerWeights.Input(
             "layer_weights",

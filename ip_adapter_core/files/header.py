@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -62,6 +63,8 @@ def file_format(path: str | os.PathLike[str]) -> Literal["safetensors", "zip", "
     """
     name = os.path.basename(path)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
+            raise CheckpointError(f"'{name}' is no file that holds something: choose another.")
         with open(path, "rb", buffering=0) as file:
             head = file.read(64)
     except OSError as error:
