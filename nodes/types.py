@@ -28,8 +28,9 @@ class Node(io.ComfyNode):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in ("execute", "fingerprint_inputs"):
-            if name in vars(cls):
-                setattr(cls, name, classmethod(_without_surplus(vars(cls)[name].__func__)))
+            method = getattr(vars(cls).get(name), "__func__", None)
+            if method is not None and not hasattr(method, "__wrapped__"):  # ComfyUI clones classes
+                setattr(cls, name, classmethod(_without_surplus(method)))
 
 
 def _without_surplus(method: Callable[..., Any]) -> Callable[..., Any]:

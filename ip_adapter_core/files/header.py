@@ -63,8 +63,10 @@ def file_format(path: str | os.PathLike[str]) -> Literal["safetensors", "zip", "
     """
     name = os.path.basename(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
-            raise CheckpointError(f"'{name}' is no file that holds something: choose another.")
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # reading a pipe would wait for ever
+            kind = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
+            raise CheckpointError(f"'{name}' is {kind} and no file. Choose another.")
         with open(path, "rb", buffering=0) as file:
             head = file.read(64)
     except OSError as error:

@@ -106,7 +106,8 @@ def _object(value: Any, where: str) -> Values:
 def _read_csv(path: Path) -> Iterator[Values]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file):
-            yield {name: None if value in EMPTY else value for name, value in row.items()}
+            texts = {name: value for name, value in row.items() if isinstance(value, str)}
+            yield row | {name: None for name, value in texts.items() if value in EMPTY}
 
 
 def _read_parquet(path: Path) -> Iterator[Values]:

@@ -127,7 +127,7 @@ def test_code_in_a_pickle_never_runs(kind, zipped, tmp_path):
         ({"a": {"b": {"c": torch.randn(2)}}}, "holds dict at 'a.b'"),
         ({"unet.conv.weight": torch.randn(2)}, "Found 1 tensors: unet.conv.weight"),
         ({"image_proj.proj.weight": torch.randn(2)}, "no 'ip_adapter.N.to_k_ip.weight'"),
-        (torch.nn.Linear(2, 2), "asks for torch.nn.modules.linear.Linear"),
+        (torch.nn.Linear(2, 2), "an object of torch.nn.modules.linear.Linear"),
     ],
 )
 def test_other_contents(content, said, tmp_path):

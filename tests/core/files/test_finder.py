@@ -292,12 +292,14 @@ def test_an_encoder_with_a_tensor_missing_or_of_another_shape(name, tmp_path):
             assert isinstance(found, finder.Unusable), key
 
 
-def test_an_ending_of_another_format(tmp_path):
-    """Encoders are loaded by their ending, the host's and this pack's."""
-    path = sparse.write(tmp_path / "a.bin", sparse.vision())
-    assert "ending" in encoder(path).reason
+def test_the_contents_decide_whatever_the_ending_says(tmp_path):
+    named = encoder(sparse.write(tmp_path / "a.safetensors", sparse.vision()))
+    assert encoder(sparse.write(tmp_path / "a.bin", sparse.vision())).sizes == named.sizes
     torch.save({"vision_model.x": torch.ones(1)}, tmp_path / "b.safetensors")
-    assert "ending" in encoder(tmp_path / "b.safetensors").reason
+    assert "another kind than CLIP" in encoder(tmp_path / "b.safetensors").reason
+    state = {key: torch.rand(shape).half() for key, shape in sparse.ADAPTERS["sd15"].items()}
+    torch.save(state, tmp_path / "c.safetensors")
+    assert adapter(tmp_path / "c.safetensors").spec.feature_dim == 1024
 
 
 def wrapped(kind):
