@@ -136,9 +136,17 @@ def read_pickle(path: str | os.PathLike[str], *, mapped: bool = False, device: s
         MemoryError: It does not fit.
     """
     name = os.path.basename(path)
-    how = {"mmap": True} if mapped and file_format(path) == "zip" else {}
+    how: dict[str, Any] = {"map_location": device, "weights_only": True}
     try:
-        content = torch.load(path, map_location=device, weights_only=True, **how)
+        if os.path.splitext(path)[1].lower() in (
+            ".safetensors",
+            ".sft",
+        ):  # torch goes by the ending
+            with open(path, "rb") as file:
+                content = torch.load(file, **how)
+        else:
+            mapped = mapped and file_format(path) == "zip"
+            content = torch.load(path, mmap=mapped or None, **how)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:
