@@ -180,5 +180,6 @@ def test_tensors_for_the_hosts_loader_are_not_read_twice(tmp_path, monkeypatch):
     file = opened.return_value.__enter__.return_value
     file.keys.return_value = list(sparse.vision())
     monkeypatch.setattr(image_tower, "safe_open", opened)
-    assert image_tower.read(tmp_path / "h.safetensors") == (None, {})
+    path = sparse.write(tmp_path / "h.safetensors", sparse.vision())
+    assert image_tower.read(path) == (None, {})
     file.get_tensor.assert_not_called()
