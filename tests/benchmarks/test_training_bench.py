@@ -144,7 +144,7 @@ def test_the_reference_sees_the_same_pixels(folder):
 def test_a_slow_disk_is_waited_for(folder, monkeypatch):
     read = CachedDataset.__getitem__
     monkeypatch.setattr(
-        CachedDataset, "__getitem__", lambda self, index: time.sleep(0.1) or read(self, index)
+        CachedDataset, "__getitem__", lambda self, index: time.sleep(0.5) or read(self, index)
     )
     assert training.waiting_for_data(folder, rounds=4) > 0.3
 

@@ -122,7 +122,7 @@ def test_the_last_few_are_kept_and_the_file_is_the_adapters_size(settings, train
 
 
 @pytest.mark.parametrize(
-    "wanted, last", [(1, 12), pytest.param(20, 400, marks=pytest.mark.nightly)]
+    "wanted, last", [(1, 12), pytest.param(20, 150, marks=pytest.mark.nightly)]
 )
 def test_kills_lose_nothing_but_the_steps_since_the_last_save(
     settings, forked, tmp_path, train, wanted, last, monkeypatch
