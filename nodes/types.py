@@ -29,14 +29,18 @@ class Node(io.ComfyNode):
         super().__init_subclass__(**kwargs)
         for name in ("execute", "fingerprint_inputs"):
             method = getattr(vars(cls).get(name), "__func__", None)
-            if method is not None and not hasattr(method, "__wrapped__"):  # ComfyUI clones classes
+            # ComfyUI clones classes, which then take no attribute: what is wrapped stays.
+            if method is not None and not hasattr(method, "__wrapped__") and not _takes_all(method):
                 setattr(cls, name, classmethod(_without_surplus(method)))
+
+
+def _takes_all(method: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(method).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _without_surplus(method: Callable[..., Any]) -> Callable[..., Any]:
     parameters = inspect.signature(method).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return method
     known = {parameter.name for parameter in parameters}
 
     @functools.wraps(method)
