@@ -10,9 +10,10 @@ from typing import Any, Protocol, TypeAlias
 import comfy.ldm.modules.attention as comfy_attention
 import torch
 from comfy.utils import repeat_to_batch_size
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import add, image_attention
+from ..layer_weights import LayerKey
 from ..packing import unpack
 from .layers import KEY, LAYERS, RECORD, Conds, Layer, cross_attention_layers, cross_attentions
 from .masks import MaskRows, Size, layer_size
@@ -22,6 +23,7 @@ Patch: TypeAlias = Callable[..., Tensor]
 Seen: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Any], None]
 """Takes norms of the text's part `(B, L)` and the images' `(B, prompts, L)`, the order of the rows
 if they are repeated, and the layer's shape as its block tells it."""
+REPLACED = f"{KEY}.replaced"  # in the run's transformer_options
 _UNCONDITIONAL = 1  # the number that a guider's call gives a negative conditioning's rows
 _ALIKE = 1e-3  # of the largest value: what rows of the same latent and text may differ by
 
@@ -79,14 +81,16 @@ def _decoupled(
     record: AttentionRecord | None = options.get(RECORD)
     watch = None if record is None else record.look(options, latent)
     ours: dict[Any, Patch] = {}
+    theirs = options.get(REPLACED, ())
+    modules = dict(cross_attentions(unet)) if theirs else {}
     with contextlib.ExitStack() as around:
-        for i, (layer, (_, module)) in enumerate(zip(layers, cross_attentions(unet), strict=True)):
+        for i, layer in enumerate(layers):
             prompts = [(*kv[i], mask) for kv, mask in zip(keys_values, masks, strict=True)]
             other_patch = slots.get(layer.key) or slots.get(layer.key[:2])
             seen = None if watch is None else watch(layer)
             made = DecoupledAttention(prompts, call, other_patch, seen)
-            if other_patch is None and _is_replaced(module):
-                around.enter_context(_on_top(module, made))
+            if other_patch is None and layer.key in theirs:
+                around.enter_context(_on_top(modules[layer.key], made))
             else:
                 ours[layer.key] = made
         attn2 = {**slots, **ours}
@@ -105,13 +109,18 @@ def _for_all(rows: Tensor, x: Tensor) -> Tensor:
     return repeat_to_batch_size(rows, len(x))
 
 
-def _is_replaced(attention: Any) -> bool:
-    """Return whether another pack's forward stands in place of ComfyUI's.
+def replaced_modules(unet: nn.Module) -> tuple[LayerKey, ...]:
+    """Return the layers where another pack's forward stands in place of ComfyUI's.
 
-    What it does beside attention (guidance by a second text, regions) only itself can do.
+    What it does beside attention (guidance by a second text, regions) only itself can do. Not to
+    be asked inside a UNet call, which may be compiled.
     """
-    forward = getattr(attention.forward, "__func__", None)
-    return forward is not comfy_attention.CrossAttention.forward
+    usual = comfy_attention.CrossAttention.forward
+    return tuple(
+        key
+        for key, attention in cross_attentions(unet)
+        if getattr(attention.forward, "__func__", None) is not usual
+    )
 
 
 @contextlib.contextmanager

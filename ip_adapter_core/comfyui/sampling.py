@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from .conditioning import PromptedStates, compiled
-from .decoupled_attention import AttentionRecord
+from .decoupled_attention import REPLACED, AttentionRecord, replaced_modules
 from .layers import KEY, LAYERS, RECORD, cross_attention_layers, frames_of
 from .prompt_rows import CompiledPrompt, PromptRows, SamplingRun
 from .schedule import Moment
@@ -107,7 +107,9 @@ def prompts_at_step(
     else:
         kept = iter([_with_rows(e, None) for e in entries])
     conds = [conditioning and [next(kept) for _ in conditioning] for conditioning in conds]
-    record: AttentionRecord | None = model_options["transformer_options"].get(RECORD)
+    shared = model_options["transformer_options"]
+    shared[REPLACED] = replaced_modules(model.diffusion_model)
+    record: AttentionRecord | None = shared.get(RECORD)
     if record is not None:
         record.evaluates(conds, (x.shape[-2], x.shape[-1]))
     return executor(model, conds, x, timestep, model_options, *args, **kwargs)
