@@ -63,6 +63,13 @@ def memory(request, host, monkeypatch):
         _free(monkeypatch, 0)
 
 
+@pytest.fixture(scope="session")
+def truth(pack):
+    from tests.sampling import truth
+
+    return truth
+
+
 @pytest.fixture
 def windowed(host):
     """The host's context windows over a batch of frames: 4 at a time, 2 shared."""
