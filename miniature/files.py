@@ -12,20 +12,23 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from open_clip.model import CLIP
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ip_adapter_core.files.tower_config import METADATA_KEY
-from miniature import models
-from miniature.models import Autoencoder, State
 from tests.support import checkpoint_layouts as layouts
 from tests.support.random_models import under
 
+if TYPE_CHECKING:  # heavy to import, and needed only where the files are made or read
+    from open_clip.model import CLIP
+
+    from miniature.models import Autoencoder
+
+State = dict[str, Tensor]
 BUILD_VARIABLE = "IP_ADAPTER_BUILD"
 SHIPPED = Path(__file__).resolve().parent
 FOLDER = Path(os.environ.get(BUILD_VARIABLE) or SHIPPED).expanduser().absolute()
@@ -94,12 +97,16 @@ def halved(state: Mapping[str, Tensor]) -> State:
 def save_encoder(path: Path, model: CLIP) -> None:
     """Write the image tower alone, its configuration inside, as IPA_LoadImageEncoder reads it."""
     tower = under("visual.", model.visual.state_dict())
+    from miniature import models
+
     config = {"model_cfg": models.ENCODER, "preprocess_cfg": models.PREPROCESS}
     save(path, halved(tower), {METADATA_KEY: json.dumps(config)})
 
 
 def autoencoder(path: Path) -> Autoencoder:
     """Load the autoencoder that `save` wrote, in float32."""
+    from miniature.models import Autoencoder
+
     return frozen(Autoencoder(), path)
 
 
@@ -124,6 +131,8 @@ def idle_transformer() -> State:
 
 def checkpoint(unet: Mapping[str, Tensor], vae: Autoencoder) -> State:
     """Return a whole SD1.5 checkpoint for CheckpointLoaderSimple; `unet` has diffusers' names."""
+    from miniature import models
+
     original = {layouts.published_name(key, _SIZE): x for key, x in unet.items()}
     return {
         **under("model.diffusion_model.", halved(original | idle_transformer())),
