@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from .image_prompt import ImageFeatures, ImagePrompt
 from .latent_weights import plain
 from .variants import FEATURE_KINDS
 
-METHODS = ("concat", "average", "norm_average", "add", "subtract")
+METHODS = ("concat", "average", "norm_average", "add", "subtract", "max", "min")
 
 
 def parse_weights(text: str, count: int) -> list[float]:
@@ -51,7 +52,8 @@ def combine(
     `concat`: all images side by side, so that their numbers add up. The others go image by
     image, where prompts of one image stand beside each of N: `average` Σ wᵢ fᵢ / Σ wᵢ; `add`
     Σ wᵢ fᵢ; `subtract` w₀ f₀ − Σ wᵢ fᵢ of the others; `norm_average` the direction of the
-    average of the directions, with the average of the lengths, for each vector of features.
+    average of the directions, with the average of the lengths, for each vector of features; `max`,
+    `min` the greatest or least wᵢ fᵢ, number by number.
     What stands against the images: with `concat` all of theirs, equal ones once; otherwise
     their average, weighted by |wᵢ|. The fingerprint is that of all prompts, empty where one has
     none.
@@ -171,6 +173,9 @@ def _calculated(
         exact = [x.double() for x in features]  # rounded once, at the end
         if method == "norm_average":
             result = _norm_average(exact, weights)
+        elif method in ("max", "min"):
+            scaled = [weight * x for weight, x in zip(weights, exact, strict=True)]
+            result = functools.reduce(getattr(torch, f"{method}imum"), scaled)
         elif method == "subtract":
             result = _sum(exact, [weights[0], *(-weight for weight in weights[1:])])
         else:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from .adapter import AdapterSpec
 from .files import published
 from .files.adapter_file import EXTENSIONS
-from .image_prompt import QUICK_GELU, ImagePrompt
+from .image_prompt import QUICK_GELU, UNNAMED, ImagePrompt
 from .variants import FeatureKind, describe_model
 
 logger = logging.getLogger("comfyui_ip_adapter")
@@ -115,6 +115,8 @@ def check_encoder(
             f"with {prompt.encoder}, whose {kind} are {width} wide. Load the image encoder that "
             "this adapter was trained with, and encode the image again."
         )
+    if prompt.encoder == UNNAMED:
+        return
     expected = expected_encoder(spec, trained_with)
     patches, hidden = prompt.positive.penultimate_hidden_states.shape[1:]
     sizes = prompt.positive.image_embeds.shape[1], hidden, patches

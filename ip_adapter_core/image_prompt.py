@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from .files import published
-from .variants import FEATURE_KINDS
+from .variants import FEATURE_KINDS, FeatureKind
 
 _PATCH = 14  # pixels; that of all encoders that have a label
 QUICK_GELU = "quick GELU"
 """In the description of an encoder that has the published ones' sizes and not their activation."""
+UNNAMED = "an encoder that is not known"
+"""What stands for the encoder of bare features, as other packs pass them on."""
 DAMAGED_ENCODER = (
     "the image encoder's weights are damaged, or half precision overflowed. Download it again, or "
     "start ComfyUI with --fp32-text-enc."
@@ -64,6 +66,18 @@ class ImagePrompt:
         return replace(
             self, positive=self.positive.to(device, dtype), negative=self.negative.to(device, dtype)
         )
+
+
+def bare(kind: FeatureKind, positive: Tensor, negative: Tensor) -> ImagePrompt:
+    """Return a prompt of one kind of features, of an encoder that nothing is known of."""
+
+    def side(features: Tensor) -> ImageFeatures:
+        count = len(features)
+        none = {"image_embeds": (count, 0), "penultimate_hidden_states": (count, 0, 0)}
+        others = {k: features.new_zeros(shape) for k, shape in none.items() if k != kind}
+        return ImageFeatures(**{kind: features, **others})
+
+    return ImagePrompt(side(positive), side(negative), UNNAMED)
 
 
 def describe_encoder(features: ImageFeatures, image_size: int, quick_gelu: bool = False) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from .latent_weights import LIMITS, NUMBER, plain
 from .variants import FAMILY_LABELS
@@ -21,7 +21,7 @@ LayerKey: TypeAlias = tuple[str, int, int]
 """A block and the index of the transformer in it."""
 
 _SIDES = ("input", "middle", "output")  # as a UNet runs through them
-_WEAK, _LEAST = 0.2, 0.05
+_WEAK, _LEAST, _NEITHER = 0.2, 0.05, 0.1
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,16 @@ LAYOUTS: dict[str, Layout] = {
 class LayerPreset:
     """Weights of layers by what they carry, by side, or by depth.
 
-    `style`, `composition`: factors of the weights that a known layout has for them. `sides`:
-    weights by side, for any UNet. None of these: `ramp` over the depth, from first to last block
-    and back.
+    `style`, `composition`: factors of the weights that a known layout has for them. `away`: which
+    of them the negative side shows, so that guidance leads away from it. `sides`: weights by side,
+    for any UNet. None of these: `ramp` over the depth, from first to last block and back.
     `rest`: the weight of all other layers.
     """
 
     about: str
     style: float | None = None
     composition: float | None = None
+    away: Literal["", "style", "composition"] = ""
     sides: Mapping[str, float] = field(default_factory=dict)
     rest: float = 1.0
     ramp: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -83,7 +84,7 @@ class LayerPreset:
     @property
     def names_blocks(self) -> bool:
         """Whether it is for known layouts only."""
-        return self.style is not None or self.composition is not None
+        return self.style is not None or self.composition is not None or bool(self.away)
 
     def blocks(self, layout: Layout) -> dict[Block, float]:
         """Return the weights that it gives to blocks of a known layout."""
@@ -94,6 +95,15 @@ class LayerPreset:
             if factor is not None
             for block, weight in weights.items()
         }
+
+    def away_blocks(self, layout: Layout) -> dict[Block, float]:
+        """Return what the negative side of blocks of a known layout has of the image itself."""
+        if self.away == "composition":
+            return {**layout.composition}
+        if self.away == "style":  # all but the composition: a little of what carries neither
+            rest = layout.blocks - layout.composition.keys()
+            return {block: layout.style.get(block, _NEITHER) for block in rest}
+        return {}
 
 
 LAYER_PRESETS: dict[str, LayerPreset] = {
@@ -119,6 +129,24 @@ LAYER_PRESETS: dict[str, LayerPreset] = {
     "strong middle": LayerPreset(
         "0.2 in input and output blocks.", sides={"input": _WEAK, "output": _WEAK}
     ),
+    "precise style": LayerPreset(
+        "The style, with the composition shown to the negative side.",
+        style=1.0,
+        away="composition",
+        rest=0.0,
+    ),
+    "precise composition": LayerPreset(
+        "The composition, with the style shown to the negative side.",
+        composition=1.0,
+        away="style",
+        rest=0.0,
+    ),
+    "away from composition": LayerPreset(
+        "The composition to the negative side, and no more.", away="composition", rest=0.0
+    ),
+    "away from style": LayerPreset(
+        "The style to the negative side, and no more.", away="style", rest=0.0
+    ),
 }
 
 
@@ -143,27 +171,50 @@ def preset_weights(name: str, layers: Sequence[LayerKey]) -> list[float]:
         ValueError: The name is unknown, or the preset names blocks and the layers are of no layout
             that it knows.
     """
-    if name not in LAYER_PRESETS:
-        raise ValueError(
-            f"There is no preset {name!r}; expected one of {', '.join(LAYER_PRESETS)}."
-        )
-    preset = LAYER_PRESETS[name]
-    blocks = list(dict.fromkeys(layer[:2] for layer in forward(layers)))
-    if preset.names_blocks:
-        layout = next((known for known in LAYOUTS.values() if known.blocks == set(blocks)), None)
-        if layout is None:
-            raise ValueError(
-                f"The preset '{name}' names blocks of {' and '.join(FAMILY_LABELS.values())}, but "
-                "this model has cross-attention in "
-                f"{', '.join(map(block_name, blocks)) or 'no block'}. Choose uniform or another "
-                "preset for any model, and type weights for its layers."
-            )
+    preset, layout = _preset(name, layers)
+    if layout is not None:
         weights = preset.blocks(layout)
         return [weights.get(layer[:2], preset.rest) for layer in layers]
     if preset.sides:
         return [preset.sides.get(layer[0], preset.rest) for layer in layers]
+    blocks = _blocks(layers)
     last = max(1, len(blocks) - 1)
     return [_ramp(preset.ramp, blocks.index(layer[:2]) / last) for layer in layers]
+
+
+def away_weights(name: str, layers: Sequence[LayerKey]) -> list[float]:
+    """Return what the preset shows the negative side of the image itself, 0 for most layers.
+
+    Raises ValueError as `preset_weights` does.
+    """
+    preset, layout = _preset(name, layers)
+    weights = preset.away_blocks(layout) if layout is not None else {}
+    return [weights.get(layer[:2], 0.0) for layer in layers]
+
+
+def _preset(name: str, layers: Sequence[LayerKey]) -> tuple[LayerPreset, Layout | None]:
+    """Return a preset, and the layers' layout where it names blocks."""
+    if name not in LAYER_PRESETS:
+        raise ValueError(
+            f"There is no preset {name!r}; expected one of {', '.join(LAYER_PRESETS)}."
+        )
+    preset, blocks = LAYER_PRESETS[name], _blocks(layers)
+    if not preset.names_blocks:
+        return preset, None
+    layout = next((known for known in LAYOUTS.values() if known.blocks == set(blocks)), None)
+    if layout is None:
+        raise ValueError(
+            f"The preset '{name}' names blocks of {' and '.join(FAMILY_LABELS.values())}, but "
+            "this model has cross-attention in "
+            f"{', '.join(map(block_name, blocks)) or 'no block'}. Choose uniform or another "
+            "preset for any model, and type weights for its layers."
+        )
+    return preset, layout
+
+
+def _blocks(layers: Sequence[LayerKey]) -> list[Block]:
+    """Return the layers' blocks in the order in which the UNet runs through them."""
+    return list(dict.fromkeys(layer[:2] for layer in forward(layers)))
 
 
 def _ramp(points: tuple[float, float, float], depth: float) -> float:

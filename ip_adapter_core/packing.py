@@ -4,23 +4,108 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from .adapter import AdapterSpec, IPAdapter
 from .image_prompt import ImagePrompt
 
 COMBINE = ("concat", "average", "per_latent")
+V_ONLY, MEAN_APART = "V only", "K+mean(V) w/ C penalty"
+SCALINGS = (V_ONLY, "K+V", "K+V w/ C penalty", MEAN_APART)
+"""What λ multiplies, in ComfyUI_IPAdapter_plus's words: V'; K' and V'; these times C/1280, C the
+layer's width; K' and the mean of V' over an image's tokens (times C/1280), its deviations not."""
+_WIDEST = 1280  # C of the deepest level of SD1.5 and SDXL
+KeysValues: TypeAlias = tuple[Tensor, Tensor]
 
 
-def tokens(adapter: IPAdapter, prompt: ImagePrompt, combine: str) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class LayerFolding:
+    """How much each layer's K' and V' count on either side of guidance, in checkpoint order.
+
+    `itself`: layers whose negative side gets the image's own tokens, so that guidance leads away
+    from what they carry. `scaling`: one of `SCALINGS`.
+    """
+
+    positive: tuple[float, ...]
+    negative: tuple[float, ...]
+    itself: tuple[bool, ...]
+    scaling: str = V_ONLY
+
+    @classmethod
+    def alike(cls, weights: Sequence[float], scaling: str = V_ONLY) -> LayerFolding:
+        """Return the same weights for both sides."""
+        return cls(tuple(weights), tuple(weights), (False,) * len(weights), scaling)
+
+    @property
+    def acts(self) -> bool:
+        """Whether an image counts anywhere."""
+        return any(self.positive) or any(self.negative)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """One side's K'/V' of all layers, `(R, T, 2·Σ widths)`: a line in λ.
+
+    `fixed`: the part that a factor of λ leaves as it is, broadcast; None: K' of every layer.
+    """
+
+    tensor: Tensor
+    fixed: Tensor | None = None
+
+    def line(self, layer_dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the parts that λ leaves as it is, and that it multiplies."""
+        fixed = self.fixed
+        if fixed is None:
+            widths = torch.tensor([dim for dim in layer_dims for _ in "kv"])
+            columns = torch.tensor([True, False] * len(layer_dims)).repeat_interleave(widths)
+            fixed = self.tensor * columns.to(self.tensor)
+        return fixed, self.tensor - fixed
+
+    def scaled(self, factor: float | Tensor, layer_dims: Sequence[int]) -> Packed:
+        """Return it with λ times `factor`, a number or one a row, `(R, 1, 1)`."""
+        fixed, linear = self.line(layer_dims)
+        return replace(self, tensor=fixed + factor * linear)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Packed:
+        fixed = None if self.fixed is None else self.fixed.to(device, dtype)
+        return Packed(self.tensor.to(device, dtype), fixed)
+
+    def __getitem__(self, rows: Tensor) -> Packed:
+        fixed = self.fixed
+        return Packed(self.tensor[rows], fixed if fixed is None or len(fixed) == 1 else fixed[rows])
+
+
+def compile_sides(
+    adapter: IPAdapter, prompt: ImagePrompt, combine: str, folding: LayerFolding
+) -> tuple[Packed, Packed]:
+    """Return both sides' packed K'/V'. Raises ValueError for what `tokens` refuses."""
+    away = any(folding.itself)
+    sides = tokens(adapter, prompt, combine, alike=away)
+    image, against = (list(adapter.keys_values(side)) for side in sides)
+    if away:
+        pairs = zip(folding.itself, image, against, strict=True)
+        against = [positive if itself else negative for itself, positive, negative in pairs]
+    an_image = adapter.spec.tokens or getattr(prompt.positive, adapter.spec.features).shape[1]
+    return (
+        fold(image, folding.positive, folding.scaling, an_image),
+        fold(against, folding.negative, folding.scaling, an_image),
+    )
+
+
+def tokens(
+    adapter: IPAdapter, prompt: ImagePrompt, combine: str, alike: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the tokens of both sides, `(R, T, cross_attention_dim)`.
 
     `concat`: all images' tokens side by side, R = 1; where one side's T divides the other's, both
     get the same, and share a slot in the UNet call. `average`: the mean of the encoder's
     features, R = 1. `per_latent`: one row an image, R = N for the positive side.
+    `alike`: both sides get the same T in any case.
     Raises ValueError for another `combine`, or per-latent sides of different numbers.
     """
     if combine not in COMBINE:
@@ -32,7 +117,8 @@ def tokens(adapter: IPAdapter, prompt: ImagePrompt, combine: str) -> tuple[Tenso
     if combine == "concat":
         positive, negative = (rearrange(x, "n t d -> 1 (n t) d") for x in (positive, negative))
         # Repeating every token equally often leaves the softmax's result as it is.
-        length = max(positive.shape[1], negative.shape[1])
+        lengths = positive.shape[1], negative.shape[1]
+        length = math.lcm(*lengths) if alike else max(lengths)
         positive, negative = (
             x if length % x.shape[1] else repeat(x, "r t d -> r (n t) d", n=length // x.shape[1])
             for x in (positive, negative)
@@ -45,50 +131,83 @@ def tokens(adapter: IPAdapter, prompt: ImagePrompt, combine: str) -> tuple[Tenso
     return positive, negative
 
 
-def layer_weights(spec: AdapterSpec, weight: float, layers: Sequence[float] | None) -> list[float]:
-    """Return λ of every layer, in checkpoint order.
+def layer_folding(
+    spec: AdapterSpec, weight: float, layers: Sequence[float] | LayerFolding | None
+) -> LayerFolding:
+    """Return λ of every layer: `weight` times what `layers` says of each, in checkpoint order.
 
     Raises:
-        ValueError: A weight is not finite, or the list has another length than the adapter has
+        ValueError: A weight is not finite, or there is another number of them than the adapter has
             layers.
     """
+    given = layers if isinstance(layers, LayerFolding) else LayerFolding.alike(layers or ())
     if layers is None:
-        layers = [1.0] * len(spec.layer_dims)
-    if len(layers) != len(spec.layer_dims):
+        given = LayerFolding.alike([1.0] * len(spec.layer_dims))
+    found = len(given.positive)
+    if not found == len(given.negative) == len(given.itself) == len(spec.layer_dims):
         raise ValueError(
-            f"layer_weights holds {len(layers)} values, but the adapter has "
+            f"layer_weights holds {found} values, but the adapter has "
             f"{len(spec.layer_dims)} cross-attention layers: give one value a layer, in "
             "checkpoint order (down, up, middle)."
         )
-    folded = [weight * x for x in layers]
-    if not all(map(math.isfinite, folded)):
+    positive, negative = (
+        tuple(weight * x for x in side) for side in (given.positive, given.negative)
+    )
+    if not all(map(math.isfinite, (*positive, *negative))):
         raise ValueError(
             f"weight (λ) must be a finite number on every layer; found weight {weight} "
-            f"times layer_weights {list(layers)}."
+            f"times layer_weights {[*given.positive]}."
         )
-    return folded
+    return replace(given, positive=positive, negative=negative)
 
 
-def fold(keys_values: Iterable[tuple[Tensor, Tensor]], weights: Sequence[float]) -> Tensor:
-    """Fold λ into V', and all layers into one tensor `(R, T, 2·Σ widths)`: K'₀ V'₀ K'₁ V'₁."""
+def fold(
+    keys_values: Iterable[KeysValues],
+    weights: Sequence[float],
+    scaling: str = V_ONLY,
+    an_image: int | None = None,
+) -> Packed:
+    """Fold λ into K' and V' as `scaling` says, and all layers into one: K'₀ V'₀ K'₁ V'₁ ….
+
+    Args:
+        keys_values: Of each layer, `(R, T, width)`; R may be 1 where others have more.
+        weights: λ of each layer.
+        scaling: One of `SCALINGS`.
+        an_image: Tokens an image; those of several may stand side by side. None: all T.
+
+    Raises:
+        ValueError: There is no such scaling.
+    """
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling is {scaling!r}; expected one of {', '.join(SCALINGS)}.")
     parts: list[Tensor] = []
+    fixed: list[Tensor] = []
     for (key, value), weight in zip(keys_values, weights, strict=True):
-        parts += key, value * weight
-    return torch.cat(parts, dim=-1)
+        if scaling == V_ONLY:
+            parts += key, value * weight
+            continue
+        factor = weight * key.shape[-1] / _WIDEST if scaling.endswith("C penalty") else weight
+        parts += key * factor, value * factor
+        if scaling == MEAN_APART:
+            size = {"t": an_image or value.shape[1]}
+            mean = reduce(value, "r (n t) d -> r n 1 d", "mean", **size)
+            mean = repeat(mean, "r n 1 d -> r (n t) d", **size)
+            apart = value - mean if weight else torch.zeros_like(value)
+            parts[-1] = apart + mean * factor
+            fixed += torch.zeros_like(key), apart
+    if scaling == V_ONLY:
+        return Packed(_side_by_side(parts))
+    return Packed(
+        _side_by_side(parts), _side_by_side(fixed) if fixed else parts[0].new_zeros(1, 1, 1)
+    )
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    rows = max(map(len, parts))
+    return torch.cat([part.expand(rows, -1, -1) for part in parts], dim=-1)
 
 
 def unpack(packed: Tensor, layer_dims: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Undo `fold`: return views of K' and V' of each layer."""
     parts = packed.split([dim for dim in layer_dims for _ in "kv"], dim=-1)
     return list(zip(parts[::2], parts[1::2], strict=True))
-
-
-def split_values(packed: Tensor, layer_dims: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return `packed` with zeros for V', and with zeros for K'.
-
-    The one plus any multiple of the other is the same prompt with another λ.
-    """
-    widths = torch.tensor([dim for dim in layer_dims for _ in "kv"])
-    columns = torch.tensor([False, True] * len(layer_dims)).repeat_interleave(widths)
-    values = packed * columns.to(packed)
-    return packed - values, values

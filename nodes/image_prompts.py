@@ -50,7 +50,7 @@ class CombineImagePrompts(types.Node):
                     tooltip="concat: all images side by side. average: their weighted mean. "
                     "norm_average: the mean direction with the mean length, which keeps the "
                     "strength of a single image. add: the weighted sum. subtract: the first "
-                    "without the others.",
+                    "without the others. max, min: number by number.",
                 ),
                 io.String.Input(
                     "weights",

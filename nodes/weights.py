@@ -11,7 +11,14 @@ from ..ip_adapter_core.comfyui.host import schema
 from ..ip_adapter_core.comfyui.layers import layers_of
 from ..ip_adapter_core.comfyui.profile import draw_profile
 from ..ip_adapter_core.latent_weights import MOST, weights_of
-from ..ip_adapter_core.layer_weights import LAYER_PRESETS, edited, listed, preset_weights
+from ..ip_adapter_core.layer_weights import (
+    LAYER_PRESETS,
+    away_weights,
+    edited,
+    listed,
+    preset_weights,
+)
+from ..ip_adapter_core.packing import SCALINGS, V_ONLY, LayerFolding
 from . import types
 
 
@@ -41,6 +48,16 @@ class LayerWeights(types.Node):
                     "block, 'output 1.9: 0' for one layer of it, 'output: 0.2' for a side, "
                     "'all: 0'. Later lines win. The output 'layers' lists them all in this form.",
                 ),
+                io.Combo.Input(
+                    "scaling",
+                    options=list(SCALINGS),
+                    default=V_ONLY,
+                    optional=True,
+                    tooltip="What the weight multiplies. V only: as in training, the image's part "
+                    "grows with it. K+V: the image's keys too, so that weights above 1 follow "
+                    "single tokens more sharply. w/ C penalty: less on narrow layers. K+mean(V): "
+                    "the values' differences stay as they are.",
+                ),
             ],
             outputs=[
                 types.output(
@@ -62,12 +79,19 @@ class LayerWeights(types.Node):
         )
 
     @classmethod
-    def execute(cls, model: Any, preset: str, changes: str) -> io.NodeOutput:
+    def execute(cls, model: Any, preset: str, changes: str, scaling: str = V_ONLY) -> io.NodeOutput:
         layers = [layer.key for layer in layers_of(model)]
         weights = edited(preset_weights(preset, layers), layers, changes)
-        profile = draw_profile(weights, layers)
-        shown = ui.PreviewImage(profile, cls=cls)
-        return io.NodeOutput(weights, profile, listed(weights, layers), ui=shown)
+        away = away_weights(preset, layers)
+        made: list[float] | LayerFolding = weights
+        if any(away) or scaling != V_ONLY:
+            against = tuple(a or weight for a, weight in zip(away, weights, strict=True))
+            made = LayerFolding(tuple(weights), against, tuple(map(bool, away)), scaling)
+        # What the negative side shows is drawn below zero.
+        shown = [weight - a for weight, a in zip(weights, away, strict=True)]
+        profile = draw_profile(shown, layers)
+        shown_ui = ui.PreviewImage(profile, cls=cls)
+        return io.NodeOutput(made, profile, listed(weights, layers), ui=shown_ui)
 
 
 class LatentWeights(types.Node):

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..compatibility import check_encoder, check_fits
 from ..image_prompt import ImagePrompt
-from ..packing import layer_weights
+from ..packing import LayerFolding, layer_folding
 from .conditioning import Conditioning, attached_to
 from .decoupled_attention import inject_decoupled_attention
 from .host import CurveInput
 from .layers import KEY, cross_attention_layers
 from .loaders import ManagedAdapter
-from .masks import Masks
+from .masks import Deal, Masks, Resampling
 from .prompt_rows import CompiledPrompt
 from .sampling import prepare_run, prompts_at_step
 from .schedule import Schedule
@@ -36,9 +36,10 @@ class ApplySettings:
     """What the Apply nodes ask for.
 
     `weight` is λ; `start_at`, `end_at` are fractions of the schedule; `mask (M, H, W)` or `(H, W)`.
-    Multipliers of λ: `layer_weights` one a layer, `weight_curve` over the schedule (ComfyUI's
-    curve, or what it is made of), `latent_weights` one a latent. Raises ValueError for values out
-    of their domain.
+    Multipliers of λ: `layer_weights` one a layer (and more than that in a `LayerFolding`),
+    `weight_curve` over the schedule (ComfyUI's curve, or what it is made of), `latent_weights` one
+    a latent. `deal`, `resampling`: of images and masks over the latents. Raises ValueError for
+    values out of their domain.
     """
 
     adapter: ManagedAdapter
@@ -48,9 +49,11 @@ class ApplySettings:
     end_at: float
     combine: str
     mask: Tensor | None = None
-    layer_weights: Sequence[float] | None = None
+    layer_weights: Sequence[float] | LayerFolding | None = None
     weight_curve: Any = None
     latent_weights: Sequence[float] | None = None
+    deal: Deal = "in turn"
+    resampling: Resampling = "bicubic"
 
     def __post_init__(self) -> None:
         for name in ("weight", "start_at", "end_at"):
@@ -93,7 +96,7 @@ class ApplySettings:
         mask = None if self.mask is None else self.mask.float().cpu()
         if mask is not None and mask.ndim == 2:
             mask = mask[None]
-        return Masks(mask, torch.tensor(weights, dtype=torch.float32))
+        return Masks(mask, torch.tensor(weights, dtype=torch.float32), self.deal, self.resampling)
 
     @property
     def schedule(self) -> Schedule:
@@ -147,27 +150,27 @@ def compile_prompt(model: ModelPatcher, settings: ApplySettings) -> Sides | None
 
 def compile_prompts(model: ModelPatcher, several: Sequence[ApplySettings]) -> list[Sides]:
     """Compile several prompts of one adapter, loaded once; leave those of no weight out."""
-    acting = [(settings, _weights(model, settings)) for settings in several]
-    acting = [(settings, weights) for settings, weights in acting if any(weights)]
+    acting = [(settings, _folding(model, settings)) for settings in several]
+    acting = [(settings, folding) for settings, folding in acting if folding.acts]
     if not acting:
         return []
     with several[0].adapter.loaded():
-        return [_sides(settings, weights) for settings, weights in acting]
+        return [_sides(settings, folding) for settings, folding in acting]
 
 
-def _weights(model: ModelPatcher, settings: ApplySettings) -> list[float]:
+def _folding(model: ModelPatcher, settings: ApplySettings) -> LayerFolding:
     adapter = settings.adapter
     layers = cross_attention_layers(model.get_model_object("diffusion_model"))
     check_fits(adapter.spec, adapter.name, type(model.model).__name__, layers)
     check_encoder(adapter.spec, settings.image_prompt, adapter.name, adapter.trained_with)
-    return layer_weights(adapter.spec, settings.weight, settings.layer_weights)
+    return layer_folding(adapter.spec, settings.weight, settings.layer_weights)
 
 
-def _sides(settings: ApplySettings, weights: Sequence[float]) -> Sides:
+def _sides(settings: ApplySettings, folding: LayerFolding) -> Sides:
     adapter, masks, schedule = settings.adapter, settings.masks, settings.schedule
     positive, negative = (
-        CompiledPrompt(packed, masks, schedule, adapter.spec.layer_dims)
-        for packed in adapter.compile(settings.image_prompt, weights, settings.combine)
+        CompiledPrompt(packed, masks, schedule, adapter.spec.layer_dims, settings.deal)
+        for packed in adapter.compile(settings.image_prompt, folding, settings.combine)
     )
     return positive, negative
 

@@ -44,6 +44,52 @@ def encode(
     return made
 
 
+def features(
+    clip_vision: ClipVisionModel, image: Tensor, mask: Tensor | None = None
+) -> ImageFeatures:
+    """Encode `image (N, H, W, C)` as `encode` does with its center crop, and say no more of it.
+
+    `mask (M, S, S)`, S the encoder's side, multiplies the normalised pixels; M is 1 or N.
+    Raises ValueError as `encode` does.
+    """
+    check_kind(clip_vision)
+    if mask is None:
+        return _features(clip_vision, image, "center", "image")
+    memory.load_model_gpu(clip_vision.patcher)
+    where = clip_vision.load_device
+    pixels = clip_preprocess(
+        _cropped(clip_vision, image, "center", "image").to(where),
+        size=clip_vision.image_size,
+        mean=clip_vision.image_mean,
+        std=clip_vision.image_std,
+    ).float()
+    return _of_pixels(clip_vision, pixels * mask[:, None].to(where))
+
+
+def zero_features(clip_vision: ClipVisionModel, black: bool = False) -> ImageFeatures:
+    """Return the dropped image of training, or with `black` a black picture's features."""
+    check_kind(clip_vision)
+    size = clip_vision.image_size
+    if black:
+        return _features(clip_vision, torch.zeros(1, size, size, 3), "center", "image")
+    memory.load_model_gpu(clip_vision.patcher)
+    pixels = torch.zeros(1, 3, size, size, device=clip_vision.load_device)
+    return _of_pixels(clip_vision, pixels)
+
+
+def _of_pixels(clip_vision: ClipVisionModel, pixels: Tensor) -> ImageFeatures:
+    """Encode normalised pixels `(N, 3, S, S)`."""
+    out = clip_vision.model(pixel_values=pixels, intermediate_output=-2)
+    return ImageFeatures(_embeds(clip_vision, out[2]).float().cpu(), out[1].float().cpu())
+
+
+def _embeds(clip_vision: ClipVisionModel, embeds: Tensor) -> Tensor:
+    """Leave out what ComfyUI passes on of the pooled state where there is no projection."""
+    if isinstance(clip_vision.model.visual_projection, torch.nn.Identity):
+        return embeds[:, :0]
+    return embeds
+
+
 def prepare_image(
     clip_vision: ClipVisionModel, image: Tensor, crop: str, x: float, y: float, grid: int
 ) -> Tensor:
@@ -137,9 +183,7 @@ def _features(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str)
     for part in image.split(AT_ONCE):
         square = crop != "none"
         out = clip_vision.encode_image(_cropped(clip_vision, part, crop, name), crop=square)
-        embeds = out["image_embeds"]
-        if isinstance(clip_vision.model.visual_projection, torch.nn.Identity):
-            embeds = embeds[:, :0]  # ComfyUI passes on the pooled state: no embedding, of any width
+        embeds = _embeds(clip_vision, out["image_embeds"])
         found.append((embeds.float().cpu(), out["penultimate_hidden_states"].float().cpu()))
     return ImageFeatures(*map(torch.cat, zip(*found, strict=True)))
 
@@ -178,8 +222,5 @@ def _zero_image(clip_vision: ClipVisionModel, embed_dim: int) -> ImageFeatures:
     A zero embedding, and the hidden states of pixels that are zero *after* normalization.
     `encode_image` would round the mean color to 8 bits.
     """
-    memory.load_model_gpu(clip_vision.patcher)
-    size = clip_vision.image_size
-    pixels = torch.zeros(1, 3, size, size, device=clip_vision.load_device)
-    penultimate = clip_vision.model(pixel_values=pixels, intermediate_output=-2)[1]
-    return ImageFeatures(torch.zeros(1, embed_dim), penultimate.float().cpu())
+    states = zero_features(clip_vision).penultimate_hidden_states
+    return ImageFeatures(torch.zeros(1, embed_dim), states)

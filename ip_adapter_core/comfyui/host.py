@@ -1,7 +1,6 @@
 """What ComfyUI since 0.9.0 (January 2026) calls otherwise, or lacks.
 
-The one place that stands between the pack and its host: where a host changes, its change goes here,
-with the version that brought it.
+Where a host changes, its change goes here, with the version that brought it.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import comfy.clip_vision
 import comfy.model_management as memory
-import comfy.model_patcher
+import comfy.model_patcher as patchers
+import torch
 from comfy.clip_model import CLIPVisionModelProjection
 from comfy.clip_vision import ClipVisionModel
 from comfy_api.latest import io
@@ -25,23 +24,24 @@ try:
 except ImportError:
 
     class CurveInput:  # type: ignore[no-redef]
-        """Refuses curves: before 0.19 there is no Curve Editor, and nothing to draw one with."""
+        """Refuses curves: before 0.19 there is no Curve Editor."""
 
         @staticmethod
         def from_raw(given: Any) -> CurveInput:
-            raise RuntimeError(
-                "This ComfyUI is older than 0.19.0 and knows no curves. Update it, or take "
-                "weight_curve out."
-            )
+            found = "This ComfyUI is older than 0.19.0 and knows no curves"
+            raise RuntimeError(f"{found}. Update it, or take weight_curve out.")
 
 
-# 0.12
-CoreModelPatcher = getattr(
-    comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher
-)
-LEAVES_PROJECTION_OUT = "_load_from_state_dict" in vars(CLIPVisionModelProjection)
-"""Whether an encoder's file without projection makes a model without one. Before 0.32 the
-projection was whatever lay in memory."""
+CoreModelPatcher = getattr(patchers, "CoreModelPatcher", patchers.ModelPatcher)  # 0.12
+if "_load_from_state_dict" not in vars(CLIPVisionModelProjection):
+
+    def _without_noise(self: Any, state: Any, prefix: str, *rest: Any) -> None:
+        # Before 0.32 an encoder's file without projection got one of what lay in memory.
+        if f"{prefix}visual_projection.weight" not in state:
+            self.visual_projection = torch.nn.Identity()
+        torch.nn.Module._load_from_state_dict(self, state, prefix, *rest)
+
+    CLIPVisionModelProjection._load_from_state_dict = _without_noise
 
 
 def unload(patcher: Any) -> None:
@@ -68,8 +68,8 @@ def clip_vision_model(config: dict[str, Any]) -> ClipVisionModel:
 def is_within(folder: str, target: str) -> bool:
     """Tell whether a path lies in a folder once its links are followed (0.28 has its own)."""
     try:
-        folder, target = os.path.realpath(folder), os.path.realpath(target)
-        return os.path.commonpath((folder, target)) == folder
+        inside = os.path.commonpath([*map(os.path.realpath, (folder, target))])
+        return inside == os.path.realpath(folder)
     except ValueError:  # a null byte, or another drive
         return False
 

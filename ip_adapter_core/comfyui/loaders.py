@@ -12,11 +12,11 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import comfy.clip_vision
 import comfy.model_management as memory
@@ -26,13 +26,13 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import packing
 from ..adapter import AdapterSpec, IPAdapter
 from ..compatibility import fits
 from ..files import adapter_file as checkpoint
-from ..files import finder
-from ..files.encoder_file import MEAN, STD, VISUAL, build, encoder_sizes, fitting, read, tensors
+from ..files import finder, trained_layouts
+from ..files.encoder_file import MEAN, STD, VISUAL, build, fitting, read, tensors
 from ..files.finder import (
     ADAPTER_PRESETS,
     AdapterFile,
@@ -47,6 +47,7 @@ from ..files.finder import (
 from ..files.header import file_format, read_header
 from ..files.tower_config import ImageEncoderError, Tower, check_whole
 from ..image_prompt import ImagePrompt
+from ..packing import LayerFolding, Packed, compile_sides
 from . import host
 from .layers import layers_of
 
@@ -54,10 +55,6 @@ logger = logging.getLogger("comfyui_ip_adapter")
 _UNKNOWN_SIZE = (
     "its tensors are named as in transformers, in a size that ComfyUI does not know. Save the "
     "open_clip model instead, with its configuration"
-)
-_NO_PROJECTION = (
-    "it holds no 'visual_projection.weight', in whose place this ComfyUI would use noise; update "
-    "ComfyUI to 0.32.0 or later, or load the complete image encoder"
 )
 _CONVERTED_LAYERS = 48  # that ComfyUI's conversion of names goes through
 
@@ -88,32 +85,80 @@ class ManagedAdapter:
             host.unload(self.patcher)
 
     def compile(
-        self, image_prompt: ImagePrompt, weights: Sequence[float], combine: str
-    ) -> tuple[Tensor, Tensor]:
-        """Packed K'/V' of the image and of its negative, `(R, T, 2·Σ widths)`, float32 on the CPU.
+        self, image_prompt: ImagePrompt, folding: LayerFolding, combine: str
+    ) -> tuple[Packed, Packed]:
+        """Packed K'/V' of the image and of its negative, float32 on the CPU.
 
-        `weights`: λ of each layer. The adapter must be `loaded`. Raises ValueError for what
-        `packing.tokens` refuses.
+        The adapter must be `loaded`. Raises ValueError for what `packing.tokens` refuses.
         """
-        device = self.patcher.load_device
-        sides = packing.tokens(self.module, image_prompt.to(device, torch.float32), combine)
-        positive, negative = (
-            packing.fold(self.module.keys_values(tokens), weights).cpu() for tokens in sides
-        )
-        return positive, negative
+        prompt = image_prompt.to(self.patcher.load_device, torch.float32)
+        positive, negative = compile_sides(self.module, prompt, combine, folding)
+        cpu = torch.device("cpu"), torch.float32
+        return positive.to(*cpu), negative.to(*cpu)
 
 
 def load_adapter(path: str | os.PathLike[str]) -> ManagedAdapter:
     """Read a checkpoint for use in ComfyUI. Raises CheckpointError."""
     module = checkpoint.load(path, operations=comfy.ops.manual_cast)
+    trained_with = None
+    if file_format(path) == "safetensors":
+        trained_with = checkpoint.trained_with(read_header(path)[1])
+    return _managed(os.path.basename(path), module, trained_with)
+
+
+def _managed(name: str, module: IPAdapter, trained_with: str | None = None) -> ManagedAdapter:
     module.requires_grad_(False)
     patcher = host.CoreModelPatcher(
         module, load_device=memory.get_torch_device(), offload_device=torch.device("cpu")
     )
-    trained_with = None
-    if file_format(path) == "safetensors":
-        trained_with = checkpoint.trained_with(read_header(path)[1])
-    return ManagedAdapter(os.path.basename(path), module, patcher, trained_with)
+    return ManagedAdapter(name, module, patcher, trained_with)
+
+
+Tensors: TypeAlias = Mapping[str, Mapping[str, Tensor]]
+"""An adapter as the IPADAPTER socket of other packs has it: `image_proj` and `ip_adapter`, each a
+mapping of short names to tensors."""
+_managed_by_tensor: Any = WeakTensorKeyDictionary()
+
+
+def tensors_of(adapter: ManagedAdapter) -> dict[str, dict[str, Tensor]]:
+    """Return an adapter's tensors as other packs pass them on; `adapter_of` knows them again."""
+    parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in adapter.module.state_dict().items():
+        part, _, name = key.partition(".")
+        parts[part][name] = tensor
+    _managed_by_tensor[_first(parts)] = adapter, [*map(id, _all(parts))]
+    return parts
+
+
+def adapter_of(parts: Tensors, name: str = "IPADAPTER") -> ManagedAdapter:
+    """Return the adapter of these tensors, made once for as long as they live.
+
+    Raises CheckpointError for other tensors than an adapter's, which `name` stands for.
+    """
+    first, ids = _first(parts), [*map(id, _all(parts))]
+    known = _managed_by_tensor.get(first) if first is not None else None
+    if known is not None and known[1] == ids:
+        return known[0]  # type: ignore[no-any-return]
+    flat = {
+        f"{part}.{key}": tensor
+        for part, tensors in parts.items()
+        if isinstance(tensors, Mapping)
+        for key, tensor in tensors.items()
+    }
+    published = {**trained_layouts.published(flat, name)}
+    module = checkpoint.from_tensors(published, name, operations=comfy.ops.manual_cast)
+    made = _managed(name, module)
+    if first is not None:
+        _managed_by_tensor[first] = made, ids
+    return made
+
+
+def _all(parts: Tensors) -> list[Tensor]:
+    return [x for part in parts.values() if isinstance(part, Mapping) for x in part.values()]
+
+
+def _first(parts: Tensors) -> Tensor | None:
+    return next(iter(_all(parts)), None)
 
 
 def load_image_encoder(path: str | os.PathLike[str]) -> ClipVisionModel:
@@ -149,8 +194,6 @@ def _loaded(tower: Tower, state: dict[str, Tensor], name: str) -> ClipVisionMode
 
 
 def _comfyui_model(path: Path) -> ClipVisionModel:
-    if not host.LEAVES_PROJECTION_OUT and not encoder_sizes(path).embed_dim:
-        raise ImageEncoderError(_NO_PROJECTION)
     try:
         model = _by_comfyui(path)
     except (RuntimeError, UnboundLocalError) as error:  # it took the file for the nearest size
@@ -258,7 +301,7 @@ def find_files(model: ModelPatcher, preset: str, adapters: Folder, encoders: Fol
     wanted, name = ADAPTER_PRESETS[preset], type(model.model).__name__
     layers = layers_of(model)
     found = finder.adapters(adapters.files)
-    seen = [_loadable(file) for file in finder.encoders(encoders.files)]
+    seen = [loadable(file) for file in finder.encoders(encoders.files)]
     fitting = [file for file in _of_kind(found, wanted) if fits(file.spec, layers)]
     unusable = [file for file in found if isinstance(file, Unusable)]
     choice = finder.choose(fitting, _usable(seen), wanted, unusable)
@@ -307,11 +350,11 @@ def load_encoder(file: EncoderFile) -> ClipVisionModel:
 
 
 def _of_kind(files: Iterable[File], preset: AdapterPreset | None) -> list[AdapterFile]:
-    """Return the adapters of the preset's variant; of any where there is no preset."""
+    """Return the adapters of the preset's kind; of any where there is no preset."""
     return [
         file
         for file in files
-        if isinstance(file, AdapterFile) and (preset is None or file.spec.variant == preset.variant)
+        if isinstance(file, AdapterFile) and (preset is None or preset.asks_for(file.spec))
     ]
 
 
@@ -319,13 +362,11 @@ def _usable(files: Iterable[File]) -> list[EncoderFile]:
     return [file for file in files if isinstance(file, EncoderFile)]
 
 
-def _loadable(file: EncoderFile | Unusable) -> EncoderFile | Unusable:
+def loadable(file: EncoderFile | Unusable) -> EncoderFile | Unusable:
     """Return the same file, or why ComfyUI's own loader cannot take it."""
     if isinstance(file, Unusable) or file.sizes.layout == "open_clip":
         return file
     sizes = file.sizes
-    if not sizes.embed_dim and not host.LEAVES_PROJECTION_OUT:
-        return Unusable(file.name, file.path, f"'{file.name}': {_NO_PROJECTION}.")
     found = sizes.hidden_dim, sizes.layers, sizes.mlp_dim, sizes.positions
     known = _known_sizes()
     if found in known and sizes.embed_dim in (0, known[found]):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from functools import cached_property
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,18 +16,31 @@ Size: TypeAlias = tuple[int, int]
 """Height and width of a latent."""
 Area: TypeAlias = tuple[int, ...]
 """Height, width, y and x of a part of it."""
+Deal: TypeAlias = Literal["in turn", "last repeated"]
+"""How fewer rows than latents are dealt out: round and round, or the last one for all that are
+left; then more rows than latents are cut, too."""
+Resampling: TypeAlias = Literal["bicubic", "bilinear"]
 
 
 @dataclass(frozen=True, eq=False)
 class Masks:
     """What the image branch is multiplied with.
 
-    `masks (M, H, W)`, which the latents of a batch take in turn (None: 1 everywhere), times
+    `masks (M, H, W)`, which are dealt out to the latents of a batch (None: 1 everywhere), times
     `weights (N,)`, one a latent; the last one holds for all that follow.
     """
 
     masks: Tensor | None
     weights: Tensor
+    deal: Deal = "in turn"
+    resampling: Resampling = "bicubic"
+
+    @cached_property
+    def unweighted(self) -> Masks | None:
+        """The same without weights, where those are folded into K' and V'."""
+        if self.masks is None:
+            return None
+        return Masks(self.masks, torch.ones(1), self.deal, self.resampling)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +58,7 @@ class PreparedMasks:
     latent: tuple[int, int]
     device: torch.device
     dtype: torch.dtype
+    resampling: Resampling = "bicubic"
     _levels: dict[tuple[Size, Area | None, Size | None] | None, Tensor] = field(
         default_factory=dict
     )
@@ -60,7 +75,8 @@ class PreparedMasks:
         if sizes not in self._levels:
             levels = self.weights[:, None, None]
             if self.masks is not None and sizes is not None:
-                levels = mask_levels(self.masks, *sizes)[self.numbers] * levels
+                found = mask_levels(self.masks, *sizes, self.resampling)
+                levels = found[self.numbers] * levels
             self._levels[sizes] = levels.to(self.device, self.dtype)
         return self._levels[sizes]
 
@@ -83,13 +99,17 @@ def level_sizes(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def mask_levels(
-    mask: Tensor, latent: Sequence[int], area: Sequence[int] | None, size: Size | None = None
+    mask: Tensor,
+    latent: Sequence[int],
+    area: Sequence[int] | None,
+    size: Size | None = None,
+    resampling: Resampling = "bicubic",
 ) -> Tensor:
     """`mask (M, H, W)` at every level, one after the other: `(M, Σ heights·widths, 1)`.
 
     `latent` is the (height, width) that the whole mask lies over, `area` the part of it that is
     sampled: (height, width, y, x) in latent units, None for all. With a `size` it is that one in
-    place of the levels. Each is sampled from the mask itself, bicubic, as diffusers does
+    place of the levels. Each is sampled from the mask itself; "bicubic" is what diffusers does
     (`IPAdapterMaskProcessor.downsample`).
     """
     height, width, top, left = area or (*latent, 0, 0)
@@ -104,7 +124,7 @@ def mask_levels(
         grid_sample(
             one[None, None].double(),
             grid,
-            mode="bicubic",
+            mode=resampling,
             padding_mode="border",
             align_corners=False,
         )

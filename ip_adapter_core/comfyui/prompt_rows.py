@@ -24,9 +24,9 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..packing import split_values
+from ..packing import Packed
 from .layers import Layer
-from .masks import Area, MaskRows, Masks, PreparedMasks, Size
+from .masks import Area, Deal, MaskRows, Masks, PreparedMasks, Size
 from .schedule import Moment, PreparedSchedule, Schedule
 
 
@@ -34,21 +34,21 @@ from .schedule import Moment, PreparedSchedule, Schedule
 class CompiledPrompt:
     """One image prompt on one side of guidance, ready for any number of runs.
 
-    `packed (R, T, 2·Σ widths)` on the CPU, R = 1 or one row an image; `layer_dims` of the model it
-    is for.
+    `packed` on the CPU, one row or one an image, `deal`t out to the latents; `layer_dims` of the
+    model it is for.
     """
 
-    packed: Tensor
+    packed: Packed
     masks: Masks | None
     schedule: Schedule
     layer_dims: tuple[int, ...]
+    deal: Deal = "in turn"
 
     def scaled(self, weight: float) -> CompiledPrompt:
         """Return the same prompt with λ times `weight`."""
         if weight == 1:
             return self
-        keys, values = split_values(self.packed, self.layer_dims)
-        return replace(self, packed=keys + weight * values)
+        return replace(self, packed=self.packed.scaled(weight, self.layer_dims))
 
     def prepare(self, run: SamplingRun) -> PreparedPrompt:
         """Move to the run's device and check against its model and batch."""
@@ -59,14 +59,21 @@ class CompiledPrompt:
                 f"cross-attention layers, but the sampled model has {len(dims)} of other widths. "
                 "Apply the adapter to the model that is sampled."
             )
-        masks = None if self.masks is None else run.masks(self.masks)
-        packed = run.per_latent(self.packed, "images").to(run.device, run.dtype)
-        _check_finite(packed)
+        packed, masks = self.packed, self.masks
+        numbers = run.per_latent(len(packed.tensor), "images", self.deal)
+        if numbers is not None:
+            packed = packed[numbers]
+        if masks is not None and packed.fixed is not None:  # λ is in K' too
+            weights = run.latent_weights(masks)
+            packed, masks = packed.scaled(weights[:, None, None], dims), masks.unweighted
+        packed = packed.to(run.device, run.dtype)
+        _check_finite(packed.tensor)
         schedule = run.schedule(self.schedule)
+        prepared = None if masks is None else run.masks(masks)
         if schedule.table is None:
-            return PreparedPrompt(self, packed, masks, schedule)
-        keys, values = split_values(packed, self.layer_dims)
-        return PreparedPrompt(self, keys, masks, schedule, values)
+            return PreparedPrompt(self, packed.tensor, prepared, schedule)
+        fixed, linear = packed.line(dims)
+        return PreparedPrompt(self, fixed, prepared, schedule, linear)
 
 
 def _check_finite(packed: Tensor) -> None:
@@ -112,30 +119,41 @@ class SamplingRun:
         return self._masks[given]
 
     def _dealt(self, given: Masks) -> PreparedMasks:
-        if len(given.weights) > self.batch:
+        masks = 1 if given.masks is None else len(given.masks)
+        numbers = self.per_latent(masks, "masks", given.deal)
+        numbers = torch.zeros(1, dtype=torch.long) if numbers is None else numbers
+        where = self.latent, self.device, self.dtype, given.resampling
+        return PreparedMasks(given.masks, numbers, self.latent_weights(given), *where)
+
+    def latent_weights(self, given: Masks) -> Tensor:
+        """Return one weight a latent, or one for all. Raises ValueError for more than latents."""
+        weights = given.weights
+        if len(weights) > self.batch and given.deal == "in turn":
             raise ValueError(
-                f"There are {len(given.weights)} latent_weights for a batch of {self.batch} "
+                f"There are {len(weights)} latent_weights for a batch of {self.batch} "
                 "latents: give as many as latents, or fewer, then the last one holds for the rest."
             )
-        masks = 1 if given.masks is None else len(given.masks)
-        numbers = self.per_latent(torch.arange(masks), "masks")
-        weights = given.weights
-        if len(weights) > 1:
-            weights = torch.cat([weights, weights[-1:].expand(self.batch - len(weights))])
-        where = self.latent, self.device, self.dtype
-        return PreparedMasks(given.masks, numbers, weights, *where)
+        if len(weights) == 1:
+            return weights
+        return weights[torch.arange(self.batch).clamp(max=len(weights) - 1)]
 
-    def per_latent(self, rows: Tensor, name: str) -> Tensor:
-        """One row, or one for each latent of the batch; raises ValueError if that cannot be."""
-        if len(rows) == 1:
-            return rows
-        if self.batch % len(rows):
+    def per_latent(self, rows: int, name: str, deal: Deal) -> Tensor | None:
+        """Return the number of each latent's row, `(B,)`, or None where there is one for all.
+
+        Raises ValueError if they cannot be dealt out.
+        """
+        if rows == 1:
+            return None
+        latents = torch.arange(self.batch)
+        if deal == "last repeated":
+            return latents.clamp(max=rows - 1)
+        if self.batch % rows:
             raise ValueError(
-                f"{len(rows)} {name} cannot be dealt out to a batch of {self.batch} latents: give "
+                f"{rows} {name} cannot be dealt out to a batch of {self.batch} latents: give "
                 f"one, or a number that divides the batch (per_latent: latent i takes number "
-                f"i mod {len(rows)})."
+                f"i mod {rows})."
             )
-        return rows.repeat(self.batch // len(rows), *[1] * (rows.ndim - 1))
+        return latents % rows
 
     def rows(self, prompts: Sequence[CompiledPrompt], positive: bool = False) -> PromptRows:
         """Lay the prompts beside the whole batch; each is moved once, however many share it."""
@@ -151,15 +169,15 @@ class SamplingRun:
 class PreparedPrompt:
     """A prompt for the length of one run: on the device, in the UNet's dtype, in sigmas.
 
-    Where a curve changes λ, `packed` is K' alone, `values` V' alone, and `factor (1,)` the curve's
-    at the moment.
+    Where a curve changes λ, `packed` is the part that λ leaves as it is, `linear` the other, and
+    `factor (1,)` the curve's at the moment.
     """
 
     source: CompiledPrompt
     packed: Tensor
     mask: PreparedMasks | None
     schedule: PreparedSchedule
-    values: Tensor | None = None
+    linear: Tensor | None = None
     factor: Tensor | None = None
 
     def at_step(self, moment: Moment) -> PreparedPrompt | None:
@@ -171,8 +189,8 @@ class PreparedPrompt:
     def rows(self, latents: Tensor) -> Tensor:
         """Packed K'/V' beside these latents, given by their numbers `(B,)`."""
         packed = _beside(self.packed, latents)
-        if self.values is not None and self.factor is not None:
-            packed = torch.addcmul(packed, _beside(self.values, latents), self.factor)
+        if self.linear is not None and self.factor is not None:
+            packed = torch.addcmul(packed, _beside(self.linear, latents), self.factor)
         return packed.expand(len(latents), -1, -1)
 
 

@@ -42,8 +42,11 @@ def load(path: str | os.PathLike[str], *, operations: Any = nn) -> IPAdapter:
     Raises:
         CheckpointError: The file holds no complete and finite adapter of a supported kind.
     """
-    weights = read(path)
-    name = os.path.basename(path)
+    return from_tensors(read(path), os.path.basename(path), operations=operations)
+
+
+def from_tensors(weights: Mapping[str, Tensor], name: str, *, operations: Any = nn) -> IPAdapter:
+    """Make an adapter of these tensors, which become its own. Raises CheckpointError as `load`."""
     spec = recognize(weights, name)
     for key, tensor in weights.items():
         if not tensor.isfinite().all():

@@ -200,24 +200,41 @@ def _unusable(file: File, error: Exception) -> Unusable:
 
 @dataclass(frozen=True)
 class AdapterPreset:
-    """What users ask for: a variant, and the word that tells it from its twin of the same shapes.
+    """What users ask for: a variant, and the words that tell it from twins of the same shapes.
 
-    The twin's name has to say the `word` or must not, as `marked` tells; no word, no twin.
+    The name of a file has to say one of the `words` or must not, as `marked` tells; no words, no
+    twins. `feature_dim`: the width of the features that it reads, where only one will do.
     """
 
     name: str
     variant: Variant
-    word: str = ""
+    words: tuple[str, ...] = ()
     marked: bool = False
+    feature_dim: int | None = None
+
+    @property
+    def word(self) -> str:
+        """The words for messages."""
+        return "' or '".join(self.words)
+
+    def asks_for(self, spec: AdapterSpec) -> bool:
+        """Return whether an adapter is of the preset's kind, as far as contents tell."""
+        return spec.variant == self.variant and self.feature_dim in (None, spec.feature_dim)
 
     def suits(self, file: File) -> bool:
         """Return whether the file's name is as hinted."""
-        return not self.word or (self.word in name_words(file.name)) is self.marked
+        says = bool(name_words(file.name).intersection(self.words))
+        return not self.words or says is self.marked
 
     def published_adapter(self, spec: AdapterSpec) -> published.Weights | None:
         """Return its published adapter for the family that `spec` is made for."""
         known = family(spec.cross_attention_dim, len(spec.layer_dims))
         return published.ADAPTERS[known].get(self.name) if known else None
+
+    @property
+    def encoder(self) -> published.Weights:
+        """The encoder that its published adapters read."""
+        return published.VIT_BIGG if self.feature_dim == 1280 else published.VIT_H
 
     def is_published_name(self, file: File, spec: AdapterSpec) -> bool:
         """Return whether the file is called as the published one, in any folder and format."""
@@ -228,11 +245,13 @@ class AdapterPreset:
 ADAPTER_PRESETS = {
     preset.name: preset
     for preset in (
-        AdapterPreset("light", "base", "light", marked=True),
-        AdapterPreset("standard", "base", "light"),
-        AdapterPreset("fine-grained", "plus", "face"),
-        AdapterPreset("face", "plus", "face", marked=True),
+        AdapterPreset("light", "base", ("light",), marked=True),
+        AdapterPreset("standard", "base", ("light",)),
+        AdapterPreset("fine-grained", "plus", ("face", "composition")),
+        AdapterPreset("face", "plus", ("face",), marked=True),
         AdapterPreset("full face", "full"),
+        AdapterPreset("composition", "plus", ("composition",), marked=True),
+        AdapterPreset("bigG", "base", feature_dim=1280),
     )
 }
 
@@ -343,7 +362,7 @@ def _of_adapters(
         """Return whether it has another preset's published name, and contents to match."""
         spec = adapter.spec
         return published.encoder(spec.features, spec.feature_dim) is published.VIT_H and any(
-            other.is_published_name(adapter, spec) and other.variant == spec.variant
+            other.is_published_name(adapter, spec) and other.asks_for(spec)
             for other in ADAPTER_PRESETS.values()
             if other != preset
         )
@@ -512,11 +531,11 @@ class Search:
             yield _download(wanted, self.adapters)
             if not any(map(self._serves, self.encoders.files)):
                 yield "It also needs an image encoder, which is missing too:"
-                yield _download(published.VIT_H, self.encoders)
+                yield _download(preset.encoder, self.encoders)
 
     def _serves(self, file: File) -> bool:
-        """Return whether the preset's published adapter can use it; all of those read ViT-H."""
-        if not isinstance(file, EncoderFile) or not file.has_sizes(published.VIT_H):
+        """Return whether the preset's published adapter can use it."""
+        if not isinstance(file, EncoderFile) or not file.has_sizes(self.preset.encoder):
             return False
         return self.preset.variant != "base" or file.sizes.embed_dim > 0
 

@@ -51,8 +51,26 @@ BASE_SDXL = _adapter("sdxl_models", "ip-adapter_sdxl")
 BASE_SDXL_VIT_H = _adapter("sdxl_models", "ip-adapter_sdxl_vit-h")
 PLUS_SDXL = _adapter("sdxl_models", "ip-adapter-plus_sdxl_vit-h")
 PLUS_FACE_SDXL = _adapter("sdxl_models", "ip-adapter-plus-face_sdxl_vit-h")
+LIGHT_V11 = Weights(
+    "ip-adapter_sd15_light_v11.bin", f"{_FILES}/models/ip-adapter_sd15_light_v11.bin", "ipadapter"
+)
+COMPOSITION, COMPOSITION_SDXL = (
+    Weights(
+        f"ip_plus_composition_{family}.safetensors",
+        "https://huggingface.co/ostris/ip-composition-adapter/resolve/main/"
+        f"ip_plus_composition_{family}.safetensors",
+        "ipadapter",
+    )
+    for family in ("sd15", "sdxl")
+)
+NOOB = Weights(
+    "noobIPAMARK1_mark1.safetensors",
+    "https://civitai.com/models/1121145",
+    "ipadapter",
+    "NOOB-IPA-MARK1 (anime SDXL)",
+)
 
-# For each family and preset of IPA_AutoLoad the one to get first. All of these read ViT-H.
+# For each family and preset of IPA_AutoLoad the one to get first.
 ADAPTERS: dict[Family, dict[str, Weights]] = {
     "sd15": {
         "light": LIGHT,
@@ -60,18 +78,22 @@ ADAPTERS: dict[Family, dict[str, Weights]] = {
         "fine-grained": PLUS,
         "face": PLUS_FACE,
         "full face": FULL_FACE,
+        "composition": COMPOSITION,
+        "bigG": BASE_BIGG,
     },
     "sdxl": {
         "standard": BASE_SDXL_VIT_H,
         "fine-grained": PLUS_SDXL,
         "face": PLUS_FACE_SDXL,
+        "composition": COMPOSITION_SDXL,
+        "bigG": BASE_SDXL,
     },
 }
 _STEMS = {
     PurePath(weights.name).stem
     for weights in (
         *(weights for family in ADAPTERS.values() for weights in family.values()),
-        *(BASE_BIGG, BASE_SDXL, VIT_H, VIT_BIGG),
+        *(LIGHT_V11, NOOB, VIT_H, VIT_BIGG),
     )
 }
 # Widths of image_embeds and of hidden states, and positions (224 pixels), of the encoders that

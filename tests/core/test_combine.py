@@ -43,6 +43,8 @@ def truth(method, stacked, weights):
         return (w * stacked).sum(0)
     if method == "subtract":
         return w[0] * stacked[0] - (w[1:] * stacked[1:]).sum(0)
+    if method in ("max", "min"):
+        return getattr(w * stacked, method)(0)
     if method == "average":
         return (w * stacked).sum(0) / w.sum()
     directions, lengths = unit(stacked)

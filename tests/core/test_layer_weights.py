@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from comfyui_ip_adapter.ip_adapter_core.layer_weights import (
     LAYER_PRESETS,
+    away_weights,
     LAYOUTS,
     edited,
     layer_names,
@@ -107,7 +108,21 @@ def test_sides(name, weak):
 @pytest.mark.parametrize("name", LAYER_PRESETS)
 def test_every_preset_is_for_both_families(name):
     for layers in (SD15, SDXL):
-        assert any(preset_weights(name, layers))
+        assert any(preset_weights(name, layers)) or any(away_weights(name, layers))
+
+
+def test_what_the_negative_side_shows():
+    for layers, composition, style in ((SD15, {7: 0.25, 8: 1.0}, 5), (SDXL, {8: 1.0}, 1)):
+        shown = dict(zip(layers, away_weights("precise style", layers), strict=True))
+        assert {key[:2]: x for key, x in shown.items() if x} == {
+            ("input", number): x for number, x in composition.items()
+        }
+        shown = dict(zip(layers, away_weights("precise composition", layers), strict=True))
+        assert shown["output", style, 0] == 1 and shown["middle", 0, 0] == 0.1
+        assert not any(shown["input", number, 0] for number in composition)
+        assert away_weights("away from style", layers) == [*shown.values()]
+        assert not any(preset_weights("away from style", layers))
+        assert not any(away_weights("style without composition", layers))
 
 
 def test_a_preset_of_blocks_is_refused_for_a_model_of_others():

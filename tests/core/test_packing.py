@@ -9,7 +9,15 @@ import torch
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
 from comfyui_ip_adapter.ip_adapter_core.attention import image_attention
 from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImageFeatures, ImagePrompt
-from comfyui_ip_adapter.ip_adapter_core.packing import fold, layer_weights, tokens, unpack
+from comfyui_ip_adapter.ip_adapter_core.packing import (
+    SCALINGS,
+    LayerFolding,
+    compile_sides,
+    fold,
+    layer_folding,
+    tokens,
+    unpack,
+)
 
 DIMS = (8, 16, 8)
 KINDS = {
@@ -103,7 +111,7 @@ def test_what_cannot_be_combined(adapter, combine, negatives, said):
 def test_fold_scales_values_only_and_unpack_inverts_it(adapter, weight):
     given = adapter.tokens(getattr(prompt(2).positive, adapter.spec.features))
     truth = list(adapter.keys_values(given))
-    packed = fold(truth, [weight, 2 * weight, 0.0])
+    packed = fold(truth, [weight, 2 * weight, 0.0]).tensor
     assert packed.shape == (2, given.shape[1], 2 * sum(DIMS))
     found = unpack(packed, DIMS)
     for (key, value), (k, v), factor in zip(found, truth, [1, 2, 0], strict=True):
@@ -120,7 +128,8 @@ def test_fold_wants_a_weight_for_every_layer(adapter):
 
 @pytest.mark.parametrize("layers, expected", [(None, [0.5] * 3), ([0, 1, -2.0], [0, 0.5, -1])])
 def test_layer_weights(adapter, layers, expected):
-    assert layer_weights(adapter.spec, 0.5, layers) == expected
+    found = layer_folding(adapter.spec, 0.5, layers)
+    assert [*found.positive] == [*found.negative] == expected and not any(found.itself)
 
 
 @pytest.mark.parametrize(
@@ -136,4 +145,70 @@ def test_layer_weights(adapter, layers, expected):
 )
 def test_layer_weights_that_cannot_be(adapter, weight, layers, said):
     with pytest.raises(ValueError, match=said):
-        layer_weights(adapter.spec, weight, layers)
+        layer_folding(adapter.spec, weight, layers)
+
+
+def _written_out(key, value, weight, scaling, per_image):
+    """K' and V' of one layer as ComfyUI_IPAdapter_plus scales them, each image by itself."""
+    penalised = weight * key.shape[-1] / 1280
+    if scaling == "V only":
+        return key, value * weight
+    if scaling == "K+V":
+        return key * weight, value * weight
+    if scaling == "K+V w/ C penalty":
+        return key * penalised, value * penalised
+    parts = value.split(per_image, dim=1)
+    means = torch.cat([part.mean(1, keepdim=True).expand_as(part) for part in parts], dim=1)
+    return key * penalised, (value - means) + means * penalised
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("images", [1, 3])
+def test_what_the_weight_multiplies(adapter, scaling, images):
+    given = prompt(images)
+    weights = (0.7, -0.4, 1.3)
+    folding = LayerFolding.alike(weights, scaling)
+    packed, _ = compile_sides(adapter, given, "concat", folding)
+    features = getattr(given.positive, adapter.spec.features)
+    each = [list(adapter.keys_values(adapter.tokens(f[None]))) for f in features]
+    found = unpack(packed.tensor, DIMS)
+    count = each[0][0][0].shape[1]
+    for number, ((key, value), weight) in enumerate(zip(found, weights, strict=True)):
+        keys, values = (torch.cat([one[number][i] for one in each], dim=1) for i in (0, 1))
+        wanted = _written_out(keys, values, weight, scaling, count)
+        torch.testing.assert_close(key, wanted[0])
+        torch.testing.assert_close(value, wanted[1])
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_factor_of_the_weight_is_another_weight(adapter, scaling):
+    """Curves, weights of latents and arithmetic on conditionings all go this way."""
+    given = prompt(2)
+    once = compile_sides(adapter, given, "concat", LayerFolding.alike((0.5, 1.0, -2.0), scaling))
+    more = compile_sides(adapter, given, "concat", LayerFolding.alike((0.3, 0.6, -1.2), scaling))
+    for one, other in zip(once, more, strict=True):
+        torch.testing.assert_close(one.scaled(0.6, DIMS).tensor, other.tensor)
+        rows = one.scaled(torch.tensor([0.6, 0.0])[:, None, None], DIMS)
+        torch.testing.assert_close(rows.tensor[:1], other.tensor)
+
+
+@pytest.mark.parametrize("combine", ["concat", "per_latent"])
+@pytest.mark.parametrize("negatives", [1, 3])
+def test_the_negative_side_shows_the_image_itself(adapter, combine, negatives):
+    given = prompt(3, negatives)
+    folding = LayerFolding((1.0, 0.0, 0.5), (1.0, 0.7, 0.5), (False, True, False))
+    positive, negative = compile_sides(adapter, given, combine, folding)
+    shown = LayerFolding.alike((1.0, 0.7, 0.5))
+    image, against = compile_sides(adapter, given, combine, shown)
+    for number, (found, kept, itself) in enumerate(
+        zip(*(unpack(x.tensor, DIMS) for x in (negative, against, image)), strict=True)
+    ):
+        for x, one, other in zip(found, kept, itself, strict=True):
+            wanted = other if number == 1 else one
+            torch.testing.assert_close(x, wanted.expand(len(x), -1, -1)[:, : x.shape[1]])
+    assert not unpack(positive.tensor, DIMS)[1][1].any()
+
+
+def test_an_unknown_scaling(adapter):
+    with pytest.raises(ValueError, match="scaling is 'W only'; expected one of V only, K"):
+        fold([], [], "W only")

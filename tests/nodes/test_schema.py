@@ -26,10 +26,12 @@ OPTIONAL_KNOBS = {"mask": ("MASK", {}), **CURVES, "latent_weights": ("LATENT_WEI
 LAYER_PRESETS = [
     *("uniform", "style", "strong style", "composition", "style and composition"),
     *("style without composition", "ease in", "ease out", "ease in-out", "reverse in-out"),
-    *("weak input", "weak middle", "weak output", "strong middle"),
+    *("weak input", "weak middle", "weak output", "strong middle", "precise style"),
+    *("precise composition", "away from composition", "away from style"),
 ]
-PRESETS = ["light", "standard", "fine-grained", "face", "full face"]
-METHODS = ["concat", "average", "norm_average", "add", "subtract"]
+SCALINGS = ["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
+PRESETS = ["light", "standard", "fine-grained", "face", "full face", "composition", "bigG"]
+METHODS = ["concat", "average", "norm_average", "add", "subtract", "max", "min"]
 NODES = {  # display names and outputs
     "IPA_LoadAdapter": ("Load IP-Adapter", {"adapter": "IP_ADAPTER"}),
     "IPA_LoadImageEncoder": ("Load Image Encoder (OpenCLIP)", {"clip_vision": "CLIP_VISION"}),
@@ -144,6 +146,7 @@ OPTIONAL = {
     "IPA_Apply": OPTIONAL_KNOBS,
     "IPA_ApplyConditioning": OPTIONAL_KNOBS,
     "IPA_ApplyRegions": CURVES,
+    "IPA_LayerWeights": {"scaling": (SCALINGS, {"default": "V only"})},
     "IPA_LatentWeights": {"curve": ("CURVE", {"forceInput": True})},
 }
 LOADERS = {"IPA_LoadAdapter", "IPA_LoadImageEncoder", "IPA_AutoLoad"}

@@ -162,6 +162,7 @@ def boot(host: Path) -> None:
     with patch.object(sys, "argv", ["main.py", *flags(), "--disable-all-custom-nodes"]):
         importlib.import_module("comfy.options").enable_args_parsing()
         importlib.import_module("comfy.cli_args")
+    importlib.import_module("utils.extra_config")  # before `nodes`, which hides that `utils`
     for name in wanted:
         importlib.import_module(name)
 

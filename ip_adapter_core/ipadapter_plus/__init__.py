@@ -1,0 +1,1 @@
+"""What the nodes of ComfyUI_IPAdapter_plus compute, in this pack's terms (nodes/ipadapter_plus)."""

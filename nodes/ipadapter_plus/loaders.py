@@ -1,0 +1,146 @@
+"""Loaders of ComfyUI_IPAdapter_plus: by a file's name, and by a preset."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ...ip_adapter_core.comfyui.ipadapter_plus import find
+from ...ip_adapter_core.comfyui.loaders import (
+    load_adapter,
+    load_encoder,
+    tensors_of,
+)
+from ...ip_adapter_core.files import finder
+from ...ip_adapter_core.ipadapter_plus.presets import COMMUNITY, FACE_ID, UNIFIED, preset_of
+from .. import paths
+from .inputs import IPADAPTER, MODEL, choice, number, typed
+
+_NO_FACES = (
+    "The preset '{}' reads faces, which this pack does not encode yet. Take 'PLUS FACE "
+    "(portraits)' of the IPAdapter Unified Loader, which needs no face analysis."
+)
+
+
+class IPAdapterModelLoader:
+    RETURN_TYPES = ("IPADAPTER",)
+    FUNCTION = "load_ipadapter_model"
+    CATEGORY = "ipadapter/loaders"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return typed({"ipadapter_file": (paths.adapter_names(),)})
+
+    @classmethod
+    def IS_CHANGED(cls, ipadapter_file: str | None = None, **_: Any) -> str:
+        if ipadapter_file is None:
+            return ""
+        return finder.digest([finder.stamps(paths.adapter_path(ipadapter_file))])
+
+    def load_ipadapter_model(self, ipadapter_file: str, **_: Any) -> tuple[Any]:
+        return (tensors_of(load_adapter(paths.adapter_path(ipadapter_file))),)
+
+
+class IPAdapterUnifiedLoader:
+    RETURN_TYPES = ("MODEL", "IPADAPTER")
+    RETURN_NAMES: tuple[str, ...] = ("model", "ipadapter")
+    FUNCTION = "load_models"
+    CATEGORY = "ipadapter"
+    PRESETS = UNIFIED
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return typed(
+            {"model": MODEL, "preset": choice(*(preset.name for preset in cls.PRESETS))},
+            {"ipadapter": IPADAPTER},
+        )
+
+    @classmethod
+    def IS_CHANGED(cls, **_: Any) -> str:
+        files = (*paths.adapters().files, *paths.encoders().files)
+        return finder.digest(finder.stamps(file.path) for file in files)
+
+    def load_models(
+        self,
+        model: Any,
+        preset: str,
+        lora_strength: float = 0.0,
+        provider: str = "CPU",
+        ipadapter: Any = None,
+        **_: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        wanted = preset_of(preset)
+        if wanted.face:
+            raise ValueError(_NO_FACES.format(wanted.name))
+        adapter, encoder = find(model, wanted, paths.adapters(), paths.encoders())
+        given = ipadapter if isinstance(ipadapter, Mapping) else {}
+        return model, {
+            "clipvision": self._loaded(given, "clipvision", encoder.path, encoder),
+            "ipadapter": self._loaded(given, "ipadapter", adapter.path, adapter),
+            "insightface": given.get("insightface") or {"provider": None, "model": None},
+        }
+
+    def _loaded(self, given: Mapping[str, Any], part: str, path: str, file: Any) -> dict[str, Any]:
+        """Return a file's model: that of a former loader, of a former run, or a new one."""
+        own: dict[str, Any] = self.__dict__.setdefault("loaded", {})
+        former = given.get(part) or {}
+        stamp = finder.stamps(path)
+        if former.get("model") is not None and _same(former.get("file"), path):
+            return {"file": path, "model": former["model"]}
+        if own.get(part, (None,))[0] != (path, stamp):
+            if part == "clipvision":
+                model: Any = load_encoder(file)
+            else:
+                model = tensors_of(load_adapter(path))
+            own[part] = (path, stamp), model
+        return {"file": path, "model": own[part][1]}
+
+
+def _same(one: Any, other: str) -> bool:
+    return isinstance(one, str) and os.path.realpath(one) == os.path.realpath(other)
+
+
+class IPAdapterUnifiedLoaderFaceID(IPAdapterUnifiedLoader):
+    RETURN_NAMES = ("MODEL", "ipadapter")
+    CATEGORY = "ipadapter/faceid"
+    PRESETS = FACE_ID
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        providers = "CPU", "CUDA", "ROCM", "DirectML", "OpenVINO", "CoreML"
+        return typed(
+            {
+                "model": MODEL,
+                "preset": choice(*(preset.name for preset in cls.PRESETS)),
+                "lora_strength": number(0.6, 0, 1, 0.01),
+                "provider": choice(*providers),
+            },
+            {"ipadapter": IPADAPTER},
+        )
+
+
+class IPAdapterUnifiedLoaderCommunity(IPAdapterUnifiedLoader):
+    CATEGORY = "ipadapter/loaders"
+    PRESETS = COMMUNITY
+
+
+class IPAdapterInsightFaceLoader:
+    RETURN_TYPES = ("INSIGHTFACE",)
+    FUNCTION = "load_insightface"
+    CATEGORY = "ipadapter/loaders"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return typed(
+            {
+                "provider": choice("CPU", "CUDA", "ROCM"),
+                "model_name": choice("buffalo_l", "antelopev2"),
+            }
+        )
+
+    def load_insightface(self, provider: str, model_name: str = "buffalo_l", **_: Any) -> Any:
+        raise ValueError(
+            "This pack does not encode faces yet, so that there is nothing to load. Take a plus "
+            "face or full face adapter, which need no face analysis."
+        )

@@ -1,0 +1,44 @@
+"""What the IPADAPTER socket carries: mappings, the packs' own and others'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ...ip_adapter_core.comfyui.loaders import ManagedAdapter, adapter_of
+
+
+class Models(NamedTuple):
+    """An adapter, and the image encoder that came with it, if one did."""
+
+    adapter: ManagedAdapter
+    clip_vision: Any
+
+
+def models(ipadapter: Any, clip_vision: Any = None) -> Models:
+    """Return what a socket holds; a `clip_vision` of one's own goes before the loader's.
+
+    Raises ValueError for what is no adapter.
+    """
+    if isinstance(ipadapter, ManagedAdapter):
+        return Models(ipadapter, clip_vision)
+    if not isinstance(ipadapter, Mapping):
+        raise ValueError(
+            f"ipadapter is a {type(ipadapter).__name__}; expected the output of an IPAdapter Model "
+            "Loader or an IPAdapter Unified Loader."
+        )
+    name: str
+    inner: Any
+    name, inner = "IPADAPTER", ipadapter
+    if "ipadapter" in ipadapter:
+        entry = ipadapter["ipadapter"] or {}
+        inner, file = entry.get("model"), entry.get("file")
+        name = str(file or name).replace("\\", "/").rsplit("/", 1)[-1]
+        if clip_vision is None:
+            clip_vision = (ipadapter.get("clipvision") or {}).get("model")
+    if not isinstance(inner, Mapping) or not inner.get("image_proj"):
+        raise ValueError(
+            "No IP-Adapter came in at 'ipadapter'. Connect an IPAdapter Model Loader or an "
+            "IPAdapter Unified Loader."
+        )
+    return Models(adapter_of(inner, name), clip_vision)
