@@ -16,7 +16,6 @@ from .image_prompts import CombineImagePrompts, LoadImagePrompt, SaveImagePrompt
 from .loaders import AutoLoadIPAdapter, LoadImageEncoder, LoadIPAdapter
 from .weights import LatentWeights, LayerWeights
 
-
 logger = logging.getLogger("comfyui_ip_adapter")
 
 
@@ -27,7 +26,7 @@ class IPAdapterExtension(ComfyExtension):
         try:
             from .ipadapter_plus import serve
 
-            serve(f"custom_nodes.{Path(__file__).resolve().parents[1].name}")
+            serve(f"custom_nodes.{Path(__file__).parents[1].name}")
         except Exception:
             logger.exception("The node ids of ComfyUI_IPAdapter_plus cannot be served.")
 

@@ -250,7 +250,7 @@ NO_SUM = "divides by the sum of weights, which is 0"
         ("add", [1e300, 1.0], r"add with weights 1e\+300, 1 leaves the range"),
         ("add", [1.0, 3.14, 2.0], "3 weights for 2"),
         ("average", [], "No image prompt is connected"),
-        ("max", [1.0], "'max'; expected one of concat, average"),
+        ("mode", [1.0], "'mode'; expected one of concat, average"),
     ],
 )
 def test_weights_and_methods_that_cannot_be(method, weights, said):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from comfyui_ip_adapter.ip_adapter_core.layer_weights import (
     LAYER_PRESETS,
-    away_weights,
     LAYOUTS,
+    away_weights,
     edited,
     layer_names,
     listed,

@@ -380,3 +380,37 @@ def test_weights_over_frames(old, ours, timing, method):
                 for node in (old, ours)
             )
             assert next(prompts) == next(prompts)
+
+
+def _ids():
+    from comfyui_ip_adapter.nodes.ipadapter_plus import CLASSES
+
+    return [id_ for id_ in CLASSES if id_ in nodes_of(OLD)]
+
+
+def test_every_id_has_the_same_interface(use):
+    import inspect
+
+    from comfyui_ip_adapter.nodes.ipadapter_plus import CLASSES, DISPLAY_NAMES
+
+    use(OLD, "IPAdapterCombineWeights", weights_1=1.0, weights_2=1.0)
+    theirs = nodes_of(OLD)
+    assert len(theirs) == 37 and theirs.keys() <= CLASSES.keys()
+    for id_, node in theirs.items():
+        ours = CLASSES[id_]
+        wanted, found = node.INPUT_TYPES(), ours.INPUT_TYPES()
+        for kind in ("required", "optional"):
+            assert [*found.get(kind, {})] == [*wanted.get(kind, {})], id_
+            for name, given in wanted.get(kind, {}).items():
+                assert [*found[kind][name]] == [*given], (id_, name)
+        assert tuple(ours.RETURN_TYPES) == tuple(node.RETURN_TYPES), id_
+        names = getattr(node, "RETURN_NAMES", node.RETURN_TYPES)
+        assert tuple(getattr(ours, "RETURN_NAMES", ours.RETURN_TYPES)) == tuple(names), id_
+        assert (ours.FUNCTION, ours.CATEGORY) == (node.FUNCTION, node.CATEGORY), id_
+        assert getattr(ours, "OUTPUT_NODE", False) == getattr(node, "OUTPUT_NODE", False)
+        their_call, our_call = (
+            inspect.signature(getattr(kind, kind.FUNCTION)).parameters for kind in (node, ours)
+        )
+        kept = [name for name in our_call if name in their_call]
+        assert kept == [*their_call], f"{id_}: other packs pass these by position"
+        assert DISPLAY_NAMES[id_]
