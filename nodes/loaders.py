@@ -75,8 +75,8 @@ class AutoLoadIPAdapter(types.Node):
             description=(
                 "Finds the IP-Adapter for a model, and its image encoder, among the files in "
                 "models/ipadapter and models/clip_vision. Goes by what is in the files; only light "
-                "and standard, and face and fine-grained, which look alike inside, are told apart "
-                "by the words 'light' and 'face' in the name."
+                "and standard, and face, composition and fine-grained, which look alike inside, "
+                "are told apart by the words 'light', 'face' and 'composition' in the name."
             ),
             inputs=[
                 io.Model.Input(
@@ -91,7 +91,9 @@ class AutoLoadIPAdapter(types.Node):
                     default="standard",
                     tooltip="light: SD1.5 only, follows the picture loosely. standard: its content "
                     "and style. fine-grained: details too (plus). face: a face (plus-face). full "
-                    "face: SD1.5 only, a face at its closest (full-face).",
+                    "face: SD1.5 only, a face at its closest (full-face). composition: what is "
+                    "where (the composition adapters). bigG: as standard, with ViT-bigG/14, and "
+                    "NOOB-IPA-MARK1 for anime SDXL.",
                 ),
             ],
             outputs=[

@@ -23,6 +23,12 @@ def ours(info: ObjectInfo) -> dict[str, Any]:
     return {name: node for name, node in sorted(info.items()) if name.startswith(PREFIX)}
 
 
+def served(info: ObjectInfo) -> dict[str, Any]:
+    """Return the nodes of ComfyUI_IPAdapter_plus that this pack serves, in alphabetic order."""
+    mark = "(A node of ComfyUI_IPAdapter_plus.)"
+    return {name: x for name, x in sorted(info.items()) if str(x["description"]).endswith(mark)}
+
+
 def inputs_of(node: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any], bool]]:
     """Yield a node's inputs in order, as (name, type, options, optional)."""
     for kind in ("required", "optional"):

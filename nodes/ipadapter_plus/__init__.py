@@ -10,8 +10,10 @@ import logging
 from typing import Any
 
 from . import apply, embeds, first_version, loaders, params, pictures, weights
-from .requests import FIRST_ENCODER, completed
+from .requests import FIRST_ENCODER
+from .server import add_to_server
 from .settings import serves_ids
+from .texts import description
 
 logger = logging.getLogger("comfyui_ip_adapter")
 host_nodes: Any = importlib.import_module("nodes")  # ComfyUI's
@@ -81,32 +83,20 @@ def serve(module: str) -> dict[str, Any]:
         own = getattr(table.get(id_), "__module__", None) == kind.__module__
         if id_ not in table or own:
             kind.RELATIVE_PYTHON_MODULE = module
+            kind.DESCRIPTION = description(id_)
             table[id_], names[id_] = kind, DISPLAY_NAMES[id_]
-    served = {id_: kind for id_, kind in CLASSES.items() if table.get(id_) is kind}
+    served = served_now()
     if served:
         logger.info(
             "%d node ids of ComfyUI_IPAdapter_plus are served by this pack.%s",
             len(served),
             "" if len(served) == len(CLASSES) else " Another pack has the others.",
         )
-        _complete_requests()
+        add_to_server(served_now)
     return served
 
 
-def _complete_requests() -> None:
-    from server import PromptServer  # ComfyUI's
-
-    server = getattr(PromptServer, "instance", None)
-    if server is None:
-        return
-    handlers = server.on_prompt_handlers
-    if any(getattr(handler, "serves", "") == __name__ for handler in handlers):
-        return
-
-    def complete(request: dict[str, Any]) -> dict[str, Any]:
-        table = host_nodes.NODE_CLASS_MAPPINGS
-        now = {id_: kind for id_, kind in CLASSES.items() if table.get(id_) is kind}
-        return completed(request, now)
-
-    complete.serves = __name__  # type: ignore[attr-defined]
-    server.add_on_prompt_handler(complete)
+def served_now() -> dict[str, Any]:
+    """Return the classes of the ids that ComfyUI takes from this pack."""
+    table = host_nodes.NODE_CLASS_MAPPINGS
+    return {id_: kind for id_, kind in CLASSES.items() if table.get(id_) is kind}

@@ -78,6 +78,12 @@ def run_node(node: Any, inputs: dict[str, Any]) -> Any:
 
 
 @pytest.fixture(scope="session")
+def client(models_sdxl, server):
+    """A server on stand-ins of both families, for the editor."""
+    return server
+
+
+@pytest.fixture(scope="session")
 def truth(pack):
     from tests.sampling import truth
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import functools
+import io
 import itertools
+import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from tests.packs import conftest
 from tests.packs.conftest import nodes_of
 from tests.support import checkpoint_layouts as layouts
 
@@ -414,3 +420,74 @@ def test_every_id_has_the_same_interface(use):
         kept = [name for name in our_call if name in their_call]
         assert kept == [*their_call], f"{id_}: other packs pass these by position"
         assert DISPLAY_NAMES[id_]
+
+
+EXAMPLES = [
+    *("simple", "advanced", "combine_embeds", "weight_types", "weighted_embeds"),
+    *("negative_image", "noise_injection", "tiled", "weights", "style_composition"),
+    *("precise_weight_type", "precise_composition", "cosxl_edit"),
+]
+STANDINS = {
+    "CheckpointLoaderSimple": lambda name: (
+        "sd_xl_base_1.0.safetensors"
+        if name.startswith(("sdxl", "cosxl"))
+        else "v1-5-pruned-emaonly-fp16.safetensors"
+    ),
+    "CLIPVisionLoader": lambda name: "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
+    "LoadImage": lambda name: "reference.png",
+}
+SMALL = {
+    "EmptyLatentImage": lambda values: [64, 64, values[2]],
+    "KSampler": lambda values: [*values[:2], 1, *values[3:]],
+    "BasicScheduler": lambda values: [values[0], 1, values[2]],
+}
+
+
+def example(name):
+    """Return an example of the old pack, on stand-ins and small."""
+    path = conftest.found(OLD) / "examples" / f"ipadapter_{name}.json"
+    workflow = json.loads(path.read_text("utf-8"))
+    for node in workflow["nodes"]:
+        if node["type"] in STANDINS:
+            node["widgets_values"][0] = STANDINS[node["type"]](node["widgets_values"][0])
+        if node["type"] in SMALL:
+            node["widgets_values"] = SMALL[node["type"]](node["widgets_values"])
+    return workflow
+
+
+@pytest.fixture(scope="module")
+def opened(client, page):
+    """Requests of the examples as they are and rewritten, made by ComfyUI's editor."""
+    made = {}
+    for name in EXAMPLES:
+        workflow = example(name)
+        for kind in ("old", "new"):
+            if kind == "new":
+                page.evaluate("app.extensionManager.command.execute('IPAdapter.Rewrite')")
+                page.wait_for_function("app.graph._nodes.some((n) => n.type.startsWith('IPA'))")
+                page.wait_for_timeout(500)
+            else:
+                page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+            missing = page.evaluate(
+                "app.graph._nodes.filter((n) => !(n.type in LiteGraph.registered_node_types))"
+                ".map((n) => n.type)"
+            )
+            assert [*{*missing} - {"Note", "Reroute"}] == [], name
+            request = page.evaluate("async () => (await app.graphToPrompt()).output")
+            made[name, kind] = request
+    return made
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_open_run_and_are_rewritten(opened, client, name):
+    pictures = []
+    for kind in ("old", "new"):
+        request = opened[name, kind]
+        with ThreadPoolExecutor(1) as pool:  # the page's thread has an event loop that runs
+            images = pool.submit(client.run, request).result().images
+        drawn = [id_ for id_ in sorted(images) if request[id_]["class_type"] != "IPA_LayerWeights"]
+        files = [data for id_ in drawn for data in images[id_]]
+        pictures.append([np.asarray(Image.open(io.BytesIO(data))) for data in files])
+    assert pictures[0] and len(pictures[0]) == len(pictures[1])
+    for one, other in zip(*pictures, strict=True):
+        assert np.array_equal(one, other)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tools.comfyui.install import ROOT
-from tools.generated import Files, ObjectInfo, command, inputs_of, ours
+from tools.generated import Files, ObjectInfo, command, inputs_of, ours, served
 
 WORKFLOWS = ROOT / "workflows"
 PAGES = ROOT / "tools" / "docs" / "pages"
@@ -34,7 +34,14 @@ def build(info: ObjectInfo) -> Files:
     prose = {name: (PAGES / f"{name}.md").read_text(encoding="utf-8") for name in nodes}
     files = {DOCS / f"{name}.md": _page(nodes[name], prose[name]).encode() for name in nodes}
     shown = {f"{name}.jpg" for text in prose.values() for name in _PICTURE.findall(text)}
+    files |= {DOCS / f"{name}.md": _served(node).encode() for name, node in served(info).items()}
     return files | {DOCS / IMAGES / name: (WORKFLOWS / name).read_bytes() for name in shown}
+
+
+def _served(node: Mapping[str, Any]) -> str:
+    """Return the page of a node of ComfyUI_IPAdapter_plus: one text, and where to go on."""
+    told = f"# {node['display_name']}\n\n{node['description']}\n"
+    return f"{told}\n*Edit* → *Rewrite ComfyUI_IPAdapter_plus nodes* puts this pack's own nodes in place.\n"
 
 
 def _page(node: Mapping[str, Any], prose: str) -> str:
