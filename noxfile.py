@@ -18,6 +18,10 @@ import nox
 
 ROOT = Path(__file__).resolve().parent
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
+OF_PACKS = (  # what other packs import
+    *("gguf", "PyWavelets", "opencv-python-headless", "scikit-image", "piexif", "webcolors"),
+    *("cachetools", "playwright"),
+)
 LINTERS = ("ruff==0.17.6", "mypy==2.4.1")  # a new release's new rules are taken up on purpose
 CODE = ("ip_adapter_core", "nodes", "training", "miniature", "tools", "benchmarks")
 KEPT = ("torch", "torchvision", "torchaudio")  # an installed one is never replaced
@@ -159,6 +163,7 @@ def hosts(session: nox.Session) -> None:
 def packs(session: nox.Session) -> None:
     """Try other packs beside this one, from checkouts in a folder: -- FOLDER."""
     folder, *others = session.posargs or ["."]
+    run(session, "pip", "install", "-q", *OF_PACKS)
     place = {"IP_ADAPTER_PACKS": str(Path(folder).absolute())}
     run(session, "pytest", "tests/packs", "-q", "-rA", *others, OMP_NUM_THREADS="1", **place)
 

@@ -434,7 +434,7 @@ STANDINS = {
         else "v1-5-pruned-emaonly-fp16.safetensors"
     ),
     "CLIPVisionLoader": lambda name: "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
-    "LoadImage": lambda name: "reference.png",
+    "LoadImage": lambda name: "small.png",
 }
 SMALL = {
     "EmptyLatentImage": lambda values: [64, 64, values[2]],
@@ -456,9 +456,11 @@ def example(name):
 
 
 @pytest.fixture(scope="module")
-def opened(client, page):
+def opened(client, models_sdxl, page):
     """Requests of the examples as they are and rewritten, made by ComfyUI's editor."""
     made = {}
+    with Image.open(models_sdxl / "input" / "reference.png") as picture:
+        picture.convert("RGB").resize((64, 64)).save(models_sdxl / "input" / "small.png")
     for name in EXAMPLES:
         workflow = example(name)
         for kind in ("old", "new"):
