@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .face_projection import FacePerceiver, FaceProjection, FaceResampler
 from .projection import ImageProjection, MLPProjection, Projection
 from .resampler import Resampler
 from .variants import FeatureKind, Variant
@@ -16,7 +17,11 @@ PROJECTIONS: dict[Variant, type[Projection]] = {
     "base": ImageProjection,
     "plus": Resampler,
     "full": MLPProjection,
+    "faceid": FaceProjection,
+    "faceid-plus": FacePerceiver,
+    "faceid-unnorm": FaceResampler,
 }
+_KOLORS_DIM = 2048  # of its resampler; SDXL's has 1280
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,22 @@ class AdapterSpec:
 
     @property
     def features(self) -> FeatureKind:
-        """What the projection reads of the image encoder."""
+        """What the projection reads of the image encoder, or of a face alone."""
         return PROJECTIONS[self.variant].features
+
+    @property
+    def reads(self) -> tuple[FeatureKind, ...]:
+        """All that the projection reads, in the order of its arguments."""
+        return PROJECTIONS[self.variant].reads or (self.features,)
+
+    def width(self, kind: FeatureKind) -> int:
+        """Return the width of what it reads of that kind."""
+        return self.feature_dim if kind == self.features else self.sizes["face_dim"]
+
+    @property
+    def kolors(self) -> bool:
+        """Whether it was made for Kolors, whose layers are SDXL's."""
+        return self.variant == "plus" and self.sizes["dim"] == _KOLORS_DIM
 
     @property
     def feature_dim(self) -> int:
@@ -80,6 +99,7 @@ class IPAdapter(nn.Module):
     def __init__(self, spec: AdapterSpec, *, operations: Any = nn, **factory: Any) -> None:
         super().__init__()
         self.spec = spec
+        self.lora: dict[str, Tensor] = {}  # of a FaceID file, for the model; no part of the state
         build = {"operations": operations, **factory}
         self.image_proj = PROJECTIONS[spec.variant](**spec.sizes, **build)
         # Numbered as in diffusers' attn_processors: even places are self-attention.
@@ -90,18 +110,21 @@ class IPAdapter(nn.Module):
             }
         )
 
-    def tokens(self, features: Tensor) -> Tensor:
+    def tokens(self, *features: Tensor, structure: float = 1.0) -> Tensor:
         """Project image features to tokens `(N, tokens, cross_attention_dim)`.
 
-        They are `(N, feature_dim)` or `(N, patches, feature_dim)`, as `spec.features` says.
+        They are `(N, width)` or `(N, patches, width)`, as `spec.reads` says. `structure`: see
+        `FacePerceiver`.
         """
-        return self.image_proj(features)
+        if isinstance(self.image_proj, FacePerceiver):
+            return self.image_proj(*features, structure=structure)
+        return self.image_proj(*features)
 
     def keys_values(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield K' and V', each `(N, tokens, width)`, layer by layer in checkpoint order."""
         for layer in self.ip_adapter.values():
             yield layer(tokens)
 
-    def forward(self, features: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, *features: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return every layer's K' and V' of image features."""
-        return list(self.keys_values(self.tokens(features)))
+        return list(self.keys_values(self.tokens(*features)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .image_prompt import ImageFeatures, ImagePrompt
 from .latent_weights import plain
-from .variants import FEATURE_KINDS
+from .variants import FACE, FEATURE_KINDS
 
 METHODS = ("concat", "average", "norm_average", "add", "subtract", "max", "min")
 
@@ -85,7 +85,8 @@ def combine(
         positive = _calculated(images, method, weights)
         negative = _average_negative(against, weights)
     known = all(prompt.fingerprint for prompt in prompts.values())
-    return ImagePrompt(positive, negative, first.encoder, first.fingerprint if known else "")
+    fingerprint = first.fingerprint if known else ""
+    return ImagePrompt(positive, negative, first.encoder, fingerprint, first.structure)
 
 
 def _check_encoders(prompts: Mapping[str, ImagePrompt]) -> None:
@@ -105,7 +106,7 @@ def _check_encoders(prompts: Mapping[str, ImagePrompt]) -> None:
 
 def _sizes(prompt: ImagePrompt) -> list[torch.Size]:
     """Of one image's features."""
-    return [getattr(prompt.positive, kind).shape[1:] for kind in FEATURE_KINDS]
+    return [prompt.positive.of(kind).shape[1:] for kind in (*FEATURE_KINDS, FACE)]
 
 
 def _named(prompt: ImagePrompt) -> str:
@@ -118,14 +119,14 @@ def _listed(weights: Sequence[float]) -> str:
 
 
 def _each(function: Callable[[list[Tensor]], Tensor], sides: list[ImageFeatures]) -> ImageFeatures:
-    """Apply `function` to the tensors of one kind, for both kinds."""
-    return ImageFeatures(
-        *(function([getattr(side, kind) for side in sides]) for kind in FEATURE_KINDS)
-    )
+    """Apply `function` to the tensors of one kind, for all kinds that there are."""
+    kinds = [*FEATURE_KINDS, *([] if sides[0].face_embeds is None else [FACE])]
+    return ImageFeatures(*(function([side.of(kind) for side in sides]) for kind in kinds))
 
 
 def _equal(one: ImageFeatures, other: ImageFeatures) -> bool:
-    return all(torch.equal(getattr(one, kind), getattr(other, kind)) for kind in FEATURE_KINDS)
+    kinds = (*FEATURE_KINDS, FACE)
+    return all(torch.equal(one.of(kind), other.of(kind)) for kind in kinds)
 
 
 def _distinct(sides: list[ImageFeatures]) -> list[ImageFeatures]:

@@ -14,7 +14,7 @@ from .adapter import AdapterSpec
 from .files import published
 from .files.adapter_file import EXTENSIONS
 from .image_prompt import QUICK_GELU, UNNAMED, ImagePrompt
-from .variants import FeatureKind, describe_model
+from .variants import FACE, FeatureKind, describe_model
 
 logger = logging.getLogger("comfyui_ip_adapter")
 # What an adapter reads that a prompt lacks, why, and the remedy.
@@ -27,6 +27,10 @@ _LACKING: dict[FeatureKind, tuple[str, str]] = {
     "penultimate_hidden_states": (
         "the encoder's hidden states",
         "it is no vision transformer, so it gives none. Load the image encoder",
+    ),
+    FACE: (
+        "a face embedding",
+        "it has none. Take Encode Face in place of Encode Image Prompt, with the face encoder",
     ),
 }
 _OPEN_CLIP = "open_clip:"  # as training's settings begin: MODEL/WEIGHTS, MODEL@FILE or FILE
@@ -58,10 +62,25 @@ def fits(spec: AdapterSpec, layers: Sequence[CrossAttention]) -> bool:
 
 
 def check_fits(
-    spec: AdapterSpec, adapter_name: str, model_name: str, layers: Sequence[CrossAttention]
+    spec: AdapterSpec,
+    adapter_name: str,
+    model_name: str,
+    layers: Sequence[CrossAttention],
+    kolors: bool = False,
 ) -> None:
-    """Raise ValueError unless the adapter has W'k, W'v for exactly this model's `layers`."""
+    """Raise ValueError unless the adapter has W'k, W'v for exactly this model's `layers`.
+
+    `kolors`: whether the model is Kolors, which has the layers of SDXL and another text encoder.
+    """
     made_for = describe_model(spec.cross_attention_dim, len(spec.layer_dims))
+    if spec.kolors is not kolors and layers:
+        wanted = "Kolors" if spec.kolors else made_for
+        found = "Kolors" if kolors else describe_model(layers[0].context_dim, len(layers))
+        raise ValueError(
+            f"'{adapter_name}' was made for {wanted}, but the connected model ({model_name}) is "
+            f"{found}. Connect a model of the adapter's family, or load an adapter made for this "
+            "one."
+        )
     if not layers:
         raise ValueError(
             f"'{adapter_name}' was made for {made_for}, but the connected model ({model_name}) "
@@ -99,24 +118,11 @@ def check_encoder(
         adapter_name: For messages.
         trained_with: The encoder's name in the adapter's metadata.
     """
-    kind = spec.features.replace("_", " ")
-    width = getattr(prompt.positive, spec.features).shape[-1]
-    if width == 0:
-        read, reason = _LACKING[spec.features]
-        raise ValueError(
-            f"'{adapter_name}' reads {read}, but the image prompt was made with {prompt.encoder}: "
-            f"{reason} that this adapter was trained with, and encode the image again."
-        )
-    if width != spec.feature_dim:
-        label = published.encoder_label(spec.features, spec.feature_dim)
-        raise ValueError(
-            f"'{adapter_name}' reads {kind} {spec.feature_dim} wide, as "
-            f"{trained_with or label or 'another encoder'} gives, but the image prompt was made "
-            f"with {prompt.encoder}, whose {kind} are {width} wide. Load the image encoder that "
-            "this adapter was trained with, and encode the image again."
-        )
-    if prompt.encoder == UNNAMED:
+    for read in spec.reads:
+        _check_width(spec, read, prompt, adapter_name, trained_with)
+    if prompt.encoder == UNNAMED or FACE in spec.reads:
         return
+    kind = spec.features.replace("_", " ")
     expected = expected_encoder(spec, trained_with)
     patches, hidden = prompt.positive.penultimate_hidden_states.shape[1:]
     sizes = prompt.positive.image_embeds.shape[1], hidden, patches
@@ -126,6 +132,31 @@ def check_encoder(
             f"The image prompt's are as wide, but of another encoder: {prompt.encoder}. Unless the "
             "adapter was trained with that one, the result follows the image badly: load the "
             "adapter's own image encoder, and encode the image again."
+        )
+
+
+def _check_width(
+    spec: AdapterSpec,
+    kind: FeatureKind,
+    prompt: ImagePrompt,
+    adapter_name: str,
+    trained_with: str | None,
+) -> None:
+    name, expected = kind.replace("_", " "), spec.width(kind)
+    width = prompt.positive.of(kind).shape[-1]
+    if width == 0:
+        read, reason = _LACKING[kind]
+        raise ValueError(
+            f"'{adapter_name}' reads {read}, but the image prompt was made with {prompt.encoder}: "
+            f"{reason} that this adapter was trained with, and encode the image again."
+        )
+    if width != expected:
+        label = published.encoder_label(kind, expected)
+        raise ValueError(
+            f"'{adapter_name}' reads {name} {expected} wide, as "
+            f"{trained_with or label or 'another encoder'} gives, but the image prompt was made "
+            f"with {prompt.encoder}, whose {name} are {width} wide. Load the image encoder that "
+            "this adapter was trained with, and encode the image again."
         )
 
 

@@ -27,24 +27,39 @@ class ImageFeatures:
     """What an image encoder says of N images.
 
     `image_embeds (N, embed_dim)`, embed_dim 0 where the encoder has no projection;
-    `penultimate_hidden_states (N, patches, hidden_dim)`.
+    `penultimate_hidden_states (N, patches, hidden_dim)`. Of faces: `face_embeds (N, 512)` as the
+    face encoder gives them, not normalised; then the others are those of the faces' crops.
     """
 
     image_embeds: Tensor
     penultimate_hidden_states: Tensor
+    face_embeds: Tensor | None = None
 
     def __len__(self) -> int:
         return self.image_embeds.shape[0]
 
+    def of(self, kind: FeatureKind) -> Tensor:
+        """Return the features of a kind, 0 wide where there are none."""
+        found: Tensor | None = getattr(self, kind)
+        return self.image_embeds[:, :0] if found is None else found
+
     def mean(self) -> ImageFeatures:
-        """Return the average image, N = 1."""
-        return self._map(lambda x: x.mean(0, keepdim=True))
+        """Return the average image, N = 1; faces by their directions, which tell who it is."""
+        made = self._map(lambda x: x.mean(0, keepdim=True))
+        if self.face_embeds is None:
+            return made
+        lengths = self.face_embeds.norm(dim=-1, keepdim=True)
+        directions = self.face_embeds / lengths.where(lengths > 0, 1.0)
+        face = directions.mean(0, keepdim=True) * lengths.mean(0, keepdim=True)
+        return replace(made, face_embeds=face)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ImageFeatures:
         return self._map(lambda x: x.to(device, dtype))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> ImageFeatures:
-        return ImageFeatures(function(self.image_embeds), function(self.penultimate_hidden_states))
+        face = None if self.face_embeds is None else function(self.face_embeds)
+        embeds, states = map(function, (self.image_embeds, self.penultimate_hidden_states))
+        return ImageFeatures(embeds, states, face)
 
 
 @dataclass(frozen=True)
@@ -54,13 +69,15 @@ class ImagePrompt:
     `negative` is the zero image as in training (zero embedding; features of zero *normalised*
     pixels) or an image of the user's. Knows neither λ nor model: any adapter of the same
     encoder can use it. `encoder` describes the encoder to people; `fingerprint` is the same for
-    the same encoder only, and empty where nothing is known of its weights.
+    the same encoder only, and empty where nothing is known of its weights. `structure`: how much
+    of a face's crop FaceID Plus v2 follows beside its embedding.
     """
 
     positive: ImageFeatures
     negative: ImageFeatures
     encoder: str
     fingerprint: str = ""
+    structure: float = 1.0
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ImagePrompt:
         return replace(
@@ -74,8 +91,8 @@ def bare(kind: FeatureKind, positive: Tensor, negative: Tensor) -> ImagePrompt:
     def side(features: Tensor) -> ImageFeatures:
         count = len(features)
         none = {"image_embeds": (count, 0), "penultimate_hidden_states": (count, 0, 0)}
-        others = {k: features.new_zeros(shape) for k, shape in none.items() if k != kind}
-        return ImageFeatures(**{kind: features, **others})
+        made = {k: features.new_zeros(shape) for k, shape in none.items()}
+        return ImageFeatures(**{**made, kind: features})
 
     return ImagePrompt(side(positive), side(negative), UNNAMED)
 

@@ -90,7 +90,7 @@ def compile_sides(
     if away:
         pairs = zip(folding.itself, image, against, strict=True)
         against = [positive if itself else negative for itself, positive, negative in pairs]
-    an_image = adapter.spec.tokens or getattr(prompt.positive, adapter.spec.features).shape[1]
+    an_image = adapter.spec.tokens or prompt.positive.of(adapter.spec.features).shape[1]
     return (
         fold(image, folding.positive, folding.scaling, an_image),
         fold(against, folding.negative, folding.scaling, an_image),
@@ -113,7 +113,10 @@ def tokens(
     sides = prompt.positive, prompt.negative
     if combine == "average":
         sides = sides[0].mean(), sides[1].mean()
-    positive, negative = (adapter.tokens(getattr(s, adapter.spec.features)) for s in sides)
+    positive, negative = (
+        adapter.tokens(*map(side.of, adapter.spec.reads), structure=prompt.structure)
+        for side in sides
+    )
     if combine == "concat":
         positive, negative = (rearrange(x, "n t d -> 1 (n t) d") for x in (positive, negative))
         # Repeating every token equally often leaves the softmax's result as it is.

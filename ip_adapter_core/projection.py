@@ -15,10 +15,11 @@ from .variants import FeatureKind
 class Projection(nn.Module):
     """What all projections have: `(N, …, feature_dim) -> (N, tokens, cross_attention_dim)`.
 
-    `features` is what they read of the image encoder.
+    `features` is what they read of the image encoder; `reads` all of it, where that is more.
     """
 
     features: ClassVar[FeatureKind]
+    reads: ClassVar[tuple[FeatureKind, ...]] = ()
 
     @staticmethod
     def sizes(weights: Mapping[str, Shaped]) -> dict[str, int]:

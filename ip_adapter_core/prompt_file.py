@@ -14,14 +14,16 @@ from torch import Tensor
 from .files.atomic import atomic
 from .files.header import few
 from .image_prompt import DAMAGED_ENCODER, ImageFeatures, ImagePrompt
-from .variants import FEATURE_KINDS
+from .variants import FACE, FEATURE_KINDS
 
 SUFFIX = ".safetensors"
 FORMAT = "image_prompt_format"  # the entry of the metadata that tells these files from others
 VERSION = "2"
+WITH_FACES = "2 with faces"
 WEIGHTS_ALONE = "1"  # the version whose fingerprints leave the encoder's settings out
 SIDES = ("positive", "negative")
 KEYS = tuple(f"{side}.{kind}" for side in SIDES for kind in FEATURE_KINDS)
+FACE_KEYS = tuple(f"{side}.{FACE}" for side in SIDES)
 
 
 class PromptFileError(ValueError):
@@ -38,21 +40,24 @@ def save(
     """
     path = Path(path)
     # Clones: safetensors refuses tensors that share memory, as equal sides may.
+    face = prompt.positive.face_embeds is not None
     tensors = {
-        f"{side}.{kind}": getattr(getattr(prompt, side), kind)
+        f"{side}.{kind}": getattr(prompt, side)
+        .of(kind)
         .detach()
         .to("cpu", torch.float32)
         .clone(memory_format=torch.contiguous_format)
         for side in SIDES
-        for kind in FEATURE_KINDS
+        for kind in (*FEATURE_KINDS, *([FACE] if face else []))
     }
     remedy = f"Encode the image again. If that does not help: {DAMAGED_ENCODER}"
     _check(tensors, path.name, remedy)
     metadata = {
         **(more or {}),
-        FORMAT: VERSION,
+        FORMAT: WITH_FACES if face else VERSION,
         "encoder": prompt.encoder,
         "encoder_fingerprint": prompt.fingerprint,
+        **({"structure": repr(prompt.structure)} if face else {}),
     }
     try:
         path.touch(exist_ok=False)  # takes the name: renaming asks no one
@@ -89,12 +94,20 @@ def load(path: str | os.PathLike[str]) -> ImagePrompt:
         found = error.strerror or str(error)
         raise PromptFileError(f"'{path}' cannot be read: {found}.") from error
     _check(tensors, name, "The file is damaged, or was made by something else.")
+    kinds = (*FEATURE_KINDS, *([FACE] if metadata[FORMAT] == WITH_FACES else []))
     positive, negative = (
-        ImageFeatures(*(tensors[f"{side}.{kind}"] for kind in FEATURE_KINDS)) for side in SIDES
+        ImageFeatures(*(tensors[f"{side}.{kind}"] for kind in kinds)) for side in SIDES
     )
     known = metadata[FORMAT] != WEIGHTS_ALONE
     fingerprint = metadata.get("encoder_fingerprint", "") if known else ""
-    return ImagePrompt(positive, negative, metadata["encoder"], fingerprint)
+    try:
+        structure = float(metadata.get("structure", 1.0))
+    except ValueError as error:
+        raise PromptFileError(
+            f"'{name}' has the structure {metadata['structure']!r}; expected a number. Save the "
+            "prompt again."
+        ) from error
+    return ImagePrompt(positive, negative, metadata["encoder"], fingerprint, structure)
 
 
 def _check_kind(metadata: Mapping[str, str], keys: list[str], name: str) -> None:
@@ -104,21 +117,22 @@ def _check_kind(metadata: Mapping[str, str], keys: list[str], name: str) -> None
             f"'{name}' is no image prompt: its metadata lacks '{FORMAT}' or 'encoder'. Found "
             f"{len(keys)} tensors: {few(keys)}. Choose a file of Save Image Prompt."
         )
-    if metadata[FORMAT] not in (VERSION, WEIGHTS_ALONE):
+    if metadata[FORMAT] not in (VERSION, WEIGHTS_ALONE, WITH_FACES):
         raise PromptFileError(
             f"'{name}' is an image prompt of format {metadata[FORMAT]!r}; expected {VERSION!r}. "
             "It was saved by another version of this pack: update the pack, or save it again."
         )
-    if sorted(keys) != sorted(KEYS):
+    expected = (*KEYS, *FACE_KEYS) if metadata[FORMAT] == WITH_FACES else KEYS
+    if sorted(keys) != sorted(expected):
         raise PromptFileError(
-            f"'{name}' holds the tensors {few(sorted(keys))}; expected {', '.join(KEYS)}. Save "
-            "the prompt again."
+            f"'{name}' holds the tensors {few(sorted(keys))}; expected {', '.join(expected)}. "
+            "Save the prompt again."
         )
 
 
 def _check(tensors: Mapping[str, Tensor], name: str, remedy: str) -> None:
     for key, tensor in tensors.items():
-        dimensions = 2 if key.endswith(FEATURE_KINDS[0]) else 3
+        dimensions = 3 if key.endswith(FEATURE_KINDS[1]) else 2
         if tensor.ndim != dimensions or tensor.shape[0] == 0:
             wanted = "[images, width]" if dimensions == 2 else "[images, patches, width]"
             raise PromptFileError(
@@ -131,17 +145,20 @@ def _check(tensors: Mapping[str, Tensor], name: str, remedy: str) -> None:
             )
         if not tensor.isfinite().all():
             raise PromptFileError(f"'{name}': '{key}' contains NaN or infinite values. {remedy}")
+    kinds = [kind for kind in (*FEATURE_KINDS, FACE) if f"positive.{kind}" in tensors]
     for side in SIDES:
-        one, other = (tensors[f"{side}.{kind}"].shape for kind in FEATURE_KINDS)
-        if one[0] != other[0]:
+        embeds, *others = (tensors[f"{side}.{kind}"].shape[0] for kind in kinds)
+        for kind, other in zip(kinds[1:], others, strict=True):
+            if other != embeds:
+                what = "hidden states" if kind != FACE else "face embeddings"
+                raise PromptFileError(
+                    f"'{name}': {side} has embeddings of {embeds} images and {what} of "
+                    f"{other}; expected equal numbers. {remedy}"
+                )
+    for kind in kinds:
+        image, against = (tensors[f"{side}.{kind}"].shape for side in SIDES)
+        if image[1:] != against[1:]:
             raise PromptFileError(
-                f"'{name}': {side} has embeddings of {one[0]} images and hidden states of "
-                f"{other[0]}; expected equal numbers. {remedy}"
-            )
-    for kind in FEATURE_KINDS:
-        one, other = (tensors[f"{side}.{kind}"].shape for side in SIDES)
-        if one[1:] != other[1:]:
-            raise PromptFileError(
-                f"'{name}': {kind} has shape {list(one)} on the positive and {list(other)} on the "
+                f"'{name}': {kind} has shape {[*image]} on the positive and {[*against]} on the "
                 f"negative side; expected the same but for the number of images. {remedy}"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .files.header import Shaped
 from .projection import Projection
+from .variants import FeatureKind
 
 DIM_HEAD = 64  # not visible in any weight's shape; every published adapter uses it
 
@@ -73,7 +74,7 @@ class Resampler(Projection):
     ("fine-grained features"); `ip_adapter/resampler.py:Resampler` in the reference.
     """
 
-    features = "penultimate_hidden_states"
+    features: ClassVar[FeatureKind] = "penultimate_hidden_states"
 
     def __init__(
         self,

@@ -8,22 +8,28 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Variant = Literal["base", "plus", "full"]
+Variant = Literal["base", "plus", "full", "faceid", "faceid-plus", "faceid-unnorm"]
 """What projects the image features: one linear layer, a resampler (fine-grained features), or an
-MLP that makes every hidden state a token."""
-FeatureKind = Literal["image_embeds", "penultimate_hidden_states"]
-"""What a projection reads of the image encoder: the fields of `ImageFeatures`."""
+MLP that makes every hidden state a token. Of faces: an MLP over the face embedding, that together
+with a perceiver over the crop's hidden states, or a resampler over the embedding as it is."""
+FeatureKind = Literal["image_embeds", "penultimate_hidden_states", "face_embeds"]
+"""What a projection reads: the fields of `ImageFeatures`."""
 Family = Literal["sd15", "sdxl"]
 """What adapters are published for."""
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
-FEATURE_KINDS: tuple[FeatureKind, ...] = get_args(FeatureKind)
+FACE: FeatureKind = "face_embeds"
+FEATURE_KINDS: tuple[FeatureKind, ...] = tuple(x for x in get_args(FeatureKind) if x != FACE)
+"""What an image encoder gives; a face encoder gives `FACE`."""
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 VARIANT_LABELS: dict[Variant, str] = {
     "base": "base",
     "plus": "fine-grained (plus)",
     "full": "full",
+    "faceid": "FaceID",
+    "faceid-plus": "FaceID Plus",
+    "faceid-unnorm": "FaceID Portrait Unnorm",
 }
 FAMILY_LABELS: dict[Family, str] = {"sd15": "SD1.5", "sdxl": "SDXL"}
 

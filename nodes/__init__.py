@@ -11,6 +11,7 @@ from typing_extensions import override
 from .apply import ApplyIPAdapter, ApplyIPAdapterConditioning, ApplyIPAdapterRegions
 from .attention_map import AttentionMap, RecordAttention
 from .encode import EncodeImagePrompt, NegativeNoise, PrepareImage
+from .faces import EncodeFace, LoadFaceEncoder
 from .grid import DrawGrid, GridValues
 from .image_prompts import CombineImagePrompts, LoadImagePrompt, SaveImagePrompt
 from .loaders import AutoLoadIPAdapter, LoadImageEncoder, LoadIPAdapter
@@ -36,6 +37,8 @@ class IPAdapterExtension(ComfyExtension):
             LoadIPAdapter,
             AutoLoadIPAdapter,
             LoadImageEncoder,
+            LoadFaceEncoder,
+            EncodeFace,
             PrepareImage,
             NegativeNoise,
             EncodeImagePrompt,

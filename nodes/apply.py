@@ -20,6 +20,7 @@ from ..ip_adapter_core.comfyui.apply import (
     with_wrappers,
 )
 from ..ip_adapter_core.comfyui.conditioning import Conditioning, apply_to_conditioning
+from ..ip_adapter_core.comfyui.face_lora import with_lora
 from ..ip_adapter_core.comfyui.host import schema
 from ..ip_adapter_core.comfyui.loaders import ManagedAdapter
 from ..ip_adapter_core.image_prompt import ImagePrompt
@@ -96,6 +97,16 @@ def shared_inputs() -> list[io.Input]:
             tooltip="A multiplier of the weight for each latent of the batch: frames of an "
             "animation, or the same picture at several weights.",
         ),
+        io.Float.Input(
+            "lora_weight",
+            default=1.0,
+            min=-5.0,
+            max=5.0,
+            step=0.05,
+            optional=True,
+            tooltip="Of the LoRA that a FaceID adapter carries for the model: for the whole run, "
+            "whatever window and mask say. Other adapters have none.",
+        ),
     ]
 
 
@@ -134,11 +145,16 @@ class ApplyIPAdapter(types.Node):
         layer_weights: Sequence[float] | None = None,
         weight_curve: Any = None,
         latent_weights: Sequence[float] | None = None,
+        lora_weight: float = 1.0,
     ) -> io.NodeOutput:
         shared = adapter, image_prompt, weight, start_at, end_at, combine
         multipliers = layer_weights, weight_curve, latent_weights
-        compiled = compile_prompt(model, ApplySettings(*shared, mask, *multipliers))
-        return io.NodeOutput(model if compiled is None else apply_to_model(model, *compiled))
+        settings = ApplySettings(*shared, mask, *multipliers, lora_weight=lora_weight)
+        compiled = compile_prompt(model, settings)
+        if compiled is None:
+            return io.NodeOutput(model)
+        model = with_lora(model, adapter, settings.lora_weight)
+        return io.NodeOutput(apply_to_model(model, *compiled))
 
 
 class ApplyIPAdapterConditioning(types.Node):
@@ -195,14 +211,16 @@ class ApplyIPAdapterConditioning(types.Node):
         layer_weights: Sequence[float] | None = None,
         weight_curve: Any = None,
         latent_weights: Sequence[float] | None = None,
+        lora_weight: float = 1.0,
     ) -> io.NodeOutput:
         shared = adapter, image_prompt, weight, start_at, end_at, combine
         multipliers = layer_weights, weight_curve, latent_weights
-        compiled = compile_prompt(model, ApplySettings(*shared, mask, *multipliers))
+        settings = ApplySettings(*shared, mask, *multipliers, lora_weight=lora_weight)
+        compiled = compile_prompt(model, settings)
         if compiled is None:
             return io.NodeOutput(for_conditionings(model, positive, negative), positive, negative)
         return io.NodeOutput(
-            with_wrappers(model),
+            with_wrappers(with_lora(model, adapter, settings.lora_weight)),
             apply_to_conditioning(positive, *compiled),
             apply_to_conditioning(negative, compiled[1], compiled[1]),
         )
@@ -215,7 +233,8 @@ class ApplyIPAdapterRegions(types.Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         knobs = {knob.id: knob for knob in shared_inputs()}
-        names = "weight", "start_at", "end_at", "combine", "layer_weights", "weight_curve"
+        names = [*("weight", "start_at", "end_at", "combine"), "layer_weights"]
+        names += ["weight_curve", "lora_weight"]
         return schema(
             node_id="IPA_ApplyRegions",
             display_name="Apply IP-Adapter (Regions)",
@@ -283,6 +302,7 @@ class ApplyIPAdapterRegions(types.Node):
         combine: str,
         layer_weights: Sequence[float] | None = None,
         weight_curve: Any = None,
+        lora_weight: float = 1.0,
     ) -> io.NodeOutput:
         prompts, given = types.by_number(image_prompts), types.by_number(masks)
         _check_paired(prompts.keys(), given.keys())
@@ -302,10 +322,14 @@ class ApplyIPAdapterRegions(types.Node):
                 mask=mask,
                 layer_weights=layer_weights,
                 weight_curve=curve,
+                lora_weight=lora_weight,
             )
             for prompt, mask in zip(prompts.values(), shares, strict=True)
         ]
-        for sides in compile_prompts(model, regions):
+        made = compile_prompts(model, regions)
+        if made:
+            model = with_lora(model, adapter, lora_weight)
+        for sides in made:
             model = apply_to_model(model, *sides)
         return io.NodeOutput(model)
 

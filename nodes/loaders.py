@@ -93,7 +93,8 @@ class AutoLoadIPAdapter(types.Node):
                     "and style. fine-grained: details too (plus). face: a face (plus-face). full "
                     "face: SD1.5 only, a face at its closest (full-face). composition: what is "
                     "where (the composition adapters). bigG: as standard, with ViT-bigG/14, and "
-                    "NOOB-IPA-MARK1 for anime SDXL.",
+                    "NOOB-IPA-MARK1 for anime SDXL. faceid, faceid-plus, portrait: a face, by "
+                    "Encode Face.",
                 ),
             ],
             outputs=[
@@ -128,7 +129,8 @@ class AutoLoadIPAdapter(types.Node):
         chosen = describe_choice(choice)
         types.show(cls, chosen)
         adapter = load_adapter(choice.adapter.path)
-        return io.NodeOutput(adapter, load_encoder(choice.encoder), chosen)
+        encoder = None if choice.encoder is None else load_encoder(choice.encoder)
+        return io.NodeOutput(adapter, encoder, chosen)
 
 
 class LoadImageEncoder(types.Node):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import folder_paths
 
 from ..ip_adapter_core.comfyui.host import is_within
+from ..ip_adapter_core.face_encoder import missing
 from ..ip_adapter_core.files.adapter_file import EXTENSIONS
 from ..ip_adapter_core.files.finder import File, Folder
 from ..ip_adapter_core.prompt_file import SUFFIX
@@ -23,6 +24,7 @@ logger = logging.getLogger("comfyui_ip_adapter")
 ADAPTERS = "ipadapter"
 ENCODERS = "clip_vision"  # ComfyUI's own folder
 IMAGE_PROMPTS = "image_prompts"
+FACES = "insightface"  # where insightface and other packs look for its model packs, too
 _LEFT_OUT: set[str] = set()
 
 
@@ -54,6 +56,34 @@ def encoder_names() -> list[str]:
     """Image encoders to choose from, as ComfyUI lists them for its own loader."""
     known = ENCODERS in folder_paths.folder_names_and_paths
     return _printable(folder_paths.get_filename_list(ENCODERS)) if known else []
+
+
+def face_encoders() -> dict[str, Path]:
+    """Return the model packs of insightface that are whole, by their names."""
+    default = os.path.join(folder_paths.models_dir, FACES)
+    known, extensions = folder_paths.folder_names_and_paths.get(FACES, ([], set()))
+    if default not in known:
+        folder_paths.folder_names_and_paths[FACES] = ([*known, default], extensions)
+    found: dict[str, Path] = {}
+    for base in folder_paths.folder_names_and_paths[FACES][0]:
+        for folder in (Path(base, "models"), Path(base)):
+            for pack in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if pack.is_dir() and not missing(pack):
+                    found.setdefault(pack.name, pack)
+    return {name: found[name] for name in _printable(found)}
+
+
+def face_encoder_path(name: str) -> Path:
+    """Return a model pack's folder. Raises FileNotFoundError that says where it is to be."""
+    found = face_encoders()
+    if name not in found:
+        place = os.path.join(folder_paths.models_dir, FACES, "models", name or "buffalo_l")
+        raise FileNotFoundError(
+            f"The face encoder '{name}' is not there. Put the files of insightface's model pack "
+            f"(det_10g.onnx and w600k_r50.onnx of buffalo_l) into {place}, then refresh the node "
+            "list (R)."
+        )
+    return found[name]
 
 
 def _printable(names: Iterable[str]) -> list[str]:

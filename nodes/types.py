@@ -17,6 +17,7 @@ ImagePrompt = io.Custom("IMAGE_PROMPT")
 LayerWeights = io.Custom("LAYER_WEIGHTS")
 LatentWeights = io.Custom("LATENT_WEIGHTS")
 AttentionRecord = io.Custom("ATTENTION_RECORD")
+FaceEncoder = io.Custom("FACE_ENCODER")
 
 PATCHED = "The model to patch. The original is not changed: use the output."
 """Tooltip of the model that a node takes and changes a copy of."""

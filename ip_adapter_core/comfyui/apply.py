@@ -19,7 +19,7 @@ from ..packing import LayerFolding, layer_folding
 from .conditioning import Conditioning, attached_to
 from .decoupled_attention import inject_decoupled_attention
 from .host import CurveInput
-from .layers import KEY, cross_attention_layers
+from .layers import KEY, cross_attention_layers, is_kolors
 from .loaders import ManagedAdapter
 from .masks import Deal, Masks, Resampling
 from .prompt_rows import CompiledPrompt
@@ -38,8 +38,8 @@ class ApplySettings:
     `weight` is λ; `start_at`, `end_at` are fractions of the schedule; `mask (M, H, W)` or `(H, W)`.
     Multipliers of λ: `layer_weights` one a layer (and more than that in a `LayerFolding`),
     `weight_curve` over the schedule (ComfyUI's curve, or what it is made of), `latent_weights` one
-    a latent. `deal`, `resampling`: of images and masks over the latents. Raises ValueError for
-    values out of their domain.
+    a latent. `deal`, `resampling`: of images and masks over the latents. `lora_weight`: of the LoRA
+    that a FaceID adapter carries for the model. Raises ValueError for values out of their domain.
     """
 
     adapter: ManagedAdapter
@@ -54,9 +54,10 @@ class ApplySettings:
     latent_weights: Sequence[float] | None = None
     deal: Deal = "in turn"
     resampling: Resampling = "bicubic"
+    lora_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("weight", "start_at", "end_at"):
+        for name in ("weight", "start_at", "end_at", "lora_weight"):
             value = getattr(self, name)
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, found {value}.")
@@ -161,7 +162,8 @@ def compile_prompts(model: ModelPatcher, several: Sequence[ApplySettings]) -> li
 def _folding(model: ModelPatcher, settings: ApplySettings) -> LayerFolding:
     adapter = settings.adapter
     layers = cross_attention_layers(model.get_model_object("diffusion_model"))
-    check_fits(adapter.spec, adapter.name, type(model.model).__name__, layers)
+    unet = model.get_model_object("diffusion_model")
+    check_fits(adapter.spec, adapter.name, type(model.model).__name__, layers, is_kolors(unet))
     check_encoder(adapter.spec, settings.image_prompt, adapter.name, adapter.trained_with)
     return layer_folding(adapter.spec, settings.weight, settings.layer_weights)
 

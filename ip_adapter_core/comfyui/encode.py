@@ -37,11 +37,16 @@ def encode(
         negative = _zero_image(clip_vision, positive.image_embeds.shape[-1])
     else:
         negative = _features(clip_vision, negative_image, crop, "negative_image")
-    quick = _activation(clip_vision).lower().replace("_", "") == "quickgelu"
-    described = describe_encoder(positive, clip_vision.image_size, quick)
-    made = ImagePrompt(positive, negative, described, _fingerprint(clip_vision))
+    made = ImagePrompt(positive, negative, *described(clip_vision, positive))
     _check_finite(made)
     return made
+
+
+def described(clip_vision: ClipVisionModel, found: ImageFeatures) -> tuple[str, str]:
+    """Describe the encoder that gave these features, in words and by its fingerprint."""
+    quick = _activation(clip_vision).lower().replace("_", "") == "quickgelu"
+    words = describe_encoder(found, clip_vision.image_size, quick)
+    return words, _fingerprint(clip_vision)
 
 
 def features(

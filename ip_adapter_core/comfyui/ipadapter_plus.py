@@ -15,14 +15,17 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from ..compatibility import fits
+from ..face_projection import unit
 from ..files import finder
 from ..files.finder import ADAPTER_PRESETS, AdapterFile, AdapterPreset, EncoderFile, Folder
-from ..image_prompt import ImageFeatures, bare
+from ..image_prompt import UNNAMED, ImageFeatures, ImagePrompt, bare
 from ..ipadapter_plus.features import across_images, enhanced, pieces, to_rows
 from ..ipadapter_plus.presets import Preset, first
 from ..ipadapter_plus.weight_types import Asked, foldings
+from ..variants import FACE
 from .apply import ApplySettings, apply_to_model, compile_prompts
 from .encode import AT_ONCE, features, zero_features
+from .encode_faces import prompt_of
 from .layers import layers_of
 from .loaders import ManagedAdapter, find_files, loadable
 
@@ -36,7 +39,8 @@ class Request:
 
     The images are pictures, for the `clip_vision`, or `embeds` of one already. `composition`: those
     of the composition's blocks, where they differ from the others'. `per_latent`: image i for
-    latent i, the last one for all that follow. `pieces`, `ratio`: see `features.enhanced`.
+    latent i, the last one for all that follow. `pieces`, `ratio`: see `features.enhanced`. `faces`:
+    embeddings of the faces whose crops the pictures are; `structure`: see `FacePerceiver`.
     `like_the_old`: as ComfyUI_IPAdapter_plus computed it, without the middle block, with a black
     picture in place of training's empty one, and with its masks' resampling.
     """
@@ -56,7 +60,8 @@ class Request:
     per_latent: bool = False
     pieces: int = 1
     ratio: float = 1.0
-    at_once: int = 0
+    faces: Tensor | None = None
+    structure: float | None = None
     like_the_old: bool = False
 
 
@@ -108,7 +113,44 @@ def _foldings(model: ModelPatcher, request: Request) -> Any:
     return foldings(request.asked, layers, sdxl, middle=not request.like_the_old)
 
 
-def _prompt(request: Request) -> Any:
+def _face_prompt(request: Request) -> ImagePrompt:
+    """Return the prompt of faces: their embeddings and, for FaceID Plus, their crops' states."""
+    if request.faces is None:
+        raise ValueError(
+            f"'{request.adapter.name}' reads faces. Connect an IPAdapter InsightFace Loader to "
+            "'insightface', or take an IPAdapter Unified Loader FaceID."
+        )
+    spec = request.adapter.spec
+    plus = len(spec.reads) > 1
+    vision = needed(request.clip_vision) if plus else None
+    structure = 1.0 if request.structure is None else float(request.structure)
+    made = prompt_of(request.faces, vision, request.image, UNNAMED, structure)
+    positive, negative = made.positive, made.negative
+    if plus and (request.like_the_old or request.negative is not None):
+        if request.negative is not None:
+            states = encoded(request, request.negative).penultimate_hidden_states[:1]
+        else:
+            states = zero_side(spec.features, states_of(positive), vision, like_the_old=True)
+        negative = replace(negative, penultimate_hidden_states=states)
+    if request.combine != "concat" and len(positive) > 1 and not request.per_latent:
+        face = positive.of(FACE)
+        face = face if spec.variant == "faceid-unnorm" else unit(face)
+        positive = ImageFeatures(
+            *(
+                across_images(x, request.combine)
+                for x in (positive.image_embeds, states_of(positive), face)
+            )
+        )
+    return replace(made, positive=positive, negative=negative, encoder=UNNAMED)
+
+
+def states_of(found: ImageFeatures) -> Tensor:
+    return found.penultimate_hidden_states
+
+
+def _prompt(request: Request) -> ImagePrompt:
+    if FACE in request.adapter.spec.reads:
+        return _face_prompt(request)
     positive = _positive(request)
     negative = to_rows(_negative(request, positive), len(positive))
     if request.combine != "concat" and len(positive) > 1 and not request.per_latent:
@@ -196,8 +238,10 @@ def is_sdxl(model: ModelPatcher) -> bool:
 
 def find(
     model: ModelPatcher, preset: Preset, adapters: Folder, encoders: Folder
-) -> tuple[AdapterFile, EncoderFile]:
+) -> tuple[AdapterFile, EncoderFile | None]:
     """Find a preset's adapter and encoder, by their names, else by what is in the files.
+
+    No encoder for an adapter that reads faces alone.
 
     Raises ValueError for a preset that the model's family does not have, and FileNotFoundError,
     which says what to get.
@@ -221,7 +265,7 @@ def find(
         named = _encoder_by_name(choice.adapter, preset, encoders)
         return choice.adapter, named or choice.encoder
     encoder = _encoder_by_name(adapter, preset, encoders)
-    if encoder is None:
+    if encoder is None and adapter.spec.features != FACE:
         kind = ADAPTER_PRESETS.get(preset.native) or AdapterPreset(preset.name, "plus")
         seen = [loadable(file) for file in finder.encoders(encoders.files)]
         usable = [file for file in seen if isinstance(file, EncoderFile)]

@@ -38,6 +38,22 @@ def cross_attention_layers(unet: nn.Module) -> tuple[Layer, ...]:
     )
 
 
+def attention_names(unet: nn.Module) -> Iterator[str]:
+    """Yield the names of all attention modules, numbered as checkpoints of adapters do.
+
+    Self-attention, then cross-attention, of each transformer block in checkpoint order.
+    """
+    modules = {id(module): name for name, module in unet.named_modules()}
+    for _, attention in cross_attentions(unet):
+        block = modules[id(attention)].rpartition(".")[0]
+        yield from (f"{block}.attn1", f"{block}.attn2")
+
+
+def is_kolors(unet: nn.Module) -> bool:
+    """Return whether it is Kolors: SDXL's layers behind a layer of its own for the text."""
+    return hasattr(unet, "encoder_hid_proj")
+
+
 def frames_of(options: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Return which latents of the batch a call is about; None for all of them.
 

@@ -123,7 +123,7 @@ _managed_by_tensor: Any = WeakTensorKeyDictionary()
 def tensors_of(adapter: ManagedAdapter) -> dict[str, dict[str, Tensor]]:
     """Return an adapter's tensors as other packs pass them on; `adapter_of` knows them again."""
     parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    for key, tensor in adapter.module.state_dict().items():
+    for key, tensor in {**adapter.module.state_dict(), **adapter.module.lora}.items():
         part, _, name = key.partition(".")
         parts[part][name] = tensor
     _managed_by_tensor[_first(parts)] = adapter, [*map(id, _all(parts))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from ..adapter import PROJECTIONS, AdapterSpec, IPAdapter
+from ..face_projection import WIDTH as FACE_WIDTH
 from ..resampler import DIM_HEAD
 from ..variants import Variant
 from . import trained_layouts
@@ -22,14 +24,20 @@ from .atomic import atomic
 from .header import DTYPES, Shape, Shaped, damaged, few, file_format, read_pickle
 from .header import CheckpointError as CheckpointError  # what `load` raises
 
+logger = logging.getLogger("comfyui_ip_adapter")
 # The tensor whose presence decides for a projection.
 SIGNATURES: dict[Variant, str] = {
     "base": "proj.weight",
     "plus": "latents",
     "full": "proj.3.weight",
+    "faceid-plus": "perceiver_resampler.proj_in.weight",
+    "faceid": "proj.2.weight",
 }
+LORA = re.compile(r"ip_adapter\.(\d{1,4})\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+"""A LoRA that a FaceID file carries for every attention layer, self-attention included."""
 EXTENSIONS = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
-FACE_EMBEDDING = 512  # width of a face-recognition embedding (ArcFace)
+_KOLORS_FACE = 4096  # width of Kolors FaceID's tokens
+_PLUS_V1 = re.compile(r"faceid[-_ .]?plus(?![-_ .]?v2)", re.IGNORECASE)
 _LAYER = re.compile(r"ip_adapter\.(\d{1,4})\.to_([kv])_ip\.weight")
 
 
@@ -48,6 +56,9 @@ def load(path: str | os.PathLike[str], *, operations: Any = nn) -> IPAdapter:
 def from_tensors(weights: Mapping[str, Tensor], name: str, *, operations: Any = nn) -> IPAdapter:
     """Make an adapter of these tensors, which become its own. Raises CheckpointError as `load`."""
     spec = recognize(weights, name)
+    if spec.variant == "faceid-plus":
+        version = "v2" if spec.sizes["shortcut"] else "v1"
+        logger.info("'%s' is taken for FaceID Plus %s.", name, version)
     for key, tensor in weights.items():
         if not tensor.isfinite().all():
             raise CheckpointError(
@@ -55,7 +66,9 @@ def from_tensors(weights: Mapping[str, Tensor], name: str, *, operations: Any = 
                 "its training diverged."
             )
     adapter = IPAdapter(spec, operations=operations, device="meta")
-    adapter.load_state_dict(weights, assign=True)
+    own = {key: tensor for key, tensor in weights.items() if not LORA.fullmatch(key)}
+    adapter.load_state_dict(own, assign=True)
+    adapter.lora = {key: tensor for key, tensor in weights.items() if LORA.fullmatch(key)}
     return adapter
 
 
@@ -136,10 +149,19 @@ def recognize(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
     if kind is not None:
         raise CheckpointError(
             f"'{name}' is {kind}, which this pack does not support. Supported are the base, "
-            "fine-grained (plus) and full IP-Adapters for SD1.5 and SDXL."
+            "fine-grained (plus), full and FaceID IP-Adapters for SD1.5 and SDXL, and Kolors' Plus."
         )
     spec = infer_spec(weights, name)
-    _check(weights, _layout(spec), name)
+    lora = {key: x for key, x in weights.items() if LORA.fullmatch(key)}
+    if lora and spec.variant not in ("faceid", "faceid-plus"):
+        raise CheckpointError(
+            f"'{name}' is a {spec.variant} adapter with a LoRA of FaceID ({few(lora)}); expected "
+            "one or the other. Download it again."
+        )
+    own = {key: x for key, x in weights.items() if key not in lora}
+    _check(own, _layout(spec), name)
+    if lora:
+        _check(lora, _lora_layout(spec, lora), name)
     return spec
 
 
@@ -159,19 +181,23 @@ def unsupported_kind(weights: Mapping[str, Shaped]) -> str | None:
             width("ip_adapter.0.to_k_ip.weight", 0) or 0, "a transformer's (Flux, SD3, …)"
         )
         return f"{model} IP-Adapter"
-    if "image_proj.perceiver_resampler.proj_in.weight" in weights:
-        return "a FaceID Plus IP-Adapter (it reads face embeddings)"
-    if any("_lora." in key for key in weights if key.startswith("ip_adapter.")):
-        return "a FaceID IP-Adapter (it carries LoRA weights and reads face embeddings)"
-    if width("image_proj.proj.0.weight", 1) == FACE_EMBEDDING or (
-        "image_proj.norm.weight" in weights and "image_proj.proj.2.weight" in weights
-    ):
-        return "a FaceID IP-Adapter (it reads face embeddings)"
-    if width("image_proj.proj_in.weight", 1) == FACE_EMBEDDING:
-        return "an InstantID adapter (it reads face embeddings)"
-    if width("image_proj.latents", 2) == 2048:
-        return "a Kolors IP-Adapter"
+    if width("image_proj.perceiver_resampler.proj_in.weight", 0) == _KOLORS_FACE:
+        return "a FaceID Plus IP-Adapter of Kolors (its tokens pass through the model's own layer)"
+    if width("image_proj.proj_in.weight", 1) == FACE_WIDTH and not _is_unnorm(weights):
+        return (
+            "an InstantID adapter (it has the shapes of FaceID Portrait Unnorm, which is stored in "
+            "two precisions, and reads the faces of another encoder)"
+        )
     return None
+
+
+def _is_unnorm(weights: Mapping[str, Shaped]) -> bool:
+    """Tell Portrait Unnorm from InstantID, whose shapes are the same: by its two precisions."""
+    dtypes = {
+        part: {x.dtype for key, x in weights.items() if key.startswith(part)}
+        for part in ("image_proj.", "ip_adapter.")
+    }
+    return dtypes["image_proj."] != dtypes["ip_adapter."]
 
 
 def infer_spec(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
@@ -202,17 +228,22 @@ def infer_spec(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
             + (f"without gaps, but {few(missing)} is missing." if missing else "(odd).")
         )
     try:
+        if variant == "plus" and projection["proj_in.weight"].shape[1] == FACE_WIDTH:
+            variant = "faceid-unnorm"
         sizes = PROJECTIONS[variant].sizes(projection)
+        if variant == "faceid-plus":  # only for SD1.5 there is a v1, of the same shapes
+            small = sizes["cross_attention_dim"] == 768
+            sizes["shortcut"] = int(not (small and _PLUS_V1.search(name)))
         widths = tuple(weights[f"ip_adapter.{n}.to_k_ip.weight"].shape[0] for n in layers)
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"'{name}' is an incomplete {variant} adapter: a tensor that tells its sizes is "
             f"missing or has a wrong shape ({error}). Download it again."
         ) from error
-    if 0 in sizes.values():
+    if 0 in {key: x for key, x in sizes.items() if key != "shortcut"}.values():
         raise CheckpointError(
             f"'{name}' has a {variant} projection of impossible shapes: {sizes}"
-            + (f" (attention heads are {DIM_HEAD} wide)." if variant == "plus" else ".")
+            + (f" (attention heads are {DIM_HEAD} wide)." if "heads" in sizes else ".")
         )
     return AdapterSpec(variant, tuple(sizes.items()), widths)
 
@@ -229,6 +260,19 @@ def _layout(spec: AdapterSpec) -> dict[str, Shape]:
         for kind in "kv":
             shape = Shape((width, spec.cross_attention_dim), torch.float32)
             layout[f"ip_adapter.{2 * i + 1}.to_{kind}_ip.weight"] = shape
+    return layout
+
+
+def _lora_layout(spec: AdapterSpec, lora: Mapping[str, Shaped]) -> dict[str, Shape]:
+    """Return the tensors of a whole LoRA of that rank: four for each attention layer."""
+    rank = max(x.shape[0] for key, x in lora.items() if ".down." in key or len(lora) == 1)
+    layout = {}
+    for i, width in enumerate(spec.layer_dims):
+        for number, context in ((2 * i, width), (2 * i + 1, spec.cross_attention_dim)):
+            for part, into in (("q", width), ("k", context), ("v", context), ("out", width)):
+                name = f"ip_adapter.{number}.to_{part}_lora"
+                layout[f"{name}.down.weight"] = Shape((rank, into), torch.float32)
+                layout[f"{name}.up.weight"] = Shape((width, rank), torch.float32)
     return layout
 
 

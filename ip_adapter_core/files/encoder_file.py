@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..adapter import AdapterSpec
+from ..variants import FACE
 from .header import (
     DTYPES,
     OLD_FORMAT,
@@ -68,6 +69,8 @@ class EncoderSizes:
 
     def gives(self, spec: AdapterSpec) -> bool:
         """Return whether the adapter can read its features."""
+        if spec.features == FACE:  # it reads none
+            return False
         width = self.embed_dim if spec.features == "image_embeds" else self.hidden_dim
         return width == spec.feature_dim
 

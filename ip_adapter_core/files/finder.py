@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from ..adapter import AdapterSpec
 from ..compatibility import expected_encoder, within, words, words_of_file
 from ..variants import (
+    FACE,
     FAMILY_LABELS,
     VARIANT_LABELS,
     Variant,
@@ -203,7 +204,8 @@ class AdapterPreset:
     """What users ask for: a variant, and the words that tell it from twins of the same shapes.
 
     The name of a file has to say one of the `words` or must not, as `marked` tells; no words, no
-    twins. `feature_dim`: the width of the features that it reads, where only one will do.
+    twins. `feature_dim`, `tokens`: the width of the features that it reads and the number of tokens
+    that it makes, where only one will do.
     """
 
     name: str
@@ -211,6 +213,7 @@ class AdapterPreset:
     words: tuple[str, ...] = ()
     marked: bool = False
     feature_dim: int | None = None
+    tokens: int | None = None
 
     @property
     def word(self) -> str:
@@ -219,7 +222,9 @@ class AdapterPreset:
 
     def asks_for(self, spec: AdapterSpec) -> bool:
         """Return whether an adapter is of the preset's kind, as far as contents tell."""
-        return spec.variant == self.variant and self.feature_dim in (None, spec.feature_dim)
+        sizes = (self.feature_dim, spec.feature_dim), (self.tokens, spec.tokens)
+        same = all(asked in (None, found) for asked, found in sizes)
+        return spec.variant == self.variant and same
 
     def suits(self, file: File) -> bool:
         """Return whether the file's name is as hinted."""
@@ -252,16 +257,22 @@ ADAPTER_PRESETS = {
         AdapterPreset("full face", "full"),
         AdapterPreset("composition", "plus", ("composition",), marked=True),
         AdapterPreset("bigG", "base", feature_dim=1280),
+        AdapterPreset("faceid", "faceid", tokens=4),
+        AdapterPreset("faceid-plus", "faceid-plus"),
+        AdapterPreset("portrait", "faceid", tokens=16),
     )
 }
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, why (empty where nothing else could be), and what remains in doubt."""
+    """What was chosen, why (empty where nothing else could be), and what remains in doubt.
+
+    `encoder`: None for an adapter that reads faces alone.
+    """
 
     adapter: AdapterFile
-    encoder: EncoderFile
+    encoder: EncoderFile | None
     adapter_why: str
     encoder_why: str
     doubts: tuple[str, ...]
@@ -269,7 +280,8 @@ class Choice:
     def chosen(self) -> list[str]:
         """Return a line for the adapter and one for the encoder: what they are and why these."""
         pairs = (self.adapter, self.adapter_why), (self.encoder, self.encoder_why)
-        return [f"{file}{why and f' (chosen: {why})'}" for file, why in pairs]
+        told = [f"{file}{why and f' (chosen: {why})'}" for file, why in pairs if file is not None]
+        return told if self.encoder is not None else [*told, "It reads no image encoder."]
 
 
 class Criterion(NamedTuple):
@@ -322,6 +334,11 @@ def choose(
         The choice; None where no encoder gives what one of the adapters reads.
     """
     adapters = list(adapters)
+    if adapters and all(a.spec.features == FACE for a in adapters):
+        readable_faces: dict[AdapterFile, Sequence[EncoderFile]] = {a: () for a in adapters}
+        names = [c for c in _of_adapters(readable_faces, preset) if not c.certain]
+        best, why, rivals = _best(adapters, names)
+        return Choice(best, None, why, "", tuple(rivals))
     givers = {a: [e for e in encoders if e.sizes.gives(a.spec)] for a in adapters}
     readable = {adapter: found for adapter, found in givers.items() if found}
     if not readable:
@@ -529,7 +546,12 @@ class Search:
             )
         else:
             yield _download(wanted, self.adapters)
-            if not any(map(self._serves, self.encoders.files)):
+            if preset.variant == "faceid":
+                yield (
+                    "It reads no image encoder, but a face encoder: put insightface's model pack "
+                    "buffalo_l into models/insightface/models."
+                )
+            elif not any(map(self._serves, self.encoders.files)):
                 yield "It also needs an image encoder, which is missing too:"
                 yield _download(preset.encoder, self.encoders)
 

@@ -63,6 +63,14 @@ COMPOSITION, COMPOSITION_SDXL = (
     )
     for family in ("sd15", "sdxl")
 )
+_FACES = "https://huggingface.co/h94/IP-Adapter-FaceID/resolve/main"
+FACE_ID, FACE_ID_PLUS, PORTRAIT, FACE_ID_SDXL, FACE_ID_PLUS_SDXL, PORTRAIT_SDXL = (
+    Weights(f"ip-adapter-faceid{name}.bin", f"{_FACES}/ip-adapter-faceid{name}.bin", "ipadapter")
+    for name in (
+        *("_sd15", "-plusv2_sd15", "-portrait-v11_sd15"),
+        *("_sdxl", "-plusv2_sdxl", "-portrait_sdxl"),
+    )
+)
 NOOB = Weights(
     "noobIPAMARK1_mark1.safetensors",
     "https://civitai.com/models/1121145",
@@ -80,6 +88,9 @@ ADAPTERS: dict[Family, dict[str, Weights]] = {
         "full face": FULL_FACE,
         "composition": COMPOSITION,
         "bigG": BASE_BIGG,
+        "faceid": FACE_ID,
+        "faceid-plus": FACE_ID_PLUS,
+        "portrait": PORTRAIT,
     },
     "sdxl": {
         "standard": BASE_SDXL_VIT_H,
@@ -87,6 +98,9 @@ ADAPTERS: dict[Family, dict[str, Weights]] = {
         "face": PLUS_FACE_SDXL,
         "composition": COMPOSITION_SDXL,
         "bigG": BASE_SDXL,
+        "faceid": FACE_ID_SDXL,
+        "faceid-plus": FACE_ID_PLUS_SDXL,
+        "portrait": PORTRAIT_SDXL,
     },
 }
 _STEMS = {
@@ -111,6 +125,8 @@ def is_name(name: str) -> bool:
 
 def encoder_label(features: FeatureKind, width: int) -> str | None:
     """Return what people call the encoder whose `features` are `width` wide."""
+    if features not in FEATURE_KINDS:
+        return None
     place = FEATURE_KINDS.index(features)
     return next((label for widths, label in LABELS.items() if widths[place] == width), None)
 
@@ -129,5 +145,7 @@ def has_sizes(weights: Weights, embed: int, hidden: int, positions: int) -> bool
 
 def encoder(features: FeatureKind, width: int) -> Weights | None:
     """Return the published encoder whose `features` are `width` wide."""
+    if features not in FEATURE_KINDS:
+        return None
     place = FEATURE_KINDS.index(features)
     return next((weights for sizes, weights in ENCODERS.items() if sizes[place] == width), None)

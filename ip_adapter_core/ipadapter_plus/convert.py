@@ -102,7 +102,7 @@ NATIVE = {
             "weight_curve": "CURVE",
             "latent_weights": "LATENT_WEIGHTS",
         },
-        ("weight", "start_at", "end_at", "combine"),
+        ("weight", "start_at", "end_at", "combine", "lora_weight"),
         {"model": "MODEL"},
     ),
 }
@@ -424,9 +424,9 @@ def _applications(node: _Node) -> list[_Application]:
             _Application(given["image_composition"], "composition", given["weight_composition"]),
         ]
     if node.type.startswith("IPAdapterPrecise"):
-        style = node.type == "IPAdapterPreciseStyleTransfer"
-        boost = given["style_boost" if style else "composition_boost"]
-        shown, away = ("style", "composition") if style else ("composition", "style")
+        of_style = node.type == "IPAdapterPreciseStyleTransfer"
+        boost = given["style_boost" if of_style else "composition_boost"]
+        shown, away = ("style", "composition") if of_style else ("composition", "style")
         if boost == weight:
             return [_Application(image, f"precise {shown}", weight)]
         made = [_Application(image, shown, weight)]
@@ -462,7 +462,8 @@ def _rewrite(
         if key not in shared:
             shared[key] = Link(graph.add(type_, inputs, node, helpers), 0)
             helpers += 1
-        return shared[key]  # type: ignore[no-any-return]
+        made: Link = shared[key]
+        return made
 
     plain = _plain_model(graph, model)
     for number, one in enumerate(applied):
@@ -471,6 +472,7 @@ def _rewrite(
             encoded["negative_image"] = negative
         inputs: Json = {"model": model, "adapter": adapter, "weight": one.weight, **window}
         inputs |= {"image_prompt": once("IPA_EncodeImage", encoded), "combine": combine}
+        inputs["lora_weight"] = 1.0
         if isinstance(given.get("attn_mask"), Link):
             inputs["mask"] = given["attn_mask"]
         if one.preset != "uniform" or scaling != "V only":

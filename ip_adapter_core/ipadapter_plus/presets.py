@@ -26,7 +26,7 @@ class Preset:
 
     `sd15`, `sdxl`: patterns of the adapter's name for that family, the first one that finds a file
     counts; none: there is no such adapter. `native`: the preset of `IPA_AutoLoad` that finds it by
-    its contents. `face`: whether it reads faces; `lora`: whether it came with a LoRA of its own.
+    its contents. `face`: whether it reads faces.
     """
 
     name: str
@@ -36,7 +36,6 @@ class Preset:
     native: str = ""
     ending: str = ENDING
     face: bool = False
-    lora: bool = False
 
     def adapter(self, files: Iterable[File], sdxl: bool) -> File | None:
         """Return the first file of one of its names."""
@@ -86,15 +85,20 @@ UNIFIED = (
     ),
 )
 FACE_ID = (
-    Preset("FACEID", ("faceid.sd15",), ("faceid.sdxl",), face=True, lora=True),
-    Preset("FACEID PLUS - SD1.5 only", ("faceid.plus.sd15",), (), face=True, lora=True),
+    Preset("FACEID", ("faceid.sd15",), ("faceid.sdxl",), native="faceid", face=True),
+    Preset("FACEID PLUS - SD1.5 only", ("faceid.plus.sd15",), (), native="faceid-plus", face=True),
     Preset(
-        "FACEID PLUS V2", ("faceid.plusv2.sd15",), ("faceid.plusv2.sdxl",), face=True, lora=True
+        "FACEID PLUS V2",
+        ("faceid.plusv2.sd15",),
+        ("faceid.plusv2.sdxl",),
+        native="faceid-plus",
+        face=True,
     ),
     Preset(
         "FACEID PORTRAIT (style transfer)",
         ("portrait.v11.sd15", "portrait.sd15"),
         ("portrait.sdxl",),
+        native="portrait",
         face=True,
     ),
     Preset("FACEID PORTRAIT UNNORM - SDXL only (strong)", (), ("portrait.sdxl.unnorm",), face=True),

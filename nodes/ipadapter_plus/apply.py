@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,9 @@ from ...ip_adapter_core.comfyui.ipadapter_plus import Request, apply
 from ...ip_adapter_core.ipadapter_plus.pictures import tiled
 from ...ip_adapter_core.ipadapter_plus.weight_types import Asked
 from ...ip_adapter_core.packing import V_ONLY
+from ...ip_adapter_core.variants import FACE
 from . import inputs as of
+from .faces import encoded
 from .inputs import typed
 from .settings import like_the_old
 from .sockets import models
@@ -63,7 +66,7 @@ class IPAdapter(Applying):
         attn_mask: Tensor | None = None,
         **more: Any,
     ) -> tuple[Any, None]:
-        adapter, clip_vision = models(ipadapter, more.get("clip_vision"))
+        adapter, clip_vision, insightface = models(ipadapter, more.get("clip_vision"))
         if weight_type.startswith("style"):
             type_ = "style transfer"
         else:
@@ -76,9 +79,11 @@ class IPAdapter(Applying):
             start_at=start_at,
             end_at=end_at,
             mask=_given(attn_mask),
+            structure=2 * _first(weight),
             like_the_old=like_the_old(),
         )
-        return apply(model, request), None
+        request = of_faces(request, insightface)
+        return apply(model, request), request.image if request.faces is not None else None
 
 
 class IPAdapterAdvanced(Applying):
@@ -131,7 +136,8 @@ class IPAdapterAdvanced(Applying):
         weight_kolors: float = 1.0,
         **_: Any,
     ) -> tuple[Any, Any]:
-        adapter, clip_vision = models(ipadapter, _given(clip_vision))
+        adapter, clip_vision, faces = models(ipadapter, _given(clip_vision))
+        faces = _given(insightface) or faces
         if _given(image_style) is not None:
             image, weight = image_style, weight_style
             weight_type = f"{'strong ' if expand_style else ''}style and composition"
@@ -151,6 +157,7 @@ class IPAdapterAdvanced(Applying):
             applied = [{**one, "weight_type": weight_type, **window}]
             if isinstance(image, list):
                 applied = [{**applied[0], "image": each} for each in image]
+        face_image = None
         for entry in applied:
             if _given(entry["image"]) is None:
                 continue
@@ -176,10 +183,13 @@ class IPAdapterAdvanced(Applying):
                 per_latent=self.unfold_batch,
                 pieces=int(enhance_tiles or 1),
                 ratio=float(enhance_ratio),
+                structure=structure(weight_faceidv2, entry["weight"]),
                 like_the_old=like_the_old(),
             )
+            request = of_faces(request, faces)
+            face_image = request.image if request.faces is not None else None
             model = apply(model, request)
-        return model, None
+        return model, face_image
 
 
 class IPAdapterBatch(IPAdapterAdvanced):
@@ -406,7 +416,7 @@ class IPAdapterTiled(Applying):
         encode_batch_size: int = 0,
         **_: Any,
     ) -> tuple[Any, Tensor, Tensor]:
-        adapter, clip_vision = models(ipadapter, _given(clip_vision))
+        adapter, clip_vision, _faces = models(ipadapter, _given(clip_vision))
         tiles, masks = tiled(image, _given(attn_mask), sharpening)
         for tile, mask in zip(tiles, masks, strict=True):
             request = Request(
@@ -463,7 +473,7 @@ class IPAdapterEmbeds(Applying):
         embeds_scaling: str = V_ONLY,
         **_: Any,
     ) -> tuple[Any, None]:
-        adapter, clip_vision = models(ipadapter, _given(clip_vision))
+        adapter, clip_vision, _faces = models(ipadapter, _given(clip_vision))
         request = Request(
             adapter=adapter,
             asked=Asked(weight_type, _weight(weight), scaling=embeds_scaling),
@@ -481,6 +491,27 @@ class IPAdapterEmbeds(Applying):
 
 class IPAdapterEmbedsBatch(IPAdapterEmbeds):
     unfold_batch = True
+
+
+def of_faces(request: Request, insightface: Any) -> Request:
+    """Return the request with the pictures' faces, for an adapter that reads those."""
+    spec = request.adapter.spec
+    if FACE not in spec.reads or insightface is None or request.image is None:
+        return request
+    side = 256 if request.like_the_old and spec.cross_attention_dim == 2048 else 224
+    faces, crops = encoded(insightface, request.image, side)
+    return replace(request, faces=faces, image=crops)
+
+
+def structure(weight_faceidv2: Any, weight: Any) -> float:
+    """Return what a caller asks for; who says nothing gets twice the weight."""
+    given = None if weight_faceidv2 is False else weight_faceidv2
+    return 2 * _first(weight) if given is None else float(given)
+
+
+def _first(weight: Any) -> float:
+    found = _weight(weight)
+    return float(found if isinstance(found, int | float) else found[0])
 
 
 def _given(value: Any) -> Any:

@@ -52,7 +52,7 @@ class IPAdapterEncoder:
         clip_vision: Any = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
-        adapter, clip_vision = models(ipadapter, clip_vision)
+        adapter, clip_vision, _faces = models(ipadapter, clip_vision)
         encoder, kind = needed(clip_vision), adapter.spec.features
         found = features(encoder, image, encoder_mask(mask, encoder))
         positive = getattr(found, kind)

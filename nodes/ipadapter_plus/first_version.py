@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import comfy.utils
@@ -13,7 +14,7 @@ from ...ip_adapter_core.comfyui.ipadapter_plus import Request, apply, zero_side
 from ...ip_adapter_core.ipadapter_plus.pictures import first_noise, masked_tiles
 from ...ip_adapter_core.ipadapter_plus.weight_types import SCALING_OF_FIRST_TYPES, Asked
 from . import inputs as of
-from .apply import Applying
+from .apply import Applying, of_faces, structure
 from .inputs import typed
 from .loaders import IPAdapterInsightFaceLoader
 from .settings import like_the_old
@@ -66,9 +67,11 @@ class IPAdapterApply(Applying):
         unfold_batch: bool = False,
         short_side_tiles: int = 0,
         tile_weight: float = 0.0,
+        insightface: Any = None,
+        weight_v2: float | None = None,
         **_: Any,
     ) -> tuple[Any]:
-        adapter, clip_vision = models(ipadapter, clip_vision)
+        adapter, clip_vision, _faces = models(ipadapter, clip_vision)
         scaling = SCALING_OF_FIRST_TYPES.get(weight_type, "V only")
         shared: dict[str, Any] = {
             "adapter": adapter,
@@ -91,6 +94,7 @@ class IPAdapterApply(Applying):
         else:
             given = {"image": image, "negative": _noisy(image, noise)}
         request = Request(**shared, **given, mask=attn_mask, per_latent=bool(unfold_batch))
+        request = of_faces(replace(request, structure=structure(weight_v2, weight)), insightface)
         return (apply(model, request),)
 
 

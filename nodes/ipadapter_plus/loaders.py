@@ -6,8 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ...ip_adapter_core.comfyui.face_lora import with_lora
 from ...ip_adapter_core.comfyui.ipadapter_plus import find
 from ...ip_adapter_core.comfyui.loaders import (
+    adapter_of,
     load_adapter,
     load_encoder,
     tensors_of,
@@ -15,12 +17,8 @@ from ...ip_adapter_core.comfyui.loaders import (
 from ...ip_adapter_core.files import finder
 from ...ip_adapter_core.ipadapter_plus.presets import COMMUNITY, FACE_ID, UNIFIED, preset_of
 from .. import paths
+from .faces import loaded
 from .inputs import IPADAPTER, MODEL, choice, number, typed
-
-_NO_FACES = (
-    "The preset '{}' reads faces, which this pack does not encode yet. Take 'PLUS FACE "
-    "(portraits)' of the IPAdapter Unified Loader, which needs no face analysis."
-)
 
 
 class IPAdapterModelLoader:
@@ -71,15 +69,18 @@ class IPAdapterUnifiedLoader:
         **_: Any,
     ) -> tuple[Any, dict[str, Any]]:
         wanted = preset_of(preset)
-        if wanted.face:
-            raise ValueError(_NO_FACES.format(wanted.name))
         adapter, encoder = find(model, wanted, paths.adapters(), paths.encoders())
         given = ipadapter if isinstance(ipadapter, Mapping) else {}
-        return model, {
-            "clipvision": self._loaded(given, "clipvision", encoder.path, encoder),
-            "ipadapter": self._loaded(given, "ipadapter", adapter.path, adapter),
-            "insightface": given.get("insightface") or {"provider": None, "model": None},
-        }
+        faces = given.get("insightface") or {"provider": None, "model": None}
+        if wanted.face and faces.get("model") is None:
+            faces = {"provider": provider, "model": loaded("buffalo_l")}
+        vision = {"file": None, "model": None}
+        if encoder is not None:
+            vision = self._loaded(given, "clipvision", encoder.path, encoder)
+        parts = self._loaded(given, "ipadapter", adapter.path, adapter)
+        if wanted.face:  # the adapter's file brings its LoRA: the separate one is not needed
+            model = with_lora(model, adapter_of(parts["model"]), lora_strength)
+        return model, {"clipvision": vision, "ipadapter": parts, "insightface": faces}
 
     def _loaded(self, given: Mapping[str, Any], part: str, path: str, file: Any) -> dict[str, Any]:
         """Return a file's model: that of a former loader, of a former run, or a new one."""
@@ -140,7 +141,4 @@ class IPAdapterInsightFaceLoader:
         )
 
     def load_insightface(self, provider: str, model_name: str = "buffalo_l", **_: Any) -> Any:
-        raise ValueError(
-            "This pack does not encode faces yet, so that there is nothing to load. Take a plus "
-            "face or full face adapter, which need no face analysis."
-        )
+        return (loaded(model_name),)

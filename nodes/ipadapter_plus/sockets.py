@@ -9,10 +9,11 @@ from ...ip_adapter_core.comfyui.loaders import ManagedAdapter, adapter_of
 
 
 class Models(NamedTuple):
-    """An adapter, and the image encoder that came with it, if one did."""
+    """An adapter, and the encoders of images and faces that came with it, if they did."""
 
     adapter: ManagedAdapter
     clip_vision: Any
+    insightface: Any = None
 
 
 def models(ipadapter: Any, clip_vision: Any = None) -> Models:
@@ -41,4 +42,5 @@ def models(ipadapter: Any, clip_vision: Any = None) -> Models:
             "No IP-Adapter came in at 'ipadapter'. Connect an IPAdapter Model Loader or an "
             "IPAdapter Unified Loader."
         )
-    return Models(adapter_of(inner, name), clip_vision)
+    faces = (ipadapter.get("insightface") or {}).get("model")
+    return Models(adapter_of(inner, name), clip_vision, faces)

@@ -16,9 +16,15 @@ TEXTS = {
         "The same, picture i for latent i; the last one for all that follow.",
         _PER_LATENT,
     ),
-    "IPAdapterFaceID": ("Makes a model follow a face.", ""),
-    "IPAdapterFaceIDKolors": ("Makes a Kolors model follow a face.", ""),
-    "IPAAdapterFaceIDBatch": ("Makes a model follow a face a latent.", ""),
+    "IPAdapterFaceID": ("Makes a model follow a face.", "*Encode Face*, then *Apply IP-Adapter*"),
+    "IPAdapterFaceIDKolors": (
+        "Makes a Kolors model follow a face; its adapter is refused by name.",
+        "",
+    ),
+    "IPAAdapterFaceIDBatch": (
+        "Makes a model follow a face a latent.",
+        "*Encode Face* and `per_latent`",
+    ),
     "IPAdapterTiled": (
         "Cuts a picture into squares, each of which acts in its own place.",
         "*Prepare Image for Prompt*, tiles, where all may act everywhere; *Apply IP-Adapter "
@@ -78,9 +84,12 @@ TEXTS = {
         "files.",
         "*Load IP-Adapter (Auto)*",
     ),
-    "IPAdapterUnifiedLoaderFaceID": ("Finds a face adapter for a preset.", ""),
+    "IPAdapterUnifiedLoaderFaceID": (
+        "Finds a face adapter for a preset.",
+        "*Load IP-Adapter (Auto)*, `faceid` and its kin",
+    ),
     "IPAdapterModelLoader": ("Reads an adapter from models/ipadapter.", "*Load IP-Adapter*"),
-    "IPAdapterInsightFaceLoader": ("Loads what finds and describes faces.", ""),
+    "IPAdapterInsightFaceLoader": ("Loads what finds and describes faces.", "*Load Face Encoder*"),
     "IPAdapterUnifiedLoaderCommunity": (
         "Finds the composition adapter.",
         "*Load IP-Adapter (Auto)*, `composition`",

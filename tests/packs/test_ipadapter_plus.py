@@ -440,6 +440,8 @@ SMALL = {
     "EmptyLatentImage": lambda values: [64, 64, values[2]],
     "KSampler": lambda values: [*values[:2], 1, *values[3:]],
     "BasicScheduler": lambda values: [values[0], 1, values[2]],
+    "ImageScale": lambda values: [values[0], 64, 64, *values[3:]],
+    "RepeatLatentBatch": lambda values: [1],
 }
 
 

@@ -41,7 +41,8 @@ def build(info: ObjectInfo) -> Files:
 def _served(node: Mapping[str, Any]) -> str:
     """Return the page of a node of ComfyUI_IPAdapter_plus: one text, and where to go on."""
     told = f"# {node['display_name']}\n\n{node['description']}\n"
-    return f"{told}\n*Edit* → *Rewrite ComfyUI_IPAdapter_plus nodes* puts this pack's own nodes in place.\n"
+    menu = "*Edit* → *Rewrite ComfyUI_IPAdapter_plus nodes*"
+    return f"{told}\n{menu} puts this pack's own nodes in place.\n"
 
 
 def _page(node: Mapping[str, Any], prose: str) -> str:
