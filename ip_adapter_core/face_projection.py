@@ -18,8 +18,12 @@ WIDTH = 512
 
 
 def unit(face_embeds: Tensor) -> Tensor:
-    """Return embeddings of length 1; zero ones, which stand for no face, as they are."""
-    return nn.functional.normalize(face_embeds, dim=-1)
+    """Return embeddings of length 1.
+
+    What is no longer than that stays as it is: no face, which is zero, and an average of others of
+    length 1, which the reference does not lengthen either.
+    """
+    return face_embeds / face_embeds.norm(dim=-1, keepdim=True).clamp(min=1.0)
 
 
 class FaceProjection(Projection):

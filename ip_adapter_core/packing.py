@@ -113,9 +113,9 @@ def tokens(
     sides = prompt.positive, prompt.negative
     if combine == "average":
         sides = sides[0].mean(), sides[1].mean()
+    more = {"structure": prompt.structure} if len(adapter.spec.reads) > 1 else {}
     positive, negative = (
-        adapter.tokens(*map(side.of, adapter.spec.reads), structure=prompt.structure)
-        for side in sides
+        adapter.tokens(*map(side.of, adapter.spec.reads), **more) for side in sides
     )
     if combine == "concat":
         positive, negative = (rearrange(x, "n t d -> 1 (n t) d") for x in (positive, negative))

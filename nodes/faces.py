@@ -54,7 +54,7 @@ class EncodeFace(types.Node):
             node_id="IPA_EncodeFace",
             display_name="Encode Face",
             category="model/conditioning",
-            search_aliases=["faceid", "face embedding", "image prompt face", "insightface"],
+            search_aliases=["ip adapter face", "faceid", "face embedding", "insightface"],
             description=(
                 "Turns pictures of faces into an image prompt for FaceID adapters, and shows which "
                 "face was taken, with its five points."

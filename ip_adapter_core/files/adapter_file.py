@@ -149,7 +149,8 @@ def recognize(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
     if kind is not None:
         raise CheckpointError(
             f"'{name}' is {kind}, which this pack does not support. Supported are the base, "
-            "fine-grained (plus), full and FaceID IP-Adapters for SD1.5 and SDXL, and Kolors' Plus."
+            "fine-grained (plus) and full IP-Adapters for SD1.5 and SDXL, those of FaceID, and "
+            "Kolors' Plus."
         )
     spec = infer_spec(weights, name)
     lora = {key: x for key, x in weights.items() if LORA.fullmatch(key)}

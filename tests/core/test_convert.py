@@ -46,6 +46,7 @@ def test_a_request():
         "start_at": 0.1,
         "end_at": 0.9,
         "combine": "concat",
+        "lora_weight": 1.0,
     }
     assert apply["model"] == ["1", 0] and apply["mask"] == ["7", 0]
     assert encode == {"clip_vision": ["3", 0], "image": ["2", 0], "crop": "center"}
@@ -167,7 +168,7 @@ def test_what_the_editor_saves(subgraph):
     }
     apply = by_type["IPA_Apply"]
     assert apply["pos"] == [300, 40] and by_type["IPA_LoadAdapter"]["pos"] == [10, 20]
-    assert apply["widgets_values"] == [0.8, 0, 1, "concat"]
+    assert apply["widgets_values"] == [0.8, 0, 1, "concat", 1.0]
     fields = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
     links = [
         x if isinstance(x, dict) else dict(zip(fields, x, strict=False)) for x in graph["links"]

@@ -169,3 +169,10 @@ def test_the_preview_shows_the_points():
     assert {(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)} <= colors
     edge = face_encoder.Face(torch.tensor([-30.0, -30, 5, 5]), points - 60, 0.9)
     assert marked(image, edge, 64).isfinite().all()
+
+
+def test_what_length_an_embedding_has_for_the_projection():
+    from ip_adapter_core.face_projection import unit
+
+    raw = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
+    torch.testing.assert_close(unit(raw), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))

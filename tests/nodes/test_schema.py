@@ -23,6 +23,7 @@ STRENGTH = {
 KNOBS = {"adapter": ("IP_ADAPTER", {}), "image_prompt": PROMPT, **STRENGTH}
 CURVES = {"layer_weights": ("LAYER_WEIGHTS", {}), "weight_curve": ("CURVE", {"forceInput": True})}
 OPTIONAL_KNOBS = {"mask": ("MASK", {}), **CURVES, "latent_weights": ("LATENT_WEIGHTS", {})}
+LORA = {"lora_weight": ("FLOAT", {"default": 1.0, "min": -5.0, "max": 5.0, "step": 0.05})}
 LAYER_PRESETS = [
     *("uniform", "style", "strong style", "composition", "style and composition"),
     *("style without composition", "ease in", "ease out", "ease in-out", "reverse in-out"),
@@ -31,6 +32,7 @@ LAYER_PRESETS = [
 ]
 SCALINGS = ["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
 PRESETS = ["light", "standard", "fine-grained", "face", "full face", "composition", "bigG"]
+PRESETS += ["faceid", "faceid-plus", "portrait"]
 METHODS = ["concat", "average", "norm_average", "add", "subtract", "max", "min"]
 NODES = {  # display names and outputs
     "IPA_LoadAdapter": ("Load IP-Adapter", {"adapter": "IP_ADAPTER"}),
@@ -38,6 +40,11 @@ NODES = {  # display names and outputs
     "IPA_AutoLoad": (
         "Load IP-Adapter (Auto)",
         {"adapter": "IP_ADAPTER", "clip_vision": "CLIP_VISION", "chosen": "STRING"},
+    ),
+    "IPA_LoadFaceEncoder": ("Load Face Encoder", {"face_encoder": "FACE_ENCODER"}),
+    "IPA_EncodeFace": (
+        "Encode Face",
+        {"image_prompt": "IMAGE_PROMPT", "crops": "IMAGE", "faces": "IMAGE"},
     ),
     "IPA_EncodeImage": ("Encode Image Prompt", {"image_prompt": "IMAGE_PROMPT"}),
     "IPA_PrepareImage": ("Prepare Image for Prompt", {"image": "IMAGE"}),
@@ -116,6 +123,13 @@ REQUIRED = {  # inputs, in order
         "overlap": (["normalize", "add"], {"default": "normalize"}),
         **STRENGTH,
     },
+    "IPA_LoadFaceEncoder": {"encoder_name": ([], {})},
+    "IPA_EncodeFace": {
+        "order": (["largest", "left to right"], {"default": "largest"}),
+        "number": ("INT", {"default": 1, "min": 1, "max": 64}),
+        "several": (["side by side", "average"], {"default": "side by side"}),
+        "structure": number(1.0, -1.0, 5.0, 0.05),
+    },
     "IPA_LayerWeights": {
         "model": MODEL,
         "preset": (LAYER_PRESETS, {"default": "uniform"}),
@@ -143,17 +157,23 @@ REQUIRED = {  # inputs, in order
 }
 OPTIONAL = {
     "IPA_EncodeImage": {"negative_image": IMAGE},
-    "IPA_Apply": OPTIONAL_KNOBS,
-    "IPA_ApplyConditioning": OPTIONAL_KNOBS,
-    "IPA_ApplyRegions": CURVES,
+    "IPA_Apply": OPTIONAL_KNOBS | LORA,
+    "IPA_ApplyConditioning": OPTIONAL_KNOBS | LORA,
+    "IPA_ApplyRegions": CURVES | LORA,
+    "IPA_EncodeFace": {
+        "face_encoder": ("FACE_ENCODER", {}),
+        "image": IMAGE,
+        "clip_vision": ("CLIP_VISION", {}),
+        "face_embeds": ("EMBEDS", {}),
+    },
     "IPA_LayerWeights": {"scaling": (SCALINGS, {"default": "V only"})},
     "IPA_LatentWeights": {"curve": ("CURVE", {"forceInput": True})},
 }
-LOADERS = {"IPA_LoadAdapter", "IPA_LoadImageEncoder", "IPA_AutoLoad"}
+LOADERS = {"IPA_LoadAdapter", "IPA_LoadImageEncoder", "IPA_AutoLoad", "IPA_LoadFaceEncoder"}
 # Those that a prompt may end in: they show or keep something.
 ENDS = {
     *("IPA_PrepareImage", "IPA_SavePrompt", "IPA_LayerWeights", "IPA_AttentionMap"),
-    "IPA_DrawGrid",
+    *("IPA_DrawGrid", "IPA_EncodeFace"),
 }
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from tests.packs import conftest
 from tests.packs.conftest import nodes_of
 from tests.support import checkpoint_layouts as layouts
+from tests.support import faces
 
 OLD = "ComfyUI_IPAdapter_plus"
 TYPES = [
@@ -495,3 +496,37 @@ def test_the_examples_open_run_and_are_rewritten(opened, client, name):
     assert pictures[0] and len(pictures[0]) == len(pictures[1])
     for one, other in zip(*pictures, strict=True):
         assert np.array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def analysis(tmp_path_factory):
+    """insightface itself, over random models of its pack's inputs and outputs."""
+    app = pytest.importorskip("insightface.app", reason="`pip install insightface onnx`")
+    pytest.importorskip("onnx")
+    root = tmp_path_factory.mktemp("insightface")
+    faces.write_pack(root / "models" / "buffalo_l")
+    made = app.FaceAnalysis(name="buffalo_l", root=str(root), providers=["CPUExecutionProvider"])
+    made.prepare(ctx_id=0, det_size=(640, 640))
+    return made
+
+
+def face_adapter(sized, family, kind):
+    width = 2048 if family == "sdxl" else 64
+    widths = [w for _, w in sized.LAYERS["sdxl70" if family == "sdxl" else "sd15"]]
+    parts = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in faces.tensors(kind, widths, width, hidden=HIDDEN).items():
+        part, _, name = key.partition(".")
+        parts[part][name] = tensor
+    if kind.endswith("v2"):
+        parts["faceidplusv2"] = True
+    return parts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["faceid", "portrait"])
+@pytest.mark.parametrize("id_", ["IPAdapterFaceID", "IPAAdapterFaceIDBatch"])
+def test_faces(compare, sized, analysis, family, kind, id_):
+    given = {"weight": 0.8, "weight_faceidv2": 1.6, "insightface": analysis}
+    given |= {"ipadapter": face_adapter(sized, family, kind), "image": pictures(2, 64, 64)}
+    for combine in ("concat", "average"):
+        compare(id_, family, combine_embeds=combine, **given)

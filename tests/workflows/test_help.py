@@ -12,8 +12,8 @@ from tools.generated import ours, out_of_step
 from tools.workflows import api
 
 NAMES = sorted(path.stem for path in PAGES.glob("*.md"))
-IN_NO_WORKFLOW = {"IPA_LoadImageEncoder"}
-"""Its page shows the picture of a workflow that it can be put into."""
+IN_NO_WORKFLOW = {"IPA_LoadImageEncoder", "IPA_LoadFaceEncoder", "IPA_EncodeFace"}
+"""Their pages show the picture of a workflow that they can be put into."""
 
 
 def read(name):
@@ -90,6 +90,8 @@ def test_the_host_serves_pages_and_pictures_where_the_panel_looks(opened, object
             assert answer.read() == path.read_bytes()
 
 
-def test_the_folder_adds_no_script_to_the_editor(client):
-    scripts = client.get("/extensions")
-    assert scripts and not [path for path in scripts if "ip_adapter" in path]
+def test_the_folder_adds_one_script_to_the_editor(client):
+    """Settings and a menu entry; pages and pictures are none."""
+    names = [path.rpartition("/")[2] for path in client.get("/extensions")]
+    assert names.count("ipadapter_plus.js") == 1
+    assert not [name for name in names if name.startswith("IPA")]

@@ -212,14 +212,6 @@ def face_projection(width, context, tokens=4):
     return layers | norm("norm", context)
 
 
-def with_lora(layout):
-    extra = {}
-    for name in ("q", "k", "v", "out"):
-        extra[f"ip_adapter.0.to_{name}_lora.down.weight"] = (8, 8)
-        extra[f"ip_adapter.0.to_{name}_lora.up.weight"] = (8, 8)
-    return layout | extra
-
-
 def consecutive(width, context):
     """K'/V' of a transformer: its blocks are numbered 0, 1, 2, … without self-attention."""
     return {
@@ -228,24 +220,15 @@ def consecutive(width, context):
 
 
 WIDTHS = (8, 8)
-FACE_PLUS = face_projection(512, 16) | under("perceiver_resampler.", resampler(12, 16, 64))
-KOLORS = {  # one of its four layers, for speed
-    key: shape
-    for key, shape in resampler(24, 16, 2048).items()
-    if not key.startswith("layers.") or key.startswith("layers.0.")
-}
 KINDS = {
-    "FaceID": [
-        with_lora(ip_adapter(face_projection(512, 16), WIDTHS, 16)),
-        with_lora(ip_adapter(linear_projection(24, 16), WIDTHS, 16)),
-        ip_adapter(face_projection(512, 16, 16), WIDTHS, 16),  # portrait: no LoRA
-    ],
     "FaceID Plus": [
-        with_lora(ip_adapter(FACE_PLUS, WIDTHS, 16)),
-        ip_adapter(FACE_PLUS, WIDTHS, 16),
+        ip_adapter(
+            face_projection(512, 16) | under("perceiver_resampler.", dense("proj_in", 4096, 16)),
+            WIDTHS,
+            16,
+        )
     ],
     "InstantID": [ip_adapter(resampler(512, 16, 64), WIDTHS, 16)],
-    "Kolors": [ip_adapter(KOLORS, WIDTHS, 16)],
     "Flux": [
         dense("double_blocks.0.processor.ip_adapter_double_stream_k_proj", 8, 16),
         under("ip_adapter_proj_model.", linear_projection(24, 16)),
