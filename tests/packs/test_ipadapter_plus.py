@@ -522,6 +522,7 @@ def face_adapter(sized, family, kind):
     return parts
 
 
+@pytest.mark.nightly  # insightface describes every face that a random detector finds
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["faceid", "portrait"])
 @pytest.mark.parametrize("id_", ["IPAdapterFaceID", "IPAAdapterFaceIDBatch"])
