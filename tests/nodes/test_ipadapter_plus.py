@@ -330,3 +330,40 @@ def test_the_converter_knows_the_native_nodes(nodes, served):
         drawn = [n for n, (t, *_) in required.items() if not isinstance(t, str) or t == "FLOAT"]
         drawn = [n for n, (t, *_) in required.items() if n in drawn or t == "BOOLEAN"]
         assert (*drawn,) == widgets, id_
+
+
+def test_it_costs_no_more_than_the_native_node(served, small, nodes, clip_vision):
+    """One prompt in each layer: the same rows, tokens and dtype go into attention."""
+    adapter = small.adapter()
+    prompt = nodes["IPA_EncodeImage"].execute(clip_vision, PICTURE, "center").args[0]
+    native = small.apply(small.model(), adapter, prompt)
+    given = {"ipadapter": mapping(adapter.module), "clip_vision": clip_vision, "image": PICTURE}
+    ours = served("IPAdapterAdvanced")(model=small.model(), **given)[0]
+    (one,), (other,) = (model.get_attachment("ip_adapter") for model in (native, ours))
+    for found, wanted in zip(other, one, strict=True):
+        assert found.packed.tensor.shape == wanted.packed.tensor.shape
+        assert found.masks is wanted.masks is None and found.packed.fixed is None
+
+
+def test_a_preset_is_found_fast_among_many_files(real, folder, put):
+    import time
+
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.ipadapter_plus import find
+    from comfyui_ip_adapter.ip_adapter_core.ipadapter_plus.presets import preset_of
+    from comfyui_ip_adapter.nodes import paths
+
+    names = [f"other {number:02}.safetensors" for number in range(49)]
+    put({**dict.fromkeys(names, "sd15"), "ip-adapter-plus_sd15.safetensors": "sd15_plus"})
+    encoder = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
+    from tests.support import sparse_files as sparse
+
+    put(image_encoders={encoder: sparse.vision()})
+    find(real["SD1.5"], preset_of("STANDARD"), paths.adapters(), paths.encoders())
+    begun = time.perf_counter()
+    found = find(real["SD1.5"], preset_of("PLUS"), paths.adapters(), paths.encoders())
+    assert [file.name for file in found] == ["ip-adapter-plus_sd15.safetensors", encoder]
+    assert time.perf_counter() - begun < 0.2
+    renamed = folder / "renamed.safetensors"
+    (folder / "ip-adapter-plus_sd15.safetensors").rename(renamed)
+    found = find(real["SD1.5"], preset_of("PLUS"), paths.adapters(), paths.encoders())
+    assert found[0].name == "renamed.safetensors", "found by what is in it"
