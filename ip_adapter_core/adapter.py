@@ -110,14 +110,16 @@ class IPAdapter(nn.Module):
             }
         )
 
-    def tokens(self, *features: Tensor, structure: float = 1.0) -> Tensor:
+    def tokens(self, *features: Tensor, structure: float = 1.0, exact: bool = False) -> Tensor:
         """Project image features to tokens `(N, tokens, cross_attention_dim)`.
 
         They are `(N, width)` or `(N, patches, width)`, as `spec.reads` says. `structure`: see
-        `FacePerceiver`.
+        `FacePerceiver`; `exact`: see `ImagePrompt.exact_faces`.
         """
         if isinstance(self.image_proj, FacePerceiver):
-            return self.image_proj(*features, structure=structure)
+            return self.image_proj(*features, structure=structure, exact=exact)
+        if isinstance(self.image_proj, FaceProjection):
+            return self.image_proj(*features, exact=exact)
         return self.image_proj(*features)
 
     def keys_values(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

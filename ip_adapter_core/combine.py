@@ -69,6 +69,12 @@ def combine(
         raise ValueError(f"Found {len(weights)} weights for {len(prompts)} image prompts.")
     _check_encoders(prompts)
     first = next(iter(prompts.values()))
+    structures = {prompt.structure for prompt in prompts.values()}
+    if len(structures) > 1:
+        raise ValueError(
+            f"Faces of the structures {_listed(sorted(structures))} cannot be one prompt. Encode "
+            "them with one structure, or apply each with a node of its own."
+        )
     images = {name: prompt.positive for name, prompt in prompts.items()}
     against = {name: prompt.negative for name, prompt in prompts.items()}
     if method == "concat":

@@ -52,12 +52,13 @@ class CrossAttention(Protocol):
     def context_dim(self) -> int: ...
 
 
-def fits(spec: AdapterSpec, layers: Sequence[CrossAttention]) -> bool:
-    """Return whether the adapter has W'k, W'v for exactly these layers."""
+def fits(spec: AdapterSpec, layers: Sequence[CrossAttention], kolors: bool = False) -> bool:
+    """Return whether the adapter has W'k, W'v for exactly these layers, of that text encoder."""
     widths = tuple(layer.dim for layer in layers)
-    return bool(layers) and (layers[0].context_dim, widths) == (
-        spec.cross_attention_dim,
-        spec.layer_dims,
+    return (
+        bool(layers)
+        and (layers[0].context_dim, widths) == (spec.cross_attention_dim, spec.layer_dims)
+        and spec.kolors is kolors
     )
 
 
@@ -120,6 +121,12 @@ def check_encoder(
     """
     for read in spec.reads:
         _check_width(spec, read, prompt, adapter_name, trained_with)
+    if FACE in spec.reads and "'antelopev2'" in prompt.encoder:
+        _warn_once(
+            f"'{adapter_name}' reads face embeddings of buffalo_l; the image prompt's are of "
+            "antelopev2, which are as wide and mean other faces. Unless the adapter was trained "
+            "with those, load buffalo_l in Load Face Encoder."
+        )
     if prompt.encoder == UNNAMED or FACE in spec.reads:
         return
     kind = spec.features.replace("_", " ")
@@ -146,6 +153,13 @@ def _check_width(
     width = prompt.positive.of(kind).shape[-1]
     if width == 0:
         read, reason = _LACKING[kind]
+        if kind != FACE and FACE in spec.reads and prompt.positive.face_embeds is not None:
+            raise ValueError(
+                f"'{adapter_name}' reads the face's crop beside its embedding, but the image "
+                f"prompt was made with {prompt.encoder} alone. Connect a Load CLIP Vision (CLIP "
+                "ViT-H/14) to 'clip_vision' of Encode Face, and the crop to 'image' where the "
+                "embeddings come from elsewhere."
+            )
         raise ValueError(
             f"'{adapter_name}' reads {read}, but the image prompt was made with {prompt.encoder}: "
             f"{reason} that this adapter was trained with, and encode the image again."

@@ -65,8 +65,8 @@ class FaceProjection(Projection):
             "hidden": hidden,
         }
 
-    def forward(self, face_embeds: Tensor) -> Tensor:
-        made = self.proj(unit(face_embeds))
+    def forward(self, face_embeds: Tensor, exact: bool = False) -> Tensor:
+        made = self.proj(face_embeds if exact else unit(face_embeds))
         return self.norm(rearrange(made, "n (t d) -> n t d", t=self.tokens))
 
 
@@ -150,8 +150,14 @@ class FacePerceiver(Projection):
             "expansion": own["layers.0.1.1.weight"].shape[0] // dim,
         }
 
-    def forward(self, face_embeds: Tensor, hidden_states: Tensor, structure: float = 1.0) -> Tensor:
-        made = self.proj(unit(face_embeds))
+    def forward(
+        self,
+        face_embeds: Tensor,
+        hidden_states: Tensor,
+        structure: float = 1.0,
+        exact: bool = False,
+    ) -> Tensor:
+        made = self.proj(face_embeds if exact else unit(face_embeds))
         face = self.norm(rearrange(made, "n (t d) -> n t d", t=self.tokens))
         out = self.perceiver_resampler(face, hidden_states)
         return face + structure * out if self.shortcut else out

@@ -70,7 +70,8 @@ class ImagePrompt:
     pixels) or an image of the user's. Knows neither λ nor model: any adapter of the same
     encoder can use it. `encoder` describes the encoder to people; `fingerprint` is the same for
     the same encoder only, and empty where nothing is known of its weights. `structure`: how much
-    of a face's crop FaceID Plus v2 follows beside its embedding.
+    of a face's crop FaceID Plus v2 follows beside its embedding. `exact_faces`: face embeddings are
+    projected as long as they are, in place of length 1.
     """
 
     positive: ImageFeatures
@@ -78,6 +79,7 @@ class ImagePrompt:
     encoder: str
     fingerprint: str = ""
     structure: float = 1.0
+    exact_faces: bool = False
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ImagePrompt:
         return replace(

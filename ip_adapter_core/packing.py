@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -113,7 +113,9 @@ def tokens(
     sides = prompt.positive, prompt.negative
     if combine == "average":
         sides = sides[0].mean(), sides[1].mean()
-    more = {"structure": prompt.structure} if len(adapter.spec.reads) > 1 else {}
+    more: dict[str, Any] = {"structure": prompt.structure} if len(adapter.spec.reads) > 1 else {}
+    if prompt.exact_faces:
+        more["exact"] = True
     positive, negative = (
         adapter.tokens(*map(side.of, adapter.spec.reads), **more) for side in sides
     )

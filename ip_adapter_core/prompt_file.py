@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,10 +103,12 @@ def load(path: str | os.PathLike[str]) -> ImagePrompt:
     fingerprint = metadata.get("encoder_fingerprint", "") if known else ""
     try:
         structure = float(metadata.get("structure", 1.0))
+        if not math.isfinite(structure):
+            raise ValueError(structure)
     except ValueError as error:
         raise PromptFileError(
-            f"'{name}' has the structure {metadata['structure']!r}; expected a number. Save the "
-            "prompt again."
+            f"'{name}' has the structure {metadata['structure']!r}; expected a finite number. Save "
+            "the prompt again."
         ) from error
     return ImagePrompt(positive, negative, metadata["encoder"], fingerprint, structure)
 

@@ -135,7 +135,7 @@ class EncodeFace(types.Node):
     ) -> io.NodeOutput:
         if face_embeds is not None:
             named = "face embeddings from elsewhere"
-            made = prompt_of(face_embeds, clip_vision, image, named, structure)
+            made = prompt_of(face_embeds, clip_vision, image, named, structure, several)
             return io.NodeOutput(made, image, image)
         if face_encoder is None or image is None:
             raise ValueError(

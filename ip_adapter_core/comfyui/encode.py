@@ -127,8 +127,14 @@ def prepare_image(
     return pixels.movedim(1, -1).contiguous().to(memory.intermediate_device())
 
 
-def check_kind(clip_vision: ClipVisionModel) -> None:
+def check_kind(clip_vision: ClipVisionModel | None) -> None:
     """Raise ValueError for what is no CLIP vision model."""
+    if clip_vision is None:
+        raise ValueError(
+            "There is no image encoder at 'clip_vision': a FaceID or Portrait adapter that was "
+            "found by Auto Load IP-Adapter reads none. Take Encode Face in place of this node, or "
+            "another preset."
+        )
     if clip_vision.model_type != "clip_vision_model":
         raise ValueError(
             f"The image encoder is a {clip_vision.model_type}, which no supported IP-Adapter was "

@@ -55,17 +55,15 @@ def encode_faces(
     Raises:
         ValueError: For what `checked` refuses, a picture without that face, or another order.
     """
-    for name, given, known in (("order", order, ORDERS), ("several", several, SEVERAL)):
-        if given not in known:
-            raise ValueError(f"{name} is {given!r}; expected one of {', '.join(known)}.")
+    if order not in ORDERS:
+        raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}.")
     pictures = checked(image, "image").cpu()
     chosen = [_chosen(encoder.faces(one), order, number, i) for i, one in enumerate(pictures, 1)]
     pairs = [*zip(pictures, chosen, strict=True)]
     faces = encoder.embed(torch.stack([aligned(one, face.points) for one, face in pairs]))
     crops = torch.stack([aligned(one, face.points, _CROP) for one, face in pairs])
-    prompt = prompt_of(faces, clip_vision, crops, f"the face encoder '{encoder.name}'", structure)
-    if several == "average":
-        prompt = replace(prompt, positive=prompt.positive.mean())
+    named = f"the face encoder '{encoder.name}'"
+    prompt = prompt_of(faces, clip_vision, crops, named, structure, several)
     shown = torch.stack([marked(one, face, SHOWN) for one, face in pairs])
     return FacePrompt(prompt, crops, shown)
 
@@ -89,16 +87,25 @@ def prompt_of(
     crops: Tensor | None,
     named: str,
     structure: float = 1.0,
+    several: str = "side by side",
 ) -> ImagePrompt:
     """Return the prompt of face embeddings `(N, 512)`, with the crops' features where there are.
 
-    Raises ValueError for embeddings of another shape, or that are not finite.
+    Raises ValueError for embeddings of another shape, or that are not finite, for another number of
+    crops, and for another `several`.
     """
+    if several not in SEVERAL:
+        raise ValueError(f"several is {several!r}; expected one of {', '.join(SEVERAL)}.")
     faces = checked_embeds(face_embeds)
     count, fingerprint = len(faces), ""
     positive = ImageFeatures(torch.zeros(count, 0), torch.zeros(count, 0, 0), faces)
     negative = ImageFeatures(torch.zeros(1, 0), torch.zeros(1, 0, 0), torch.zeros(1, WIDTH))
     if clip_vision is not None and crops is not None:
+        if len(crops) != count:
+            raise ValueError(
+                f"face_embeds holds {count} faces, but image holds {len(crops)} pictures. Connect "
+                "the crop of each face, in their order, or no clip_vision."
+            )
         found, zero = features(clip_vision, crops), zero_features(clip_vision)
         description, fingerprint = described(clip_vision, found)
         named = f"{named} and {description}"
@@ -106,6 +113,7 @@ def prompt_of(
         embeds = torch.zeros(1, found.image_embeds.shape[-1])
         negative = ImageFeatures(embeds, zero.penultimate_hidden_states, torch.zeros(1, WIDTH))
     digest = hashlib.sha256(f"{named} {fingerprint}".encode()).hexdigest()
+    positive = positive.mean() if several == "average" else positive
     return ImagePrompt(positive, negative, named, digest, structure)
 
 

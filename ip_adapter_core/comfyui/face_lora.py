@@ -15,7 +15,7 @@ from .layers import KEY, attention_names
 from .loaders import ManagedAdapter
 
 logger = logging.getLogger("comfyui_ip_adapter")
-_APPLIED = f"{KEY}.lora"  # an attachment: which adapters' LoRA a model has
+_APPLIED = f"{KEY}.lora"  # an attachment: the LoRA that a model has, each with its weight
 
 
 def with_lora(model: ModelPatcher, adapter: ManagedAdapter, weight: float) -> ModelPatcher:
@@ -28,19 +28,39 @@ def with_lora(model: ModelPatcher, adapter: ManagedAdapter, weight: float) -> Mo
     if not lora or not weight:
         return model
     applied: tuple[Any, ...] = model.get_attachment(_APPLIED) or ()
-    if any(other is adapter.module for other in applied):
-        return model
+    for other, acting in applied:
+        if _equal(other, lora):
+            if acting != weight:
+                logger.warning(
+                    "The LoRA of '%s' acts on this model already, at %g; the lora_weight %g of a "
+                    "further node does not change it.",
+                    adapter.name,
+                    acting,
+                    weight,
+                )
+            return model
     named = _named(model, lora)
     if _has(model, named):
         logger.warning(
-            "The model has the LoRA of '%s' already, from a file of its own; it is not applied "
-            "again. The adapter brings it: take that LoRA loader out.",
+            "The model has the LoRA of '%s' already, from a LoRA loader; it is not applied again. "
+            "The adapter brings it: take that loader out.",
             adapter.name,
         )
         return model
     made, _ = comfy.sd.load_lora_for_models(model, None, named, weight, 0)
-    made.set_attachments(_APPLIED, (*applied, adapter.module))
+    made.set_attachments(_APPLIED, (*applied, (lora, weight)))
     return made
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Return whether two loaders read the same LoRA: by its first layer, as `_has` does."""
+    key = next(iter(other))
+    found = one.get(key)
+    return one is other or (
+        found is not None
+        and found.shape == other[key].shape
+        and torch.equal(found.float().cpu(), other[key].float().cpu())
+    )
 
 
 def _named(model: ModelPatcher, lora: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,14 +19,14 @@ from ..face_projection import unit
 from ..files import finder
 from ..files.finder import ADAPTER_PRESETS, AdapterFile, AdapterPreset, EncoderFile, Folder
 from ..image_prompt import UNNAMED, ImageFeatures, ImagePrompt, bare
-from ..ipadapter_plus.features import across_images, enhanced, pieces, to_rows
+from ..ipadapter_plus.features import MOST_PIECES, across_images, enhanced, pieces, to_rows
 from ..ipadapter_plus.presets import Preset, first
 from ..ipadapter_plus.weight_types import Asked, foldings
 from ..variants import FACE
 from .apply import ApplySettings, apply_to_model, compile_prompts
 from .encode import AT_ONCE, features, zero_features
 from .encode_faces import prompt_of
-from .layers import layers_of
+from .layers import is_kolors, layers_of
 from .loaders import ManagedAdapter, find_files, loadable
 
 logger = logging.getLogger("comfyui_ip_adapter")
@@ -42,7 +42,8 @@ class Request:
     latent i, the last one for all that follow. `pieces`, `ratio`: see `features.enhanced`. `faces`:
     embeddings of the faces whose crops the pictures are; `structure`: see `FacePerceiver`.
     `like_the_old`: as ComfyUI_IPAdapter_plus computed it, without the middle block, with a black
-    picture in place of training's empty one, and with its masks' resampling.
+    picture in place of training's empty one, and with its masks' resampling; `middle`: with the
+    middle block all the same, as its first versions had it.
     """
 
     adapter: ManagedAdapter
@@ -63,6 +64,7 @@ class Request:
     faces: Tensor | None = None
     structure: float | None = None
     like_the_old: bool = False
+    middle: bool = False
 
 
 def apply(model: ModelPatcher, request: Request) -> ModelPatcher:
@@ -110,15 +112,16 @@ def apply(model: ModelPatcher, request: Request) -> ModelPatcher:
 def _foldings(model: ModelPatcher, request: Request) -> Any:
     layers = [layer.key for layer in layers_of(model)]
     sdxl = len({key[:2] for key in layers}) == _SDXL_BLOCKS
-    return foldings(request.asked, layers, sdxl, middle=not request.like_the_old)
+    return foldings(request.asked, layers, sdxl, middle=request.middle or not request.like_the_old)
 
 
 def _face_prompt(request: Request) -> ImagePrompt:
     """Return the prompt of faces: their embeddings and, for FaceID Plus, their crops' states."""
     if request.faces is None:
         raise ValueError(
-            f"'{request.adapter.name}' reads faces. Connect an IPAdapter InsightFace Loader to "
-            "'insightface', or take an IPAdapter Unified Loader FaceID."
+            f"'{request.adapter.name}' reads faces. Take an IPAdapter FaceID with an IPAdapter "
+            "InsightFace Loader at 'insightface', or an IPAdapter Unified Loader FaceID, which "
+            "brings its own."
         )
     spec = request.adapter.spec
     plus = len(spec.reads) > 1
@@ -134,7 +137,8 @@ def _face_prompt(request: Request) -> ImagePrompt:
         negative = replace(negative, penultimate_hidden_states=states)
     if request.combine != "concat" and len(positive) > 1 and not request.per_latent:
         face = positive.of(FACE)
-        face = face if spec.variant == "faceid-unnorm" else unit(face)
+        if spec.variant != "faceid-unnorm":
+            face, made = unit(face), replace(made, exact_faces=True)
         positive = ImageFeatures(
             *(
                 across_images(x, request.combine)
@@ -208,6 +212,7 @@ def encoded(request: Request, image: Tensor, grid: int = 1, ratio: float = 1.0) 
     """Encode pictures, and the pieces of each where `grid` asks for it."""
     encoder = needed(request.clip_vision)
     whole = features(encoder, image)
+    grid = min(grid, MOST_PIECES)
     if grid <= 1:
         return whole
     cut = [features(encoder, pieces(part, grid)) for part in image.split(AT_ONCE)]
@@ -262,6 +267,15 @@ def find(
                 f"'{(preset.sdxl if sdxl else preset.sd15)[-1].replace('.', '-')}' in its name."
             )
         choice = find_files(model, preset.native, adapters, encoders)
+        version = choice.adapter.spec.sizes.get("shortcut", 0) + 1
+        if preset.version not in (None, version):
+            logger.warning(
+                "Preset '%s': '%s' is taken for FaceID Plus v%d, by its name. Call it as the "
+                "published file if it is the other one.",
+                preset.name,
+                choice.adapter.name,
+                version,
+            )
         named = _encoder_by_name(choice.adapter, preset, encoders)
         return choice.adapter, named or choice.encoder
     encoder = _encoder_by_name(adapter, preset, encoders)
@@ -287,7 +301,8 @@ def _by_name(
     if named is None:
         return None
     (file,) = finder.adapters([named])
-    if isinstance(file, AdapterFile) and fits(file.spec, layers_of(model)):
+    kolors = is_kolors(model.get_model_object("diffusion_model"))
+    if isinstance(file, AdapterFile) and fits(file.spec, layers_of(model), kolors):
         return file
     logger.warning(
         "Preset '%s': '%s' has its name, but %s. Looking for another by contents.",

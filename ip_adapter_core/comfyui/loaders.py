@@ -49,7 +49,7 @@ from ..files.tower_config import ImageEncoderError, Tower, check_whole
 from ..image_prompt import ImagePrompt
 from ..packing import LayerFolding, Packed, compile_sides
 from . import host
-from .layers import layers_of
+from .layers import is_kolors, layers_of
 
 logger = logging.getLogger("comfyui_ip_adapter")
 _UNKNOWN_SIZE = (
@@ -120,14 +120,18 @@ mapping of short names to tensors."""
 _managed_by_tensor: Any = WeakTensorKeyDictionary()
 
 
-def tensors_of(adapter: ManagedAdapter) -> dict[str, dict[str, Tensor]]:
+def tensors_of(adapter: ManagedAdapter) -> dict[str, Any]:
     """Return an adapter's tensors as other packs pass them on; `adapter_of` knows them again."""
-    parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    parts: dict[str, Any] = {"image_proj": {}, "ip_adapter": {}}
     for key, tensor in {**adapter.module.state_dict(), **adapter.module.lora}.items():
         part, _, name = key.partition(".")
         parts[part][name] = tensor
     _managed_by_tensor[_first(parts)] = adapter, [*map(id, _all(parts))]
-    return parts
+    kinds = {
+        "faceidplusv2": bool(adapter.spec.sizes.get("shortcut")),
+        "portraitunnorm": adapter.spec.variant == "faceid-unnorm",
+    }
+    return parts | {key: True for key, is_so in kinds.items() if is_so}  # what other packs go by
 
 
 def adapter_of(parts: Tensors, name: str = "IPADAPTER") -> ManagedAdapter:
@@ -302,7 +306,8 @@ def find_files(model: ModelPatcher, preset: str, adapters: Folder, encoders: Fol
     layers = layers_of(model)
     found = finder.adapters(adapters.files)
     seen = [loadable(file) for file in finder.encoders(encoders.files)]
-    fitting = [file for file in _of_kind(found, wanted) if fits(file.spec, layers)]
+    kolors = is_kolors(model.get_model_object("diffusion_model"))
+    fitting = [file for file in _of_kind(found, wanted) if fits(file.spec, layers, kolors)]
     unusable = [file for file in found if isinstance(file, Unusable)]
     choice = finder.choose(fitting, _usable(seen), wanted, unusable)
     if choice is None:

@@ -2,7 +2,9 @@
 
 Both of ComfyUI's formats go: what the editor saves, and what *Export (API)* gives. A node is
 rewritten where native nodes compute the same to the bit; all others stay as they are, since their
-ids are served, and are listed with the reason.
+ids are served, and are listed with the reason. Two things the file does not tell: a preset that
+several files fit (the old names go first there, what is in the files here), and a batch of masks or
+of negative pictures, of which the report speaks.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .presets import COMMUNITY, UNIFIED
-from .weight_types import ONCE_CALLED
+from .weight_types import ONCE_CALLED, WEIGHT_TYPES
 
 Json = dict[str, Any]
 
@@ -119,6 +121,7 @@ _PRESETS = {
     "composition precise": "precise composition",
 }
 _OF_PRESET = {preset.name: preset.native for preset in (*UNIFIED, *COMMUNITY) if preset.native}
+_LIGHT = "light"  # v1.1 of the file goes before v1.0 there, which Auto does not look for
 _NO_COUNTERPART = {
     "IPAdapterTiled": "tiles with a mask each",
     "IPAdapterMS": "blocks are numbered otherwise in the model's own family; see Layer Weights",
@@ -129,6 +132,9 @@ _NO_COUNTERPART = {
     "IPAdapterNoise": "another noise; see Negative Image Noise",
     "PrepImageForClipVision": "another resampling; see Prepare Image for Prompt",
     "IPAdapterWeights": "lists of weights; see Weights per Latent",
+    "InsightFaceLoader": "what reads it is served; see Load Face Encoder",
+    "IPAdapterInsightFaceLoader": "what reads it is served; see Load Face Encoder",
+    "PrepImageForInsightFace": "another resampling; Encode Face cuts the face out itself",
     "IPAdapterFromParams": "lists of regions; see Apply IP-Adapter (Regions)",
 }
 
@@ -190,6 +196,10 @@ class _Graph:
         """Take a node out; what its outputs fed gets the links `instead`."""
         raise NotImplementedError
 
+    def gives_out(self, node: _Node, slot: int) -> bool:
+        """Return whether the graph itself, a subgraph, gives out a node's output."""
+        return False
+
 
 class _Api(_Graph):
     def __init__(self, nodes: Json) -> None:
@@ -232,6 +242,8 @@ class _Editor(_Graph):
     """`content`: a graph or a subgraph; the latter's links are mappings in place of lists."""
 
     FIELDS = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    INPUTS, OUTPUTS = -10, -20
+    """What stands for a subgraph's own inputs and outputs at the ends of links."""
 
     def __init__(self, content: Json) -> None:
         self.content = content
@@ -297,10 +309,23 @@ class _Editor(_Graph):
         entry = dict(zip(self.FIELDS, values, strict=True)) if as_mapping else [*values]
         self.content["links"].append(entry)
         target["inputs"][slot]["link"] = values[0]
-        origin = next((n for n in self.content["nodes"] if n["id"] == link.node), None)
-        if origin is not None:
-            output = origin["outputs"][link.slot]
-            output["links"] = [*(output.get("links") or []), values[0]]
+        self._note(link, values[0])
+
+    def gives_out(self, node: _Node, slot: int) -> bool:
+        ends = ((x["origin_id"], x["origin_slot"], x["target_id"]) for x in self.links())
+        return (node.id, slot, self.OUTPUTS) in ends
+
+    def _note(self, origin: Link, link: Any, *, gone: bool = False) -> None:
+        """Add a link to those of its origin, or take it out."""
+        if origin.node == self.INPUTS:
+            ends, key = self.content.get("inputs") or [], "linkIds"
+        else:
+            known: dict[Any, Json] = {n["id"]: n for n in self.content["nodes"]}
+            node = known.get(origin.node, {})
+            ends, key = node.get("outputs") or [], "links"
+        if origin.slot < len(ends):
+            others = [x for x in ends[origin.slot].get(key) or [] if x != link]
+            ends[origin.slot][key] = others if gone else [*others, link]
 
     def remove(self, node: _Node, instead: Mapping[int, Link]) -> None:
         of_ids = {n["id"]: n for n in self.content["nodes"]}
@@ -308,7 +333,7 @@ class _Editor(_Graph):
         for entry in self.content["links"]:
             link = entry if isinstance(entry, dict) else dict(zip(self.FIELDS, entry, strict=False))
             if link["target_id"] == node.id:
-                self._forget(of_ids.get(link["origin_id"]), link["origin_slot"], link["id"])
+                self._note(Link(link["origin_id"], link["origin_slot"]), link["id"], gone=True)
                 continue
             if link["origin_id"] == node.id:
                 new = instead.get(link["origin_slot"])
@@ -316,24 +341,20 @@ class _Editor(_Graph):
                     target = of_ids.get(link["target_id"])
                     if target is not None:
                         target["inputs"][link["target_slot"]]["link"] = None
+                    elif link["target_id"] == self.OUTPUTS and self.content.get("outputs"):
+                        output = self.content["outputs"][link["target_slot"]]
+                        output["linkIds"] = [
+                            x for x in output.get("linkIds") or [] if x != link["id"]
+                        ]
                     continue
                 if isinstance(entry, dict):
                     entry["origin_id"], entry["origin_slot"] = new
                 else:
                     entry[1:3] = new
-                origin = of_ids.get(new.node)
-                if origin is not None:
-                    output = origin["outputs"][new.slot]
-                    output["links"] = [*(output.get("links") or []), link["id"]]
+                self._note(new, link["id"])
             kept.append(entry)
         self.content["links"][:] = kept
         self.content["nodes"][:] = [n for n in self.content["nodes"] if n["id"] != node.id]
-
-    @staticmethod
-    def _forget(origin: Json | None, slot: int, link: Any) -> None:
-        if origin is not None:
-            output = origin["outputs"][slot]
-            output["links"] = [x for x in output.get("links") or [] if x != link] or None
 
 
 def _place(position: Any) -> tuple[float, float]:
@@ -376,7 +397,13 @@ def _convert(graph: _Graph) -> list[str]:
             f"'{a.preset}' at {a.weight:g}" if a.preset != "uniform" else f"at {a.weight:g}"
             for a in applied
         )
-        report.append(f"{node.type} ({node.id}): Apply IP-Adapter, {made}.")
+        batches = [
+            what
+            for name, what in (("attn_mask", "masks"), ("image_negative", "negative pictures"))
+            if isinstance(current.inputs.get(name), Link)
+        ]
+        hint = f" A batch of {' or '.join(batches)} is dealt otherwise here." if batches else ""
+        report.append(f"{node.type} ({node.id}): Apply IP-Adapter, {made}.{hint}")
     return [*report, *_loaders(graph)]
 
 
@@ -394,6 +421,8 @@ def _loaders(graph: _Graph) -> Iterator[str]:
             for value in other.inputs.values()
             if isinstance(value, Link) and str(value.node) == str(node.id) and value.slot == output
         ]
+        if graph.gives_out(node, output):
+            users.append("an output of the subgraph")
         if users:
             yield f"{node.type} ({node.id}): kept, for {', '.join(sorted(set(users)))}."
             continue
@@ -410,6 +439,11 @@ def _applications(node: _Node) -> list[_Application]:
     for name in _OLD[node.type][1]:
         if isinstance(given[name], Link):
             raise _Kept(f"'{name}' comes over a link")
+        if type(given[name]) not in (type(_DEFAULTS[name]), int):
+            raise _Kept(f"'{name}' is {given[name]!r}")
+    for name in ("model", _OLD[node.type][0]):
+        if not isinstance(given.get(name), Link):
+            raise _Kept(f"nothing is connected to '{name}'")
     if given["start_at"] > given["end_at"]:
         raise _Kept("start_at lies after end_at, so that it never acts")
     if given["combine_embeds"] not in ("concat", "average"):
@@ -418,10 +452,12 @@ def _applications(node: _Node) -> list[_Application]:
         raise _Kept("the average beside a negative picture takes its first row alone")
     image, weight = given.get(_OLD[node.type][0]), given["weight"]
     if node.type == "IPAdapterStyleComposition":
+        composition = given.get("image_composition")
+        composition = composition if isinstance(composition, Link) else image
         style = "strong style" if given["expand_style"] else "style"
         return [
             _Application(image, style, given["weight_style"]),
-            _Application(given["image_composition"], "composition", given["weight_composition"]),
+            _Application(composition, "composition", given["weight_composition"]),
         ]
     if node.type.startswith("IPAdapterPrecise"):
         of_style = node.type == "IPAdapterPreciseStyleTransfer"
@@ -437,6 +473,7 @@ def _applications(node: _Node) -> list[_Application]:
         type_ = {"standard": "linear", "prompt is more important": "ease out"}.get(type_, type_)
     if type_ == "style and composition":  # the composition's weight was always 1
         return [_Application(image, "style", weight), _Application(image, "composition", 1.0)]
+    type_ = type_ if type_ in WEIGHT_TYPES else "linear"
     if type_ not in _PRESETS:
         raise _Kept(f"the ramps of '{type_}' are others here")
     return [_Application(image, _PRESETS[type_], weight)]
@@ -458,7 +495,8 @@ def _rewrite(
 
     def once(type_: str, inputs: Json) -> Link:
         nonlocal helpers
-        key = type_, tuple(sorted(inputs.items(), key=lambda item: item[0]))
+        mode = node.source.get("mode", 0)  # what is muted with a node serves no other one
+        key = type_, mode, tuple(sorted(inputs.items(), key=lambda item: item[0]))
         if key not in shared:
             shared[key] = Link(graph.add(type_, inputs, node, helpers), 0)
             helpers += 1
@@ -499,6 +537,9 @@ def _loaded(graph: _Graph, given: Json, node: _Node, shared: dict[Any, Any]) -> 
     source = given.get("ipadapter")
     nodes = {str(id_): other for id_, other in graph.nodes().items()}
     loader = nodes.get(str(source.node)) if isinstance(source, Link) else None
+    while loader is not None and loader.type == "Reroute":
+        source = next((x for x in loader.inputs.values() if isinstance(x, Link)), None)
+        loader = nodes.get(str(source.node)) if source is not None else None
     if loader is None or loader.type not in _LOADERS:
         raise _Kept("its adapter comes from another pack's node")
     clip_vision = given.get("clip_vision")
@@ -511,6 +552,8 @@ def _loaded(graph: _Graph, given: Json, node: _Node, shared: dict[Any, Any]) -> 
         preset = _OF_PRESET.get(str(loader.inputs.get("preset")))
         if preset is None:
             raise _Kept(f"there is no preset {loader.inputs.get('preset')!r} here")
+        if preset == _LIGHT:
+            raise _Kept("its loader takes v1.1 of light before v1.0, which no preset does here")
         key = "IPA_AutoLoad"
         inputs = {"model": _plain_model(graph, loader.inputs.get("model")), "preset": preset}
     known = key, str(loader.id)

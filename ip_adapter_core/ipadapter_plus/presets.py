@@ -26,7 +26,7 @@ class Preset:
 
     `sd15`, `sdxl`: patterns of the adapter's name for that family, the first one that finds a file
     counts; none: there is no such adapter. `native`: the preset of `IPA_AutoLoad` that finds it by
-    its contents. `face`: whether it reads faces.
+    its contents. `face`: whether it reads faces; `version`: of FaceID Plus.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Preset:
     native: str = ""
     ending: str = ENDING
     face: bool = False
+    version: int | None = None
 
     def adapter(self, files: Iterable[File], sdxl: bool) -> File | None:
         """Return the first file of one of its names."""
@@ -86,13 +87,21 @@ UNIFIED = (
 )
 FACE_ID = (
     Preset("FACEID", ("faceid.sd15",), ("faceid.sdxl",), native="faceid", face=True),
-    Preset("FACEID PLUS - SD1.5 only", ("faceid.plus.sd15",), (), native="faceid-plus", face=True),
+    Preset(
+        "FACEID PLUS - SD1.5 only",
+        ("faceid.plus.sd15",),
+        (),
+        native="faceid-plus",
+        face=True,
+        version=1,
+    ),
     Preset(
         "FACEID PLUS V2",
         ("faceid.plusv2.sd15",),
         ("faceid.plusv2.sdxl",),
         native="faceid-plus",
         face=True,
+        version=2,
     ),
     Preset(
         "FACEID PORTRAIT (style transfer)",

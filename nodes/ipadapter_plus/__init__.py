@@ -76,6 +76,7 @@ def serve(module: str) -> dict[str, Any]:
     Args:
         module: What ComfyUI calls this pack, as it notes for the nodes that it loads itself.
     """
+    add_to_server(served_now)
     if not serves_ids():
         return {}
     table, names = host_nodes.NODE_CLASS_MAPPINGS, host_nodes.NODE_DISPLAY_NAME_MAPPINGS
@@ -92,7 +93,6 @@ def serve(module: str) -> dict[str, Any]:
             len(served),
             "" if len(served) == len(CLASSES) else " Another pack has the others.",
         )
-        add_to_server(served_now)
     return served
 
 

@@ -416,7 +416,7 @@ class IPAdapterTiled(Applying):
         encode_batch_size: int = 0,
         **_: Any,
     ) -> tuple[Any, Tensor, Tensor]:
-        adapter, clip_vision, _faces = models(ipadapter, _given(clip_vision))
+        adapter, clip_vision, faces = models(ipadapter, _given(clip_vision))
         tiles, masks = tiled(image, _given(attn_mask), sharpening)
         for tile, mask in zip(tiles, masks, strict=True):
             request = Request(
@@ -432,7 +432,7 @@ class IPAdapterTiled(Applying):
                 per_latent=self.unfold_batch,
                 like_the_old=like_the_old(),
             )
-            model = apply(model, request)
+            model = apply(model, of_faces(request, faces))
         return model, torch.cat(tiles), torch.cat(masks)
 
 

@@ -13,6 +13,7 @@ from ...ip_adapter_core.comfyui.encode import features
 from ...ip_adapter_core.comfyui.ipadapter_plus import encoder_mask, needed, zero_side
 from ...ip_adapter_core.files.header import read_pickle
 from ...ip_adapter_core.ipadapter_plus.features import EXTREMES, METHODS, across_images
+from ...ip_adapter_core.variants import FACE
 from .. import paths
 from . import inputs as of
 from .inputs import typed
@@ -53,7 +54,13 @@ class IPAdapterEncoder:
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
         adapter, clip_vision, _faces = models(ipadapter, clip_vision)
-        encoder, kind = needed(clip_vision), adapter.spec.features
+        kind = adapter.spec.features
+        if FACE in adapter.spec.reads:
+            raise ValueError(
+                f"'{adapter.name}' reads faces, which are no EMBEDS of this node. Apply it by an "
+                "IPAdapter FaceID, or by Encode Face and Apply IP-Adapter."
+            )
+        encoder = needed(clip_vision)
         found = features(encoder, image, encoder_mask(mask, encoder))
         positive = getattr(found, kind)
         negative = zero_side(kind, positive, encoder, like_the_old())

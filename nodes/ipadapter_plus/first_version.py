@@ -80,6 +80,7 @@ class IPAdapterApply(Applying):
             "start_at": start_at,
             "end_at": end_at,
             "like_the_old": like_the_old(),
+            "middle": True,
         }
         if image is not None and short_side_tiles > 0:
             tiles, masks = masked_tiles(image, short_side_tiles, tile_weight)
@@ -154,6 +155,10 @@ class IPAdapterEncoderOfFirstVersion:
                 **{f"weight_{number}": weight for number in (2, 3, 4)},
             },
         )
+
+    @classmethod
+    def IS_CHANGED(cls, **_: Any) -> bool:
+        return like_the_old()
 
     def preprocess(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 from ...ip_adapter_core.ipadapter_plus.weight_types import ONCE_CALLED, SCALING_OF_FIRST_TYPES
 
 FIRST_ENCODER = "IPAdapterEncoderOfFirstVersion"
+_FILES = "ipadapter_file", "preset", "embeds"
 _TIMINGS = {"reverse_in_out": "ease_in_out"}
 
 
@@ -36,6 +37,8 @@ def _complete(node: dict[str, Any], served: Mapping[str, type]) -> None:
     for name, (type_, *options) in kind.INPUT_TYPES().get("required", {}).items():
         if name in given:
             given[name] = _renamed(name, given[name], type_)
+        elif name in _FILES:  # which one, nobody can guess
+            continue
         elif isinstance(type_, list) or (options and "default" in options[0]):
             default = type_[0] if isinstance(type_, list) and type_ else None
             given[name] = options[0].get("default", default) if options else default

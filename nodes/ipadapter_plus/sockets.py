@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from ...ip_adapter_core.comfyui.loaders import ManagedAdapter, adapter_of
 
+_UNNAMED = "IPADAPTER"
+
 
 class Models(NamedTuple):
     """An adapter, and the encoders of images and faces that came with it, if they did."""
@@ -30,7 +32,7 @@ def models(ipadapter: Any, clip_vision: Any = None) -> Models:
         )
     name: str
     inner: Any
-    name, inner = "IPADAPTER", ipadapter
+    name, inner = _UNNAMED, ipadapter
     if "ipadapter" in ipadapter:
         entry = ipadapter["ipadapter"] or {}
         inner, file = entry.get("model"), entry.get("file")
@@ -42,5 +44,8 @@ def models(ipadapter: Any, clip_vision: Any = None) -> Models:
             "No IP-Adapter came in at 'ipadapter'. Connect an IPAdapter Model Loader or an "
             "IPAdapter Unified Loader."
         )
+    if name == _UNNAMED and any("perceiver_resampler" in key for key in inner["image_proj"]):
+        # Without a file's name the key of the pack that made it tells the versions apart.
+        name = f"{name} (FaceID-Plus{'V2' if inner.get('faceidplusv2') else ''})"
     faces = (ipadapter.get("insightface") or {}).get("model")
     return Models(adapter_of(inner, name), clip_vision, faces)

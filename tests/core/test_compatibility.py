@@ -45,6 +45,7 @@ def layers(*widths, context_dim=10):
     ],
 )
 def test_a_model_of_other_layers_is_refused(found, said):
+    assert not fits(spec("base"), found, kolors=True)
     assert fits(spec("base"), found) is (said is None)
     if said is None:
         check_fits(spec("base"), "a", "UNet", found)

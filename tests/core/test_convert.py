@@ -36,7 +36,8 @@ def test_a_request():
     made, report = convert(before)
     assert before == kept
     assert report == [
-        "IPAdapterAdvanced (5): Apply IP-Adapter, 'style' at 0.8.",
+        "IPAdapterAdvanced (5): Apply IP-Adapter, 'style' at 0.8. A batch of masks is dealt "
+        "otherwise here.",
         "IPAdapterModelLoader (4): taken out.",
     ]
     (apply,), (encode,) = of(made, "IPA_Apply"), of(made, "IPA_EncodeImage")
@@ -115,6 +116,11 @@ def test_what_takes_layer_weights(type_, inputs, expected):
     ("IPAdapterAdvanced", {"weight": ["8", 0]}, "'weight' comes over a link"),
     ("IPAdapterAdvanced", {"start_at": 0.9, "end_at": 0.2}, "never acts"),
     ("IPAdapterAdvanced", {"ipadapter": ["8", 0]}, "another pack's node"),
+    ("IPAdapterAdvanced", {"weight": None}, "'weight' is None"),
+    ("IPAdapterAdvanced", {"image": None}, "nothing is connected to 'image'"),
+    ("IPAdapterAdvanced", {"model": None}, "nothing is connected to 'model'"),
+    ("PrepImageForInsightFace", {"ipadapter": None}, "another resampling"),
+    ("InsightFaceLoader", {"ipadapter": None}, "see Load Face Encoder"),
     ("IPAdapterTiled", {}, "tiles with a mask each"),
     ("IPAdapterTiledBatch", {}, "tiles with a mask each"),
 ])  # fmt: skip
@@ -154,6 +160,80 @@ def editor(subgraph=False):
         outer = {"nodes": [], "links": [], "definitions": {"subgraphs": [graph]}}
         return outer
     return {**graph, "links": [[*link] for link in links]}
+
+
+def test_one_picture_of_two_and_a_word_that_is_no_type():
+    style = {"image_style": ["2", 0], "weight_style": 1.2, "weight_composition": 0.7}
+    made, _ = convert(api("IPAdapterStyleComposition", **style))
+    assert len(of(made, "IPA_Apply")) == 2 and len(of(made, "IPA_EncodeImage")) == 1
+    made, _ = convert(api(weight_type="channel penalty"))
+    assert len(of(made, "IPA_Apply")) == 1 and not of(made, "IPA_LayerWeights")
+
+
+def test_a_preset_whose_files_have_another_order_there():
+    request = api()
+    inputs = {"model": ["1", 0], "preset": "LIGHT - SD1.5 only (low strength)"}
+    request["4"] = {"class_type": "IPAdapterUnifiedLoader", "inputs": inputs}
+    request["5"]["inputs"]["ipadapter"] = ["4", 1]
+    made, report = convert(request)
+    assert made == request and "v1.1 of light" in report[0]
+
+
+@pytest.mark.parametrize("mode", [2, 4])
+def test_what_is_muted_takes_nothing_along(mode):
+    workflow = editor()
+    muted = copy.deepcopy(workflow["nodes"][4]) | {"id": 7, "mode": mode}
+    muted["outputs"] = [{"links": None}]
+    fed = [(6, 1, 0, 0, "MODEL"), (7, 4, 0, 1, "IPADAPTER"), (8, 2, 0, 2, "IMAGE"),
+           (9, 3, 0, 3, "CLIP_VISION")]  # fmt: skip
+    for id_, origin, slot, target, type_ in fed:
+        workflow["links"].append([id_, origin, slot, 7, target, type_])
+        muted["inputs"][target]["link"] = id_
+        (output,) = workflow["nodes"][origin - 1]["outputs"]
+        output["links"].append(id_)
+    workflow["nodes"].insert(4, muted)
+    made, _ = convert(workflow)
+    modes = {
+        kind: [n.get("mode", 0) for n in made["nodes"] if n["type"] == kind]
+        for kind in ("IPA_Apply", "IPA_EncodeImage")
+    }
+    assert modes == {"IPA_Apply": [mode, 0], "IPA_EncodeImage": [mode, 0]}
+
+
+def test_a_reroute_before_the_adapter():
+    workflow = editor()
+    workflow["nodes"][3]["outputs"] = [{"links": [6]}]
+    workflow["links"] += [[6, 4, 0, 7, 0, "IPADAPTER"]]
+    workflow["links"][1] = [2, 7, 0, 5, 1, "IPADAPTER"]
+    reroute = {"id": 7, "type": "Reroute", "inputs": [{"name": "", "link": 6}]}
+    workflow["nodes"].append({**reroute, "outputs": [{"links": [2]}]})
+    made, report = convert(workflow)
+    assert "IPA_Apply" in {node["type"] for node in made["nodes"]}
+    assert report[-1] == "IPAdapterModelLoader (4): kept, for Reroute."
+
+
+def test_the_ends_of_a_subgraph():
+    """Its inputs know their links, and what it gives out stays."""
+    workflow = editor(subgraph=True)
+    (graph,) = workflow["definitions"]["subgraphs"]
+    graph["nodes"] = [n for n in graph["nodes"] if n["id"] not in (1, 2, 6)]
+    graph["inputs"] = [{"name": "model", "linkIds": [1]}, {"name": "image", "linkIds": [3]}]
+    graph["outputs"] = [{"name": "model", "linkIds": [5]}, {"name": "adapter", "linkIds": [6]}]
+    links = {link["id"]: link for link in graph["links"]}
+    links[1] |= {"origin_id": -10, "origin_slot": 0}
+    links[3] |= {"origin_id": -10, "origin_slot": 1}
+    links[5] |= {"target_id": -20, "target_slot": 0}
+    given_out = {"id": 6, "origin_id": 4, "origin_slot": 0, "target_id": -20, "target_slot": 1}
+    graph["links"].append({**given_out, "type": "IPADAPTER"})
+    graph["nodes"][1]["outputs"][0]["links"].append(6)
+    made, report = convert(workflow)
+    (graph,) = made["definitions"]["subgraphs"]
+    for ends, id_, slot_key, key in (("inputs", -10, "origin_slot", "origin_id"),
+                                     ("outputs", -20, "target_slot", "target_id")):  # fmt: skip
+        for slot, end in enumerate(graph[ends]):
+            there = [x["id"] for x in graph["links"] if x[key] == id_ and x[slot_key] == slot]
+            assert end["linkIds"] == there and len(there) == 1, (ends, slot)
+    assert report[-1] == "IPAdapterModelLoader (4): kept, for an output of the subgraph."
 
 
 @pytest.mark.parametrize("subgraph", [False, True])

@@ -156,12 +156,52 @@ def test_everything_that_prompts_can_do(encode, encoder, adapter, small, clip_vi
 
 def test_what_does_not_go_together(encode, encoder, adapter, small, clip_vision):
     prompt = encode(face_encoder=encoder, image=pictures()).args[0]
-    with pytest.raises(ValueError, match=r"plus-v2\.safetensors' reads the encoder's hidden"):
+    with pytest.raises(
+        ValueError, match=r"plus-v2\.safetensors' reads the face's crop.*clip_vision"
+    ):
         small.apply(small.model(), adapter("faceid-plus-v2"), prompt)
     with pytest.raises(ValueError, match=r"reads a face embedding.*Take Encode Face"):
         small.apply(small.model(), adapter(), small.images())
     with pytest.raises(ValueError, match="reads the encoder's image embedding"):
         small.apply(small.model(), small.adapter(), prompt)
+
+
+def test_embeddings_from_elsewhere_as_pictures_are(encode, clip_vision, small):
+    embeds = 20 * torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
+    side, one = (encode(face_embeds=embeds, several=s).args[0] for s in ("side by side", "average"))
+    assert len(side.positive) == 3 and len(one.positive) == 1
+    torch.testing.assert_close(one.positive.face_embeds, side.positive.mean().face_embeds)
+    with pytest.raises(ValueError, match="holds 3 faces, but image holds 1 pictures"):
+        encode(face_embeds=embeds, image=pictures(), clip_vision=clip_vision)
+    with pytest.raises(ValueError, match="several is 'sum'"):
+        encode(face_embeds=embeds, several="sum")
+
+
+def test_faces_of_two_structures_are_not_one_prompt(encode, nodes):
+    embeds = torch.randn(1, 512, generator=torch.Generator().manual_seed(1))
+    prompts = {f"prompt{i}": encode(face_embeds=embeds, structure=s).args[0]
+               for i, s in enumerate((0.5, 2.0))}  # fmt: skip
+    with pytest.raises(ValueError, match=r"structures 0\.5, 2 cannot be one prompt"):
+        nodes["IPA_CombinePrompts"].execute(prompts, "concat", "")
+
+
+def test_another_face_encoder_is_told(encode, adapter, small, caplog):
+    from dataclasses import replace
+
+    embeds = torch.randn(1, 512, generator=torch.Generator().manual_seed(1))
+    prompt = replace(encode(face_embeds=embeds).args[0], encoder="the face encoder 'antelopev2'")
+    small.apply(small.model(), adapter("faceid"), prompt)
+    assert "mean other faces" in caplog.text
+
+
+def test_a_second_weight_of_the_same_lora_is_told(encode, adapter, small, caplog):
+    embeds = torch.randn(1, 512, generator=torch.Generator().manual_seed(1))
+    prompt, first, second = encode(face_embeds=embeds).args[0], adapter("faceid"), adapter("faceid")
+    model = small.apply(small.model(), first, prompt, lora_weight=0.5)
+    assert not caplog.records
+    again = small.apply(model, second, prompt, lora_weight=1.0)  # another loader of the same file
+    assert "acts on this model already, at 0.5; the lora_weight 1" in caplog.text
+    assert {k: len(v) for k, v in again.patches.items()} == {k: 1 for k in model.patches}
 
 
 def test_structure_is_how_much_of_the_crop_is_followed(

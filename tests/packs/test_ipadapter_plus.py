@@ -524,10 +524,11 @@ def face_adapter(sized, family, kind):
 
 @pytest.mark.nightly  # insightface describes every face that a random detector finds
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["faceid", "portrait"])
+@pytest.mark.parametrize("kind", ["faceid", "portrait", "faceid-plus-v2"])
 @pytest.mark.parametrize("id_", ["IPAdapterFaceID", "IPAAdapterFaceIDBatch"])
 def test_faces(compare, sized, analysis, family, kind, id_):
     given = {"weight": 0.8, "weight_faceidv2": 1.6, "insightface": analysis}
     given |= {"ipadapter": face_adapter(sized, family, kind), "image": pictures(2, 64, 64)}
-    for combine in ("concat", "average"):
+    combined = id_ == "IPAdapterFaceID"
+    for combine in ("concat", "average", "add", "subtract", "norm average")[: 5 if combined else 1]:
         compare(id_, family, combine_embeds=combine, **given)

@@ -13,9 +13,10 @@ async function rewrite() {
     method: "POST",
     body: JSON.stringify(app.graph.serialize()),
   });
-  const made = await answer.json();
-  if (!answer.ok) {
-    tell("error", "The workflow cannot be rewritten", made.error);
+  const made = await answer.json().catch(() => ({}));
+  if (!answer.ok || !made.workflow) {
+    const detail = made.error ?? `ComfyUI answered ${answer.status} ${answer.statusText}`;
+    tell("error", "The workflow cannot be rewritten", detail);
     return;
   }
   if (!made.report.length) {
