@@ -367,3 +367,56 @@ def test_a_preset_is_found_fast_among_many_files(real, folder, put):
     (folder / "ip-adapter-plus_sd15.safetensors").rename(renamed)
     found = find(real["SD1.5"], preset_of("PLUS"), paths.adapters(), paths.encoders())
     assert found[0].name == "renamed.safetensors", "found by what is in it"
+
+
+def test_the_first_ids_had_the_middle_block(served, small, clip_vision, monkeypatch):
+    given = {"ipadapter": mapping(small.adapter().module), "clip_vision": clip_vision}
+    given |= {"image": PICTURE[:1], "weight": 0.9, "weight_type": "original"}
+
+    def found(id_):
+        return small.sample(served(id_)(model=small.model(), **given)[0])
+
+    first, later = found("IPAdapterApply"), found("IPAdapterAdvanced")
+    torch.testing.assert_close(first, later)
+    monkeypatch.setenv("IP_ADAPTER_LIKE_PLUS", "1")
+    torch.testing.assert_close(found("IPAdapterApply"), first)
+    assert (found("IPAdapterAdvanced") - later).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("flag, shortcut", [({}, 0), ({"faceidplusv2": True}, 1)])
+def test_a_mapping_without_a_name_says_which_version_it_is(pack, small, flag, shortcut):
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import tensors_of
+    from comfyui_ip_adapter.nodes.ipadapter_plus.sockets import models
+
+    from tests.support import faces
+
+    widths = [width for _, width in small.SD15_LAYERS]
+    raw = {"image_proj": {}, "ip_adapter": {}}
+    state = faces.tensors("faceid-plus-v2", widths, 768, hidden=small.HIDDEN)
+    for key, tensor in state.items():
+        part, _, name = key.partition(".")
+        raw[part][name] = tensor
+    adapter = models(raw | flag).adapter
+    assert adapter.spec.sizes["shortcut"] == shortcut
+    assert tensors_of(adapter).get("faceidplusv2", False) is bool(shortcut)
+
+
+def test_features_of_faces_are_no_embeds(served, small, clip_vision):
+    from tests.support import faces
+
+    widths = [width for _, width in small.SD15_LAYERS]
+    raw = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in faces.tensors("faceid", widths, small.CONTEXT).items():
+        part, _, name = key.partition(".")
+        raw[part][name] = tensor
+    with pytest.raises(ValueError, match="reads faces, which are no EMBEDS"):
+        served("IPAdapterEncoder")(raw, PICTURE, 1.0, clip_vision=clip_vision)
+
+
+def test_which_file_nobody_guesses(pack, served):
+    from comfyui_ip_adapter.nodes.ipadapter_plus.requests import completed
+
+    nodes = {"1": {"class_type": "IPAdapterUnifiedLoader", "inputs": {"model": ["2", 0]}},
+             "2": {"class_type": "IPAdapterModelLoader", "inputs": {}}}  # fmt: skip
+    made = completed({"prompt": json.loads(json.dumps(nodes))}, served.classes)
+    assert made["prompt"] == nodes
