@@ -14,8 +14,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 def image_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """`Attn(Q, K', V')`, `(B, L, C)`, for projected `query (B, L, C)`, `key, value (B, T, C)`."""
-    q, k, v = (rearrange(x, "b l (h d) -> b h l d", h=heads) for x in (query, key, value))
-    return rearrange(scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)")
+    return attend(rearrange(query, "b l (h d) -> b h l d", h=heads), key, value)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return the same for a query that is split into heads already, `(B, heads, L, C / heads)`."""
+    k, v = (rearrange(x, "b t (h d) -> b h t d", h=query.shape[1]) for x in (key, value))
+    return rearrange(scaled_dot_product_attention(query, k, v), "b h l d -> b l (h d)")
 
 
 def add(text: Tensor, image: Tensor, mask: Tensor | None) -> Tensor:

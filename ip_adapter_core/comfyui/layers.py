@@ -1,8 +1,12 @@
-"""The cross-attention layers of a UNet as ComfyUI builds it."""
+"""Where image prompts act in a model as ComfyUI builds it: a UNet's layers, a transformer's blocks.
+
+They are known by what they have and not by class: packs put classes of their own in the place of
+ComfyUI's, some while a model is loaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,32 +14,69 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ..layer_weights import LayerKey
+from ..variants import CROSS_ATTENTION, Place
 
 KEY = "ip_adapter"
 """Of the pack's wrappers, attachments and conditionings."""
-LAYERS = f"{KEY}.layers"  # in the run's transformer_options
 Conds: TypeAlias = dict[str, list[dict[str, Any]]]
+LAYERS = f"{KEY}.layers"  # in the run's transformer_options
 RECORD = f"{KEY}.record"  # the same, and an attachment of the model
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One cross-attention layer: its place in ComfyUI's attention patches, and its widths.
+    """One layer with decoupled attention: its place in ComfyUI's patches, and its widths.
 
-    `key` is ("input" | "output" | "middle", number of the block, index of the transformer).
+    `key` is ("input" | "output" | "middle", number of the block, index of the transformer), or
+    ("double" | "single", number of the block, 0). `context_dim`: of the text states.
     """
 
     key: LayerKey
     dim: int
     context_dim: int
+    dim_head: int
+
+
+def layers_at(model: nn.Module, place: Place) -> tuple[Layer, ...]:
+    """All layers at a place, in checkpoint order. Empty for what has none there."""
+    return _WALKS[place](model)
 
 
 def cross_attention_layers(unet: nn.Module) -> tuple[Layer, ...]:
     """All layers in checkpoint order: down, up, middle. Empty for what is no such UNet."""
     return tuple(
-        Layer(key, attention.heads * attention.dim_head, attention.to_k.in_features)
+        Layer(
+            key,
+            attention.heads * attention.dim_head,
+            attention.to_k.in_features,
+            attention.dim_head,
+        )
         for key, attention in cross_attentions(unet)
     )
+
+
+def _blocks(transformer: nn.Module, *kinds: str) -> tuple[Layer, ...]:
+    """Blocks of a Flux: those of two streams, then those of a single one."""
+    text = getattr(getattr(transformer, "txt_in", None), "in_features", None)
+    if text is None:  # some of its relatives refine the text first
+        return ()
+    return tuple(
+        Layer((kind, i, 0), block.hidden_size, text, block.hidden_size // block.num_heads)
+        for kind in kinds
+        for i, block in enumerate(getattr(transformer, f"{kind}_blocks", ()))
+    )
+
+
+_WALKS: dict[Place, Callable[[nn.Module], tuple[Layer, ...]]] = {
+    CROSS_ATTENTION: cross_attention_layers,
+    "attention output": lambda model: _blocks(model, "double", "single"),
+    "block output": lambda model: _blocks(model, "double"),
+}
+
+
+def layers_by_place(model: nn.Module) -> dict[Place, tuple[Layer, ...]]:
+    """Return the layers at every place, none for most."""
+    return {place: walk(model) for place, walk in _WALKS.items()}
 
 
 def attention_names(unet: nn.Module) -> Iterator[str]:
@@ -68,21 +109,25 @@ def frames_of(options: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 def layers_of(model: ModelPatcher) -> tuple[Layer, ...]:
     """All layers of a model in checkpoint order. Raises ValueError where there are none."""
-    found = cross_attention_layers(model.get_model_object("diffusion_model"))
+    inner = model.get_model_object("diffusion_model")
+    found = cross_attention_layers(inner) or layers_at(inner, "attention output")
     if not found:
         raise ValueError(
-            f"The connected model ({type(model.model).__name__}) has no UNet cross-attention "
-            "layers. IP-Adapters work with models of the SD1.5 and SDXL families."
+            f"The connected model ({name_of(model)}) has no layers that IP-Adapters act on: "
+            "neither a UNet's cross-attention nor Flux.1's blocks. They work with models of the "
+            "SD1.5, SDXL and Flux.1 families."
         )
     return found
 
 
-def cross_attentions(unet: nn.Module) -> Iterator[tuple[LayerKey, Any]]:
-    """Yield each layer's key and module, in checkpoint order.
+def name_of(model: ModelPatcher) -> str:
+    """Return what ComfyUI calls a model, for messages."""
+    names = type(model.model).__name__, type(getattr(model.model, "model_config", None)).__name__
+    return names[0] if names[1] in (names[0], "NoneType") else f"{names[0]}, {names[1]}"
 
-    They are known by what they have and not by class: packs put classes of their own in the place
-    of ComfyUI's, some while a model is loaded.
-    """
+
+def cross_attentions(unet: nn.Module) -> Iterator[tuple[LayerKey, Any]]:
+    """Yield each layer's key and module, in checkpoint order."""
     middle = getattr(unet, "middle_block", None)
     sides = (
         ("input", getattr(unet, "input_blocks", ())),

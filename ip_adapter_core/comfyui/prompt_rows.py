@@ -14,7 +14,7 @@ entries are taken out. Inside, ComfyUI concatenates them for one UNet call of tw
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from ..packing import Packed
+from ..variants import CROSS_ATTENTION, Place
 from .layers import Layer
 from .masks import Area, Deal, MaskRows, Masks, PreparedMasks, Size
 from .schedule import Moment, PreparedSchedule, Schedule
+
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,7 @@ class CompiledPrompt:
     """One image prompt on one side of guidance, ready for any number of runs.
 
     `packed` on the CPU, one row or one an image, `deal`t out to the latents; `layer_dims` of the
-    model it is for.
+    model it is for, at the `place` where its adapter acts.
     """
 
     packed: Packed
@@ -43,6 +45,7 @@ class CompiledPrompt:
     schedule: Schedule
     layer_dims: tuple[int, ...]
     deal: Deal = "in turn"
+    place: Place = CROSS_ATTENTION
 
     def scaled(self, weight: float) -> CompiledPrompt:
         """Return the same prompt with λ times `weight`."""
@@ -52,11 +55,11 @@ class CompiledPrompt:
 
     def prepare(self, run: SamplingRun) -> PreparedPrompt:
         """Move to the run's device and check against its model and batch."""
-        dims = tuple(layer.dim for layer in run.layers)
+        dims = tuple(layer.dim for layer in run.layers[self.place])
         if dims != self.layer_dims:
             raise ValueError(
                 f"The conditioning carries an image prompt for a model of {len(self.layer_dims)} "
-                f"cross-attention layers, but the sampled model has {len(dims)} of other widths. "
+                f"layers ({self.place}), but the sampled model has {len(dims)} of other widths. "
                 "Apply the adapter to the model that is sampled."
             )
         packed, masks = self.packed, self.masks
@@ -90,7 +93,7 @@ def _check_finite(packed: Tensor) -> None:
 class SamplingRun:
     """What a sampling run tells the prompts: where, what, how many and how large."""
 
-    layers: tuple[Layer, ...]
+    layers: Mapping[Place, tuple[Layer, ...]]
     device: torch.device
     dtype: torch.dtype
     batch: int
@@ -253,34 +256,33 @@ class PromptRows(comfy.conds.CONDRegular):
     def size(self) -> list[int]:
         return [len(self.cond)]
 
-    def concat(self, others: Sequence[PromptRows]) -> list[Tensor | MaskRows | None]:
-        """Return what the UNet gets: packed K'/V' and mask in turn, row-aligned.
+    def concat(self, others: Sequence[PromptRows]) -> list[Tensor | MaskRows | Place | None]:
+        """Return what the model gets: packed K'/V', mask and place in turn, row-aligned.
 
-        Conditionings of different prompts share a call: a prompt fills the next slot of its number
-        of tokens, and rows without one get K' = V' = 0, which adds exactly nothing.
+        Conditionings of different prompts share a call: a prompt fills the next slot of its place
+        and number of tokens, and rows without one get K' = V' = 0, which adds exactly nothing.
         """
         blocks = [self, *others]
-        out: list[Tensor | MaskRows | None] = []
+        out: list[Tensor | MaskRows | Place | None] = []
         for prompts in slots(blocks):
             some = next(p for p in prompts if p is not None)
-            out.append(
-                torch.cat([b._packed(p, some) for b, p in zip(blocks, prompts, strict=True)])
-            )
-            if all(p is None or p.mask is None for p in prompts):
-                out.append(None)
-            else:
+            packed = [b._packed(p, some) for b, p in zip(blocks, prompts, strict=True)]
+            mask = None
+            if any(p is not None and p.mask is not None for p in prompts):
                 at = partial(_mask_levels, blocks, prompts)
-                out.append(MaskRows(at(None), at))
+                mask = MaskRows(at(None), at)
+            rows = packed[0] if len(packed) == 1 else torch.cat(packed)
+            out += rows, mask, some.source.place
         return out
 
-    def by_slot(self) -> dict[tuple[int, int], PreparedPrompt]:
-        """By (tokens, how many of so many tokens come before)."""
-        seen: Counter[int] = Counter()
+    def by_slot(self) -> dict[tuple[Place, int, int], PreparedPrompt]:
+        """By (place, tokens, how many of so many tokens come before)."""
+        seen: Counter[tuple[Place, int]] = Counter()
         table = {}
         for prompt in self.prompts:
-            tokens = prompt.packed.shape[1]
-            table[tokens, seen[tokens]] = prompt
-            seen[tokens] += 1
+            kind = prompt.source.place, prompt.packed.shape[1]
+            table[*kind, seen[kind]] = prompt
+            seen[kind] += 1
         return table
 
     def _packed(self, prompt: PreparedPrompt | None, like: PreparedPrompt) -> Tensor:

@@ -22,9 +22,9 @@ from torch import Tensor
 from ..attention_map import KEPT, LIMIT, RecordedRun, Share, of_samples
 from ..layer_weights import Block, LayerKey
 from .apply import with_wrappers
-from .decoupled_attention import Seen
 from .layers import KEY, RECORD, Conds, Layer, frames_of, layers_of
 from .masks import Size, layer_size, whole
+from .model_call import Seen
 from .prompt_rows import CompiledPrompt, PreparedPrompt, PromptRows, SamplingRun, slots
 
 

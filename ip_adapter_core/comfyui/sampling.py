@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .conditioning import PromptedStates, compiled
 from .decoupled_attention import REPLACED, AttentionRecord, replaced_modules
-from .layers import KEY, LAYERS, RECORD, cross_attention_layers, frames_of
+from .layers import KEY, LAYERS, RECORD, frames_of, layers_by_place
 from .prompt_rows import CompiledPrompt, PromptRows, SamplingRun
 from .schedule import Moment
 
-Pair: TypeAlias = tuple[CompiledPrompt, CompiledPrompt]
+Pair: TypeAlias = tuple[CompiledPrompt, CompiledPrompt | None]
 UNNAMED = f"{KEY}.unnamed"  # in the run's transformer_options
 
 
@@ -27,7 +27,7 @@ def prepare_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
     model: ModelPatcher = guider.model_patcher
     run = SamplingRun(
-        layers=cross_attention_layers(model.get_model_object("diffusion_model")),
+        layers=layers_by_place(model.get_model_object("diffusion_model")),
         device=model.load_device,
         dtype=model.get_model_object("manual_cast_dtype") or model.model.get_dtype(),
         batch=noise.shape[0],
@@ -45,7 +45,8 @@ def prepare_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
     }
     shared = guider.model_options["transformer_options"]
     shared[LAYERS] = run.layers
-    shared[UNNAMED] = run.rows([negative for _, negative in pairs]) if pairs else None
+    against = [negative for _, negative in pairs if negative is not None]
+    shared[UNNAMED] = run.rows(against) if against else None
     record: AttentionRecord | None = model.get_attachment(RECORD)
     sample = executor
     if record is not None:
@@ -62,7 +63,7 @@ def _prepared(
 ) -> dict[str, Any]:
     states = entry.get("cross_attn")
     of_model = (pos if positive else neg for pos, neg in pairs)
-    prompts = (*of_model, *compiled(states, entry))
+    prompts = [p for p in (*of_model, *compiled(states, entry)) if p is not None]
     if isinstance(states, PromptedStates):
         entry = {**entry, "cross_attn": states.as_subclass(Tensor)}
     return _with_rows(entry, run.rows(prompts, positive) if prompts else None)
