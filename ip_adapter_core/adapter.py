@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from .face_projection import FacePerceiver, FaceProjection, FaceResampler
-from .projection import ImageProjection, MLPProjection, Projection
+from .projection import ImageProjection, MLPProjection, Projection, TokensMLP
 from .resampler import Resampler
-from .variants import FeatureKind, Variant
+from .variants import CROSS_ATTENTION, FeatureKind, Place, Variant
 
 PROJECTIONS: dict[Variant, type[Projection]] = {
     "base": ImageProjection,
@@ -20,6 +22,7 @@ PROJECTIONS: dict[Variant, type[Projection]] = {
     "faceid": FaceProjection,
     "faceid-plus": FacePerceiver,
     "faceid-unnorm": FaceResampler,
+    "instantx": TokensMLP,
 }
 _KOLORS_DIM = 2048  # of its resampler; SDXL's has 1280
 
@@ -30,12 +33,14 @@ class AdapterSpec:
 
     `projection_sizes` are the arguments of the variant's class in `PROJECTIONS`.
     `layer_dims` holds the width of K' and V' of each cross-attention layer in checkpoint order
-    (down, up, middle: the order of diffusers' `unet.attn_processors`).
+    (down, up, middle: the order of diffusers' `unet.attn_processors`; of Flux.1 double, single).
+    `place`: where in a layer its part is added, which goes with how W'k and W'v are made.
     """
 
     variant: Variant
     projection_sizes: tuple[tuple[str, int], ...]
     layer_dims: tuple[int, ...]
+    place: Place = CROSS_ATTENTION
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -62,6 +67,12 @@ class AdapterSpec:
         return self.variant == "plus" and self.sizes["dim"] == _KOLORS_DIM
 
     @property
+    def numbers(self) -> range:
+        """Of the layers in a file: as in diffusers' attn_processors, even ones self-attention."""
+        count = len(self.layer_dims)
+        return range(1, 2 * count, 2) if self.place == CROSS_ATTENTION else range(count)
+
+    @property
     def feature_dim(self) -> int:
         return self.sizes["feature_dim"]
 
@@ -78,15 +89,46 @@ class AdapterSpec:
 class ImageKeysValues(nn.Module):
     """W'k and W'v of one layer: `(N, tokens, cross_attention_dim) -> 2 × (N, tokens, width)`."""
 
+    bias: ClassVar[bool] = False
+
     def __init__(
         self, cross_attention_dim: int, width: int, *, operations: Any = nn, **factory: Any
     ) -> None:
         super().__init__()
-        self.to_k_ip = operations.Linear(cross_attention_dim, width, bias=False, **factory)
-        self.to_v_ip = operations.Linear(cross_attention_dim, width, bias=False, **factory)
+        sizes = cross_attention_dim, width
+        self.to_k_ip = operations.Linear(*sizes, bias=self.bias, **factory)
+        self.to_v_ip = operations.Linear(*sizes, bias=self.bias, **factory)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, dim_head: int | None = None) -> tuple[Tensor, Tensor]:
+        """`dim_head`: width of the model's attention heads, for those that go by it."""
         return self.to_k_ip(tokens), self.to_v_ip(tokens)
+
+
+class BiasedKeysValues(ImageKeysValues):
+    """The same with a bias: XLabs' for Flux, `x-flux/src/flux/modules/layers.py`."""
+
+    bias = True
+
+
+class NormedKeysValues(ImageKeysValues):
+    """The same, and K' normed over each head, without weights: InstantX's for Flux.
+
+    V' is not. (A pack for ComfyUI norms it too, which the published function does not.)
+    """
+
+    def forward(self, tokens: Tensor, dim_head: int | None = None) -> tuple[Tensor, Tensor]:
+        if dim_head is None:
+            raise ValueError("K' of InstantX's adapters is normed over heads: give their width.")
+        key, value = super().forward(tokens)
+        heads = rearrange(key, "n t (h d) -> n t h d", d=dim_head)
+        return rearrange(rms_norm(heads, (dim_head,), eps=1e-5), "n t h d -> n t (h d)"), value
+
+
+KEYS_VALUES: dict[Place, type[ImageKeysValues]] = {
+    CROSS_ATTENTION: ImageKeysValues,
+    "block output": BiasedKeysValues,
+    "attention output": NormedKeysValues,
+}
 
 
 class IPAdapter(nn.Module):
@@ -102,11 +144,11 @@ class IPAdapter(nn.Module):
         self.lora: dict[str, Tensor] = {}  # of a FaceID file, for the model; no part of the state
         build = {"operations": operations, **factory}
         self.image_proj = PROJECTIONS[spec.variant](**spec.sizes, **build)
-        # Numbered as in diffusers' attn_processors: even places are self-attention.
+        kind, width_of_text = KEYS_VALUES[spec.place], spec.cross_attention_dim
         self.ip_adapter = nn.ModuleDict(
             {
-                str(2 * i + 1): ImageKeysValues(spec.cross_attention_dim, width, **build)
-                for i, width in enumerate(spec.layer_dims)
+                str(number): kind(width_of_text, width, **build)
+                for number, width in zip(spec.numbers, spec.layer_dims, strict=True)
             }
         )
 
@@ -122,10 +164,15 @@ class IPAdapter(nn.Module):
             return self.image_proj(*features, exact=exact)
         return self.image_proj(*features)
 
-    def keys_values(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield K' and V', each `(N, tokens, width)`, layer by layer in checkpoint order."""
+    def keys_values(
+        self, tokens: Tensor, dim_head: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield K' and V', each `(N, tokens, width)`, layer by layer in checkpoint order.
+
+        `dim_head`: see `NormedKeysValues`.
+        """
         for layer in self.ip_adapter.values():
-            yield layer(tokens)
+            yield layer(tokens, dim_head)
 
     def forward(self, *features: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return every layer's K' and V' of image features."""

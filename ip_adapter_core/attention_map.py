@@ -200,11 +200,11 @@ def blocks_of(text: str) -> list[Wanted]:
     entries = [entry.strip().lower() for entry in re.split("[,;\n]", plain(text)) if entry.strip()]
     found: list[Wanted] = []
     for entry in entries or ["all"]:
-        match = re.fullmatch(r"(all)|(input|middle|output)(?:\s+(\d+))?", entry)
+        match = re.fullmatch(r"(all)|(input|middle|output|double|single)(?:\s+(\d+))?", entry)
         if match is None:
             raise ValueError(
                 f"blocks has {entry!r}; expected all, input, middle, output, or single blocks such "
-                "as 'input 8, output 1'."
+                "as 'input 8, output 1' (of a Flux: double, single, 'double 3')."
             )
         found.append((match[1] or match[2], int(match[3]) if match[3] else None))
     return found

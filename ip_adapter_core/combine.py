@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -92,7 +93,9 @@ def combine(
         negative = _average_negative(against, weights)
     known = all(prompt.fingerprint for prompt in prompts.values())
     fingerprint = first.fingerprint if known else ""
-    return ImagePrompt(positive, negative, first.encoder, fingerprint, first.structure)
+    one = ImagePrompt(positive, negative, first.encoder, fingerprint, first.structure)
+    black = all(prompt.black is not None for prompt in prompts.values())
+    return replace(one, black=first.black if black else None)
 
 
 def _check_encoders(prompts: Mapping[str, ImagePrompt]) -> None:

@@ -14,15 +14,15 @@ from .adapter import AdapterSpec
 from .files import published
 from .files.adapter_file import EXTENSIONS
 from .image_prompt import QUICK_GELU, UNNAMED, ImagePrompt
-from .variants import FACE, FeatureKind, describe_model
+from .variants import CROSS_ATTENTION, FACE, FeatureKind, describe_model
 
 logger = logging.getLogger("comfyui_ip_adapter")
 # What an adapter reads that a prompt lacks, why, and the remedy.
 _LACKING: dict[FeatureKind, tuple[str, str]] = {
     "image_embeds": (
         "the encoder's image embedding",
-        "its file holds no 'visual_projection.weight', so it gives none. Load the complete image "
-        "encoder",
+        "its file holds no 'visual_projection.weight' (of SigLIP: no 'vision_model.head.…', or is "
+        "not in models/clip_vision), so it gives none. Load the complete image encoder",
     ),
     "penultimate_hidden_states": (
         "the encoder's hidden states",
@@ -73,7 +73,10 @@ def check_fits(
 
     `kolors`: whether the model is Kolors, which has the layers of SDXL and another text encoder.
     """
-    made_for = describe_model(spec.cross_attention_dim, len(spec.layer_dims))
+    made_for = describe_model(spec.cross_attention_dim, len(spec.layer_dims), spec.place)
+    sought = "UNet cross-attention layers"
+    if spec.place != CROSS_ATTENTION:
+        sought = "transformer blocks of Flux.1"
     if spec.kolors is not kolors and layers:
         wanted = "Kolors" if spec.kolors else made_for
         found = "Kolors" if kolors else describe_model(layers[0].context_dim, len(layers))
@@ -85,21 +88,22 @@ def check_fits(
     if not layers:
         raise ValueError(
             f"'{adapter_name}' was made for {made_for}, but the connected model ({model_name}) "
-            "has no UNet cross-attention layers. IP-Adapters work with models of the SD1.5 and "
-            "SDXL families."
+            f"has no {sought}. IP-Adapters work with models of the SD1.5, SDXL and Flux.1 "
+            "families, each with those made for it."
         )
     context_dim = layers[0].context_dim
     if (context_dim, len(layers)) != (spec.cross_attention_dim, len(spec.layer_dims)):
         raise ValueError(
             f"'{adapter_name}' was made for {made_for}, but the connected model ({model_name}) "
-            f"is {describe_model(context_dim, len(layers))}. Connect a model of the adapter's "
-            "family, or load an adapter made for this one."
+            f"is {describe_model(context_dim, len(layers), spec.place)}. Connect a model of the "
+            "adapter's family, or load an adapter made for this one."
         )
-    for number, (layer, width) in enumerate(zip(layers, spec.layer_dims, strict=True)):
+    pairs = zip(spec.numbers, layers, spec.layer_dims, strict=True)
+    for number, (tensor, layer, width) in enumerate(pairs):
         if layer.dim != width:
             raise ValueError(
                 f"'{adapter_name}' does not fit the connected model ({model_name}): its layer "
-                f"{number} (tensor ip_adapter.{2 * number + 1}) is {width} wide, but the model's "
+                f"{number} (tensor ip_adapter.{tensor}) is {width} wide, but the model's "
                 f"{layer.key} is {layer.dim} wide. Load an adapter made for this model."
             )
 
@@ -187,7 +191,7 @@ def expected_encoder(spec: AdapterSpec, trained_with: str | None) -> published.W
     """
     name = words(trained_with)
     if not name:
-        return published.encoder(spec.features, spec.feature_dim)
+        return published.encoder(spec.features, spec.feature_dim, spec.place)
     known = {weights.name: weights for weights in published.ENCODERS.values()} | published.TAGS
     return next((w for key, w in known.items() if within(words_of_file(key), name)), None)
 

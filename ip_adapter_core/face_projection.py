@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .files.header import Shaped
-from .projection import Projection
+from .projection import Projection, TokensMLP
 from .resampler import DIM_HEAD, Resampler, ResamplerLayer
 from .variants import FACE, FeatureKind
 
@@ -26,48 +26,16 @@ def unit(face_embeds: Tensor) -> Tensor:
     return face_embeds / face_embeds.norm(dim=-1, keepdim=True).clamp(min=1.0)
 
 
-class FaceProjection(Projection):
-    """Two linear layers and a LayerNorm over a face embedding of length 1: FaceID and Portrait.
+class FaceProjection(TokensMLP):
+    """The projection of FaceID and Portrait, over a face embedding of length 1.
 
     `(N, 512) -> (N, tokens, cross_attention_dim)`; 4 tokens, Portrait 16.
-    `ip_adapter/ip_adapter_faceid.py:MLPProjModel` in the reference.
     """
 
     features = FACE
 
-    def __init__(
-        self,
-        feature_dim: int,
-        cross_attention_dim: int,
-        tokens: int,
-        hidden: int,
-        *,
-        operations: Any = nn,
-        **factory: Any,
-    ) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.proj = nn.Sequential(
-            operations.Linear(feature_dim, hidden, **factory),
-            nn.GELU(),
-            operations.Linear(hidden, tokens * cross_attention_dim, **factory),
-        )
-        self.norm = operations.LayerNorm(cross_attention_dim, **factory)
-
-    @staticmethod
-    def sizes(weights: Mapping[str, Shaped]) -> dict[str, int]:
-        width = weights["norm.weight"].shape[0]
-        hidden, feature_dim = weights["proj.0.weight"].shape
-        return {
-            "feature_dim": feature_dim,
-            "cross_attention_dim": width,
-            "tokens": weights["proj.2.weight"].shape[0] // width,
-            "hidden": hidden,
-        }
-
     def forward(self, face_embeds: Tensor, exact: bool = False) -> Tensor:
-        made = self.proj(face_embeds if exact else unit(face_embeds))
-        return self.norm(rearrange(made, "n (t d) -> n t d", t=self.tokens))
+        return super().forward(face_embeds if exact else unit(face_embeds))
 
 
 class _Perceiver(nn.Module):

@@ -71,7 +71,8 @@ class ImagePrompt:
     encoder can use it. `encoder` describes the encoder to people; `fingerprint` is the same for
     the same encoder only, and empty where nothing is known of its weights. `structure`: how much
     of a face's crop FaceID Plus v2 follows beside its embedding. `exact_faces`: face embeddings are
-    projected as long as they are, in place of length 1.
+    projected as long as they are, in place of length 1. `black (1, embed_dim)`: the embedding of a
+    black picture, where `negative` is the zero image; adapters for Flux know no zero image.
     """
 
     positive: ImageFeatures
@@ -80,11 +81,12 @@ class ImagePrompt:
     fingerprint: str = ""
     structure: float = 1.0
     exact_faces: bool = False
+    black: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ImagePrompt:
-        return replace(
-            self, positive=self.positive.to(device, dtype), negative=self.negative.to(device, dtype)
-        )
+        black = None if self.black is None else self.black.to(device, dtype)
+        positive, negative = (side.to(device, dtype) for side in (self.positive, self.negative))
+        return replace(self, positive=positive, negative=negative, black=black)
 
 
 def bare(kind: FeatureKind, positive: Tensor, negative: Tensor) -> ImagePrompt:
@@ -108,9 +110,10 @@ def describe_encoder(features: ImageFeatures, image_size: int, quick_gelu: bool 
     embed, hidden = (getattr(features, kind).shape[-1] for kind in FEATURE_KINDS)
     patches = features.penultimate_hidden_states.shape[1]
     label = published.LABELS.get((embed, hidden))
-    if patches != (image_size // _PATCH) ** 2 + 1:
+    expected = (image_size // _PATCH) ** 2 + (label != published.SIGLIP.label)  # no class token
+    if patches != expected:
         label = None
-    if quick_gelu and label is not None and label != published.VIT_L:
+    if quick_gelu and label is not None and label != published.VIT_L.label:
         label = f"the sizes of {label}, but {QUICK_GELU}"
     size = f"{image_size} px" if label is None else f"{label}, {image_size} px"
     return f"an image encoder of {hidden}-wide hidden states and {embed}-wide embeddings ({size})"

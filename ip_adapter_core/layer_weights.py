@@ -1,6 +1,7 @@
 """LayerKey weights as named data: on which cross-attention layers an image acts, and how much.
 
-Blocks are named as ComfyUI names them: ("input" | "output" | "middle", number). Which of them carry
+Blocks are named as ComfyUI names them: ("input" | "output" | "middle", number) in a UNet, ("double"
+| "single", number) in a Flux. Which of a UNet's carry
 style and which composition was found for SDXL by InstantStyle (arXiv 2404.02733: up_blocks.0.
 attentions.1 and down_blocks.2.attentions.1 in diffusers' names); for SD1.5 it is what users of
 ComfyUI_IPAdapter_plus settled on.
@@ -14,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from .latent_weights import LIMITS, NUMBER, plain
-from .variants import FAMILY_LABELS
 
 Block: TypeAlias = tuple[str, int]
 LayerKey: TypeAlias = tuple[str, int, int]
 """A block and the index of the transformer in it."""
 
-_SIDES = ("input", "middle", "output")  # as a UNet runs through them
+_SIDES = ("input", "middle", "output", "double", "single")  # as a model runs through them
+_OF_UNETS = _SIDES[:3]
 _WEAK, _LEAST, _NEITHER = 0.2, 0.05, 0.1
 
 
@@ -199,12 +200,21 @@ def _preset(name: str, layers: Sequence[LayerKey]) -> tuple[LayerPreset, Layout 
             f"There is no preset {name!r}; expected one of {', '.join(LAYER_PRESETS)}."
         )
     preset, blocks = LAYER_PRESETS[name], _blocks(layers)
+    of_unet = all(side in _OF_UNETS for side, _ in blocks)
+    if not of_unet and (preset.names_blocks or preset.sides):
+        runs = " and ".join(f"{len(own)} {side}" for side, own in _by_side(blocks).items())
+        general = [key for key, x in LAYER_PRESETS.items() if not (x.names_blocks or x.sides)]
+        raise ValueError(
+            f"The preset '{name}' names blocks of a UNet, but this model is a transformer of "
+            f"{runs} blocks. Choose {', '.join(general)}, or type weights for its blocks, such as "
+            "'double 0: 0.5' or 'single: 0'."
+        )
     if not preset.names_blocks:
         return preset, None
     layout = next((known for known in LAYOUTS.values() if known.blocks == set(blocks)), None)
     if layout is None:
         raise ValueError(
-            f"The preset '{name}' names blocks of {' and '.join(FAMILY_LABELS.values())}, but "
+            f"The preset '{name}' names blocks of SD1.5 and SDXL, but "
             "this model has cross-attention in "
             f"{', '.join(map(block_name, blocks)) or 'no block'}. Choose uniform or another "
             "preset for any model, and type weights for its layers."
@@ -217,6 +227,10 @@ def _blocks(layers: Sequence[LayerKey]) -> list[Block]:
     return list(dict.fromkeys(layer[:2] for layer in forward(layers)))
 
 
+def _by_side(blocks: Sequence[Block]) -> dict[str, list[Block]]:
+    return {s: [b for b in blocks if b[0] == s] for s in dict.fromkeys(s for s, _ in blocks)}
+
+
 def _ramp(points: tuple[float, float, float], depth: float) -> float:
     """Linear between a start, a middle and an end, at depths 0, 0.5 and 1."""
     start, middle, end = points
@@ -226,7 +240,7 @@ def _ramp(points: tuple[float, float, float], depth: float) -> float:
 
 
 _EDIT = re.compile(
-    r"(?P<side>all|input|output|middle)(?:\s*(?P<number>\d+))?(?:\.(?P<index>\d+))?"
+    r"(?P<side>all|input|output|middle|double|single)(?:\s*(?P<number>\d+))?(?:\.(?P<index>\d+))?"
     rf"\s*[:=]\s*(?P<weight>{NUMBER})",
     re.IGNORECASE,
 )
@@ -248,7 +262,8 @@ def edited(weights: Sequence[float], layers: Sequence[LayerKey], text: str) -> l
         if match is None:
             raise ValueError(
                 f"The layer weight {entry!r} cannot be read; expected a layer and a number, such "
-                "as 'input 7: 0.5', 'output 1.9: 0', 'middle: 1', 'output: 0.2' or 'all: 0'."
+                "as 'input 7: 0.5', 'output 1.9: 0', 'middle: 1', 'output: 0.2' or 'all: 0'; of a "
+                "Flux 'double 3: 0.5' or 'single: 0'."
             )
         weight = float(match["weight"])
         if not LIMITS[0] <= weight <= LIMITS[1]:

@@ -12,7 +12,8 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from .adapter import AdapterSpec, IPAdapter
-from .image_prompt import ImagePrompt
+from .image_prompt import ImageFeatures, ImagePrompt
+from .variants import CROSS_ATTENTION
 
 COMBINE = ("concat", "average", "per_latent")
 V_ONLY, MEAN_APART = "V only", "K+mean(V) w/ C penalty"
@@ -81,20 +82,44 @@ class Packed:
 
 
 def compile_sides(
-    adapter: IPAdapter, prompt: ImagePrompt, combine: str, folding: LayerFolding
-) -> tuple[Packed, Packed]:
-    """Return both sides' packed K'/V'. Raises ValueError for what `tokens` refuses."""
+    adapter: IPAdapter,
+    prompt: ImagePrompt,
+    combine: str,
+    folding: LayerFolding,
+    dim_head: int | None = None,
+) -> tuple[Packed, Packed | None]:
+    """Return both sides' packed K'/V'. Raises ValueError for what `tokens` refuses.
+
+    The negative one is None where nothing stands against the image: see `against`. `dim_head`:
+    width of the model's attention heads, see `NormedKeysValues`.
+    """
+    zero = against(adapter.spec, prompt)
+    prompt = replace(prompt, negative=zero or prompt.negative)
     away = any(folding.itself)
     sides = tokens(adapter, prompt, combine, alike=away)
-    image, against = (list(adapter.keys_values(side)) for side in sides)
-    if away:
-        pairs = zip(folding.itself, image, against, strict=True)
-        against = [positive if itself else negative for itself, positive, negative in pairs]
     an_image = adapter.spec.tokens or prompt.positive.of(adapter.spec.features).shape[1]
-    return (
-        fold(image, folding.positive, folding.scaling, an_image),
-        fold(against, folding.negative, folding.scaling, an_image),
-    )
+    image = list(adapter.keys_values(sides[0], dim_head))
+    packed = fold(image, folding.positive, folding.scaling, an_image)
+    if zero is None and not away:
+        return packed, None
+    other = list(adapter.keys_values(sides[1], dim_head))
+    if away:
+        pairs = zip(folding.itself, image, other, strict=True)
+        other = [positive if itself else negative for itself, positive, negative in pairs]
+    return packed, fold(other, folding.negative, folding.scaling, an_image)
+
+
+def against(spec: AdapterSpec, prompt: ImagePrompt) -> ImageFeatures | None:
+    """Return what stands against an image in guidance, as the adapter was trained.
+
+    A picture of the user's in any case. Otherwise UNets' adapters have the zero image, XLabs' a
+    black picture, and InstantX's, whose model is distilled, nothing: None.
+    """
+    if prompt.black is None or spec.place == CROSS_ATTENTION:
+        return prompt.negative
+    if spec.place == "attention output":
+        return None
+    return replace(prompt.negative, image_embeds=prompt.black)
 
 
 def tokens(

@@ -64,6 +64,49 @@ class ImageProjection(Projection):
         return self.norm(rearrange(self.proj(image_embeds), "n (t d) -> n t d", t=self.tokens))
 
 
+class TokensMLP(Projection):
+    """Two linear layers and a LayerNorm over one vector of features: InstantX's for Flux.
+
+    `(N, feature_dim) -> (N, tokens, cross_attention_dim)`; `ip_adapter/ip_adapter_faceid.py:
+    MLPProjModel` in the reference, which InstantX took over.
+    """
+
+    features: ClassVar[FeatureKind] = "image_embeds"
+
+    def __init__(
+        self,
+        feature_dim: int,
+        cross_attention_dim: int,
+        tokens: int,
+        hidden: int,
+        *,
+        operations: Any = nn,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.proj = nn.Sequential(
+            operations.Linear(feature_dim, hidden, **factory),
+            nn.GELU(),
+            operations.Linear(hidden, tokens * cross_attention_dim, **factory),
+        )
+        self.norm = operations.LayerNorm(cross_attention_dim, **factory)
+
+    @staticmethod
+    def sizes(weights: Mapping[str, Shaped]) -> dict[str, int]:
+        width = weights["norm.weight"].shape[0]
+        hidden, feature_dim = weights["proj.0.weight"].shape
+        return {
+            "feature_dim": feature_dim,
+            "cross_attention_dim": width,
+            "tokens": weights["proj.2.weight"].shape[0] // width,
+            "hidden": hidden,
+        }
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.norm(rearrange(self.proj(features), "n (t d) -> n t d", t=self.tokens))
+
+
 class MLPProjection(Projection):
     """Every hidden state of the encoder becomes a token: the "full" adapters.
 

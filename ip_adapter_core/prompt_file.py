@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,10 +22,18 @@ SUFFIX = ".safetensors"
 FORMAT = "image_prompt_format"  # the entry of the metadata that tells these files from others
 VERSION = "2"
 WITH_FACES = "2 with faces"
+WITH_BLACK = "3"  # the embedding of a black picture besides
 WEIGHTS_ALONE = "1"  # the version whose fingerprints leave the encoder's settings out
 SIDES = ("positive", "negative")
 KEYS = tuple(f"{side}.{kind}" for side in SIDES for kind in FEATURE_KINDS)
+BLACK = "black.image_embeds"
 FACE_KEYS = tuple(f"{side}.{FACE}" for side in SIDES)
+_EXPECTED = {
+    VERSION: KEYS,
+    WEIGHTS_ALONE: KEYS,
+    WITH_FACES: (*KEYS, *FACE_KEYS),
+    WITH_BLACK: (*KEYS, BLACK),
+}
 
 
 class PromptFileError(ValueError):
@@ -42,20 +51,22 @@ def save(
     path = Path(path)
     # Clones: safetensors refuses tensors that share memory, as equal sides may.
     face = prompt.positive.face_embeds is not None
-    tensors = {
-        f"{side}.{kind}": getattr(prompt, side)
-        .of(kind)
-        .detach()
-        .to("cpu", torch.float32)
-        .clone(memory_format=torch.contiguous_format)
+    features = {
+        f"{side}.{kind}": getattr(prompt, side).of(kind)
         for side in SIDES
         for kind in (*FEATURE_KINDS, *([FACE] if face else []))
+    }
+    if prompt.black is not None and not face:
+        features[BLACK] = prompt.black
+    tensors = {
+        key: x.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+        for key, x in features.items()
     }
     remedy = f"Encode the image again. If that does not help: {DAMAGED_ENCODER}"
     _check(tensors, path.name, remedy)
     metadata = {
         **(more or {}),
-        FORMAT: WITH_FACES if face else VERSION,
+        FORMAT: WITH_FACES if face else WITH_BLACK if BLACK in tensors else VERSION,
         "encoder": prompt.encoder,
         "encoder_fingerprint": prompt.fingerprint,
         **({"structure": repr(prompt.structure)} if face else {}),
@@ -110,7 +121,8 @@ def load(path: str | os.PathLike[str]) -> ImagePrompt:
             f"'{name}' has the structure {metadata['structure']!r}; expected a finite number. Save "
             "the prompt again."
         ) from error
-    return ImagePrompt(positive, negative, metadata["encoder"], fingerprint, structure)
+    made = ImagePrompt(positive, negative, metadata["encoder"], fingerprint, structure)
+    return replace(made, black=tensors.get(BLACK))
 
 
 def _check_kind(metadata: Mapping[str, str], keys: list[str], name: str) -> None:
@@ -120,12 +132,12 @@ def _check_kind(metadata: Mapping[str, str], keys: list[str], name: str) -> None
             f"'{name}' is no image prompt: its metadata lacks '{FORMAT}' or 'encoder'. Found "
             f"{len(keys)} tensors: {few(keys)}. Choose a file of Save Image Prompt."
         )
-    if metadata[FORMAT] not in (VERSION, WEIGHTS_ALONE, WITH_FACES):
+    if metadata[FORMAT] not in _EXPECTED:
         raise PromptFileError(
-            f"'{name}' is an image prompt of format {metadata[FORMAT]!r}; expected {VERSION!r}. "
+            f"'{name}' is an image prompt of format {metadata[FORMAT]!r}; expected {WITH_BLACK!r}. "
             "It was saved by another version of this pack: update the pack, or save it again."
         )
-    expected = (*KEYS, *FACE_KEYS) if metadata[FORMAT] == WITH_FACES else KEYS
+    expected = _EXPECTED[metadata[FORMAT]]
     if sorted(keys) != sorted(expected):
         raise PromptFileError(
             f"'{name}' holds the tensors {few(sorted(keys))}; expected {', '.join(expected)}. "
@@ -158,6 +170,12 @@ def _check(tensors: Mapping[str, Tensor], name: str, remedy: str) -> None:
                     f"'{name}': {side} has embeddings of {embeds} images and {what} of "
                     f"{other}; expected equal numbers. {remedy}"
                 )
+    black = tensors.get(BLACK)
+    width = tensors[KEYS[0]].shape[1]
+    if black is not None and black.shape != (1, width):
+        raise PromptFileError(
+            f"'{name}': '{BLACK}' has shape {[*black.shape]}; expected {[1, width]}. {remedy}"
+        )
     for kind in kinds:
         image, against = (tensors[f"{side}.{kind}"].shape for side in SIDES)
         if image[1:] != against[1:]:

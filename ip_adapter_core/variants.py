@@ -11,8 +11,8 @@ from typing import Literal, get_args
 Variant = Literal["base", "plus", "full", "faceid", "faceid-plus", "faceid-unnorm", "instantx"]
 """What projects the image features: one linear layer, a resampler (fine-grained features), or an
 MLP that makes every hidden state a token. Of faces: an MLP over the face embedding, that together
-with a perceiver over the crop's hidden states, or a resampler over the embedding as it is. InstantX's
-for Flux: an MLP over the image embedding."""
+with a perceiver over the crop's hidden states, or a resampler over the embedding as it is. Of
+InstantX's for Flux: an MLP over the image embedding."""
 FeatureKind = Literal["image_embeds", "penultimate_hidden_states", "face_embeds"]
 """What a projection reads: the fields of `ImageFeatures`."""
 Family = Literal["sd15", "sdxl", "flux"]

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..compatibility import check_encoder, check_fits
 from ..image_prompt import ImagePrompt
-from ..packing import LayerFolding, layer_folding
+from ..packing import LayerFolding, Packed, layer_folding
+from ..variants import CROSS_ATTENTION
 from .conditioning import Conditioning, attached_to
 from .decoupled_attention import inject_decoupled_attention
-from .host import CurveInput
-from .layers import KEY, cross_attention_layers, is_kolors
+from .host import FLUX_HOOKS, CurveInput
+from .layers import KEY, is_kolors, layers_at, layers_of, name_of
 from .loaders import ManagedAdapter
 from .masks import Deal, Masks, Resampling
 from .prompt_rows import CompiledPrompt
@@ -27,8 +28,8 @@ from .sampling import prepare_run, prompts_at_step
 from .schedule import Schedule
 
 logger = logging.getLogger("comfyui_ip_adapter")
-Sides: TypeAlias = tuple[CompiledPrompt, CompiledPrompt]
-"""Positive and negative."""
+Sides: TypeAlias = tuple[CompiledPrompt, CompiledPrompt | None]
+"""Positive and negative, None where nothing stands against the image."""
 
 
 @dataclass(frozen=True)
@@ -156,29 +157,47 @@ def compile_prompts(model: ModelPatcher, several: Sequence[ApplySettings]) -> li
     if not acting:
         return []
     with several[0].adapter.loaded():
-        return [_sides(settings, folding) for settings, folding in acting]
+        return [_sides(model, settings, folding) for settings, folding in acting]
 
 
 def _folding(model: ModelPatcher, settings: ApplySettings) -> LayerFolding:
-    adapter = settings.adapter
-    layers = cross_attention_layers(model.get_model_object("diffusion_model"))
-    unet = model.get_model_object("diffusion_model")
-    check_fits(adapter.spec, adapter.name, type(model.model).__name__, layers, is_kolors(unet))
+    adapter, weights = settings.adapter, settings.layer_weights
+    inner = model.get_model_object("diffusion_model")
+    layers = layers_at(inner, adapter.spec.place)
+    check_fits(adapter.spec, adapter.name, name_of(model), layers, is_kolors(inner))
     check_encoder(adapter.spec, settings.image_prompt, adapter.name, adapter.trained_with)
-    return layer_folding(adapter.spec, settings.weight, settings.layer_weights)
+    if adapter.spec.place != CROSS_ATTENTION:
+        if not FLUX_HOOKS:
+            raise RuntimeError(
+                f"'{adapter.name}' is an IP-Adapter for Flux.1, whose blocks this ComfyUI does not "
+                "open to other packs. Update ComfyUI to 0.14 or newer."
+            )
+        if weights is not None and not isinstance(weights, LayerFolding):
+            every = layers_of(model)  # which Layer Weights gives one number each
+            if len(weights) == len(every):
+                pairs = zip(every, weights, strict=True)
+                weights = [weight for layer, weight in pairs if layer in layers]
+    return layer_folding(adapter.spec, settings.weight, weights)
 
 
-def _sides(settings: ApplySettings, folding: LayerFolding) -> Sides:
+def _sides(model: ModelPatcher, settings: ApplySettings, folding: LayerFolding) -> Sides:
     adapter, masks, schedule = settings.adapter, settings.masks, settings.schedule
-    positive, negative = (
-        CompiledPrompt(packed, masks, schedule, adapter.spec.layer_dims, settings.deal)
-        for packed in adapter.compile(settings.image_prompt, folding, settings.combine)
-    )
-    return positive, negative
+    spec, prompt = adapter.spec, settings.image_prompt
+    dtype, dim_head = torch.float32, None
+    if spec.place != CROSS_ATTENTION:
+        # Rows of a transformer are large: InstantX's 128 tokens take 90 MB in 16 bit.
+        dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
+        dim_head = layers_at(model.get_model_object("diffusion_model"), spec.place)[0].dim_head
+
+    def made(packed: Packed) -> CompiledPrompt:
+        return CompiledPrompt(packed, masks, schedule, spec.layer_dims, settings.deal, spec.place)
+
+    image, against = adapter.compile(prompt, folding, settings.combine, dtype, dim_head)
+    return made(image), None if against is None else made(against)
 
 
 def apply_to_model(
-    model: ModelPatcher, positive: CompiledPrompt, negative: CompiledPrompt
+    model: ModelPatcher, positive: CompiledPrompt, negative: CompiledPrompt | None
 ) -> ModelPatcher:
     """Return a clone that samples with the prompt; `model` stays as it is.
 

@@ -44,7 +44,7 @@ class Attached:
     """A prompt on a conditioning, its weight there, and what a zeroed-out one carries instead."""
 
     prompt: CompiledPrompt
-    zeroed: CompiledPrompt
+    zeroed: CompiledPrompt | None
     told: bool = False
 
     def ignored(self) -> None:
@@ -180,18 +180,21 @@ def compiled(states: Tensor | None, options: Mapping[str, Any]) -> Iterable[Comp
     zeroed = states is not None and not states.any()
     for attached, weight in attached_to(states, options).items():
         if zeroed:
-            yield attached.zeroed
+            if attached.zeroed is not None:
+                yield attached.zeroed
         elif weight:
             yield attached.prompt.scaled(weight)
 
 
 def apply_to_conditioning(
-    conditioning: Conditioning, prompt: CompiledPrompt, zeroed: CompiledPrompt
+    conditioning: Conditioning, prompt: CompiledPrompt | None, zeroed: CompiledPrompt | None
 ) -> Conditioning:
-    """Return a copy whose entries carry the prompt besides those that they carry already.
+    """Return a copy whose entries carry the prompt, if any, besides those that they carry already.
 
-    `zeroed`: what one carries whose states are zeros.
+    `zeroed`: what one carries whose states are zeros, if anything.
     """
+    if prompt is None:
+        return conditioning
     new = Attached(prompt, zeroed)
 
     def attach(states: Tensor | None, options: Mapping[str, Any]) -> list[Any]:

@@ -13,6 +13,7 @@ from ..attention import image_attention
 from ..layer_weights import LayerKey
 from ..packing import unpack
 from ..variants import CROSS_ATTENTION, Place
+from .flux_blocks import AttentionOutputs, BlockOutputs
 from .layers import KEY, LAYERS, RECORD, Conds, Layer, cross_attentions, layers_by_place
 from .masks import Size
 from .model_call import Call, ImageParts, MaskAt, Prompts, Seen, for_all
@@ -121,7 +122,11 @@ class CrossAttentionSlots:
             yield {**options, "patches_replace": {**replaced, "attn2": attn2}}
 
 
-PLACES: dict[Place, Any] = {CROSS_ATTENTION: CrossAttentionSlots}
+PLACES: dict[Place, Any] = {
+    CROSS_ATTENTION: CrossAttentionSlots,
+    "attention output": AttentionOutputs,
+    "block output": BlockOutputs,
+}
 
 
 def replaced_modules(unet: nn.Module) -> tuple[LayerKey, ...]:

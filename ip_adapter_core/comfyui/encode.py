@@ -15,6 +15,8 @@ from ..crops import checked, square_at, tiles
 from ..files.fingerprint import fingerprint
 from ..image_prompt import DAMAGED_ENCODER, ImageFeatures, ImagePrompt, describe_encoder
 from ..variants import FEATURE_KINDS
+from .siglip import MODEL_TYPE as SIGLIP
+from .siglip import pooled
 
 CROPS = ("center", "pad", "none")
 SQUARES = ("point", "tiles")
@@ -33,11 +35,12 @@ def encode(
     """
     check_kind(clip_vision)
     positive = _features(clip_vision, image, crop, "image")
+    black = None
     if negative_image is None:
-        negative = _zero_image(clip_vision, positive.image_embeds.shape[-1])
+        negative, black = _zero_image(clip_vision, positive.image_embeds.shape[-1])
     else:
         negative = _features(clip_vision, negative_image, crop, "negative_image")
-    made = ImagePrompt(positive, negative, *described(clip_vision, positive))
+    made = ImagePrompt(positive, negative, *described(clip_vision, positive), black=black)
     _check_finite(made)
     return made
 
@@ -85,11 +88,14 @@ def zero_features(clip_vision: ClipVisionModel, black: bool = False) -> ImageFea
 def _of_pixels(clip_vision: ClipVisionModel, pixels: Tensor) -> ImageFeatures:
     """Encode normalised pixels `(N, 3, S, S)`."""
     out = clip_vision.model(pixel_values=pixels, intermediate_output=-2)
-    return ImageFeatures(_embeds(clip_vision, out[2]).float().cpu(), out[1].float().cpu())
+    embeds = _embeds(clip_vision, out[2], out[0])
+    return ImageFeatures(embeds.float().cpu(), out[1].float().cpu())
 
 
-def _embeds(clip_vision: ClipVisionModel, embeds: Tensor) -> Tensor:
+def _embeds(clip_vision: ClipVisionModel, embeds: Tensor, states: Tensor) -> Tensor:
     """Leave out what ComfyUI passes on of the pooled state where there is no projection."""
+    if clip_vision.model_type == SIGLIP:
+        return pooled(clip_vision, states)
     if isinstance(clip_vision.model.visual_projection, torch.nn.Identity):
         return embeds[:, :0]
     return embeds
@@ -135,7 +141,7 @@ def check_kind(clip_vision: ClipVisionModel | None) -> None:
             "found by Auto Load IP-Adapter reads none. Take Encode Face in place of this node, or "
             "another preset."
         )
-    if clip_vision.model_type != "clip_vision_model":
+    if clip_vision.model_type not in ("clip_vision_model", SIGLIP):
         raise ValueError(
             f"The image encoder is a {clip_vision.model_type}, which no supported IP-Adapter was "
             "trained with; expected a CLIP vision model. Load the adapter's own encoder, CLIP "
@@ -194,7 +200,7 @@ def _features(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str)
     for part in image.split(AT_ONCE):
         square = crop != "none"
         out = clip_vision.encode_image(_cropped(clip_vision, part, crop, name), crop=square)
-        embeds = _embeds(clip_vision, out["image_embeds"])
+        embeds = _embeds(clip_vision, out["image_embeds"], out["last_hidden_state"])
         found.append((embeds.float().cpu(), out["penultimate_hidden_states"].float().cpu()))
     return ImageFeatures(*map(torch.cat, zip(*found, strict=True)))
 
@@ -227,11 +233,16 @@ def _activation(clip_vision: ClipVisionModel) -> str:
     return str(clip_vision.config.get("hidden_act", used))
 
 
-def _zero_image(clip_vision: ClipVisionModel, embed_dim: int) -> ImageFeatures:
-    """Return the dropped image of training.
+def _zero_image(clip_vision: ClipVisionModel, embed_dim: int) -> tuple[ImageFeatures, Tensor]:
+    """Return the dropped image of training, and the embedding of a black picture.
 
     A zero embedding, and the hidden states of pixels that are zero *after* normalization.
     `encode_image` would round the mean color to 8 bits.
     """
-    states = zero_features(clip_vision).penultimate_hidden_states
-    return ImageFeatures(torch.zeros(1, embed_dim), states)
+    memory.load_model_gpu(clip_vision.patcher)
+    size, where = clip_vision.image_size, clip_vision.load_device
+    mean, std = (torch.tensor(x) for x in (clip_vision.image_mean, clip_vision.image_std))
+    colors = torch.stack([torch.zeros(3), -mean / std])[..., None, None]
+    found = _of_pixels(clip_vision, colors.expand(2, 3, size, size).to(where))
+    zero = ImageFeatures(torch.zeros(1, embed_dim), found.penultimate_hidden_states[:1])
+    return zero, found.image_embeds[1:]

@@ -17,6 +17,7 @@ import comfy.model_patcher as patchers
 import torch
 from comfy.clip_model import CLIPVisionModelProjection
 from comfy.clip_vision import ClipVisionModel
+from comfy.ldm.flux.layers import DoubleStreamBlock
 from comfy_api.latest import io
 
 try:
@@ -32,6 +33,8 @@ except ImportError:
             raise RuntimeError(f"{found}. Update it, or take weight_curve out.")
 
 
+FLUX_HOOKS = "attn1_output_patch" in DoubleStreamBlock.forward.__code__.co_consts
+"""Whether the blocks of a Flux call attention's patches (0.13)."""
 CoreModelPatcher = getattr(patchers, "CoreModelPatcher", patchers.ModelPatcher)  # 0.12
 if "_load_from_state_dict" not in vars(CLIPVisionModelProjection):
 

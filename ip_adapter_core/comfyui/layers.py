@@ -113,9 +113,9 @@ def layers_of(model: ModelPatcher) -> tuple[Layer, ...]:
     found = cross_attention_layers(inner) or layers_at(inner, "attention output")
     if not found:
         raise ValueError(
-            f"The connected model ({name_of(model)}) has no layers that IP-Adapters act on: "
-            "neither a UNet's cross-attention nor Flux.1's blocks. They work with models of the "
-            "SD1.5, SDXL and Flux.1 families."
+            f"The connected model ({name_of(model)}) has no UNet cross-attention layers, nor the "
+            "blocks of Flux.1, which IP-Adapters act on. They work with models of the SD1.5, SDXL "
+            "and Flux.1 families."
         )
     return found
 

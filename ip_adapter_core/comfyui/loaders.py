@@ -49,7 +49,8 @@ from ..files.tower_config import ImageEncoderError, Tower, check_whole
 from ..image_prompt import ImagePrompt
 from ..packing import LayerFolding, Packed, compile_sides
 from . import host
-from .layers import is_kolors, layers_of
+from .layers import is_kolors, layers_by_place, layers_of, name_of
+from .siglip import MODEL_TYPE as SIGLIP
 
 logger = logging.getLogger("comfyui_ip_adapter")
 _UNKNOWN_SIZE = (
@@ -85,16 +86,22 @@ class ManagedAdapter:
             host.unload(self.patcher)
 
     def compile(
-        self, image_prompt: ImagePrompt, folding: LayerFolding, combine: str
-    ) -> tuple[Packed, Packed]:
-        """Packed K'/V' of the image and of its negative, float32 on the CPU.
+        self,
+        image_prompt: ImagePrompt,
+        folding: LayerFolding,
+        combine: str,
+        dtype: torch.dtype = torch.float32,
+        dim_head: int | None = None,
+    ) -> tuple[Packed, Packed | None]:
+        """Packed K'/V' of the image and of its negative, of `dtype` on the CPU.
 
-        The adapter must be `loaded`. Raises ValueError for what `packing.tokens` refuses.
+        The adapter must be `loaded`. `dim_head` as in `compile_sides`. Raises ValueError for what
+        `packing.tokens` refuses.
         """
         prompt = image_prompt.to(self.patcher.load_device, torch.float32)
-        positive, negative = compile_sides(self.module, prompt, combine, folding)
-        cpu = torch.device("cpu"), torch.float32
-        return positive.to(*cpu), negative.to(*cpu)
+        positive, negative = compile_sides(self.module, prompt, combine, folding, dim_head)
+        cpu = torch.device("cpu"), dtype
+        return positive.to(*cpu), None if negative is None else negative.to(*cpu)
 
 
 def load_adapter(path: str | os.PathLike[str]) -> ManagedAdapter:
@@ -302,17 +309,23 @@ def find_files(model: ModelPatcher, preset: str, adapters: Folder, encoders: Fol
     """
     if preset not in ADAPTER_PRESETS:
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(ADAPTER_PRESETS)}.")
-    wanted, name = ADAPTER_PRESETS[preset], type(model.model).__name__
-    layers = layers_of(model)
+    wanted, layers = ADAPTER_PRESETS[preset], layers_of(model)
+    inner = model.get_model_object("diffusion_model")
+    places = layers_by_place(inner)
     found = finder.adapters(adapters.files)
     seen = [loadable(file) for file in finder.encoders(encoders.files)]
-    kolors = is_kolors(model.get_model_object("diffusion_model"))
-    fitting = [file for file in _of_kind(found, wanted) if fits(file.spec, layers, kolors)]
+    fitting = [
+        file
+        for file in _of_kind(found, wanted)
+        if fits(file.spec, places[file.spec.place], is_kolors(inner))
+    ]
     unusable = [file for file in found if isinstance(file, Unusable)]
     choice = finder.choose(fitting, _usable(seen), wanted, unusable)
     if choice is None:
         folders = replace(adapters, files=tuple(found)), replace(encoders, files=tuple(seen))
-        search = Search(name, layers[0].context_dim, len(layers), wanted, *folders)
+        place = next(place for place, some in places.items() if some)
+        sizes = layers[0].context_dim, len(layers)
+        search = Search(name_of(model), *sizes, wanted, *folders, place)
         raise FileNotFoundError(search.message(fitting))
     logger.info("Preset '%s': %s", preset, "; ".join(choice.chosen()))
     for doubt in choice.doubts:
@@ -391,9 +404,12 @@ def _known_sizes() -> dict[tuple[int, int, int, int], int]:
     Width, layers, MLP's width, positions; width of the embedding.
     """
     found = {}
-    for path in Path(comfy.clip_vision.__file__).parent.glob("clip_vision_config_*.json"):
+    for path in Path(comfy.clip_vision.__file__).parent.glob("clip_vision_*.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
-        positions = (config["image_size"] // config["patch_size"]) ** 2 + 1
+        siglip = config.get("model_type") == SIGLIP
+        if not (siglip or "projection_dim" in config):  # SigLIP 2
+            continue
+        positions = (config["image_size"] // config["patch_size"]) ** 2 + (not siglip)
         sizes = config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]
-        found[(*sizes, positions)] = config["projection_dim"]
+        found[(*sizes, positions)] = config.get("projection_dim", config["hidden_size"])
     return found

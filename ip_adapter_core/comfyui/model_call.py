@@ -1,4 +1,4 @@
-"""What the layers of one model call share: their rows, masks, and what they add to the text's part."""
+"""What the layers of one model call share: rows, masks, and how images join the text's part."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ WIDTH, HEIGHT = 768, 320
 _MARGIN, _LABELS = 44, 92
 _GROUND, _INK, _GRID = (32, 34, 40), (222, 224, 230), (70, 74, 84)
 _COLORS = {"input": (92, 158, 235), "middle": (236, 190, 84), "output": (112, 200, 128)}
+_COLORS |= {"double": _COLORS["input"], "single": _COLORS["output"]}
 
 
 def draw_profile(weights: Sequence[float], layers: Sequence[LayerKey]) -> Tensor:

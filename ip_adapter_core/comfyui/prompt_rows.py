@@ -31,7 +31,6 @@ from .masks import Area, Deal, MaskRows, Masks, PreparedMasks, Size
 from .schedule import Moment, PreparedSchedule, Schedule
 
 
-
 @dataclass(frozen=True, eq=False)
 class CompiledPrompt:
     """One image prompt on one side of guidance, ready for any number of runs.
@@ -59,7 +58,7 @@ class CompiledPrompt:
         if dims != self.layer_dims:
             raise ValueError(
                 f"The conditioning carries an image prompt for a model of {len(self.layer_dims)} "
-                f"layers ({self.place}), but the sampled model has {len(dims)} of other widths. "
+                f"{self.place} layers, but the sampled model has {len(dims)} of other widths. "
                 "Apply the adapter to the model that is sampled."
             )
         packed, masks = self.packed, self.masks
@@ -281,7 +280,7 @@ class PromptRows(comfy.conds.CONDRegular):
         table = {}
         for prompt in self.prompts:
             kind = prompt.source.place, prompt.packed.shape[1]
-            table[*kind, seen[kind]] = prompt
+            table[(*kind, seen[kind])] = prompt
             seen[kind] += 1
         return table
 

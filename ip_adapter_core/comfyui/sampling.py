@@ -63,7 +63,7 @@ def _prepared(
 ) -> dict[str, Any]:
     states = entry.get("cross_attn")
     of_model = (pos if positive else neg for pos, neg in pairs)
-    prompts = [p for p in (*of_model, *compiled(states, entry)) if p is not None]
+    prompts = [*filter(None, of_model), *compiled(states, entry)]
     if isinstance(states, PromptedStates):
         entry = {**entry, "cross_attn": states.as_subclass(Tensor)}
     return _with_rows(entry, run.rows(prompts, positive) if prompts else None)

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from ..adapter import PROJECTIONS, AdapterSpec, IPAdapter
+from ..adapter import KEYS_VALUES, PROJECTIONS, AdapterSpec, IPAdapter
 from ..face_projection import WIDTH as FACE_WIDTH
 from ..resampler import DIM_HEAD
-from ..variants import Variant
+from ..variants import CROSS_ATTENTION, Place, Variant
 from . import trained_layouts
 from .atomic import atomic
 from .header import DTYPES, Shape, Shaped, damaged, few, file_format, read_pickle
@@ -32,6 +32,7 @@ SIGNATURES: dict[Variant, str] = {
     "full": "proj.3.weight",
     "faceid-plus": "perceiver_resampler.proj_in.weight",
     "faceid": "proj.2.weight",
+    "instantx": "proj.2.weight",  # the same class, where the layers are a transformer's
 }
 LORA = re.compile(r"ip_adapter\.(\d{1,4})\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 """A LoRA that a FaceID file carries for every attention layer, self-attention included."""
@@ -39,10 +40,12 @@ EXTENSIONS = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
 _KOLORS_FACE = 4096  # width of Kolors FaceID's tokens
 _PLUS_V1 = re.compile(r"faceid[-_ .]?plus(?![-_ .]?v2)", re.IGNORECASE)
 _LAYER = re.compile(r"ip_adapter\.(\d{1,4})\.to_([kv])_ip\.weight")
+_BIAS = re.compile(r"ip_adapter\.\d{1,4}\.to_[kv]_ip\.bias")
+_PROJECTS: dict[Place, Variant] = {"block output": "base", "attention output": "instantx"}
 
 
 def load(path: str | os.PathLike[str], *, operations: Any = nn) -> IPAdapter:
-    """Read a base, plus (fine-grained) or full IP-Adapter for SD1.5 or SDXL.
+    """Read an IP-Adapter of a kind in `PROJECTIONS`.
 
     `.safetensors`, or `.bin`/`.pt` as torch writes them (tensors only: code in a pickle is
     never run). Tensors keep the file's dtype.
@@ -149,8 +152,8 @@ def recognize(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
     if kind is not None:
         raise CheckpointError(
             f"'{name}' is {kind}, which this pack does not support. Supported are the base, "
-            "fine-grained (plus) and full IP-Adapters for SD1.5 and SDXL, those of FaceID, and "
-            "Kolors' Plus."
+            "fine-grained (plus) and full IP-Adapters for SD1.5 and SDXL, those of FaceID, "
+            "Kolors' Plus, and XLabs' and InstantX's for Flux.1."
         )
     spec = infer_spec(weights, name)
     lora = {key: x for key, x in weights.items() if LORA.fullmatch(key)}
@@ -173,15 +176,10 @@ def unsupported_kind(weights: Mapping[str, Shaped]) -> str | None:
         tensor = weights.get(key)
         return tensor.shape[axis] if tensor is not None and tensor.ndim > axis else None
 
-    if any("double_stream" in key or key.startswith("ip_adapter_proj_model.") for key in weights):
-        return "a Flux IP-Adapter"
     if any(".norm_ip." in key or key.startswith("image_proj.time_") for key in weights):
         return "an SD3 IP-Adapter"
-    if "ip_adapter.0.to_k_ip.weight" in weights:
-        model = {3072: "a Flux", 1536: "an SD3", 2432: "an SD3"}.get(
-            width("ip_adapter.0.to_k_ip.weight", 0) or 0, "a transformer's (Flux, SD3, …)"
-        )
-        return f"{model} IP-Adapter"
+    if width("ip_adapter.0.to_k_ip.weight", 0) in (1536, 2432):
+        return "an SD3 IP-Adapter"
     if width("image_proj.perceiver_resampler.proj_in.weight", 0) == _KOLORS_FACE:
         return "a FaceID Plus IP-Adapter of Kolors (its tokens pass through the model's own layer)"
     if width("image_proj.proj_in.weight", 1) == FACE_WIDTH and not _is_unnorm(weights):
@@ -219,14 +217,25 @@ def infer_spec(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
     if variant is None:
         raise CheckpointError(
             f"'{name}' has a projection of an unknown kind: expected one of "
-            f"{', '.join('image_proj.' + key for key in SIGNATURES.values())}; found "
-            f"{few('image_proj.' + key for key in projection)}."
+            f"{', '.join(f'image_proj.{key}' for key in dict.fromkeys(SIGNATURES.values()))}; "
+            f"found {few('image_proj.' + key for key in projection)}."
         )
-    if layers != [2 * i + 1 for i in range(len(layers))]:
-        missing = sorted(set(range(1, layers[-1] + 1, 2)) - set(layers))
+    place = _place(weights, layers)
+    expected = range(layers[-1] + 1) if place != CROSS_ATTENTION else range(1, layers[-1] + 1, 2)
+    if layers != [*expected]:
+        missing = sorted(set(expected) - set(layers))
+        kind = "1, 3, 5 … " if place == CROSS_ATTENTION else "0, 1, 2 … (Flux.1) "
         raise CheckpointError(
-            f"'{name}' numbers its cross-attention layers {few(layers)}; expected 1, 3, 5 … "
+            f"'{name}' numbers its layers {few(layers)}; expected {kind}"
             + (f"without gaps, but {few(missing)} is missing." if missing else "(odd).")
+        )
+    if place == "attention output" and variant == "faceid":
+        variant = "instantx"
+    if place != CROSS_ATTENTION and variant != _PROJECTS[place]:
+        raise CheckpointError(
+            f"'{name}' numbers its layers as adapters of transformers (Flux.1) do, but has the "
+            f"projection of a {variant} adapter; expected that of XLabs' or InstantX's adapters. "
+            "It is another kind of model."
         )
     try:
         if variant == "plus" and projection["proj_in.weight"].shape[1] == FACE_WIDTH:
@@ -246,7 +255,15 @@ def infer_spec(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
             f"'{name}' has a {variant} projection of impossible shapes: {sizes}"
             + (f" (attention heads are {DIM_HEAD} wide)." if "heads" in sizes else ".")
         )
-    return AdapterSpec(variant, tuple(sizes.items()), widths)
+    return AdapterSpec(variant, tuple(sizes.items()), widths, place)
+
+
+def _place(weights: Mapping[str, Shaped], layers: list[int]) -> Place:
+    """Return where an adapter of layers of these numbers acts, as these and biases tell."""
+    if 0 not in layers:
+        return CROSS_ATTENTION
+    biased = any(_BIAS.fullmatch(key) for key in weights)
+    return "block output" if biased else "attention output"
 
 
 @functools.lru_cache(maxsize=32)  # a folder holds many files of few kinds
@@ -257,10 +274,13 @@ def _layout(spec: AdapterSpec) -> dict[str, Shape]:
     """
     projection = PROJECTIONS[spec.variant](**spec.sizes, device="meta").state_dict()
     layout = {f"image_proj.{key}": Shape(tuple(x.shape), x.dtype) for key, x in projection.items()}
-    for i, width in enumerate(spec.layer_dims):
+    for number, width in zip(spec.numbers, spec.layer_dims, strict=True):
         for kind in "kv":
+            layer = f"ip_adapter.{number}.to_{kind}_ip"
             shape = Shape((width, spec.cross_attention_dim), torch.float32)
-            layout[f"ip_adapter.{2 * i + 1}.to_{kind}_ip.weight"] = shape
+            layout[f"{layer}.weight"] = shape
+            if KEYS_VALUES[spec.place].bias:
+                layout[f"{layer}.bias"] = Shape((width,), torch.float32)
     return layout
 
 

@@ -99,20 +99,30 @@ def encoder_sizes(path: str | os.PathLike[str]) -> EncoderSizes:
 def _transformers_sizes(layout: Mapping[str, Shaped]) -> EncoderSizes:
     embeddings, projection = "vision_model.embeddings.", "visual_projection.weight"
     patches = f"{embeddings}patch_embedding.weight"
-    if f"{embeddings}class_embedding" not in layout or patches not in layout:
-        raise ImageEncoderError("it is an image encoder of another kind than CLIP (SigLIP, …)")
+    siglip = f"{patches[:-6]}bias" in layout
+    if not (siglip or f"{embeddings}class_embedding" in layout) or patches not in layout:
+        raise ImageEncoderError("it is an image encoder of another kind than CLIP or SigLIP")
+    if layout[patches].ndim != 4:
+        raise ImageEncoderError("it is an image encoder of another kind than CLIP (SigLIP 2, …)")
     hidden, _, patch, _ = layout[patches].shape
     layers = len({k.split(".")[3] for k in layout if k.startswith("vision_model.encoder.layers.")})
     mlp = _first(layout, "vision_model.encoder.layers.0.mlp.fc1.weight")
     positions = _first(layout, f"{embeddings}position_embedding.weight")
     embed = _first(layout, projection) if projection in layout else 0
     expected = {
-        f"{embeddings}class_embedding": (hidden,),
         patches: (hidden, 3, patch, patch),
         f"{embeddings}position_embedding.weight": (positions, hidden),
         **({projection: (embed, hidden)} if embed else {}),
-        **_norms("vision_model.", ("pre_layrnorm", "post_layernorm"), hidden),
+        **_norms("vision_model.", ("post_layernorm",), hidden),
     }
+    if siglip:
+        expected[f"{patches[:-6]}bias"] = (hidden,)
+        if "vision_model.head.probe" in layout:
+            embed = hidden
+            expected |= _pooling_head("vision_model.head.", hidden, mlp)
+    else:
+        expected[f"{embeddings}class_embedding"] = (hidden,)
+        expected |= _norms("vision_model.", ("pre_layrnorm",), hidden)
     for block in (f"vision_model.encoder.layers.{i}." for i in range(layers)):
         expected |= _norms(block, ("layer_norm1", "layer_norm2"), hidden)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -121,6 +131,19 @@ def _transformers_sizes(layout: Mapping[str, Shaped]) -> EncoderSizes:
     _check_layout(layout, expected)
     alone = not any(key.startswith("text_model.") for key in layout)
     return EncoderSizes("transformers", embed, hidden, layers, positions, mlp, alone)
+
+
+def _pooling_head(prefix: str, hidden: int, mlp: int) -> dict[str, tuple[int, ...]]:
+    """Return SigLIP's, which makes the embedding of all hidden states."""
+    return {
+        f"{prefix}probe": (1, 1, hidden),
+        f"{prefix}attention.in_proj_weight": (3 * hidden, hidden),
+        f"{prefix}attention.in_proj_bias": (3 * hidden,),
+        **_dense(f"{prefix}attention.out_proj", hidden, hidden),
+        **_norms(prefix, ("layernorm",), hidden),
+        **_dense(f"{prefix}mlp.fc1", mlp, hidden),
+        **_dense(f"{prefix}mlp.fc2", hidden, mlp),
+    }
 
 
 def _open_clip_sizes(

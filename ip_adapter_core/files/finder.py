@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 from ..adapter import AdapterSpec
 from ..compatibility import expected_encoder, within, words, words_of_file
 from ..variants import (
+    CROSS_ATTENTION,
     FACE,
     FAMILY_LABELS,
     VARIANT_LABELS,
+    Place,
     Variant,
     describe_model,
     family,
@@ -72,7 +74,8 @@ class AdapterFile(File):
     trained_with: str | None = None
 
     def __str__(self) -> str:
-        model = describe_model(self.spec.cross_attention_dim, len(self.spec.layer_dims))
+        sizes = self.spec.cross_attention_dim, len(self.spec.layer_dims)
+        model = describe_model(*sizes, self.spec.place)
         return (
             f"'{self.name}': a {VARIANT_LABELS[self.spec.variant]} IP-Adapter for {model}; reads "
             f"{_features(self.spec)}"
@@ -99,7 +102,7 @@ class EncoderFile(File):
         The projection may be left out.
         """
         s = self.sizes
-        return not s.quick_gelu and published.has_sizes(
+        return (not s.quick_gelu or weights is published.VIT_L) and published.has_sizes(
             weights, s.embed_dim, s.hidden_dim, s.positions
         )
 
@@ -205,7 +208,7 @@ class AdapterPreset:
 
     The name of a file has to say one of the `words` or must not, as `marked` tells; no words, no
     twins. `feature_dim`, `tokens`: the width of the features that it reads and the number of tokens
-    that it makes, where only one will do.
+    that it makes, where only one will do. `on_flux`: the variant that it is there, if any.
     """
 
     name: str
@@ -214,6 +217,7 @@ class AdapterPreset:
     marked: bool = False
     feature_dim: int | None = None
     tokens: int | None = None
+    on_flux: Variant | None = None
 
     @property
     def word(self) -> str:
@@ -224,7 +228,11 @@ class AdapterPreset:
         """Return whether an adapter is of the preset's kind, as far as contents tell."""
         sizes = (self.feature_dim, spec.feature_dim), (self.tokens, spec.tokens)
         same = all(asked in (None, found) for asked, found in sizes)
-        return spec.variant == self.variant and same
+        return spec.variant == self.variant_at(spec.place) and same
+
+    def variant_at(self, place: Place) -> Variant | None:
+        """Return the variant for models that have layers at a place."""
+        return self.variant if place == CROSS_ATTENTION else self.on_flux
 
     def suits(self, file: File) -> bool:
         """Return whether the file's name is as hinted."""
@@ -236,9 +244,10 @@ class AdapterPreset:
         known = family(spec.cross_attention_dim, len(spec.layer_dims))
         return published.ADAPTERS[known].get(self.name) if known else None
 
-    @property
-    def encoder(self) -> published.Weights:
-        """The encoder that its published adapters read."""
+    def encoder(self, place: Place) -> published.Weights:
+        """Return the encoder that its published adapters read."""
+        if place != CROSS_ATTENTION:
+            return published.VIT_L if self.on_flux == "base" else published.SIGLIP
         return published.VIT_BIGG if self.feature_dim == 1280 else published.VIT_H
 
     def is_published_name(self, file: File, spec: AdapterSpec) -> bool:
@@ -251,8 +260,8 @@ ADAPTER_PRESETS = {
     preset.name: preset
     for preset in (
         AdapterPreset("light", "base", ("light",), marked=True),
-        AdapterPreset("standard", "base", ("light",)),
-        AdapterPreset("fine-grained", "plus", ("face", "composition")),
+        AdapterPreset("standard", "base", ("light",), on_flux="base"),
+        AdapterPreset("fine-grained", "plus", ("face", "composition"), on_flux="instantx"),
         AdapterPreset("face", "plus", ("face",), marked=True),
         AdapterPreset("full face", "full"),
         AdapterPreset("composition", "plus", ("composition",), marked=True),
@@ -396,6 +405,11 @@ def _of_adapters(
         Criterion(
             "its image encoder is the smaller one", lambda a: -a.spec.feature_dim, certain=True
         ),
+        Criterion(
+            "it makes more tokens of an image",  # XLabs' second version
+            lambda a: 0 if a.spec.place == CROSS_ATTENTION else a.spec.tokens or 0,
+            certain=True,
+        ),
         Criterion(word, preset.suits),
         Criterion("its name is the published one", lambda a: published.is_name(a.name)),
         Criterion("it is a .safetensors file", lambda a: a.name.endswith(".safetensors")),
@@ -411,7 +425,7 @@ def _of_encoders(adapter: AdapterFile) -> Sequence[Criterion]:
         ),
         Criterion(
             "it is of a published encoder's sizes",
-            lambda e: any(map(e.has_sizes, published.ENCODERS.values())),
+            lambda e: any(map(e.has_sizes, published.encoders(adapter.spec.place).values())),
             certain=True,
         ),
         Criterion("its name is the published one", lambda e: published.is_name(e.name)),
@@ -513,6 +527,7 @@ class Search:
     preset: AdapterPreset
     adapters: Folder
     encoders: Folder
+    place: Place = CROSS_ATTENTION
 
     def message(self, fitting: Sequence[AdapterFile]) -> str:
         """Say what is missing and where to get it.
@@ -524,10 +539,12 @@ class Search:
 
     def _no_adapter(self) -> Iterator[str]:
         preset, sizes = self.preset, (self.context_dim, self.layers)
+        variant = preset.variant_at(self.place) or preset.variant
         yield (
             f"No IP-Adapter for the preset '{preset.name}' and the connected model ({self.model}) "
-            f"was found. Sought: a {VARIANT_LABELS[preset.variant]} adapter (with a tensor "
-            f"'image_proj.{adapter_file.SIGNATURES[preset.variant]}') for {describe_model(*sizes)}."
+            f"was found. Sought: a {VARIANT_LABELS[variant]} adapter (with a tensor "
+            f"'image_proj.{adapter_file.SIGNATURES[variant]}') for "
+            f"{describe_model(*sizes, self.place)}."
         )
         known, label = family(*sizes), model_label(*sizes)
         offered = published.ADAPTERS[known] if known else {}
@@ -553,11 +570,11 @@ class Search:
                 )
             elif not any(map(self._serves, self.encoders.files)):
                 yield "It also needs an image encoder, which is missing too:"
-                yield _download(preset.encoder, self.encoders)
+                yield _download(preset.encoder(self.place), self.encoders)
 
     def _serves(self, file: File) -> bool:
         """Return whether the preset's published adapter can use it."""
-        if not isinstance(file, EncoderFile) or not file.has_sizes(self.preset.encoder):
+        if not isinstance(file, EncoderFile) or not file.has_sizes(self.preset.encoder(self.place)):
             return False
         return self.preset.variant != "base" or file.sizes.embed_dim > 0
 
@@ -566,6 +583,7 @@ class Search:
             fitting, key=lambda a: (not self.preset.suits(a), a.spec.feature_dim, a.name)
         )
         first = ranked[0]
+        kind = "CLIP" if self.place == CROSS_ATTENTION else "CLIP or SigLIP"
         needs: dict[str, str] = {}  # one example for each kind of encoder
         for adapter in ranked:
             features = _features(adapter.spec)
@@ -573,7 +591,7 @@ class Search:
         yield (
             f"An IP-Adapter for the preset '{self.preset.name}' and the connected model "
             f"({self.model}) is here, '{first.name}', but no image encoder for it was found. "
-            f"Sought: a CLIP image encoder that gives {'; or '.join(needs.values())}."
+            f"Sought: a {kind} image encoder that gives {'; or '.join(needs.values())}."
         )
         wanted = expected_encoder(first.spec, first.trained_with)
         yield from _instead(self.encoders, wanted)

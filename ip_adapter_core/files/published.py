@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from ..variants import FEATURE_KINDS, Family, FeatureKind
+from ..variants import CROSS_ATTENTION, FEATURE_KINDS, Family, FeatureKind, Place
 
 _FILES = "https://huggingface.co/h94/IP-Adapter/resolve/main"
 
@@ -40,6 +40,19 @@ VIT_BIGG = Weights(
     f"{_FILES}/sdxl_models/image_encoder/model.safetensors",
     "clip_vision",
     "CLIP ViT-bigG/14",
+)
+VIT_L = Weights(
+    "clip-vit-large-patch14.safetensors",
+    "https://huggingface.co/openai/clip-vit-large-patch14/resolve/main/model.safetensors",
+    "clip_vision",
+    "CLIP ViT-L/14",
+)
+SIGLIP = Weights(
+    "sigclip_vision_patch14_384.safetensors",
+    "https://huggingface.co/Comfy-Org/sigclip_vision_384/resolve/main/"
+    "sigclip_vision_patch14_384.safetensors",
+    "clip_vision",
+    "SigLIP so400m/14-384",
 )
 BASE = _adapter("models", "ip-adapter_sd15")
 LIGHT = _adapter("models", "ip-adapter_sd15_light")
@@ -77,6 +90,16 @@ NOOB = Weights(
     "ipadapter",
     "NOOB-IPA-MARK1 (anime SDXL)",
 )
+XLABS = Weights(  # its first version, in flux-ip-adapter, has the same name
+    "ip_adapter.safetensors",
+    "https://huggingface.co/XLabs-AI/flux-ip-adapter-v2/resolve/main/ip_adapter.safetensors",
+    "ipadapter",
+)
+INSTANTX = Weights(
+    "ip-adapter.bin",
+    "https://huggingface.co/InstantX/FLUX.1-dev-IP-Adapter/resolve/main/ip-adapter.bin",
+    "ipadapter",
+)
 
 # For each family and preset of IPA_AutoLoad the one to get first.
 ADAPTERS: dict[Family, dict[str, Weights]] = {
@@ -102,19 +125,35 @@ ADAPTERS: dict[Family, dict[str, Weights]] = {
         "faceid-plus": FACE_ID_PLUS_SDXL,
         "portrait": PORTRAIT_SDXL,
     },
+    "flux": {"standard": XLABS, "fine-grained": INSTANTX},
 }
 _STEMS = {
     PurePath(weights.name).stem
     for weights in (
         *(weights for family in ADAPTERS.values() for weights in family.values()),
-        *(LIGHT_V11, NOOB, VIT_H, VIT_BIGG),
+        *(LIGHT_V11, NOOB, VIT_H, VIT_BIGG, VIT_L, SIGLIP),
     )
 }
-# Widths of image_embeds and of hidden states, and positions (224 pixels), of the encoders that
-# published adapters were trained with.
-ENCODERS = {(1024, 1280, 257): VIT_H, (1280, 1664, 257): VIT_BIGG}
-VIT_L = "CLIP ViT-L/14"  # often taken for theirs; has quick GELU
-LABELS = {(768, 1024): VIT_L, **{sizes[:2]: known.label for sizes, known in ENCODERS.items()}}
+# Widths of image_embeds and of hidden states, and positions, of the encoders that published
+# adapters were trained with.
+ENCODERS = {
+    (1024, 1280, 257): VIT_H,
+    (1280, 1664, 257): VIT_BIGG,
+    (768, 1024, 257): VIT_L,  # has quick GELU
+    (1152, 1152, 729): SIGLIP,
+}
+LABELS = {sizes[:2]: known.label for sizes, known in ENCODERS.items()}
+# What kind and width of the features that an adapter reads tell of its encoder.
+_READ_BY_UNETS: dict[tuple[FeatureKind, int], Weights] = {
+    ("image_embeds", 1024): VIT_H,
+    ("image_embeds", 1280): VIT_BIGG,
+    ("penultimate_hidden_states", 1280): VIT_H,
+    ("penultimate_hidden_states", 1664): VIT_BIGG,
+}
+_READ_BY_FLUX: dict[tuple[FeatureKind, int], Weights] = {
+    ("image_embeds", 768): VIT_L,
+    ("image_embeds", 1152): SIGLIP,
+}
 TAGS = {"laion2b_s32b_b79k": VIT_H, "laion2b_s39b_b160k": VIT_BIGG}  # open_clip's
 
 
@@ -143,9 +182,11 @@ def has_sizes(weights: Weights, embed: int, hidden: int, positions: int) -> bool
     )
 
 
-def encoder(features: FeatureKind, width: int) -> Weights | None:
-    """Return the published encoder whose `features` are `width` wide."""
-    if features not in FEATURE_KINDS:
-        return None
-    place = FEATURE_KINDS.index(features)
-    return next((weights for sizes, weights in ENCODERS.items() if sizes[place] == width), None)
+def encoder(features: FeatureKind, width: int, place: Place = CROSS_ATTENTION) -> Weights | None:
+    """Return the encoder whose `features`, `width` wide, published adapters read at a place."""
+    return encoders(place).get((features, width))
+
+
+def encoders(place: Place) -> dict[tuple[FeatureKind, int], Weights]:
+    """Return all that published adapters read at a place, by kind and width of what they read."""
+    return _READ_BY_UNETS if place == CROSS_ATTENTION else _READ_BY_FLUX

@@ -1,4 +1,4 @@
-"""Adapters as trainers leave them, renamed to the published layout.
+"""Adapters as trainers and XLabs name their tensors, renamed to the published layout.
 
 The reference scripts save their whole module with accelerate: `image_proj_model.*`,
 `adapter_modules.N.*` and the UNet, in a .safetensors without the names that share memory. diffusers
@@ -23,6 +23,9 @@ _OF_TRAINERS = re.compile(
 _MODULE = re.compile(r"adapter_modules\.(\d+)\.(to_[kv]_ip)\.weight")
 _IN_UNET = re.compile(
     r"(down_blocks|up_blocks|mid_block)\.(.+)\.attn2\.processor\.(to_[kv]_ip)(?:\.(\d+))?\.weight"
+)
+_XLABS_LAYER = re.compile(
+    r"double_blocks\.(\d{1,4})\.processor\.ip_adapter_double_stream_([kv])_proj\.(weight|bias)"
 )
 _SIDES = ("down_blocks", "up_blocks", "mid_block")  # the order of diffusers' attn_processors
 _HIDDEN_PROJECTION = "encoder_hid_proj.image_projection_layers."
@@ -59,7 +62,7 @@ def published(weights: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         CheckpointError: A part of the adapter is in the file, and another is not.
     """
     if not of_adapter(weights):
-        return weights
+        return {_of_xlabs(key): x for key, x in weights.items()}
     bare = {re.sub(r"^(module\.)?(unet\.)?", "", key): x for key, x in weights.items()}
     projection = dict(_projection(bare, name))
     layers = dict(_layers(bare, name))
@@ -77,6 +80,14 @@ def published(weights: Mapping[str, Any], name: str) -> Mapping[str, Any]:
             "model.safetensors, which holds both."
         )
     return {**projection, **layers}
+
+
+def _of_xlabs(key: str) -> str:
+    """Return the name that diffusers gives to a tensor of XLabs' Flux adapters; others' as is."""
+    match = _XLABS_LAYER.fullmatch(key)
+    if match is not None:
+        return f"ip_adapter.{match[1]}.to_{match[2]}_ip.{match[3]}"
+    return re.sub(r"^ip_adapter_proj_model\.", "image_proj.", key)
 
 
 def _projection(bare: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any]]:
