@@ -22,7 +22,7 @@ SUFFIX = ".safetensors"
 FORMAT = "image_prompt_format"  # the entry of the metadata that tells these files from others
 VERSION = "2"
 WITH_FACES = "2 with faces"
-WITH_BLACK = "3"  # the embedding of a black picture besides
+WITH_BLACK = "2 with black"  # the embedding of a black picture
 WEIGHTS_ALONE = "1"  # the version whose fingerprints leave the encoder's settings out
 SIDES = ("positive", "negative")
 KEYS = tuple(f"{side}.{kind}" for side in SIDES for kind in FEATURE_KINDS)
@@ -134,7 +134,7 @@ def _check_kind(metadata: Mapping[str, str], keys: list[str], name: str) -> None
         )
     if metadata[FORMAT] not in _EXPECTED:
         raise PromptFileError(
-            f"'{name}' is an image prompt of format {metadata[FORMAT]!r}; expected {WITH_BLACK!r}. "
+            f"'{name}' is an image prompt of format {metadata[FORMAT]!r}; expected {VERSION!r}. "
             "It was saved by another version of this pack: update the pack, or save it again."
         )
     expected = _EXPECTED[metadata[FORMAT]]

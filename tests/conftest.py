@@ -168,6 +168,14 @@ def small(pack: ModuleType) -> ModuleType:
     return small
 
 
+@pytest.fixture(scope="session")
+def flux(pack: ModuleType) -> ModuleType:
+    """Random Flux models of small width, the same in diffusers, and adapters for them."""
+    from tests.sampling import flux
+
+    return flux
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _small_heap() -> None:
     """Keep what lives already out of later garbage collections.

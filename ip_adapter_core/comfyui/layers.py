@@ -56,9 +56,10 @@ def cross_attention_layers(unet: nn.Module) -> tuple[Layer, ...]:
 
 
 def _blocks(transformer: nn.Module, *kinds: str) -> tuple[Layer, ...]:
-    """Blocks of a Flux: those of two streams, then those of a single one."""
+    """Blocks of a Flux.1: those of two streams, then those of a single one."""
     text = getattr(getattr(transformer, "txt_in", None), "in_features", None)
-    if text is None:  # some of its relatives refine the text first
+    flux2 = getattr(getattr(transformer, "params", None), "global_modulation", False)
+    if text is None or flux2:  # some of its relatives refine the text first
         return ()
     return tuple(
         Layer((kind, i, 0), block.hidden_size, text, block.hidden_size // block.num_heads)

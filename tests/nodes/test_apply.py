@@ -87,33 +87,84 @@ def test_adapter_of_another_family(small, apply, made_for, model):
     says(error, "random.safetensors", expected, found, name)
 
 
-@pytest.fixture
-def flux(small):
-    import comfy.supported_models
+def _flux2(models):
+    config = {"image_model": "flux2", "in_channels": 8, "out_channels": 8, "patch_size": 1}
+    config |= {"vec_in_dim": None, "context_in_dim": 8, "hidden_size": 32, "mlp_ratio": 3.0}
+    config |= {"num_heads": 2, "depth": 2, "depth_single_blocks": 3, "axes_dim": [4, 4, 4, 4]}
+    config |= {"theta": 2000, "qkv_bias": False, "guidance_embed": False, "ops_bias": False}
+    config |= {"global_modulation": True, "mlp_silu_act": True, "txt_ids_dims": [3]}
+    return models.Flux2, config
+
+
+def _sd3(models):
+    config = {"depth": 2, "in_channels": 16, "patch_size": 2, "adm_in_channels": 8}
+    config |= {"input_size": None, "context_embedder_config": None, "num_patches": 16}
+    return models.SD3, config
+
+
+def _qwen_image(models):
+    config = {"image_model": "qwen_image", "in_channels": 16, "num_layers": 1}
+    config |= {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 8}
+    return models.QwenImage, config | {"axes_dims_rope": (4, 6, 6)}
+
+
+def _z_image(models):
+    config = {"image_model": "lumina2", "patch_size": 2, "in_channels": 4, "dim": 32}
+    config |= {"n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    config |= {"cap_feat_dim": 8, "axes_dims": [4, 6, 6], "axes_lens": [8, 8, 8]}
+    return models.ZImage, config
+
+
+OTHERS = {"Flux2": _flux2, "SD3": _sd3, "QwenImage": _qwen_image, "ZImage": _z_image}
+
+
+@pytest.fixture(params=OTHERS)
+def other(small, request):
+    """A model that no image prompt is for, and its name."""
+    import comfy.supported_models as models
     from comfy.model_patcher import ModelPatcher
 
-    config = comfy.supported_models.Flux({})
-    layout = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2}
-    layout |= {"vec_in_dim": 8, "context_in_dim": 8, "hidden_size": 32, "mlp_ratio": 4.0}
-    layout |= {"num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 6, 6]}
-    layout |= {"theta": 10000, "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": []}
+    kind, layout = OTHERS[request.param](models)
+    config = kind(layout)
     config.unet_config = layout | {"dtype": torch.float32}
-    model = config.get_model({}, device="cpu")
-    return ModelPatcher(model, load_device=small.CPU, offload_device=small.CPU)
+    with torch.device("meta"):
+        made = config.get_model({}, device="meta")
+    return ModelPatcher(made, load_device=small.CPU, offload_device=small.CPU), request.param
 
 
-def test_a_model_without_cross_attention(nodes, folder, small, apply, flux):
-    with pytest.raises(ValueError) as error:
-        apply(flux, small.adapter(), small.images())
-    says(error, "random.safetensors", "Flux", "no UNet cross-attention", "SD1.5", "SDXL")
+def test_a_model_that_no_adapter_is_for(nodes, folder, small, apply, flux, other):
+    model, name = other
+    for adapter, made_for in (
+        (small.adapter(), "16 cross-attention layers"),
+        *((flux.adapter(make()), "transformer blocks") for make in flux.FILES.values()),
+    ):
+        with pytest.raises(ValueError) as error:
+            apply(model, adapter, flux.images(embed=adapter.spec.feature_dim))
+        says(error, adapter.name, made_for, name, "SD1.5", "SDXL", "Flux.1")
     for node, given in (
         ("IPA_RecordAttention", ()),
         ("IPA_LayerWeights", ("uniform", "")),
         ("IPA_AutoLoad", ("standard",)),
     ):
         with pytest.raises(ValueError) as error:
-            nodes[node].execute(flux, *given)
-        says(error, "Flux", "no UNet cross-attention", "SD1.5", "SDXL")
+            nodes[node].execute(model, *given)
+        says(error, name, "no UNet cross-attention", "SD1.5", "SDXL", "Flux.1")
+
+
+def test_adapters_and_models_of_other_families(small, apply, flux):
+    for model, adapter, said in (
+        (flux.model(), small.adapter(), ("Flux", "16 cross-attention layers")),
+        (small.model(), flux.adapter(flux.xlabs()), ("BaseModel", "3 transformer blocks")),
+        (small.model(), flux.adapter(flux.instantx()), ("BaseModel", "7 transformer blocks")),
+        (
+            flux.model(flux.Size(double=2)),
+            flux.adapter(flux.xlabs()),
+            ("Flux", "3 transformer blocks", "2 transformer blocks"),
+        ),
+    ):
+        with pytest.raises(ValueError) as error:
+            apply(model, adapter, flux.images(embed=adapter.spec.feature_dim))
+        says(error, adapter.name, *said)
 
 
 def test_images_of_another_encoder(small, apply):

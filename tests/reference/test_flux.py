@@ -13,13 +13,6 @@ TOLERANCE = 1e-4
 SIZES = ["SMALL", *nightly("REAL_DEPTH", "REAL_WIDTH")]
 
 
-@pytest.fixture(scope="module")
-def flux(pack):
-    from tests.sampling import flux
-
-    return flux
-
-
 def error(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 

@@ -70,8 +70,9 @@ def twin(size: Size) -> Any:
 
 
 @functools.cache
-def _built(size: Size, dtype: torch.dtype) -> Any:
+def _built(size: Size, dtype: torch.dtype, cast: torch.dtype | None) -> Any:
     config = comfy.supported_models.Flux({})
+    config.manual_cast_dtype = cast
     config.unet_config = {
         "image_model": "flux",
         "in_channels": CHANNELS,
@@ -101,14 +102,52 @@ def _built(size: Size, dtype: torch.dtype) -> Any:
         name, part, change = ((place, None, None) if isinstance(place, str) else (*place, None))[:3]
         name = name if name in ours else name.replace(".scale", ".weight")
         value = theirs[key] if change is None else change(theirs[key])
-        (ours[name] if part is None else ours[name].narrow(*part)).copy_(value)
+        (ours[name] if part is None else ours[name].narrow(*part)).copy_(value.to(dtype))
     inner.load_state_dict(ours)
     return built
 
 
-def model(size: Size = SMALL, dtype: torch.dtype = torch.float32) -> Any:
+@functools.cache
+def _built_chroma() -> Any:
+    config = comfy.supported_models.Chroma({})
+    config.unet_config = {
+        "image_model": "chroma",
+        "in_channels": 4 * CHANNELS,
+        "out_channels": 4 * CHANNELS,
+        "patch_size": 2,
+        "context_in_dim": TEXT,
+        "hidden_size": WIDTH,
+        "mlp_ratio": 4.0,
+        "num_heads": HEADS,
+        "depth": 19,
+        "depth_single_blocks": 38,
+        "axes_dim": [*AXES],
+        "theta": 10000,
+        "qkv_bias": True,
+        "txt_ids_dims": [],
+        "vec_in_dim": None,
+        "in_dim": 64,
+        "out_dim": WIDTH,
+        "hidden_dim": 40,
+        "n_layers": 2,
+        "dtype": torch.float32,
+    }
+    built = config.get_model({}, device=small.CPU)
+    fill(built.diffusion_model, 6)
+    return built
+
+
+def chroma() -> Any:
+    """Chroma, which computes its modulation for 19 and 38 blocks and no other numbers."""
+    where = {"load_device": small.CPU, "offload_device": small.CPU}
+    return comfy.model_patcher.ModelPatcher(_built_chroma(), **where)
+
+
+def model(
+    size: Size = SMALL, dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None
+) -> Any:
     """A ModelPatcher around the host's model of the same weights."""
-    built = _built(size, dtype)
+    built = _built(size, dtype, cast)
     return comfy.model_patcher.ModelPatcher(built, load_device=small.CPU, offload_device=small.CPU)
 
 

@@ -229,20 +229,12 @@ KINDS = {
         )
     ],
     "InstantID": [ip_adapter(resampler(512, 16, 64), WIDTHS, 16)],
-    "Flux": [
-        dense("double_blocks.0.processor.ip_adapter_double_stream_k_proj", 8, 16),
-        under("ip_adapter_proj_model.", linear_projection(24, 16)),
-        under("image_proj.", face_projection(24, 16)) | consecutive(3072, 16),
-    ],
     "SD3": [
         under("image_proj.", resampler(24, 16, 64))
         | consecutive(2432, 16)
         | dense("image_proj.time_embedding.linear_1", 8, 8)
         | dense("ip_adapter.0.norm_ip.linear", 8, 8),
         under("image_proj.", resampler(24, 16, 64)) | consecutive(1536, 16),
-    ],
-    "transformer's (Flux, SD3, …)": [
-        under("image_proj.", linear_projection(24, 16)) | consecutive(40, 16)
     ],
 }
 

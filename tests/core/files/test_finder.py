@@ -266,10 +266,13 @@ def test_a_quantised_file_is_none(look, layout, tmp_path):
     assert "I16" in look(path).reason and "unquantised" in look(path).reason
 
 
+SIGLIP_PATCHES = "vision_model.embeddings.patch_embedding.weight"
+
+
 @pytest.mark.parametrize(
     "layout, reason",
     [
-        (sparse.siglip(), "another kind than CLIP"),
+        (sparse.siglip() | {SIGLIP_PATCHES: (8, 768)}, "SigLIP 2"),
         ({"vision_model.embeddings.class_embedding": (8,)}, "another kind than CLIP"),
         ({"encoder.layer.0.layer_scale2.lambda1": (8,)}, "none of its 1 tensors belongs"),
         (sparse.ADAPTERS["sd15"], "belongs to an image tower"),
