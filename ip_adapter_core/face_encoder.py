@@ -9,7 +9,6 @@ points over a template, and ArcFace (arXiv 1801.07698) reads the 112 pixels of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,22 +55,29 @@ def missing(folder: Path) -> list[str]:
     return [" or ".join(names) for names in parts if not any((folder / n).is_file() for n in names)]
 
 
+def files(folder: Path) -> list[Path]:
+    """Return a model pack's detector and recognizer. Raises FaceEncoderError if one is missing."""
+    lacking = missing(folder)
+    if lacking:
+        raise FaceEncoderError(
+            f"'{folder}' lacks {' and '.join(lacking)}. Put the files of insightface's model "
+            "pack buffalo_l (or antelopev2) into that folder."
+        )
+    parts = DETECTORS, RECOGNIZERS
+    return [next(folder / n for n in names if (folder / n).is_file()) for names in parts]
+
+
 class FaceEncoder:
     """A model pack. Pictures are `(H, W, 3)`, RGB within 0 … 1.
+
+    `single`: on one CPU thread, as one of several processes that share a machine.
 
     Raises FaceEncoderError where onnxruntime or a file is missing, or a file is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        lacking = missing(folder)
-        if lacking:
-            raise FaceEncoderError(
-                f"'{folder}' lacks {' and '.join(lacking)}. Put the files of insightface's model "
-                "pack buffalo_l (or antelopev2) into that folder."
-            )
+    def __init__(self, folder: Path, *, single: bool = False) -> None:
         self.name = folder.name
-        self._detector = _session(folder, DETECTORS)
-        self._recognizer = _session(folder, RECOGNIZERS)
+        self._detector, self._recognizer = (_session(path, single) for path in files(folder))
 
     def faces(self, image: Tensor) -> list[Face]:
         """Return the faces of a picture, the surest first.
@@ -142,19 +148,20 @@ class FaceEncoder:
         return embeds
 
 
-def _session(folder: Path, names: Sequence[str]) -> Any:
+def _session(path: Path, single: bool) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
         raise FaceEncoderError(
-            "Faces are encoded by onnxruntime, which is not installed. Install it into ComfyUI's "
-            "Python: pip install onnxruntime"
+            "Faces are encoded by onnxruntime, which is not installed. Install it into this "
+            "Python (ComfyUI's, for its nodes): pip install onnxruntime"
         ) from error
-    path = next(folder / name for name in names if (folder / name).is_file())
-    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")[single:]
     providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(single)  # 0: as many as there are cores
     try:
-        return onnxruntime.InferenceSession(str(path), providers=providers)
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime raises a dozen kinds of its own
         first = next(iter(str(error).splitlines()), "")
         raise FaceEncoderError(
