@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .buckets import LATENT_STEP, Buckets
-from .image import BrokenImageError, ImageData, fit, open_image
+from .face_embedding import face_embedding
+from .image import BrokenImageError, fit, open_image
 from .randomness import NoiseSettings, SampleNoise, sample_noise
 from .sources import Record, Source
 
@@ -30,7 +31,7 @@ class Examples:
     """Makes the tensors of one sample.
 
     `tokenise` gives (77,) int64 for each tokenizer; `preprocess_reference` the image encoder's
-    normalised pixels (3, s, s).
+    normalised pixels (3, s, s), or a face's embedding (512,). It may refuse an image.
     """
 
     def __init__(
@@ -41,14 +42,17 @@ class Examples:
     ) -> None:
         self._tokenise, self._preprocess = tokenise, preprocess_reference
         self._draw_settings = draw_settings
-        self._no_reference = torch.zeros_like(preprocess_reference(Image.new("RGB", (64, 64))))
+        shape = getattr(preprocess_reference, "shape", None)  # of one that refuses images
+        if shape is None:
+            shape = preprocess_reference(Image.new("RGB", (64, 64))).shape
+        self._no_reference = torch.zeros(shape)
 
     def __call__(self, record: Record, number: int, size: tuple[int, int]) -> Example:
         """Sample `number` of the run, fitted to `(height, width)` pixels.
 
-        `pixels` (3, H, W) in -1..1; `reference` (3, s, s); `tokens`; `time_ids` (6,) original
-        height and width, top and left of the crop in the resized image, target height and
-        width; `draws`; `weight` 1; `broken` empty. An image that cannot be read gives zeros of
+        `pixels` (3, H, W) in -1..1; `reference` (3, s, s) or (512,); `tokens`; `time_ids` (6,)
+        original height and width, top and left of the crop in the resized image, target height
+        and width; `draws`; `weight` 1; `broken` empty. An image that cannot be read gives zeros of
         the same shapes, weight 0, and in `broken` its name and what is wrong.
         """
         height, width = size
@@ -60,9 +64,8 @@ class Examples:
         try:
             if record.broken:
                 raise BrokenImageError(record.broken)
-            reference = image = open_image(record.image)
-            if record.reference is not None:
-                reference = _open_reference(record.reference)
+            image = open_image(record.image)
+            reference = self._reference(record, image)
         except BrokenImageError as error:
             return example | {
                 "pixels": torch.zeros(3, height, width),
@@ -75,18 +78,21 @@ class Examples:
         ids = (image.height, image.width, fitted.top, fitted.left, height, width)
         return example | {
             "pixels": fitted.pixels,
-            "reference": self._preprocess(reference),
+            "reference": reference,
             "time_ids": torch.tensor(ids, dtype=torch.float32),
             "weight": 1.0,
             "broken": "",
         }
 
-
-def _open_reference(data: ImageData) -> Image.Image:
-    try:
-        return open_image(data)
-    except BrokenImageError as error:
-        raise BrokenImageError(f"its reference picture: {error}") from error
+    def _reference(self, record: Record, image: Image.Image) -> Tensor:
+        if record.face is not None:
+            return face_embedding(record.face)
+        if record.reference is None:
+            return self._preprocess(image)
+        try:
+            return self._preprocess(open_image(record.reference))
+        except BrokenImageError as error:
+            raise BrokenImageError(f"its reference picture: {error}") from error
 
 
 class RawDataset(Dataset[Example]):

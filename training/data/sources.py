@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -25,7 +25,8 @@ from datasets.exceptions import DatasetGenerationError
 
 from .. import fingerprints
 from ..errors import TrainingError
-from .image import ImageData
+from .face_embedding import MISSING, face_embedding, to_npy
+from .image import BrokenImageError, ImageData
 from .listings import (
     FIRST,
     Values,
@@ -49,7 +50,8 @@ logger = logging.getLogger(__name__)
 class Record:
     """One row. `name` is for messages; `reference` a reference image other than the target.
 
-    `broken` says what is known to be wrong with it before anything is decoded, or is empty.
+    `broken` says what is known to be wrong with it before anything is decoded, or is empty. `face`
+    is what `face_embedding` reads, None where no column of them is asked for.
     """
 
     name: str
@@ -57,15 +59,20 @@ class Record:
     text: str
     reference: ImageData | None = None
     broken: str = ""
+    face: Any = None
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns, or None: the first of the usual names that is there."""
+    """Names of columns, or None: the first of the usual names that is there.
+
+    That of face embeddings has no usual name. What begins without it keeps its fingerprints.
+    """
 
     image: str | None = None
     text: str | None = None
     reference: str | None = None
+    face: str | None = field(default=None, repr=False)
 
 
 USUAL = Columns(
@@ -74,7 +81,12 @@ USUAL = Columns(
     reference="reference_file_name reference_file reference_image reference",
 )
 ROWS = Columns("image", "text", "reference")  # of what is written to the cache folder
-_ROLES = {"image": "pictures", "text": "captions", "reference": "reference pictures"}
+_ROLES = {
+    "image": "pictures",
+    "text": "captions",
+    "reference": "reference pictures",
+    "face": "face embeddings",
+}
 
 
 def open_source(
@@ -104,9 +116,16 @@ def open_source(
     root = Path(image_root).expanduser() if image_root else path
     if path.is_dir() and any((path / mark).is_file() for mark in MARKS):
         dataset = _load_saved(path)
-        return Source(dataset, dataset._fingerprint, columns, default_caption, root)
+        source = Source(dataset, dataset._fingerprint, columns, default_caption, root)
+        source.check_faces(path)
+        return source
     listing = find_metadata(path) if path.is_dir() else path
     if listing is None:
+        if columns.face is not None:
+            raise TrainingError(
+                f"'{path}' is a folder of pictures without a list, so it has no column "
+                f"'{columns.face}'. List them in a metadata.jsonl or .parquet with that column."
+            )
         how = "Write the caption of a.jpg to a.txt beside it, or all to a metadata.jsonl"
         dataset = _through_cache(read_folder, path, folder_state(path), ROWS, cache_dir)
     else:
@@ -119,8 +138,10 @@ def open_source(
         columns = pick_columns(columns, list(map(str, first)), f"'{listing}'", default_caption)
         state = f"{stat.st_size} {stat.st_mtime_ns}"
         dataset = _through_cache(read_listing, listing, state, columns, cache_dir)
-    source = Source(dataset, _hash(dataset), ROWS, default_caption, root, how)
+    rows = replace(ROWS, face="face") if columns.face is not None else ROWS
+    source = Source(dataset, _hash(dataset), rows, default_caption, root, how)
     source.check_files(path)
+    source.check_faces(path)
     return source
 
 
@@ -163,7 +184,7 @@ class Source:
 
     def __getitem__(self, row: int) -> Record:
         values: dict[str, Any] = self._rows[int(row)].to_pylist()[0]
-        image, text, reference = (
+        image, text, reference, face = (
             None if name is None else values[name] for name in vars(self._columns).values()
         )
         name = image if isinstance(image, str) else f"row {row}"
@@ -174,6 +195,7 @@ class Source:
             image=self._image(image) or b"",
             text=(text or "").strip() or self._default_caption or "",
             reference=self._image(reference) or None,
+            face=None if self._columns.face is None else self._image(face) or MISSING,
         )
 
     def _image(self, value: Any) -> ImageData | None:
@@ -192,14 +214,34 @@ class Source:
 
     def check_files(self, data: Path) -> None:
         """Raise TrainingError if none of some files, from the first row to the last, is there."""
-        rows = np.unique(np.linspace(0, len(self) - 1, PROBED).astype(int))
-        tried = [self[row].image for row in rows]
+        tried = [record.image for record in self._probed()]
         if not any(isinstance(image, Path) and image.is_file() for image in tried):
             raise TrainingError(
                 f"None of {len(tried)} images that '{data}' lists, tried from its first to its "
                 f"last row, is there: looked for '{tried[0]!s}'. File names are relative to "
                 f"'{self._root}'; set data_root_path to the folder that they are relative to."
             )
+
+    def check_faces(self, data: Path) -> None:
+        """Raise TrainingError if none of some rows has an embedding that it is asked to have."""
+        if self._columns.face is None:
+            return
+        wrong = []
+        for record in self._probed():
+            try:
+                face_embedding(record.face)
+                return
+            except BrokenImageError as error:
+                wrong.append(f"{record.name}: {error}")
+        raise TrainingError(
+            f"None of {len(wrong)} rows of '{data}', tried from its first to its last, has a face "
+            f"embedding to train on, the first {wrong[0]}. Give --face_embedding_column a column "
+            "of them, or of names of .npy files."
+        )
+
+    def _probed(self) -> list[Record]:
+        rows = np.unique(np.linspace(0, len(self) - 1, PROBED).astype(int))
+        return [self[row] for row in rows]
 
     def _chunks(self, column: str) -> Iterator[tuple[int, Any]]:
         start = 0
@@ -251,15 +293,15 @@ def pick_columns(
     Raises TrainingError if a column is not there; the message names those that are.
     """
     picked = {}
-    for role in ("image", "text", "reference"):
-        asked, usual = getattr(columns, role), getattr(USUAL, role).split()
+    for role in _ROLES:
+        asked, usual = getattr(columns, role), (getattr(USUAL, role) or "").split()
         if asked is not None and asked not in present:
             raise TrainingError(
                 f"{where} has no column '{asked}' for the {_ROLES[role]}; its columns are "
                 f"{', '.join(present) or 'none'}. Name one of these."
             )
         picked[role] = asked or next((name for name in usual if name in present), None)
-        optional = role == "reference" or (role == "text" and default_caption is not None)
+        optional = role in ("reference", "face") or (role == "text" and default_caption is not None)
         if picked[role] is None and not optional:
             raise TrainingError(
                 f"{where} has no column for the {_ROLES[role]} (looked for {', '.join(usual)}); "
@@ -318,6 +360,7 @@ _FEATURES = Features(
     height=Value("int32"),
     width=Value("int32"),
 )
+_FACES = Features(**_FEATURES, face={"bytes": Value("binary"), "path": Value("string")})
 
 
 def _through_cache(
@@ -329,13 +372,14 @@ def _through_cache(
 ) -> Dataset:
     """Return the rows that `read` gives; kept in the cache folder until `state` is another."""
     folder = Path(cache_dir or Path(config.HF_DATASETS_CACHE) / "ip_adapter_training")
+    known = VERSION, str(path.absolute()), state, columns, *filter(None, [columns.face])
     try:
         return Dataset.from_generator(
             _rows,
-            features=_FEATURES,
+            features=_FEATURES if columns.face is None else _FACES,
             cache_dir=str(folder),
             gen_kwargs={"read": read, "path": path, "columns": columns},
-            fingerprint=fingerprints.of_repr((VERSION, str(path.absolute()), state, columns)),
+            fingerprint=fingerprints.of_repr(known),
         )
     except (DatasetGenerationError, OSError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
@@ -351,10 +395,14 @@ def _through_cache(
 def _hash(dataset: Dataset) -> str:
     """Return a hash of what the rows say, the same wherever they lie."""
     digest = hashlib.blake2b(digest_size=16)
-    rows = dataset.select_columns(["image", "text", "reference"]).with_format("arrow")
-    for block in rows.iter(BLOCK):
-        digest.update(json.dumps([*block.to_pydict().values()]).encode())
+    kept = [name for name in dataset.column_names if name in _ROLES]
+    for block in dataset.select_columns(kept).with_format("arrow").iter(BLOCK):
+        digest.update(json.dumps([*block.to_pydict().values()], default=_digest).encode())
     return digest.hexdigest()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _rows(
@@ -392,4 +440,18 @@ def _row(values: Values, columns: Columns, where: str) -> Values:
     for name in sizes:
         with suppress(TypeError, ValueError):
             sizes[name] = max(0, int(values.get(name)))  # type: ignore[arg-type]
-    return {"image": image, "text": caption, "reference": reference, **sizes}
+    row = {"image": image, "text": caption, "reference": reference, **sizes}
+    return row if columns.face is None else row | {"face": _face(values, columns.face, where)}
+
+
+def _face(values: Values, column: str, where: str) -> dict[str, Any]:
+    found = values.get(column)
+    if missing(found) or isinstance(found, str):
+        return {"bytes": None, "path": None if missing(found) else found}
+    try:
+        return {"bytes": to_npy(found), "path": None}
+    except (ValueError, TypeError) as error:
+        raise TrainingError(
+            f"{where}: '{column}' is {str(found)[:60]!r} ({error}); expected 512 numbers, or the "
+            "name of a .npy file with them."
+        ) from error

@@ -31,6 +31,7 @@ from .. import fingerprints
 from ..errors import TrainingError
 from .buckets import Buckets, nearest
 from .dataset import Examples, collate
+from .face_embedding import MISSING
 from .image import BrokenImageError, upright_size
 from .randomness import counted
 from .sources import USUAL, Columns, Record
@@ -129,6 +130,10 @@ class ShardReader:
                 wrong = f"no caption (.txt or .json) among its files {', '.join(files)}"
         except ValueError as error:
             wrong = f"its caption cannot be read: {error}"
+        face = None if self.columns.face is None else self._face(files, self.columns.face)
+        if face == MISSING:
+            known = ", ".join(files)
+            wrong = f"no face embedding {self.columns.face} (.npy, or in .json) among {known}"
         if not images:
             wrong = f"no picture among its files {', '.join(files)}"
         return Record(
@@ -137,7 +142,17 @@ class ShardReader:
             text=caption or "",
             reference=files[references[0]] if references else None,
             broken=wrong,
+            face=face,
         )
+
+    @staticmethod
+    def _face(files: dict[str, bytes], name: str) -> Any:
+        npy = files.get(f"{name}.npy".lower())  # webdataset's keys are in small letters
+        if npy is not None or "json" not in files:
+            return npy or MISSING
+        with suppress(ValueError, AttributeError):  # told of the caption
+            return json.loads(files["json"]).get(name) or MISSING
+        return MISSING
 
     def _caption(self, files: dict[str, bytes]) -> str:
         asked = self.columns.text
