@@ -67,7 +67,7 @@ class Reference:
     def __init__(
         self, settings: TrainConfig, pictures: Path, weights: Mapping[str, Tensor]
     ) -> None:
-        base, encoder = settings.pretrained_model_name_or_path, settings.image_encoder_path
+        base, encoder = settings.pretrained_model_name_or_path, str(settings.image_encoder_path)
         self.model = ReferenceStep(base, encoder, weights, sdxl=False)
         self.optimizer = torch.optim.AdamW(
             list(self.model.trained.values()),

@@ -171,8 +171,8 @@ class IPAdapter(nn.Module):
 
         `dim_head`: see `NormedKeysValues`.
         """
-        for layer in self.ip_adapter.values():
-            yield layer(tokens, dim_head)
+        for number in self.spec.numbers:  # in training a LoRA lies at the places between
+            yield self.ip_adapter[str(number)](tokens, dim_head)
 
     def forward(self, *features: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return every layer's K' and V' of image features."""

@@ -27,11 +27,11 @@ if __name__ == "__main__":  # as a script: what is imported lies beside this fol
 import torch
 from tqdm import tqdm
 
-from ip_adapter_core.variants import FEATURE_KINDS, FeatureKind
+from ip_adapter_core.variants import FACE, FEATURE_KINDS, FeatureKind
 from training.caching import writer as cache_writing
 from training.caching.dataset import CachedDataset
 from training.caching.format import Manifest
-from training.config import DataConfig, ModelConfig, check_at_least, parse
+from training.config import FaceConfig, ModelConfig, check_at_least, check_encoder, parse
 from training.data.dataset import RawDataset
 from training.data.randomness import NoiseSettings
 from training.data.webdataset import is_stream
@@ -39,8 +39,7 @@ from training.dataloader import open_rows
 from training.distributed import begin, script
 from training.errors import TrainingError
 from training.models.base import load_encoders
-from training.models.frozen import FrozenEncoders
-from training.models.image_encoder import ImageEncoder
+from training.models.frozen import FrozenEncoders, reference_encoder
 
 logger = logging.getLogger("training")
 
@@ -49,13 +48,14 @@ NO_DRAWS = NoiseSettings(0, 0.0, 0.0, 0.0, 1, 0.0)  # what training draws, it dr
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig(DataConfig, ModelConfig):
+class CacheConfig(FaceConfig, ModelConfig):
     """Cache what VAE, text encoders and image encoder give."""
 
     output_dir: str
     """Folder for the cache."""
     features: Literal[FeatureKind, "both"] = "image_embeds"
-    """image_embeds for the base variant, penultimate_hidden_states for plus and full."""
+    """image_embeds for the base variant, penultimate_hidden_states for plus and full, face_embeds
+    for faceid."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Of the encoders. auto: float16 on a GPU, as finely as it is stored, float32 on a CPU."""
     cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -69,6 +69,7 @@ class CacheConfig(DataConfig, ModelConfig):
         super().__post_init__()
         if not self.train_data_dir:
             raise TrainingError("No data is given: name its folder with --train_data_dir.")
+        check_encoder(self, self.features == FACE, f"features {self.features}")
         check_at_least(self, rows_per_shard=1, batch_size=1)
 
     @property
@@ -143,7 +144,7 @@ def _encoders(config: CacheConfig, device: torch.device) -> FrozenEncoders:
         load_encoders(
             config.pretrained_model_name_or_path, dtype, config.pretrained_vae_model_name_or_path
         ),
-        ImageEncoder.from_name(config.image_encoder_path, dtype),
+        reference_encoder(config, dtype),
         config.kinds[0],
         device,
     )
@@ -158,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logger.info("%d rows, %.1f MiB, in '%s'", len(dataset), size / 2**20, config.output_dir)
         if dataset.broken and state.is_main_process:
             logger.warning(
-                "%d images could not be read and are left out: %s%s",
+                "%d images could not be read, or show no face, and are left out: %s%s",
                 len(dataset.broken),
                 "; ".join(dataset.broken[:5]),
                 "; …" if len(dataset.broken) > 5 else "",

@@ -14,13 +14,13 @@ from typing import Any, Literal, TypeVar
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentParser
 
-from ip_adapter_core.variants import Variant
-
 from .data.buckets import check_multiple
 from .data.randomness import check_drop_rates
 from .errors import TrainingError
 
 Config = TypeVar("Config")
+Variant = Literal["base", "plus", "full", "faceid"]
+"""What is trained of `ip_adapter_core.variants.Variant`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,10 @@ class ModelConfig:
     """Diffusion model that stays frozen: a diffusers folder, a hub id, or a checkpoint file."""
     pretrained_vae_model_name_or_path: str | None = None
     """Another VAE than the model's own, such as `madebyollin/sdxl-vae-fp16-fix`."""
-    image_encoder_path: str
+    image_encoder_path: str | None = None
     """`open_clip:ViT-H-14/laion2b_s32b_b79k` as in the paper, any other `open_clip:MODEL/WEIGHTS`
-    or `open_clip:MODEL@FILE`, or a transformers CLIP vision model (folder or hub id)."""
+    or `open_clip:MODEL@FILE`, or a transformers CLIP vision model (folder or hub id); of all
+    variants but faceid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,19 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FaceConfig(DataConfig):
+    """Faces, which FaceID reads in place of an image encoder's features."""
+
+    face_encoder: str | None = None
+    """Folder of insightface's model pack (buffalo_l), read by onnxruntime: each picture's largest
+    face is embedded. A picture without a face is left out, as one that cannot be read."""
+    face_embedding_column: str | None = None
+    """Column with each row's face embedding instead: 512 numbers, or the name of a .npy file with
+    them; in shards a file `*.NAME.npy` of the sample, or the key of its .json. A row without one is
+    left out. face_encoder then reads the validation's pictures alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeatureCacheConfig:
     """Cached data."""
 
@@ -77,7 +91,7 @@ class AdapterConfig:
 
     variant: Variant = "base"
     """base: 4 tokens from the embedding; plus (fine-grained): 16 from a resampler; full: one a
-    patch."""
+    patch; faceid: 4 from the embedding of a face, with a LoRA of rank 128 on all attention."""
     resampler_dim: int | None = None
     """Width of the plus variant's resampler, a multiple of 64; default: 768 for SD1.5, 1280 for
     SDXL, the published adapters'. This pack reads any size off the file; other loaders take the
@@ -182,7 +196,8 @@ class ValidationConfig:
     validation_prompt: Sequence[str] = ("", "best quality, high quality")
     """Texts; the empty one is image-only."""
     validation_scale: Sequence[float] = (0.0, 0.5, 1.0)
-    """λ, one column each; 0 is the model without the adapter."""
+    """λ, one column each; 0 is the model without the adapter (with faceid's LoRA, which λ leaves
+    at 1, as other loaders do)."""
     validation_num_inference_steps: int = 50
     """DDIM steps: the paper's."""
     validation_guidance_scale: float = 7.5
@@ -200,7 +215,7 @@ class TrainConfig(
     LossConfig,
     AdapterConfig,
     FeatureCacheConfig,
-    DataConfig,
+    FaceConfig,
     ModelConfig,
 ):
     """Train an IP-Adapter (arXiv 2308.06721). Defaults are the paper's where it names them."""
@@ -212,6 +227,12 @@ class TrainConfig(
                 "Neither train_data_dir nor feature_cache_dir is given: --train_data_dir FOLDER "
                 "trains from images, --feature_cache_dir FOLDER from what training/cache.py made "
                 "of them."
+            )
+        check_encoder(self, self.variant == "faceid", f"variant {self.variant}")
+        if self.validation_steps and self.variant == "faceid" and not self.face_encoder:
+            raise TrainingError(
+                "validation_steps is set, but nothing embeds the faces of validation_image: give "
+                "--face_encoder FOLDER beside the column, or set validation_steps to 0."
             )
         at_least_one = (
             *("max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
@@ -249,8 +270,30 @@ def names(*sections: type) -> set[str]:
 # global batch.
 FREE = names(ModelConfig, RunConfig, ValidationConfig) - {"seed", "mixed_precision"} | {
     *("train_data_dir", "data_root_path", "feature_cache_dir", "dataloader_num_workers"),
-    *("pretrained_ip_adapter_path", "train_batch_size", "max_train_steps"),
+    *("pretrained_ip_adapter_path", "train_batch_size", "max_train_steps", "face_encoder"),
 }
+
+
+def check_encoder(config: Any, faces: bool, what: str) -> None:
+    """Raise TrainingError unless the options name an encoder of what is read, and no other.
+
+    `faces`: whether that is faces; `what`: the option that says so.
+    """
+    reads = (
+        "faces, of --face_encoder FOLDER (insightface's buffalo_l) or --face_embedding_column NAME"
+        if faces
+        else "images, of --image_encoder_path such as open_clip:ViT-H-14/laion2b_s32b_b79k"
+    )
+    options = {"image_encoder_path": False, "face_encoder": True, "face_embedding_column": True}
+    given = [name for name in options if getattr(config, name, None)]
+    for name in given:
+        if options[name] != faces:
+            raise TrainingError(
+                f"{what} reads {reads}, but {name} is '{getattr(config, name)}'. Leave it out, or "
+                "choose what reads it: --variant, or --features of cache.py."
+            )
+    if not given:
+        raise TrainingError(f"{what} reads {reads}, but none is given. Give one.")
 
 
 def check_at_least(config: Any, **least: int) -> None:

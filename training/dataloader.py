@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .caching.dataset import CachedDataset
-from .config import DataConfig, TrainConfig
+from .config import DataConfig, FaceConfig, TrainConfig
 from .data.buckets import Buckets, bucket_sizes, by_aspect, square
 from .data.dataset import Examples, RawDataset, loader
 from .data.randomness import NoiseSettings
@@ -77,7 +77,7 @@ def open_data(
         buckets = Buckets(bucket_sizes(size)) if config.enable_bucket else square(size)
         dataset = StreamDataset(
             expand_shards(config.train_data_dir),
-            ShardReader(Columns(text=config.caption_column), config.default_caption),
+            ShardReader(_columns(config), config.default_caption),
             Examples(encoders.tokenise, preprocess, draws),
             buckets,
             batch=position.batch,
@@ -99,13 +99,17 @@ def open_data(
     )
 
 
-def open_rows(config: DataConfig, folder: Path) -> tuple[Source, Buckets]:
+def _columns(config: FaceConfig) -> Columns:
+    return Columns(text=config.caption_column, face=config.face_embedding_column)
+
+
+def open_rows(config: FaceConfig, folder: Path) -> tuple[Source, Buckets]:
     """Open rows of images, and put them into buckets; `folder` keeps the sizes of images."""
     assert config.train_data_dir is not None  # as the configs see to
     source = open_source(
         config.train_data_dir,
         image_root=config.data_root_path,
-        columns=Columns(text=config.caption_column),
+        columns=_columns(config),
         default_caption=config.default_caption,
     )
     size = config.resolution

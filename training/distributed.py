@@ -89,10 +89,12 @@ def make_accelerator(config: TrainConfig, mixed_precision: str) -> Accelerator:
             "DeepSpeed and FSDP are used with bf16 or no mixed precision here: fp16 needs its loss "
             "scaled, which they would do to the adapter's weights too. Give --mixed_precision bf16."
         )
-    if _true("ACCELERATE_USE_FSDP") and (config.use_ema or config.validation_steps):
+    whole = config.use_ema or config.validation_steps or config.variant == "faceid"
+    if _true("ACCELERATE_USE_FSDP") and whole:
         raise TrainingError(
-            "use_ema and validation_steps need the whole adapter in each process, which FSDP "
-            "splits. Leave them out, or use training/configs/gpus.yaml: the adapter fits every GPU."
+            "use_ema, validation_steps and the LoRA of faceid need the whole adapter in each "
+            "process, which FSDP splits. Leave them out, or use training/configs/gpus.yaml: the "
+            "adapter fits every GPU."
         )
     accelerator = Accelerator(
         # Those who split the adapter would make its weights half precision as well.

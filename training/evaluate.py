@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from training import fingerprints
 from training.checkpoints import make_writable
-from training.config import ModelConfig, check_at_least, parse
+from training.config import ModelConfig, check_at_least, check_encoder, parse
 from training.data.buckets import check_multiple
 from training.data.image import BrokenImageError, open_image
 from training.distributed import begin, script
@@ -83,6 +83,7 @@ class EvaluationConfig(ModelConfig):
     def __post_init__(self) -> None:
         counts = ("num_images_per_prompt", "num_inference_steps", "batch_size", "max_samples")
         check_at_least(self, **dict.fromkeys(counts, 1))
+        check_encoder(self, False, "evaluate.py")
         if not self.ip_adapter_path:
             raise TrainingError("No adapter is given: name at least one with --ip_adapter_path.")
         if self.resolution is not None:
@@ -115,7 +116,7 @@ class Evaluation:
         self.adapters = adapters.load(config.ip_adapter_path)
         self.clip: Clip = load_clip(config.clip_model, state.device)
         dtype = getattr(torch, config.dtype)
-        self.encoder = ImageEncoder.from_name(config.image_encoder_path, dtype)
+        self.encoder = ImageEncoder.from_name(str(config.image_encoder_path), dtype)
         self.base: Base = load_base(
             config.pretrained_model_name_or_path, dtype, config.pretrained_vae_model_name_or_path
         )

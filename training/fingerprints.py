@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,14 @@ def of_weights(module: nn.Module) -> str:
     for parameter in module.parameters():
         digest.update(repr(tuple(parameter.shape)).encode())
         digest.update(_bytes(parameter))
+    return digest.hexdigest()
+
+
+def of_files(paths: Iterable[Path]) -> str:
+    """Hash what files hold, one after the other."""
+    digest = xxhash.xxh3_128()
+    for path in paths:
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

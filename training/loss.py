@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .config import LossConfig
 from .errors import TrainingError
+from .unet import attention_inputs
 
 Batch = Mapping[str, Any]
 
@@ -76,7 +77,7 @@ class DiffusionLoss:
             batch["timestep"],
             states.to(dtype),
             added_cond_kwargs=added,
-            cross_attention_kwargs={"ip_hidden_states": keys_values},
+            cross_attention_kwargs=attention_inputs(keys_values, adapter),
             return_dict=False,
         )[0]
         weights = timestep_weights(self.noise_scheduler, batch["timestep"], self.config)

@@ -111,6 +111,6 @@ class MetricsLogger:
             with self._broken_file.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
             if len(self._broken) <= NAMED:
-                logger.warning("left out, cannot be read: %s", line)
+                logger.warning("left out: %s", line)
             if len(self._broken) == NAMED:
                 logger.warning("further ones are named in '%s' only", self._broken_file)

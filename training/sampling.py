@@ -21,8 +21,8 @@ from ip_adapter_core.adapter import IPAdapter
 from .data.buckets import check_multiple
 from .errors import TrainingError
 from .models.base import Base, Encoders
-from .models.frozen import Tokenise, text_states
-from .models.image_encoder import ImageEncoder
+from .models.frozen import ReferenceEncoder, Tokenise, text_states
+from .unet import attention_inputs
 
 # Latents are no images: nothing bounds them. The other two are what Stable Diffusion was
 # published with, for schedulers' files that do not say.
@@ -101,11 +101,11 @@ def encode_text(base: Encoders, prompts: Sequence[str]) -> TextStates:
 
 
 def encode_images(
-    encoder: ImageEncoder, images: Sequence[Image.Image], kind: str
+    encoder: ReferenceEncoder, images: Sequence[Image.Image], kind: str
 ) -> tuple[Tensor, Tensor]:
     """Return features `(N, …)` of images, and `(1, …)` of a dropped one."""
     pixels = torch.stack([encoder.preprocess(image) for image in images])
-    return encoder(pixels, kind), encoder.zero(kind)
+    return encoder.features(pixels, [kind])[kind], encoder.zero(kind)
 
 
 def starting_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -189,7 +189,7 @@ class Sampler:
         ]
         conditions: dict[str, Any] = {
             "encoder_hidden_states": rows(self._negative.states, prompts.text.states).to(dtype),
-            "cross_attention_kwargs": {"ip_hidden_states": moved},
+            "cross_attention_kwargs": attention_inputs(moved, adapter),
         }
         if prompts.text.pooled is not None and self._negative.pooled is not None:
             pooled = rows(self._negative.pooled, prompts.text.pooled).to(dtype)

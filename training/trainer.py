@@ -30,9 +30,8 @@ from .evaluation.clip_score import load_clip
 from .loss import Batch, DiffusionLoss, training_scheduler
 from .metrics import MetricsLogger
 from .models.base import load_base
-from .models.frozen import FrozenEncoders
-from .models.image_encoder import ImageEncoder
-from .unet import attach, cross_attention_layers, new_adapter
+from .models.frozen import FrozenEncoders, reference_encoder
+from .unet import LORA_RANK, attach, cross_attention_layers, new_adapter
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class Trainer:
         self.unet: Any = base.unet
         self.encoders = FrozenEncoders(
             base,
-            ImageEncoder.from_name(config.image_encoder_path, dtype),
+            reference_encoder(config, dtype),
             PROJECTIONS[config.variant].features,
         )
         adapter = self._new_adapter()
@@ -161,7 +160,15 @@ class Trainer:
                 f"{config.variant} with this model and image encoder is {adapter.spec}. Give the "
                 "variant, model and image encoder that it was trained with."
             )
-        adapter.load_state_dict(start.state_dict())
+        weights = {**start.state_dict(), **start.lora}
+        shapes = {key: weight.shape for key, weight in adapter.state_dict().items()}
+        if {key: weight.shape for key, weight in weights.items()} != shapes:
+            found = next((len(x) for key, x in start.lora.items() if ".down." in key), "none")
+            raise TrainingError(
+                f"'{config.pretrained_ip_adapter_path}' has a LoRA of rank {found}; expected "
+                f"{LORA_RANK}, as published FaceID adapters have it. Start from one of these."
+            )
+        adapter.load_state_dict(weights)
         return adapter
 
     def _prepare(self, adapter: IPAdapter) -> None:
@@ -280,8 +287,9 @@ class Trainer:
     def _metadata(self) -> dict[str, str]:
         """Return what the adapter's file tells about itself: no paths, for others will read it."""
         models = {
-            name: getattr(self.config, name).replace("\\", "/").rsplit("/", 1)[-1]
-            for name in ("pretrained_model_name_or_path", "image_encoder_path")
+            name: path.replace("\\", "/").rsplit("/", 1)[-1]
+            for name in ("pretrained_model_name_or_path", "image_encoder_path", "face_encoder")
+            if (path := getattr(self.config, name))
         }
         about = {"step": self.step, **models}
         about |= {"settings": self.config.identity(), "identity": self.identity}

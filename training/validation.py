@@ -31,7 +31,7 @@ from .data.image import BrokenImageError, open_image
 from .errors import TrainingError
 from .evaluation.clip_score import Clip, clip_i, clip_t
 from .models.base import Base
-from .models.image_encoder import ImageEncoder
+from .models.frozen import ReferenceEncoder
 from .sampling import (
     NotFinite,
     Prompts,
@@ -80,7 +80,7 @@ class Validation:
         self,
         config: ValidationConfig,
         base: Base,
-        encoder: ImageEncoder,
+        encoder: ReferenceEncoder,
         kind: str,
         folder: Path,
         clip: Clip | None = None,
@@ -92,7 +92,7 @@ class Validation:
                 raise TrainingError(f"{name} is empty: give at least one, or no validation.")
         self.folder, self.clip = folder, clip
         self.prompts, self.weights = config.validation_prompt, config.validation_scale
-        self._references = _opened(config.validation_image)
+        self._references = _opened(config.validation_image, encoder)
         rows = range(len(self._references)), range(len(self.prompts))
         self._cells = list(itertools.starmap(_Cell, itertools.product(*rows, self.weights)))
         steps, guidance = config.validation_num_inference_steps, config.validation_guidance_scale
@@ -192,16 +192,17 @@ def _curve(name: str, weight: float) -> str:
     return f"validation/{name}/weight_{weight:g}"
 
 
-def _opened(paths: Sequence[str]) -> list[Image.Image]:
+def _opened(paths: Sequence[str], encoder: ReferenceEncoder) -> list[Image.Image]:
     images, failed = [], []
     for path in paths:
         try:
             images.append(open_image(Path(path)))
+            encoder.preprocess(images[-1])  # a face encoder wants a face
         except BrokenImageError as error:
             failed.append(f"'{path}' ({error})")
     if failed:
         raise TrainingError(
-            f"{len(failed)} of {len(paths)} images in validation_image cannot be opened: "
+            f"{len(failed)} of {len(paths)} images in validation_image cannot be used: "
             f"{', '.join(failed)}. Correct the paths, or leave them out."
         )
     return images

@@ -50,23 +50,10 @@ def prompt(both, count, structure=1.0, seed=0):
     return both.ImagePrompt(features, zero, "a random face encoder", "", structure)
 
 
-def merged(unet, state, weight):
-    """Add the LoRA to the weights of diffusers' UNet."""
-    names = [name.removesuffix(".processor") for name in unet.attn_processors]
-    for number, name in enumerate(names):
-        for part in ("q", "k", "v", "out"):
-            key = f"ip_adapter.{number}.to_{part}_lora"
-            if f"{key}.up.weight" not in state:
-                continue
-            module = unet.get_submodule(f"{name}.to_{part}" + (".0" if part == "out" else ""))
-            change = state[f"{key}.up.weight"] @ state[f"{key}.down.weight"]
-            module.weight = torch.nn.Parameter(module.weight + weight * change, False)
-
-
 def in_diffusers(both, unet, pair, state, kind, call, given, weight, lora, mask):
     parts = both.sections({k: x.float() for k, x in state.items() if "_lora." not in k})
     unet._load_ip_adapter_weights([parts])
-    merged(unet, state, lora)
+    faces.merge_lora(unet, state, lora)
     layers = [p for p in unet.attn_processors.values() if hasattr(p, "scale")]
     for processor in layers:
         processor.scale = [weight]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,19 @@ def lora(widths: Sequence[int], context: int, generator: torch.Generator) -> dic
                 up = torch.randn(width, RANK, generator=generator) / RANK**0.5
                 made[f"{name}.down.weight"], made[f"{name}.up.weight"] = down, up * 0.5
     return made
+
+
+def merge_lora(unet: Any, state: Mapping[str, Tensor], weight: float = 1.0) -> None:
+    """Add a file's LoRA to the weights of diffusers' UNet."""
+    names = [name.removesuffix(".processor") for name in unet.attn_processors]
+    for number, name in enumerate(names):
+        for part in ("q", "k", "v", "out"):
+            key = f"ip_adapter.{number}.to_{part}_lora"
+            if f"{key}.up.weight" not in state:
+                continue
+            module = unet.get_submodule(f"{name}.to_{part}" + (".0" if part == "out" else ""))
+            change = state[f"{key}.up.weight"] @ state[f"{key}.down.weight"]
+            module.weight = torch.nn.Parameter(module.weight + weight * change, False)
 
 
 def write_pack(folder: Path, seed: int = 0, confident: float = 0.0) -> Path:

@@ -10,10 +10,11 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from ip_adapter_core.files import adapter_file
 from ip_adapter_core.variants import FAMILIES
 from tests.support import checkpoint_layouts as layouts
+from tests.support import faces
 from tests.support import small_models as small
-from training.unet import attach, cross_attention_layers, new_adapter
+from training.unet import attach, attention_inputs, cross_attention_layers, new_adapter
 
-READS = {"base": small.EMBED, "plus": small.STATES, "full": small.STATES}
+READS = {"base": small.EMBED, "plus": small.STATES, "full": small.STATES, "faceid": 512}
 
 
 def inputs(unet, family):
@@ -49,7 +50,8 @@ def test_with_images_it_is_diffusers_ip_adapter(family, variant):
     unet, theirs = small.unet(family), small.unet(family)
     given = inputs(unet, family)
     adapter = small.fill(new_adapter(unet, variant, READS[variant]), 4)
-    shape = (2, READS[variant]) if variant == "base" else (2, 257, READS[variant])
+    pooled = variant in ("base", "faceid")
+    shape = (2, READS[variant]) if pooled else (2, 257, READS[variant])
     features = torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
     state: dict[str, dict] = {"image_proj": {}, "ip_adapter": {}}
@@ -57,13 +59,16 @@ def test_with_images_it_is_diffusers_ip_adapter(family, variant):
         part, name = key.split(".", 1)
         state[part][name] = value
     theirs._load_ip_adapter_weights([state])
-    added = {**given["added_cond_kwargs"], "image_embeds": [features[:, None]]}
+    faces.merge_lora(theirs, adapter.state_dict())
+    read = torch.nn.functional.normalize(features, dim=-1) if variant == "faceid" else features
+    added = {**given["added_cond_kwargs"], "image_embeds": [read[:, None]]}
     expected = theirs(**{**given, "added_cond_kwargs": added}).sample
     assert any(isinstance(p, IPAdapterAttnProcessor2_0) for p in theirs.attn_processors.values())
 
     attach(unet)
     plain = unet(**given).sample
-    found = unet(**given, cross_attention_kwargs={"ip_hidden_states": adapter(features)}).sample
+    conditions = attention_inputs(adapter(features), adapter)
+    found = unet(**given, cross_attention_kwargs=conditions).sample
     effect = (expected - plain).norm()
     assert effect > 0.01 * plain.norm()
     assert (found - expected).norm() < 1e-4 * effect
@@ -87,6 +92,7 @@ def test_training_starts_from_the_text_weights(family):
         (layouts.SD15, "base", 1024, 19_169_280, 3.15),
         (layouts.SD15, "plus", 1280, 19_169_280, 29.92),
         (layouts.SD15, "full", 1280, 19_169_280, 2.63),
+        (layouts.SD15, "faceid", 512, 19_169_280, 3.68),
         (layouts.SDXL, "base", 1280, 340_787_200, 10.50),
         (layouts.SDXL, "plus", 1280, 340_787_200, 82.96),
     ],
@@ -96,10 +102,12 @@ def test_sizes_are_the_published_ones(size, variant, feature_dim, keys_values, p
     with torch.device("meta"):
         unet = UNet2DConditionModel(**size.diffusers_config())
         adapter = new_adapter(unet, variant, feature_dim)
-    mine, theirs = (
-        sum(p.numel() for p in m.parameters()) for m in (adapter.ip_adapter, adapter.image_proj)
-    )
-    assert (mine, round(theirs / 1e6, 2)) == (keys_values, projection)
+    counts = {"_ip.": 0, "_lora.": 0, "image_proj.": 0}
+    for name, parameter in adapter.named_parameters():
+        counts[next(part for part in counts if part in name)] += parameter.numel()
+    assert (counts["_ip."], round(counts["image_proj."] / 1e6, 2)) == (keys_values, projection)
+    megabytes = counts["_lora."] * 2 / 1e6  # of the separate file, in half precision
+    assert megabytes == (pytest.approx(51.1, abs=0.1) if variant == "faceid" else 0)
 
 
 def test_a_smaller_query_network(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 from ip_adapter_core.adapter import IPAdapter
 from ip_adapter_core.files import adapter_file
 from ip_adapter_core.files.header import CheckpointError
+from ip_adapter_core.variants import FACE, VARIANT_LABELS
 
 from ..errors import TrainingError
 from ..models.image_encoder import ImageEncoder
@@ -26,6 +27,13 @@ def load(paths: Sequence[str]) -> list[tuple[Subject, IPAdapter]]:
             adapter = adapter_file.load(path).float().eval().requires_grad_(False)
         except CheckpointError as error:
             raise TrainingError(str(error)) from error
+        if FACE in adapter.spec.reads:
+            raise TrainingError(
+                f"'{path}' reads faces ({VARIANT_LABELS[adapter.spec.variant]}), but what is "
+                "measured here is how alike whole images are, on sets that are not of faces. Give "
+                "base, plus or full adapters; look at this one's samples in ComfyUI, or at the "
+                "validation of its training."
+            )
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         if any(subject.digest == digest for subject, _ in loaded):
             raise TrainingError(f"'{path}' is given twice, or is a copy of another of the files.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,9 +14,19 @@ from ..data.buckets import LATENT_STEP
 from ..errors import TrainingError
 from ..loss import DroppedConditions
 from .base import Encoders, Text
+from .face_embedder import FaceEmbedder
 from .image_encoder import ImageEncoder
 
+ReferenceEncoder: TypeAlias = ImageEncoder | FaceEmbedder
+
 _READ = ("pixels", "reference", "tokens")  # what encoding uses up
+
+
+def reference_encoder(config: Any, dtype: torch.dtype) -> ReferenceEncoder:
+    """Return what reads references: an image encoder, in `dtype`, or what a config has of faces."""
+    if config.image_encoder_path:
+        return ImageEncoder.from_name(config.image_encoder_path, dtype)
+    return FaceEmbedder(config.face_encoder, config.face_embedding_column)
 
 
 class Tokenise:
@@ -79,7 +89,7 @@ def _posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FrozenEncoders:
-    """A base's VAE and text encoders, and the image encoder, on one device.
+    """A base's VAE and text encoders, and the image or face encoder, on one device.
 
     Each keeps the dtype that it was loaded in.
 
@@ -90,7 +100,7 @@ class FrozenEncoders:
     def __init__(
         self,
         base: Encoders,
-        image_encoder: ImageEncoder,
+        image_encoder: ReferenceEncoder,
         kind: FeatureKind,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -103,8 +113,9 @@ class FrozenEncoders:
         self.vae, self.text, self.image_encoder = base.vae, base.text, image_encoder
         self.kind, self.family = kind, base.family
         self.tokenise = Tokenise(base.text)
-        self.names = {**dict.fromkeys(base.weights, base.name), "image encoder": image_encoder.name}
-        self.fingerprints = {**base.weights, "image encoder": image_encoder.weights}
+        names = dict.fromkeys(base.weights, base.name)
+        self.names = {**names, image_encoder.part: image_encoder.name}
+        self.fingerprints = {**base.weights, image_encoder.part: image_encoder.weights}
         self.to(device)
 
     def to(self, device: torch.device | str) -> None:

@@ -108,6 +108,8 @@ class ImageEncoder(nn.Module):
     settings as they were given, before any cast.
     """
 
+    part = "image encoder"
+
     def __init__(
         self, tower: OpenClipTower | TransformersTower, preprocess: Preprocess, name: str
     ) -> None:
