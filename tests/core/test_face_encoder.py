@@ -130,6 +130,18 @@ def test_smaller_sizes_are_tried(tmp_path, monkeypatch):
     assert encoder.faces(picture(300, 300)) and sides == [640, 576, 512]
 
 
+def test_one_of_several_processes_keeps_to_one_thread(pack, encoder):
+    image = picture(120, 100)
+    single = FaceEncoder(pack, single=True)
+    for session in (single._detector, single._recognizer):
+        assert session.get_session_options().intra_op_num_threads == 1
+        assert session.get_providers() == ["CPUExecutionProvider"]
+    one, other = (
+        x.embed(aligned(image, x.faces(image)[0].points)[None]) for x in (single, encoder)
+    )
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_missing_or_damaged(tmp_path, pack, monkeypatch):
     with pytest.raises(FaceEncoderError, match=r"lacks det_10g\.onnx or .*w600k_r50\.onnx"):
         FaceEncoder(tmp_path)

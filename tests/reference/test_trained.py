@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ip_adapter_core.files import adapter_file as checkpoint
+from tests.reference.test_faces import in_diffusers, prompt
 from tests.support import image_folders, small_models
 from tests.support.checkpoint_layouts import POOLED
 from tests.support.sets import nightly
@@ -41,6 +44,9 @@ def pictures(tmp_path_factory) -> Path:
     for number in range(8):
         image_folders.image(number, (80, 70)).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"picture {number}")
+    faces = torch.randn(8, 512, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"file_name": f"{n}.png", "text": "a", "face": x} for n, x in enumerate(faces)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     small_models.image_encoder(folder / "encoder")
     return folder
 
@@ -52,9 +58,11 @@ def trained(bases, pictures, tmp_path, accelerate_anew):
     from training.trainer import Trainer
 
     def trained(family: str, variant: str) -> Path:
+        reads = {"image_encoder_path": str(pictures / "encoder")}
+        if variant == "faceid":
+            reads = {"face_embedding_column": "face"}
         settings = TrainConfig(
             pretrained_model_name_or_path=str(bases[family][1]),
-            image_encoder_path=str(pictures / "encoder"),
             train_data_dir=str(pictures),
             output_dir=str(tmp_path / "run"),
             variant=variant,
@@ -64,6 +72,7 @@ def trained(bases, pictures, tmp_path, accelerate_anew):
             dataloader_num_workers=0,
             report_to="none",
             learning_rate=1e-2,
+            **reads,
         )
         with torch.enable_grad():
             Trainer(settings).train()
@@ -106,3 +115,36 @@ def test_the_three_agree(bases, both, trained, family, variant):
         assert both.error(ours, plain) > 100 * TOLERANCE
         del pair._unets[()]
         unet, _ = pair.unet(())
+
+
+@pytest.mark.parametrize("family", ["sd15", *nightly("sdxl")])
+def test_the_three_agree_on_faces(bases, both, trained, host, family):
+    """The node's LoRA is a patch of weights, diffusers' is merged, training's comes with a call."""
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import load_adapter
+
+    from training.unet import attach, attention_inputs, new_adapter
+
+    path = trained(family, "faceid")
+    state = {k: v.float() for k, v in load_file(path).items()}
+    pair = both.Pair(bases[family][0], both.SMALL_ENCODER)
+    unet, given, weight = both.diffusers_unet(pair.family), prompt(both, 1), 0.8
+    mine = new_adapter(unet, "faceid", 512)
+    mine.load_state_dict(state)
+    model, texts = both.comfy_model(pair.family), [both.text(pair.family, n) for n in (1, 2)]
+    model = both.small.apply(model, load_adapter(str(path)), given, weight=weight, lora_weight=1.0)
+    attached = copy.deepcopy(unet)
+    attach(attached)
+    for call in both.record(model, *texts, (16, 24)):
+        plain = pair.diffusers(call)
+        given_to = state, "faceid", call, given, weight, 1.0, None
+        theirs = in_diffusers(both, copy.deepcopy(unet), pair, *given_to)
+        sides = torch.stack([given.positive.face_embeds, given.negative.face_embeds])[:, 0]
+        keys_values = [(key, weight * value) for key, value in mine(sides[call.rows])]
+        ours = attached(
+            *(call.x, call.timesteps, call.context),
+            added_cond_kwargs=pair.text_and_sizes(call),
+            cross_attention_kwargs=attention_inputs(keys_values, mine),
+        ).sample
+        assert both.error(ours, call.out) < TOLERANCE
+        assert both.error(ours, theirs) < TOLERANCE
+        assert both.error(ours, plain) > 100 * TOLERANCE

@@ -11,9 +11,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
+from ip_adapter_core.face_encoder import FaceEncoder, aligned
 from ip_adapter_core.files import adapter_file
 from tests.support import faces, image_folders
 from tests.support.sets import nightly
@@ -21,6 +23,7 @@ from training import cache
 from training.caching.dataset import CachedDataset
 from training.errors import TrainingError
 from training.evaluation import adapters
+from training.models.face_embedder import EmbedFace
 from training.trainer import Trainer
 from training.unet import attention_inputs
 
@@ -281,6 +284,29 @@ class TestFaces:
         sound = batch["reference"][batch["weight"] > 0]
         expected = trainer.encoders.image_encoder.preprocess(Image.open(people / "0.png"))
         assert torch.equal(sound, expected.expand_as(sound))
+
+    def test_the_largest_face_is_taken(self, tmp_path):
+        folder = faces.write_pack(tmp_path / "pack", confident=-1.0)
+        picture = image_folders.image(0, (80, 70))
+        pixels = torch.from_numpy(np.array(picture)) / 255
+        encoder = FaceEncoder(folder, single=True)
+        several = encoder.faces(pixels)
+        embeds = encoder.embed(torch.stack([aligned(pixels, face.points) for face in several]))
+        largest = int(torch.tensor([face.area for face in several]).argmax())
+        assert largest, "it is another than the surest"
+        assert torch.equal(EmbedFace(str(folder))(picture), embeds[largest])
+
+    def test_the_pack_may_move_and_not_change(self, found, pack, tmp_path, train):
+        config = found(max_train_steps=2)
+        train(config)
+        about = safe_open(newest(config), "pt").metadata()["ip_adapter"]
+        assert '"face_encoder": "buffalo_l"' in about and str(pack.parent) not in about
+        moved = shutil.copytree(pack, tmp_path / "moved")
+        train(replace(config, face_encoder=str(moved), max_train_steps=3))
+        assert adapter_file.load(newest(config)).lora
+        other = faces.write_pack(tmp_path / "other", seed=5, confident=-2.0)
+        with pytest.raises(TrainingError, match=r"face encoder was .* is "):
+            train(replace(config, face_encoder=str(other), max_train_steps=4))
 
     def test_workers_find_the_same(self, found):
         first = [next(Trainer(found(dataloader_num_workers=n)).batches) for n in (0, 2)]

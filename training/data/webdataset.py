@@ -15,7 +15,7 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +31,10 @@ from .. import fingerprints
 from ..errors import TrainingError
 from .buckets import Buckets, nearest
 from .dataset import Examples, collate
-from .face_embedding import MISSING
+from .face_embedding import MISSING, face_embedding
 from .image import BrokenImageError, upright_size
 from .randomness import counted
-from .sources import USUAL, Columns, Record
+from .sources import PROBED, USUAL, Columns, Record
 
 LANES = 8  # of each process; the number of workers is a divisor of it
 BUFFER = 128  # compressed samples that each lane shuffles: 1,024 in a process
@@ -103,8 +103,9 @@ class ShardReader:
         """Raise TrainingError unless the first shards can be read and hold images and captions."""
         broken = []
         for shard in shards[:PEEKED]:
-            with closing(self.records(shard)) as records:
-                first = next(records, None)
+            with closing(self.records(shard)) as records:  # a picture may well show nobody
+                peeked = [*islice(records, PROBED if self.columns.face else 1)]
+            first = next((x for x in peeked if not x.broken), peeked[0] if peeked else None)
             if first is not None and first.name != shard:
                 if not first.broken:
                     return
@@ -130,10 +131,14 @@ class ShardReader:
                 wrong = f"no caption (.txt or .json) among its files {', '.join(files)}"
         except ValueError as error:
             wrong = f"its caption cannot be read: {error}"
-        face = None if self.columns.face is None else self._face(files, self.columns.face)
-        if face == MISSING:
-            known = ", ".join(files)
-            wrong = f"no face embedding {self.columns.face} (.npy, or in .json) among {known}"
+        face = None
+        if asked := self.columns.face:
+            face = self._face(files, asked)
+            try:
+                face_embedding(face)
+            except BrokenImageError as error:
+                known = ", ".join(files)
+                wrong = f"{error}, in {asked}.npy or as {asked} in the .json, among {known}"
         if not images:
             wrong = f"no picture among its files {', '.join(files)}"
         return Record(

@@ -103,8 +103,23 @@ def test_in_shards(tmp_path):
     *records, last = ShardReader(COLUMNS).records(shard)
     found = torch.stack([x["reference"] for x in references(records)])
     assert torch.equal(found, torch.from_numpy(FACES))
-    assert "no face embedding id (.npy, or in .json) among png, txt" in last.broken
+    assert last.broken.startswith("it has no face embedding; expected 512")
+    assert last.broken.endswith("in id.npy or as id in the .json, among png, txt")
     assert all(record.face is None for record in ShardReader().records(shard))
+
+
+def test_shards_may_begin_with_nobody(tmp_path):
+    nobody = {"0.png": image_folders.encoded(image_folders.image(0)), "0.txt": b"a"}
+    shard = image_folders.shard(tmp_path / "a.tar", nobody)
+    said = r"its first sample 0 in a\.tar is without what is needed \(it has no face embedding"
+    with pytest.raises(TrainingError, match=said):
+        ShardReader(COLUMNS).check([shard])
+    person = {name.replace("0", "1"): data for name, data in nobody.items()}
+    image_folders.shard(tmp_path / "a.tar", nobody | person | {"1.id.npy": npy(FACES[0])})
+    ShardReader(COLUMNS).check([shard])
+    image_folders.shard(tmp_path / "a.tar", nobody | person | {"1.id.npy": npy(FACES[0][:9])})
+    with pytest.raises(TrainingError, match="it has no face embedding"):
+        ShardReader(COLUMNS).check([shard])
 
 
 WRONG = {
