@@ -330,12 +330,18 @@ class TestFaces:
 
     @pytest.mark.parametrize("column", [None, "id"])
     def test_samples(self, found, people, train, column):
-        """With a column, the encoder reads the validation's pictures alone."""
+        """They have the LoRA, whatever λ is; with a column, the encoder reads these alone."""
         watch = {"validation_steps": 2, "validation_image": [str(people / "0.png")]}
         watch |= {"validation_scale": [0.0, 1.0], "validation_num_inference_steps": 2}
-        config = found(face_embedding_column=column, max_train_steps=2, **watch)
-        train(config)
+        config = found(face_embedding_column=column, max_train_steps=2, learning_rate=1e-2, **watch)
+        trainer = train(config)
         assert Path(config.output_dir, "validation", "step-000002.png").is_file()
+        adapter, unweighted = trainer.sampled(), [0]  # the first cell: λ is 0
+        drawn = np.asarray(trainer.validation._draw(adapter, unweighted)[0].image)
+        state = adapter.state_dict()
+        adapter.load_state_dict({k: v * ("lora.up" not in k) for k, v in state.items()})
+        without = np.asarray(trainer.validation._draw(adapter, unweighted)[0].image)
+        assert (drawn != without).any()
 
     def test_a_reference_without_a_face_is_told_before_training(self, found, crowd, train):
         pictures = [str(crowd / "3.png"), str(crowd / "0.png")]

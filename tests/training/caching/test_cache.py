@@ -126,7 +126,10 @@ class TestContent:
         image_folders.with_metadata(tmp_path / "data", 30, broken=9)
         with caplog.at_level(logging.INFO):
             cache.main(command(settings(train_data_dir=str(tmp_path / "data"))))
-        assert "9 images could not be read and are left out: 0000.png: " in caplog.text
+        assert (
+            "9 images could not be read, or show no face, and are left out: 0000.png: "
+            in caplog.text
+        )
         assert "0004.png" in caplog.text
         assert "0005.png" not in caplog.text
         assert "21 rows" in caplog.text
