@@ -23,6 +23,7 @@ Lora: TypeAlias = Sequence[dict[str, tuple[Tensor, Tensor]]]
 # The published adapters' (paper, section 4.1.2).
 TOKENS: dict[Variant, int] = {"base": 4, "plus": 16, "faceid": 4}
 LORA_RANK = 128  # the published FaceID adapters'
+PARTS = ("q", "k", "v", "out")  # of an attention layer, which it changes
 
 
 class DecoupledAttnProcessor:
@@ -101,19 +102,13 @@ def _attention_layers(unet: Any) -> list[Any]:
 
 
 def attention_inputs(keys_values: KeysValues, adapter: nn.Module) -> dict[str, Any]:
-    """Return the `cross_attention_kwargs` of an attached UNet: K' and V', and the adapter's LoRA.
-
-    (The names are some that diffusers lets pass.)
-    """
+    """Return an attached UNet's `cross_attention_kwargs`: K' and V', and the adapter's LoRA."""
     layers: Any = extract_model_from_parallel(adapter).ip_adapter
     if "0" not in layers:
         return {"ip_hidden_states": keys_values}
     numbered = [layers[str(number)] for number in range(len(layers))]
     lora = [{part: getattr(x, f"to_{part}_lora").weights for part in PARTS} for x in numbered]
     return {"ip_hidden_states": keys_values, "lora": lora}
-
-
-PARTS = ("q", "k", "v", "out")
 
 
 class LoraPart(nn.Module):

@@ -15,6 +15,8 @@ from pyarrow import parquet
 from tests.support import image_folders
 from training.data.buckets import square
 from training.data.dataset import RawDataset
+from training.data.face_embedding import face_embedding
+from training.data.image import BrokenImageError
 from training.data.randomness import NoiseSettings
 from training.data.sources import Columns, open_source
 from training.data.webdataset import ShardReader
@@ -139,6 +141,12 @@ def test_a_row_without_a_face_is_left_out_and_named(tmp_path):
     for n, (said, example) in enumerate(zip(WRONG, wrong, strict=True)):
         assert example["broken"].startswith(f"{n:04}.png: {said}")
         assert example["weight"] == 0 and example["reference"].shape == (512,)
+
+
+@pytest.mark.parametrize("data", [npy(FACES[0])[:90], b"PK\x03\x04cut", b"text", [None, "a"]])
+def test_a_damaged_one(data):
+    with pytest.raises(BrokenImageError, match="its face embedding cannot be read"):
+        face_embedding(data)
 
 
 @pytest.mark.parametrize("said", WRONG)
