@@ -78,9 +78,9 @@ def both_towers(name: str = "ViT-H") -> Layout:
 
 
 @functools.cache
-def siglip() -> Layout:
+def siglip(**sizes: int) -> Layout:
     """Google's SigLIP as the host loads it."""
-    found = of(lambda: SiglipVisionModel(SiglipVisionConfig()))
+    found = of(lambda: SiglipVisionModel(SiglipVisionConfig(**sizes)))
     return found if "vision_model" in next(iter(found)) else under("vision_model.", found)
 
 
