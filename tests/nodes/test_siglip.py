@@ -16,7 +16,7 @@ SIZES |= {"num_attention_heads": 16, "patch_size": 14}
 
 def theirs(seed):
     config = SiglipVisionConfig(**SIZES, layer_norm_eps=1e-5)  # ComfyUI's layers have that
-    return fill(SiglipVisionModel(config), seed)
+    return fill(SiglipVisionModel(config), seed).half().float()  # as ComfyUI keeps them
 
 
 def tensors(model):
