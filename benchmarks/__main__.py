@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tools.comfyui import install as host
 
-from . import budget, on_device, overhead, peer, report, share, training
+from . import budget, flux, on_device, overhead, peer, report, share, training
 from .full_size import Setup
 
 LIMITS: dict[str, float | str] = {
@@ -28,6 +28,7 @@ LIMITS: dict[str, float | str] = {
     "own_one": 1.01,
     "own_mask": 1.02,
     "own_three": 1.02,
+    **flux.LIMITS,
     **training.LIMITS,
 }
 
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         models |= {f"peer_ratio_{name}": model for name, model in theirs.items()}
     results |= overhead.measure(setup, models, given.rounds)
     results |= share.measure(setup, rounds=min(given.rounds, 5))
+    results |= flux.measure()
     results |= trained
 
     report.write(results)

@@ -127,3 +127,14 @@ def test_the_prompt_is_in_the_trace(counts):
     assert counts["kernels_per_layer_mask"] > counts["kernels_per_layer"]
     assert counts["kernels_per_layer_curve"] > counts["kernels_per_layer"]
     assert counts["syncs_per_step_windowed"] == 1
+
+
+@pytest.mark.parametrize("kind", ["xlabs", "instantx"])
+def test_flux_within_budget(flux, kind):
+    """Three blocks of two streams and four of one; what a call costs once weighs more there."""
+    from benchmarks import flux as measured
+
+    found = measured.counts(measured.build(kind, flux.SMALL))
+    for name in ("syncs_per_step", "kernels_outside_window", "rows_after_the_run"):
+        assert found[name] == 0
+    assert 2 < found["kernels_per_block"] < found["kernels_per_block_mask"] < 5
