@@ -25,19 +25,26 @@ ADAPTERS = "ipadapter"
 ENCODERS = "clip_vision"  # ComfyUI's own folder
 IMAGE_PROMPTS = "image_prompts"
 FACES = "insightface"  # where insightface and other packs look for its model packs, too
+_OF_FLUX_PACKS = {  # key of the folder, and where it lies below the models
+    "xlabs_ipadapters": os.path.join("xlabs", "ipadapters"),  # x-flux-comfyui
+    "ipadapter-flux": "ipadapter-flux",  # ComfyUI-IPAdapter-Flux
+}
 _LEFT_OUT: set[str] = set()
 
 
 def register() -> str:
     """Make `models/ipadapter` known to ComfyUI, and return its key.
 
-    It stands beside what extra_model_paths.yaml names under that key. Doing it twice changes
-    nothing.
+    It stands beside what extra_model_paths.yaml names under that key, and before the folders of
+    other packs' adapters for Flux, where there are some. Doing it twice changes nothing.
     """
-    default = os.path.join(folder_paths.models_dir, ADAPTERS)
-    paths, extensions = folder_paths.folder_names_and_paths.get(ADAPTERS, ([], set()))
-    if default not in paths:
-        paths = [*paths, default]
+    known = folder_paths.folder_names_and_paths
+    paths, extensions = known.get(ADAPTERS, ([], set()))
+    more = [os.path.join(folder_paths.models_dir, ADAPTERS)]
+    for key, place in _OF_FLUX_PACKS.items():
+        folders = [os.path.join(folder_paths.models_dir, place), *known.get(key, ([],))[0]]
+        more += [folder for folder in folders if os.path.isdir(folder)]
+    paths = [*dict.fromkeys([*paths, *more])]
     folder_paths.folder_names_and_paths[ADAPTERS] = (paths, {*extensions, *EXTENSIONS})
     return ADAPTERS
 

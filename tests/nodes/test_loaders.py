@@ -160,3 +160,29 @@ def test_short_memory_is_not_taken_for_an_unknown_size(load_encoder, encoders, m
     monkeypatch.setattr(comfy.clip_vision, "load", fail)
     with pytest.raises(RuntimeError, match="not enough memory"):
         load_encoder.execute(NAME)
+
+
+def test_adapters_of_the_packs_for_flux(nodes, flux, folder, monkeypatch):
+    """Where those packs have their files, or say that they have them, the node lists them too."""
+    import folder_paths
+    from safetensors.torch import save_file
+
+    elsewhere = folder.parent / "elsewhere"
+    places = {
+        "v1": folder.parent / "xlabs" / "ipadapters",
+        "v2": elsewhere,
+        "instantx": folder.parent / "ipadapter-flux",
+    }
+    known = folder_paths.folder_names_and_paths
+    monkeypatch.setitem(known, "xlabs_ipadapters", ([str(elsewhere)], {".safetensors"}))
+    for name, place in places.items():
+        place.mkdir(parents=True)
+        state = flux.instantx() if name == "instantx" else flux.xlabs()
+        save_file(state, place / f"{name}.safetensors")
+    node = nodes["IPA_LoadAdapter"]
+    (chosen,) = (x for x in node.GET_SCHEMA().inputs if x.id == "adapter_name")
+    assert {f"{name}.safetensors" for name in places} <= {*chosen.options}
+    for name in places:
+        spec = node.execute(f"{name}.safetensors").args[0].spec
+        place = "attention output" if name == "instantx" else "block output"
+        assert spec.place == place
