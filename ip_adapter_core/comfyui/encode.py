@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import comfy.model_management as memory
 import torch
@@ -88,14 +89,15 @@ def zero_features(clip_vision: ClipVisionModel, black: bool = False) -> ImageFea
 def _of_pixels(clip_vision: ClipVisionModel, pixels: Tensor) -> ImageFeatures:
     """Encode normalised pixels `(N, 3, S, S)`."""
     out = clip_vision.model(pixel_values=pixels, intermediate_output=-2)
-    embeds = _embeds(clip_vision, out[2], out[0])
+    embeds = _embeds(clip_vision, {"image_embeds": out[2], "last_hidden_state": out[0]})
     return ImageFeatures(embeds.float().cpu(), out[1].float().cpu())
 
 
-def _embeds(clip_vision: ClipVisionModel, embeds: Tensor, states: Tensor) -> Tensor:
+def _embeds(clip_vision: ClipVisionModel, out: Any) -> Tensor:
     """Leave out what ComfyUI passes on of the pooled state where there is no projection."""
     if clip_vision.model_type == SIGLIP:
-        return pooled(clip_vision, states)
+        return pooled(clip_vision, out["last_hidden_state"])
+    embeds: Tensor = out["image_embeds"]
     if isinstance(clip_vision.model.visual_projection, torch.nn.Identity):
         return embeds[:, :0]
     return embeds
@@ -200,7 +202,7 @@ def _features(clip_vision: ClipVisionModel, image: Tensor, crop: str, name: str)
     for part in image.split(AT_ONCE):
         square = crop != "none"
         out = clip_vision.encode_image(_cropped(clip_vision, part, crop, name), crop=square)
-        embeds = _embeds(clip_vision, out["image_embeds"], out["last_hidden_state"])
+        embeds = _embeds(clip_vision, out)
         found.append((embeds.float().cpu(), out["penultimate_hidden_states"].float().cpu()))
     return ImageFeatures(*map(torch.cat, zip(*found, strict=True)))
 

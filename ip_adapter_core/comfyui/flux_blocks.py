@@ -12,8 +12,8 @@ the mask is black, all where it is white.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..attention import attend
 from ..layer_weights import Block
-from .layers import Layer
+from .layers import BLOCKS, Layer, blocks_of
 from .masks import Size
 from .model_call import Call, ImageParts, LaidMask, Prompts, Seen
 
@@ -63,7 +63,12 @@ class _Block(ImageParts):
 
 
 class _Blocks:
-    """What both places share: blocks by their kind and number, and the picture's size."""
+    """What both places share: blocks by their kind and number, and the picture's size.
+
+    What is laid is patches of attention and what runs around a block: in ComfyUI's slots, or, where
+    another pack runs the blocks in a way of its own (to leave some out, say), which tells a block
+    neither options nor its number, on the blocks themselves while the call lasts.
+    """
 
     def __init__(
         self,
@@ -82,81 +87,153 @@ class _Blocks:
             for layer, images, watch in zip(layers, prompts, seen, strict=True)
         }
         self.latent = call.latent
+        self.size: Size = self.latent
+        self.text = 0  # rows
 
-    def block(self, options: Mapping[str, Any]) -> _Block | None:
+    @contextmanager
+    def laid(self, options: dict[str, Any], model: nn.Module) -> Iterator[dict[str, Any]]:
+        """Give a copy of the options that has the images' parts in it."""
+        patch: Any = model.patch_size
+        self.size = -(-self.latent[0] // patch), -(-self.latent[1] // patch)  # padded, as there
+        modules: dict[Block, Any] = options.get(BLOCKS) or blocks_of(model)
+        if _run_by_comfyui(model, modules):
+            yield self.in_slots(options)
+            return
+        with ExitStack() as around:
+            for key, block in self.blocks.items():
+                around.enter_context(self._on_top(modules[key], key, block))
+            yield options
+
+    def in_slots(self, options: dict[str, Any]) -> dict[str, Any]:
+        return _with_patches(options, **self.patches())
+
+    def patches(self) -> dict[str, Any]:
+        """Patches of attention, by the names that ComfyUI has for them."""
+        return {"attn1_patch": self.see}
+
+    def see(self, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> dict[str, Any]:
+        """Keep the query of a block's rows that images join; `attn1_patch`."""
+        raise NotImplementedError
+
+    def around(
+        self, block: _Block, img: Tensor, run: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Run a block on `img`, and return what it gives as ComfyUI's slots do."""
+        return run()
+
+    def of(self, options: Mapping[str, Any]) -> _Block | None:
         """Return the block that a patch is called in."""
         return self.blocks.get((options["block_type"], options["block_index"]))
 
-    def size(self, model: nn.Module) -> Size:
-        """Return the picture's height and width in patches, padded as the model pads it."""
-        patch: Any = model.patch_size
-        return -(-self.latent[0] // patch), -(-self.latent[1] // patch)
+    @contextmanager
+    def _on_top(self, module: Any, key: Block, block: _Block) -> Iterator[None]:
+        inner, before = module.forward, vars(module).get("forward")
+        kind, number = key
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = {**(kwargs.get("transformer_options") or {}), "img_slice": [self.text]}
+            told = {**given, "block_type": kind, "block_index": number}
+            kwargs["transformer_options"] = _with_patches(told, **self.patches())
+
+            def run() -> dict[str, Any]:
+                out = inner(*args, **kwargs)
+                return dict(zip(("img", "txt"), out, strict=True)) if kind == "double" else out
+
+            img = args[0] if args else kwargs["img" if kind == "double" else "x"]
+            out = self.around(block, img, run)
+            return (out["img"], out["txt"]) if kind == "double" else out
+
+        module.forward = forward
+        try:
+            yield
+        finally:
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
 
 
 class AttentionOutputs(_Blocks):
     """InstantX: the image's part joins attention's output, before it is projected."""
 
-    @contextmanager
-    def laid(self, options: dict[str, Any], model: nn.Module) -> Iterator[dict[str, Any]]:
-        """Give a copy of the options that has the images' parts in it."""
-        size = self.size(model)
+    def patches(self) -> dict[str, Any]:
+        return {"attn1_patch": self.see, "attn1_output_patch": self.add}
 
-        def see(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> dict[str, Any]:
-            options = more["extra_options"]
-            block = self.block(options)
-            if block is not None:
-                before = _text_rows(options)
-                block.query = q[:, :, before:] if options["block_type"] == "double" else q
-            return {}
+    def see(self, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> dict[str, Any]:
+        block = self.of(more["extra_options"])
+        if block is not None:
+            double = more["extra_options"]["block_type"] == "double"
+            self.text = _text_rows(more["extra_options"])
+            block.query = q[:, :, self.text :] if double else q
+        return {}
 
-        def add(attention: Tensor, options: dict[str, Any]) -> Tensor:
-            block = self.block(options)
-            if block is None:
-                return attention
-            before = _text_rows(options)
-            if options["block_type"] == "single":
-                return block.added(attention, (before, *size))
-            picture = block.added(attention[:, before:], (0, *size))
-            return torch.cat([attention[:, :before], picture], dim=1)
-
-        yield _with_patches(options, attn1_patch=see, attn1_output_patch=add)
+    def add(self, attention: Tensor, options: dict[str, Any]) -> Tensor:
+        """Add the images' parts; `attn1_output_patch`."""
+        block = self.of(options)
+        if block is None:
+            return attention
+        before = _text_rows(options)
+        if options["block_type"] == "single":
+            return block.added(attention, (before, *self.size))
+        picture = block.added(attention[:, before:], (0, *self.size))
+        return torch.cat([attention[:, :before], picture], dim=1)
 
 
 class BlockOutputs(_Blocks):
-    """XLabs: the image's part joins what a double block gives of the picture."""
+    """XLabs: the image's part joins what a double block gives of the picture.
 
-    @contextmanager
-    def laid(self, options: dict[str, Any], model: nn.Module) -> Iterator[dict[str, Any]]:
-        """Give a copy of the options that has the images' parts in it.
+    A block that another pack leaves out, for what it gave before, gives no image's part either.
+    """
 
-        A block that another pack leaves out, for what it gave before, gives no image's part either.
-        """
-        size = self.size(model)
+    def in_slots(self, options: dict[str, Any]) -> dict[str, Any]:
         replaced = options.get("patches_replace", {})
         slots = replaced.get("dit", {})
 
-        def see(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> dict[str, Any]:
-            block = self.block(more["extra_options"])
-            if block is not None:
-                block.query = q[:, :, _text_rows(more["extra_options"]) :]
-            return {}
-
-        def around(block: _Block, theirs: Any) -> Any:
+        def slot(block: _Block, theirs: Any) -> Any:
             def run(given: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-                # The block adds to its input in place.
-                came = None if block.seen is None else given["img"].clone()
-                out = more["original_block"](given) if theirs is None else theirs(given, more)
-                beside = None if came is None else out["img"] - came
-                return {**out, "img": block.added(out["img"], (0, *size), beside)}
+                def inner() -> Any:
+                    return theirs(given, more) if theirs else more["original_block"](given)
+
+                return self.around(block, given["img"], inner)
 
             return run
 
         ours = {
-            (f"{kind}_block", number): around(block, slots.get((f"{kind}_block", number)))
+            (f"{kind}_block", number): slot(block, slots.get((f"{kind}_block", number)))
             for (kind, number), block in self.blocks.items()
         }
         laid = {**options, "patches_replace": {**replaced, "dit": {**slots, **ours}}}
-        yield _with_patches(laid, attn1_patch=see)
+        return _with_patches(laid, **self.patches())
+
+    def see(self, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> dict[str, Any]:
+        block = self.of(more["extra_options"])
+        if block is not None:
+            block.query = q[:, :, _text_rows(more["extra_options"]) :]
+        return {}
+
+    def around(
+        self, block: _Block, img: Tensor, run: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        came = None if block.seen is None else img.clone()  # a block adds to it in place
+        out = run()
+        beside = None if came is None else out["img"] - came
+        return {**out, "img": block.added(out["img"], (0, *self.size), beside)}
+
+
+def _run_by_comfyui(model: nn.Module, modules: Mapping[Block, nn.Module]) -> bool:
+    """Return whether ComfyUI's own code runs these blocks, one by one.
+
+    A model that is being compiled is taken for that: what is traced here holds for later calls.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if "forward_orig" in vars(model):
+        return False
+    return all(
+        modules.get((kind, number)) is block
+        for kind in ("double", "single")
+        for number, block in enumerate(getattr(model, f"{kind}_blocks"))
+    )
 
 
 def _text_rows(options: Mapping[str, Any]) -> int:

@@ -13,13 +13,14 @@ from typing import Any, TypeAlias
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from ..layer_weights import LayerKey
+from ..layer_weights import Block, LayerKey
 from ..variants import CROSS_ATTENTION, Place
 
 KEY = "ip_adapter"
 """Of the pack's wrappers, attachments and conditionings."""
 Conds: TypeAlias = dict[str, list[dict[str, Any]]]
 LAYERS = f"{KEY}.layers"  # in the run's transformer_options
+BLOCKS = f"{KEY}.blocks"  # the same: a Flux's, which other packs replace during a call
 RECORD = f"{KEY}.record"  # the same, and an attachment of the model
 
 
@@ -55,16 +56,29 @@ def cross_attention_layers(unet: nn.Module) -> tuple[Layer, ...]:
     )
 
 
-def _blocks(transformer: nn.Module, *kinds: str) -> tuple[Layer, ...]:
-    """Blocks of a Flux.1: those of two streams, then those of a single one."""
+def blocks_of(transformer: nn.Module) -> dict[Block, Any]:
+    """Return the blocks of a Flux.1: those of two streams, then those of a single one."""
     text = getattr(getattr(transformer, "txt_in", None), "in_features", None)
     flux2 = getattr(getattr(transformer, "params", None), "global_modulation", False)
     if text is None or flux2:  # some of its relatives refine the text first
-        return ()
+        return {}
+    return {
+        (kind, number): block
+        for kind in ("double", "single")
+        for number, block in enumerate(getattr(transformer, f"{kind}_blocks", ()))
+    }
+
+
+def _blocks(transformer: Any, *kinds: str) -> tuple[Layer, ...]:
     return tuple(
-        Layer((kind, i, 0), block.hidden_size, text, block.hidden_size // block.num_heads)
-        for kind in kinds
-        for i, block in enumerate(getattr(transformer, f"{kind}_blocks", ()))
+        Layer(
+            (*key, 0),
+            block.hidden_size,
+            transformer.txt_in.in_features,
+            block.hidden_size // block.num_heads,
+        )
+        for key, block in blocks_of(transformer).items()
+        if key[0] in kinds
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .conditioning import PromptedStates, compiled
 from .decoupled_attention import REPLACED, AttentionRecord, replaced_modules
-from .layers import KEY, LAYERS, RECORD, frames_of, layers_by_place
+from .layers import BLOCKS, KEY, LAYERS, RECORD, blocks_of, frames_of, layers_by_place
 from .prompt_rows import CompiledPrompt, PromptRows, SamplingRun
 from .schedule import Moment
 
@@ -26,8 +26,9 @@ def prepare_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Give every conditioning its prompts as rows beside the latents: the OUTER_SAMPLE wrapper."""
     guider = executor.class_obj
     model: ModelPatcher = guider.model_patcher
+    inner = model.get_model_object("diffusion_model")
     run = SamplingRun(
-        layers=layers_by_place(model.get_model_object("diffusion_model")),
+        layers=layers_by_place(inner),
         device=model.load_device,
         dtype=model.get_model_object("manual_cast_dtype") or model.model.get_dtype(),
         batch=noise.shape[0],
@@ -45,6 +46,7 @@ def prepare_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
     }
     shared = guider.model_options["transformer_options"]
     shared[LAYERS] = run.layers
+    shared[BLOCKS] = blocks_of(inner)
     against = [negative for _, negative in pairs if negative is not None]
     shared[UNNAMED] = run.rows(against) if against else None
     record: AttentionRecord | None = model.get_attachment(RECORD)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from einops import rearrange
@@ -178,6 +180,65 @@ def test_a_pack_that_leaves_blocks_out(flux, applied):
 
     model.set_model_patch_replace(cached, "dit", "double_block", 0)
     assert flux.sample(model, at=(0.3, 0.6)).isfinite().all()
+
+
+class AllInOne(torch.nn.Module):
+    """A pack's block that runs all others one after another, by itself: it tells them nothing."""
+
+    def __init__(self, model, options):
+        super().__init__()
+        self.first, self.rest, self.options = model.double_blocks, model.single_blocks, options
+
+    def forward(self, img, txt, **more):
+        if not self.options:
+            more.pop("transformer_options", None)
+        for block in self.first:
+            img, txt = block(img, txt, **more)
+        both = torch.cat([txt, img], dim=1)
+        for block in self.rest:
+            both = block(both, **more)
+        return both[:, txt.shape[1] :], txt
+
+
+@pytest.mark.parametrize("options", [True, False], ids=["with options", "without"])
+def test_a_pack_that_runs_the_blocks_itself(flux, applied, options):
+    """Caches of blocks do: every block gets its own image's part nevertheless."""
+    patched, at = applied(mask=torch.rand(1, 8, 12)), {"at": (0.3, 0.6), "cfg": 2.0}
+    expected = flux.sample(patched, **at)
+    inner = patched.model.diffusion_model
+    blocks = [*inner.double_blocks, *inner.single_blocks]
+    before = [vars(block).keys() for block in blocks]
+    one = torch.nn.ModuleList([AllInOne(inner, options)])
+
+    def wrapper(call, given):
+        with (
+            patch.object(inner, "double_blocks", one),
+            patch.object(inner, "single_blocks", torch.nn.ModuleList()),
+        ):
+            return call(given["input"], given["timestep"], **given["c"])
+
+    wrapped = patched.clone()
+    wrapped.set_model_unet_function_wrapper(wrapper)
+    assert close(flux.sample(wrapped, **at), expected)
+    assert [vars(block).keys() for block in blocks] == before
+
+
+def test_a_pack_with_a_loop_of_its_own(flux, applied):
+    """As TeaCache's is, which hands blocks no options."""
+    patched, at = applied(), {"at": (0.3,), "cfg": 2.0}
+    expected = flux.sample(patched, **at)
+    inner, first = patched.model.diffusion_model, type(patched.model.diffusion_model).forward_orig
+
+    def forward_orig(img, *args, **more):
+        return first(inner, img, *args, **{**more, "transformer_options": {}})
+
+    def wrapper(call, given):
+        with patch.object(inner, "forward_orig", forward_orig):
+            return call(given["input"], given["timestep"], **given["c"])
+
+    wrapped = patched.clone()
+    wrapped.set_model_unet_function_wrapper(wrapper)
+    assert close(flux.sample(wrapped, **at), expected)
 
 
 def test_patches_of_attention_by_others_stay(flux, applied):
