@@ -14,10 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import comfy.model_base
 import comfy.samplers
 import comfy.supported_models
 import comfy.utils
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import ManagedAdapter, load_adapter
@@ -34,7 +36,25 @@ CPU = torch.device("cpu")
 SMALL = {  # every layer, fewer channels
     "sd15": dataclasses.replace(SD15, channels=32, context=48),
     "sdxl": dataclasses.replace(SDXL, channels=32, context=48, heads=(2, 4, 8)),
+    "kolors": dataclasses.replace(SDXL, channels=32, context=48, heads=(2, 4, 8), text=72),
 }
+
+
+class KolorsUNet(UNetModel):
+    """SDXL's behind a layer for the text, as packs for Kolors build it."""
+
+    def __init__(self, *args: Any, text: int, context_dim: int, **kwargs: Any) -> None:
+        super().__init__(*args, context_dim=context_dim, **kwargs)
+        self.encoder_hid_proj = torch.nn.Linear(text, context_dim)
+
+    def forward(self, *args: Any, context: Tensor, **kwargs: Any) -> Tensor:
+        return super().forward(*args, context=self.encoder_hid_proj(context), **kwargs)
+
+
+class Kolors(comfy.model_base.SDXL):
+    def __init__(self, config: Any, model_type: Any, device: Any) -> None:
+        comfy.model_base.BaseModel.__init__(self, config, model_type, device, KolorsUNet)
+        self.embedder, self.noise_augmentor = comfy.model_base.Timestep(256), None
 
 
 @functools.lru_cache(maxsize=2)
@@ -44,7 +64,11 @@ def comfy_model(family: UNet) -> ModelPatcher:
     config = (models.SDXL if family.sdxl else models.SD15)({})
     config.unet_config = {**family.comfy_config(), "dtype": torch.float32}
     config.manual_cast_dtype = None
-    model = config.get_model({}, device=CPU)
+    if family.text:
+        config.unet_config["text"] = family.text
+        model = Kolors(config, comfy.model_base.ModelType.EPS, CPU)
+    else:
+        model = config.get_model({}, device=CPU)
     fill(model.diffusion_model, seed=1)
     return ModelPatcher(model, CPU, CPU)
 
@@ -53,6 +77,7 @@ def diffusers_unet(family: UNet) -> UNet2DConditionModel:
     """diffusers' model around the very tensors of `comfy_model`."""
     weights = comfy_model(family).model.diffusion_model.state_dict()
     names = comfy.utils.unet_to_diffusers(family.comfy_config())
+    names |= {name: name for name in weights if name.startswith("encoder_hid_proj.")}
     with torch.device("meta"):
         unet = UNet2DConditionModel(**family.diffusers_config())
     wanted = unet.state_dict()
@@ -138,7 +163,7 @@ class Call:
 def text(family: UNet, seed: int) -> list[Any]:
     """A random conditioning."""
     generator = torch.Generator().manual_seed(seed)
-    states = torch.randn(1, 77, family.context, generator=generator)
+    states = torch.randn(1, 77, family.text or family.context, generator=generator)
     if not family.sdxl:
         return [[states, {}]]
     return [[states, {"pooled_output": torch.randn(1, POOLED, generator=generator), **SIZES}]]
@@ -234,7 +259,8 @@ class Pair:
         if kinds:
             sides = zip(kinds, prompts, strict=True)
             added["image_embeds"] = [features(kind, prompt, call) for kind, prompt in sides]
-        inputs = call.x, call.timesteps, call.context
+        states = torch.cat([text(self.family, seed)[0][0] for seed in (1, 2)])[call.rows]
+        inputs = call.x, call.timesteps, states
         extra = {} if masks is None else {"ip_adapter_masks": list(masks)}
         hook = unet.encoder_hid_proj.register_forward_hook(in_a_row) if one_sequence else None
         out = unet(*inputs, added_cond_kwargs=added, cross_attention_kwargs=extra or None)

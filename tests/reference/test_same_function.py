@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from tests.support.checkpoint_layouts import ip_adapter, resampler
+from tests.support.random_models import weights
 from tests.support.sets import nightly
 
 TOLERANCE = 1e-4
@@ -95,6 +97,28 @@ def test_latents_of_other_sizes(both, pair, compare, size, masked):
     mask = smooth_mask((8 * size[0], 8 * size[1]), seed=5) if masked else None
     settings = [both.Setting("base", pair.encoder.prompt(1, seed=0), mask=mask)]
     assert compare(settings, size=size) > 100 * TOLERANCE
+
+
+@pytest.fixture
+def kolors_plus(pairs):
+    """An adapter whose resampler is as wide as the published one, at few layers' width."""
+    pair = pairs["kolors"]
+    projection = resampler(pair.encoder.hidden, pair.family.context, 2048, heads=12)
+    layout = ip_adapter(projection, pair.family.widths, pair.family.context)
+    pair._weights["plus"] = weights(layout, gains={"_ip.weight": 2.0})
+
+
+@pytest.mark.parametrize("pair", ["kolors"], indirect=True)
+@pytest.mark.parametrize(
+    "weight, route, images, mask",
+    [(0.7, "model", 3, (101, 150)), *nightly((1.0, "conditioning", 1, None))],
+)
+@pytest.mark.usefixtures("kolors_plus")
+def test_kolors(both, pair, compare, weight, route, images, mask):
+    given = pair.encoder.prompt(images, seed=0), weight, smooth_mask(mask, seed=0)
+    assert compare([both.Setting("plus", *given)], route) > 100 * TOLERANCE
+    for call in pair.plain(SIZE):
+        assert both.error(call.out, pair.diffusers(call)) < TOLERANCE
 
 
 def test_a_mask_coarser_than_the_latent(both, pair, compare):

@@ -25,7 +25,8 @@ class UNet:
     """A UNet of the Stable Diffusion family at some size.
 
     `depths`: transformer blocks after each residual block of a level, 0 for none. `heads`: their
-    number at each level. `vector`: width of SDXL's pooled text and sizes together.
+    number at each level. `vector`: width of SDXL's pooled text and sizes together. `text`: width of
+    the states that Kolors takes, which a layer of its own brings to `context`.
     """
 
     channels: int
@@ -36,6 +37,7 @@ class UNet:
     linear: bool = False
     vector: int | None = None
     blocks: int = 2
+    text: int | None = None
 
     @property
     def sdxl(self) -> bool:
@@ -87,6 +89,7 @@ class UNet:
             "addition_time_embed_dim": SIZE_ID,
             "projection_class_embeddings_input_dim": self.vector,
         }
+        text = {"encoder_hid_dim": self.text, "encoder_hid_dim_type": "text_proj"}
         up = tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in self.depths[::-1])
         return {
             "block_out_channels": tuple(self.channels * m for m in self.multipliers),
@@ -98,6 +101,7 @@ class UNet:
             "cross_attention_dim": self.context,
             "use_linear_projection": self.linear,
             **(vector if self.vector else {}),
+            **(text if self.text else {}),
         }
 
 
@@ -260,9 +264,11 @@ def full_projection(features: int, context: int) -> Layout:
     )
 
 
-def resampler(features: int, context: int, width: int, tokens: int = 16) -> Layout:
+def resampler(
+    features: int, context: int, width: int, tokens: int = 16, heads: int | None = None
+) -> Layout:
     """Return `image_proj` of a plus (fine-grained) adapter: 4 layers, heads of 64."""
-    inner = width // 64 * 64
+    inner = (heads or width // 64) * 64
     layout: Layout = {
         "latents": (1, tokens, width),
         **dense("proj_in", width, features),
