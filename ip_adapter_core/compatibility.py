@@ -71,32 +71,25 @@ def check_fits(
 ) -> None:
     """Raise ValueError unless the adapter has W'k, W'v for exactly this model's `layers`.
 
-    `kolors`: whether the model is Kolors, which has the layers of SDXL and another text encoder.
+    `kolors`: see `describe_model`.
     """
-    made_for = describe_model(spec.cross_attention_dim, len(spec.layer_dims), spec.place)
+    wanted = spec.cross_attention_dim, len(spec.layer_dims), spec.kolors
+    made_for = describe_model(*wanted, spec.place)
     sought = "UNet cross-attention layers"
     if spec.place != CROSS_ATTENTION:
         sought = "transformer blocks of Flux.1"
-    if spec.kolors is not kolors and layers:
-        wanted = "Kolors" if spec.kolors else made_for
-        found = "Kolors" if kolors else describe_model(layers[0].context_dim, len(layers))
-        raise ValueError(
-            f"'{adapter_name}' was made for {wanted}, but the connected model ({model_name}) is "
-            f"{found}. Connect a model of the adapter's family, or load an adapter made for this "
-            "one."
-        )
     if not layers:
         raise ValueError(
             f"'{adapter_name}' was made for {made_for}, but the connected model ({model_name}) "
             f"has no {sought}. IP-Adapters work with models of the SD1.5, SDXL and Flux.1 "
             "families, each with those made for it."
         )
-    context_dim = layers[0].context_dim
-    if (context_dim, len(layers)) != (spec.cross_attention_dim, len(spec.layer_dims)):
+    found = layers[0].context_dim, len(layers), kolors
+    if found != wanted:
         raise ValueError(
             f"'{adapter_name}' was made for {made_for}, but the connected model ({model_name}) "
-            f"is {describe_model(context_dim, len(layers), spec.place)}. Connect a model of the "
-            "adapter's family, or load an adapter made for this one."
+            f"is {describe_model(*found, spec.place)}. Connect a model of the adapter's family, or "
+            "load an adapter made for this one."
         )
     pairs = zip(spec.numbers, layers, spec.layer_dims, strict=True)
     for number, (tensor, layer, width) in enumerate(pairs):
@@ -191,7 +184,8 @@ def expected_encoder(spec: AdapterSpec, trained_with: str | None) -> published.W
     """
     name = words(trained_with)
     if not name:
-        return published.encoder(spec.features, spec.feature_dim, spec.place)
+        theirs = published.encoder(spec.features, spec.feature_dim, spec.place)
+        return published.VIT_L_336 if spec.kolors else theirs
     known = {weights.name: weights for weights in published.ENCODERS.values()} | published.TAGS
     return next((w for key, w in known.items() if within(words_of_file(key), name)), None)
 

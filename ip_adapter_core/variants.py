@@ -57,15 +57,22 @@ def family(context_dim: int, layers: int) -> Family | None:
     return _SIZES.get((context_dim, layers))
 
 
-def model_label(context_dim: int, layers: int) -> str | None:
-    """Return what people call a model of these sizes, or None where it has no name."""
+def model_label(context_dim: int, layers: int, kolors: bool = False) -> str | None:
+    """Return what people call a model of these sizes, or None where it has no name.
+
+    `kolors`: whether it is Kolors, which has the layers of SDXL and another text encoder.
+    """
+    if kolors:
+        return "Kolors"
     known = family(context_dim, layers)
     return FAMILY_LABELS[known] if known else _OTHER_MODELS.get((context_dim, layers))
 
 
-def describe_model(context_dim: int, layers: int, place: Place = CROSS_ATTENTION) -> str:
+def describe_model(
+    context_dim: int, layers: int, kolors: bool = False, place: Place = CROSS_ATTENTION
+) -> str:
     """Return name and sizes of a model for messages, or its sizes alone."""
     kind = "cross-attention layers" if place == CROSS_ATTENTION else "transformer blocks"
     sizes = f"{layers} {kind} over {context_dim}-wide text states"
-    label = model_label(context_dim, layers)
+    label = model_label(context_dim, layers, kolors)
     return f"{label} ({sizes})" if label else f"a model of {sizes}"

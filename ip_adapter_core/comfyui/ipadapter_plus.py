@@ -287,7 +287,7 @@ def find(
         if found is None:
             folders = replace(adapters, files=(adapter,)), replace(encoders, files=tuple(seen))
             layers = layers_of(model)
-            sizes = layers[0].context_dim, len(layers)
+            sizes = layers[0].context_dim, len(layers), adapter.spec.kolors
             search = finder.Search(type(model.model).__name__, *sizes, kind, *folders)
             raise FileNotFoundError(search.message([adapter]))
         encoder = found.encoder

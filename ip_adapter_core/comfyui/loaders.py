@@ -324,7 +324,7 @@ def find_files(model: ModelPatcher, preset: str, adapters: Folder, encoders: Fol
     if choice is None:
         folders = replace(adapters, files=tuple(found)), replace(encoders, files=tuple(seen))
         place = next(place for place, some in places.items() if some)
-        sizes = layers[0].context_dim, len(layers)
+        sizes = layers[0].context_dim, len(layers), is_kolors(inner)
         search = Search(name_of(model), *sizes, wanted, *folders, place)
         raise FileNotFoundError(search.message(fitting))
     logger.info("Preset '%s': %s", preset, "; ".join(choice.chosen()))

@@ -28,7 +28,6 @@ from ..variants import (
     Place,
     Variant,
     describe_model,
-    family,
     model_label,
 )
 from . import adapter_file, published, trained_layouts
@@ -74,11 +73,12 @@ class AdapterFile(File):
     trained_with: str | None = None
 
     def __str__(self) -> str:
-        sizes = self.spec.cross_attention_dim, len(self.spec.layer_dims)
-        model = describe_model(*sizes, self.spec.place)
+        spec = self.spec
+        sizes = spec.cross_attention_dim, len(spec.layer_dims), spec.kolors
+        model = describe_model(*sizes, spec.place)
         return (
-            f"'{self.name}': a {VARIANT_LABELS[self.spec.variant]} IP-Adapter for {model}; reads "
-            f"{_features(self.spec)}"
+            f"'{self.name}': a {VARIANT_LABELS[spec.variant]} IP-Adapter for {model}; reads "
+            f"{_features(spec)}"
         )
 
 
@@ -102,9 +102,8 @@ class EncoderFile(File):
         The projection may be left out.
         """
         s = self.sizes
-        return (not s.quick_gelu or weights is published.VIT_L) and published.has_sizes(
-            weights, s.embed_dim, s.hidden_dim, s.positions
-        )
+        other = s.quick_gelu and weights not in (published.VIT_L, published.VIT_L_336)
+        return not other and published.has_sizes(weights, s.embed_dim, s.hidden_dim, s.positions)
 
 
 @dataclass(frozen=True)
@@ -241,8 +240,8 @@ class AdapterPreset:
 
     def published_adapter(self, spec: AdapterSpec) -> published.Weights | None:
         """Return its published adapter for the family that `spec` is made for."""
-        known = family(spec.cross_attention_dim, len(spec.layer_dims))
-        return published.ADAPTERS[known].get(self.name) if known else None
+        sizes = spec.cross_attention_dim, len(spec.layer_dims), spec.kolors
+        return published.adapters(*sizes).get(self.name)
 
     def encoder(self, place: Place) -> published.Weights:
         """Return the encoder that its published adapters read."""
@@ -517,13 +516,14 @@ def _features(spec: AdapterSpec) -> str:
 class Search:
     """What was sought for a model, and all that was seen.
 
-    The model has `layers` cross-attention layers over `context_dim`-wide text states; the folders'
-    files are those that `adapters` and `encoders` returned.
+    The model has `layers` cross-attention layers over `context_dim`-wide text states; `kolors`: see
+    `describe_model`. The folders' files are those that `adapters` and `encoders` returned.
     """
 
     model: str
     context_dim: int
     layers: int
+    kolors: bool
     preset: AdapterPreset
     adapters: Folder
     encoders: Folder
@@ -538,7 +538,7 @@ class Search:
         return "\n".join(self._no_encoder(fitting) if fitting else self._no_adapter())
 
     def _no_adapter(self) -> Iterator[str]:
-        preset, sizes = self.preset, (self.context_dim, self.layers)
+        preset, sizes = self.preset, (self.context_dim, self.layers, self.kolors)
         variant = preset.variant_at(self.place) or preset.variant
         yield (
             f"No IP-Adapter for the preset '{preset.name}' and the connected model ({self.model}) "
@@ -546,8 +546,7 @@ class Search:
             f"'image_proj.{adapter_file.SIGNATURES[variant]}') for "
             f"{describe_model(*sizes, self.place)}."
         )
-        known, label = family(*sizes), model_label(*sizes)
-        offered = published.ADAPTERS[known] if known else {}
+        label, offered = model_label(*sizes), published.adapters(*sizes)
         wanted = offered.get(preset.name)
         yield from _instead(self.adapters, wanted)
         if not offered:
@@ -570,11 +569,15 @@ class Search:
                 )
             elif not any(map(self._serves, self.encoders.files)):
                 yield "It also needs an image encoder, which is missing too:"
-                yield _download(preset.encoder(self.place), self.encoders)
+                yield _download(self._encoder, self.encoders)
+
+    @property
+    def _encoder(self) -> published.Weights:
+        return published.VIT_L_336 if self.kolors else self.preset.encoder(self.place)
 
     def _serves(self, file: File) -> bool:
         """Return whether the preset's published adapter can use it."""
-        if not isinstance(file, EncoderFile) or not file.has_sizes(self.preset.encoder(self.place)):
+        if not isinstance(file, EncoderFile) or not file.has_sizes(self._encoder):
             return False
         return self.preset.variant != "base" or file.sizes.embed_dim > 0
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from ..variants import CROSS_ATTENTION, FEATURE_KINDS, Family, FeatureKind, Place
+from ..variants import CROSS_ATTENTION, FEATURE_KINDS, Family, FeatureKind, Place, family
 
 _FILES = "https://huggingface.co/h94/IP-Adapter/resolve/main"
 
@@ -84,6 +85,16 @@ FACE_ID, FACE_ID_PLUS, PORTRAIT, FACE_ID_SDXL, FACE_ID_PLUS_SDXL, PORTRAIT_SDXL 
         *("_sdxl", "-plusv2_sdxl", "-portrait_sdxl"),
     )
 )
+_KOLORS = "https://huggingface.co/Kwai-Kolors/Kolors-IP-Adapter-Plus/resolve/main"
+PLUS_KOLORS = Weights(
+    "ip_adapter_plus_general.bin", f"{_KOLORS}/ip_adapter_plus_general.bin", "ipadapter"
+)
+VIT_L_336 = Weights(
+    "clip-vit-large-patch14-336.bin",
+    f"{_KOLORS}/image_encoder/pytorch_model.bin",
+    "clip_vision",
+    "CLIP ViT-L/14 (336 px)",
+)
 NOOB = Weights(
     "noobIPAMARK1_mark1.safetensors",
     "https://civitai.com/models/1121145",
@@ -127,11 +138,12 @@ ADAPTERS: dict[Family, dict[str, Weights]] = {
     },
     "flux": {"standard": XLABS, "fine-grained": INSTANTX},
 }
+KOLORS = {"fine-grained": PLUS_KOLORS}  # the same
 _STEMS = {
     PurePath(weights.name).stem
     for weights in (
-        *(weights for family in ADAPTERS.values() for weights in family.values()),
-        *(LIGHT_V11, NOOB, VIT_H, VIT_BIGG, VIT_L, SIGLIP),
+        *(weights for presets in ADAPTERS.values() for weights in presets.values()),
+        *(LIGHT_V11, NOOB, PLUS_KOLORS, VIT_H, VIT_BIGG, VIT_L_336, VIT_L, SIGLIP),
     )
 }
 # Widths of image_embeds and of hidden states, and positions, of the encoders that published
@@ -139,7 +151,8 @@ _STEMS = {
 ENCODERS = {
     (1024, 1280, 257): VIT_H,
     (1280, 1664, 257): VIT_BIGG,
-    (768, 1024, 257): VIT_L,  # has quick GELU
+    (768, 1024, 577): VIT_L_336,  # has quick GELU
+    (768, 1024, 257): VIT_L,  # the same
     (1152, 1152, 729): SIGLIP,
 }
 LABELS = {sizes[:2]: known.label for sizes, known in ENCODERS.items()}
@@ -155,6 +168,12 @@ _READ_BY_FLUX: dict[tuple[FeatureKind, int], Weights] = {
     ("image_embeds", 1152): SIGLIP,
 }
 TAGS = {"laion2b_s32b_b79k": VIT_H, "laion2b_s39b_b160k": VIT_BIGG}  # open_clip's
+
+
+def adapters(context_dim: int, layers: int, kolors: bool) -> Mapping[str, Weights]:
+    """Return the adapters to get for a model of these sizes, by preset; see `describe_model`."""
+    known = family(context_dim, layers)
+    return KOLORS if kolors else ADAPTERS[known] if known else {}
 
 
 def is_name(name: str) -> bool:

@@ -20,7 +20,7 @@ WIDTHS = {"base": 12, "plus": 20, "full": 20}  # that `prompt` has of what each 
 
 
 def spec(variant, width=None):
-    sizes = {"feature_dim": width or WIDTHS[variant], "cross_attention_dim": 10}
+    sizes = {"feature_dim": width or WIDTHS[variant], "cross_attention_dim": 10, "dim": 64}
     return AdapterSpec(variant, tuple(sizes.items()), (8, 16, 8))
 
 
@@ -147,3 +147,14 @@ def test_quick_gelu_is_told_of_where_the_published_encoder_has_none(caplog):
         check_encoder(spec("base", 1024), replace(made, encoder=described), "quick")
     (said,) = caplog.messages
     assert "the sizes of CLIP ViT-H/14, but quick GELU" in said
+
+
+@pytest.mark.parametrize("pixels, told", [(336, 0), (224, 1)])
+def test_the_encoder_of_kolors(pixels, told, caplog):
+    sizes = {"feature_dim": 1024, "cross_attention_dim": 10, "dim": 2048}
+    kolors = AdapterSpec("plus", tuple(sizes.items()), (8, 16, 8))
+    made = prompt(embed=768, hidden=1024, patches=(pixels // 14) ** 2 + 1)
+    made = replace(made, encoder=describe_encoder(made.positive, pixels, quick_gelu=True))
+    check_encoder(kolors, made, f"kolors at {pixels} px")
+    assert len(caplog.messages) == told
+    assert all("as CLIP ViT-L/14 (336 px) gives" in said for said in caplog.messages)

@@ -156,11 +156,14 @@ def real(host):
     from comfy.model_patcher import ModelPatcher
 
     kinds = {"SD1.5": (known.SD15, SD15), "SD2": (known.SD20, SD2), "SDXL": (known.SDXL, SDXL)}
+    kinds["Kolors"] = kinds["SDXL"]
     found, cpu = {}, torch.device("cpu")
     for name, (kind, size) in kinds.items():
         config = kind({})
         config.unet_config = {**size.comfy_config(), "dtype": torch.float16}
         model = config.get_model({}, device="meta")
+        if name == "Kolors":  # as packs for it build it
+            model.diffusion_model.encoder_hid_proj = torch.nn.Linear(4096, 2048, device="meta")
         found[name] = ModelPatcher(model, load_device=cpu, offload_device=cpu)
     return found
 

@@ -236,6 +236,31 @@ def test_what_is_not_published_for_sdxl(find, preset):
     assert "Download" not in message
 
 
+def test_kolors_which_has_the_layers_of_sdxl(find, put, folder, encoders, caplog):
+    kolors = "https://huggingface.co/Kwai-Kolors/Kolors-IP-Adapter-Plus/resolve/main"
+    put(
+        {"a.safetensors": "sdxl_plus"},
+        {"a.safetensors": sparse.vision("ViT-L"), "h.safetensors": sparse.vision()},
+    )
+    message = refused(find, "Kolors", "fine-grained")
+    for words in (
+        "adapter (with a tensor 'image_proj.latents') for Kolors (70 cross-attention layers",
+        "'a.safetensors': a fine-grained (plus) IP-Adapter for SDXL",
+        f"Download {kolors}/ip_adapter_plus_general.bin and save it as {folder}",
+        f"Download {kolors}/image_encoder/pytorch_model.bin and save it as {encoders}",
+    ):
+        assert words in message, f"{message} does not say {words}"
+    put({"b.safetensors": "kolors_plus"}, {"z.safetensors": sparse.vision("ViT-L-336")})
+    assert find("SDXL", "fine-grained") == ("a.safetensors", "h.safetensors")
+    caplog.clear()
+    assert find("Kolors", "fine-grained") == ("b.safetensors", "z.safetensors")
+    assert "IP-Adapter for Kolors" in find.said and not warnings(caplog)
+    (folder / "a.safetensors").unlink()
+    assert "IP-Adapter for Kolors" in refused(find, "SDXL", "fine-grained")
+    said = "For Kolors no 'standard' adapter is published. There are: fine-grained"
+    assert said in refused(find, "Kolors", "standard")
+
+
 def test_a_missing_encoder_is_described_with_its_address(find, put, encoders):
     put({"a.safetensors": "sdxl"}, {"l.safetensors": sparse.vision("ViT-L")})
     message = refused(find, "SDXL", "standard")

@@ -121,6 +121,16 @@ def test_kolors(both, pair, compare, weight, route, images, mask):
         assert both.error(call.out, pair.diffusers(call)) < TOLERANCE
 
 
+@pytest.mark.parametrize("made_for, other", [("sdxl", "kolors"), ("kolors", "sdxl")])
+@pytest.mark.usefixtures("kolors_plus")
+def test_kolors_and_sdxl_refuse_each_others(both, pairs, made_for, other):
+    pair, model = pairs[made_for], both.comfy_model(pairs[other].family)
+    named = {"kolors": r"Kolors \(", "sdxl": "a model of "}
+    said = rf"made for {named[made_for]}70 .* is {named[other]}70 .*Connect a model"
+    with pytest.raises(ValueError, match=said):
+        both.small.apply(model, pair.adapter("plus"), pair.encoder.prompt(1, seed=0))
+
+
 def test_a_mask_coarser_than_the_latent(both, pair, compare):
     mask = smooth_mask((5, 7), seed=6)
     settings = [both.Setting("base", pair.encoder.prompt(1, seed=0), mask=mask)]

@@ -23,7 +23,15 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tests.support.checkpoint_layouts import SD15, SDXL, Layout, adapter, of
+from tests.support.checkpoint_layouts import (
+    SD15,
+    SDXL,
+    Layout,
+    adapter,
+    ip_adapter,
+    of,
+    resampler,
+)
 from tests.support.random_models import under
 
 ADAPTERS: dict[str, Layout] = {
@@ -34,6 +42,9 @@ ADAPTERS: dict[str, Layout] = {
     "sdxl": adapter(SDXL, "base", 1280),
     "sdxl_vit-h": adapter(SDXL, "base", 1024),
     "sdxl_plus": adapter(SDXL, "plus", 1280),
+    "kolors_plus": ip_adapter(
+        resampler(1024, SDXL.context, 2048, heads=12), SDXL.widths, SDXL.context
+    ),
 }
 SIZES = {  # width, layers, heads, MLP's width, embedding, pixels
     "ViT-L": (1024, 24, 16, 4096, 768, 224),
