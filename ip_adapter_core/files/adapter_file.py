@@ -23,6 +23,7 @@ from . import trained_layouts
 from .atomic import atomic
 from .header import DTYPES, Shape, Shaped, damaged, few, file_format, read_pickle
 from .header import CheckpointError as CheckpointError  # what `load` raises
+from .other_kinds import TAKE, other_kind
 
 logger = logging.getLogger("comfyui_ip_adapter")
 # The tensor whose presence decides for a projection.
@@ -148,12 +149,13 @@ def recognize(weights: Mapping[str, Shaped], name: str) -> AdapterSpec:
     Raises:
         CheckpointError: They make none, or one of an unsupported kind.
     """
-    kind = unsupported_kind(weights)
+    other = other_kind(weights)
+    kind = other.name if other else unsupported_kind(weights)
     if kind is not None:
         raise CheckpointError(
-            f"'{name}' is {kind}, which this pack does not support. Supported are the base, "
-            "fine-grained (plus) and full IP-Adapters for SD1.5 and SDXL, those of FaceID, "
-            "Kolors' Plus, and XLabs' and InstantX's for Flux.1."
+            f"'{name}' is {kind}, which is no IP-Adapter of this pack's. Supported are the base, "
+            "fine-grained (plus) and full IP-Adapters for SD1.5 and SDXL, those of FaceID, Kolors' "
+            f"Plus, and XLabs' and InstantX's for Flux.1. {other.remedy if other else TAKE}"
         )
     spec = infer_spec(weights, name)
     lora = {key: x for key, x in weights.items() if LORA.fullmatch(key)}
@@ -315,7 +317,7 @@ def _check(weights: Mapping[str, Shaped], layout: Mapping[str, Shaped], name: st
         if tensor.shape != expected.shape:
             raise CheckpointError(
                 f"'{name}': '{key}' has shape {list(tensor.shape)}, expected "
-                f"{list(expected.shape)} from the shapes of the other tensors."
+                f"{list(expected.shape)} from the shapes of the other tensors. Download it again."
             )
         if tensor.dtype not in DTYPES:
             raise CheckpointError(

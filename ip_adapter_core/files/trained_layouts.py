@@ -18,7 +18,8 @@ from torch import Tensor
 from .header import CheckpointError, Shape
 
 _OF_TRAINERS = re.compile(
-    r"(^|\.)(image_proj_model|adapter_modules|encoder_hid_proj)\.|\.processor\.to_[kv]_ip\."
+    r"(^|\.)(image_proj_model|adapter_modules|encoder_hid_proj\.image_projection_layers)\."
+    r"|\.processor\.to_[kv]_ip\."
 )
 _MODULE = re.compile(r"adapter_modules\.(\d+)\.(to_[kv]_ip)\.weight")
 _IN_UNET = re.compile(
