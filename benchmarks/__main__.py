@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tools.comfyui import install as host
 
-from . import budget, flux, on_device, overhead, peer, report, share, training
+from . import budget, faces, flux, on_device, overhead, peer, report, share, training
 from .full_size import Setup
 
 LIMITS: dict[str, float | str] = {
@@ -29,6 +29,7 @@ LIMITS: dict[str, float | str] = {
     "own_mask": 1.02,
     "own_three": 1.02,
     **flux.LIMITS,
+    "face_ratio": 1.0,
     **training.LIMITS,
 }
 
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     results |= overhead.measure(setup, models, given.rounds)
     results |= share.measure(setup, rounds=min(given.rounds, 5))
     results |= flux.measure()
+    results |= faces.measure(max(30, given.rounds))
     results |= trained
 
     report.write(results)

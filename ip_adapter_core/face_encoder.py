@@ -4,6 +4,9 @@ The files are insightface's model packs (buffalo_l, antelopev2), whose weights a
 non-commercial research only; its library is not needed. What is computed follows it: SCRFD
 (arXiv 2105.04714) finds boxes and five points at up to six sizes, a similarity transform lays the
 points over a template, and ArcFace (arXiv 1801.07698) reads the 112 pixels of that.
+
+Pixels are counted in numpy wherever it can: torch's threads and onnxruntime's wait for each other,
+which takes several times as long as the work.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
@@ -85,8 +89,9 @@ class FaceEncoder:
         Raises FaceEncoderError for none: it tells at which sizes, and the best candidate's score.
         """
         best = 0.0
+        pixels = torch.from_numpy(_levels(image).astype(np.uint8)).movedim(-1, 0)[None]
         for side in SIZES:
-            found, score = self._detect(image, side)
+            found, score = self._detect(pixels, side)
             if found:
                 return found
             best = max(best, score)
@@ -97,47 +102,46 @@ class FaceEncoder:
             "upright and not covered, with some room around it."
         )
 
-    def _detect(self, image: Tensor, side: int) -> tuple[list[Face], float]:
-        """Return the faces found at a size, and the best score."""
-        height, width = image.shape[:2]
+    def _detect(self, pixels: Tensor, side: int) -> tuple[list[Face], float]:
+        """Return the faces found at a size, and the best score, of 8 bits `(1, 3, H, W)`."""
+        height, width = pixels.shape[2:]
         scale = min(side / height, side / width)
         if height >= width:
             size = (side, max(1, int(side / (height / width))))
         else:
             size = (max(1, int(side * (height / width))), side)
         scale = size[0] / height
-        small = interpolate(image.movedim(-1, 0)[None] * 255, size, mode="bilinear").round()
-        square = torch.zeros(1, 3, side, side)
-        square[..., : size[0], : size[1]] = small
+        square = np.full((1, 3, side, side), -127.5, np.float32)
+        small = interpolate(pixels, size, mode="bilinear").numpy()
+        np.subtract(small, 127.5, out=square[..., : size[0], : size[1]], dtype=np.float32)
+        square /= 128
         name = self._detector.get_inputs()[0].name
-        out = self._detector.run(None, {name: ((square - 127.5) / 128).numpy()})
+        out = self._detector.run(None, {name: square})
         boxes, points, scores = [], [], []
-        levels = len(_STRIDES)
+        levels, best = len(_STRIDES), 0.0
         for level, stride in enumerate(_STRIDES):
             score, box, five = (
                 torch.from_numpy(out[level + levels * i]).reshape(-1, n)
                 for i, n in enumerate((1, 4, 10))
             )
-            centers = _centers(side // stride, stride)
-            box, five = box * stride, five.reshape(-1, 5, 2) * stride
+            sure = score[:, 0] >= _SCORE
+            best = max(best, float(score.max()))
+            centers = _centers(side // stride, stride)[sure]
+            box, five = box[sure] * stride, five[sure].reshape(-1, 5, 2) * stride
             boxes.append(torch.cat([centers - box[:, :2], centers + box[:, 2:]], dim=1))
             points.append(centers[:, None] + five)
-            scores.append(score[:, 0])
-        score = torch.cat(scores)
-        order = score.argsort(descending=True, stable=True)
-        order = order[score[order] >= _SCORE]
-        best = float(score.max())
+            scores.append(score[sure, 0])
+        score, order = torch.cat(scores).sort(descending=True, stable=True)
         box, five = torch.cat(boxes)[order] / scale, torch.cat(points)[order] / scale
-        kept = _suppressed(box)
-        return [Face(box[i], five[i], float(score[order][i])) for i in kept], best
+        return [Face(box[i], five[i], float(score[i])) for i in _suppressed(box)], best
 
     def embed(self, crops: Tensor) -> Tensor:
         """Return embeddings `(N, 512)`, as they come, of aligned crops `(N, 112, 112, 3)`."""
         name = self._recognizer.get_inputs()[0].name
-        pixels = (crops.movedim(-1, 1) * 255 - 127.5) / 127.5
+        pixels = (crops.movedim(-1, 1).float().numpy() * 255 - 127.5) / 127.5
         made = [
-            torch.from_numpy(self._recognizer.run(None, {name: one[None].numpy()})[0])
-            for one in pixels.float().contiguous()
+            torch.from_numpy(self._recognizer.run(None, {name: one[None]})[0])
+            for one in np.ascontiguousarray(pixels, np.float32)
         ]
         embeds = torch.cat(made).float()
         if not embeds.isfinite().all():
@@ -170,6 +174,11 @@ def _session(path: Path, single: bool) -> Any:
         ) from error
 
 
+def _levels(image: Tensor) -> Any:
+    """Return the nearest of 256 levels for each value."""
+    return np.rint(image.float().numpy() * 255)
+
+
 def _centers(count: int, stride: int) -> Tensor:
     """Return x and y of the anchors of a level, `(count² · anchors, 2)`, row by row."""
     line = torch.arange(count, dtype=torch.float32) * stride
@@ -179,18 +188,16 @@ def _centers(count: int, stride: int) -> Tensor:
 
 def _suppressed(boxes: Tensor) -> list[int]:
     """Return which boxes stay, the best first, where they overlap."""
-    areas = (boxes[:, 2] - boxes[:, 0] + 1) * (boxes[:, 3] - boxes[:, 1] + 1)
+    low, high = boxes[:, :2].numpy(), boxes[:, 2:].numpy()
+    areas = (high - low + 1).prod(axis=1)
     kept: list[int] = []
-    left = list(range(len(boxes)))
-    while left:
-        first, *rest = left
-        kept.append(first)
-        others = torch.tensor(rest, dtype=torch.long)
-        low = torch.maximum(boxes[first, :2], boxes[others, :2])
-        high = torch.minimum(boxes[first, 2:], boxes[others, 2:])
-        shared = (high - low + 1).clamp(min=0).prod(dim=1)
-        overlap = shared / (areas[first] + areas[others] - shared)
-        left = others[overlap <= _OVERLAP].tolist()
+    left = np.arange(len(boxes))
+    while left.size:
+        first, left = left[0], left[1:]
+        kept.append(int(first))
+        reach = np.minimum(high[first], high[left]) - np.maximum(low[first], low[left]) + 1
+        shared = reach.clip(min=0).prod(axis=1)
+        left = left[shared <= _OVERLAP * (areas[first] + areas[left] - shared)]
     return kept
 
 
@@ -199,16 +206,16 @@ def aligned(image: Tensor, points: Tensor, side: int = CROP) -> Tensor:
     ratio, shift = (side / CROP, 0.0) if side % CROP == 0 else (side / 128, 8 * side / 128)
     template = _TEMPLATE * ratio + torch.tensor([shift, 0.0], dtype=torch.float64)
     matrix = similarity(points.double(), template)
-    inverse = torch.linalg.inv(torch.cat([matrix, matrix.new_tensor([[0, 0, 1]])]))
-    line = torch.arange(side, dtype=torch.float64)
-    y, x = torch.meshgrid(line, line, indexing="ij")
-    places = torch.stack([x, y, torch.ones_like(x)], dim=-1) @ inverse[:2].T
+    inverse = torch.linalg.inv(torch.cat([matrix, matrix.new_tensor([[0, 0, 1]])])).numpy()
     height, width = image.shape[:2]
-    ends = places.new_tensor([max(1, width - 1), max(1, height - 1)])
-    grid = (2 * places / ends - 1)[None].float()
-    pixels = image.movedim(-1, 0)[None].float()
-    cut = grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    return ((cut[0].movedim(0, -1) * 255).round() / 255).clamp(0, 1)
+    y, x = np.ogrid[:side, :side]
+    grid = np.empty((1, side, side, 2), np.float32)
+    for i, end in enumerate((max(1, width - 1), max(1, height - 1))):
+        a, b, c = inverse[i]
+        grid[0, ..., i] = 2 * (a * x + b * y + c) / end - 1
+    pixels, places = image.movedim(-1, 0)[None].float(), torch.from_numpy(grid)
+    cut = grid_sample(pixels, places, mode="bilinear", padding_mode="zeros", align_corners=True)
+    return torch.from_numpy((_levels(cut[0].movedim(0, -1)) / 255).clip(0, 1))
 
 
 def similarity(points: Tensor, onto: Tensor) -> Tensor:
