@@ -19,6 +19,7 @@ LIMITS: dict[str, float | str] = {
     "kernels_per_layer": 2.5,
     "kernels_per_layer_mask": 3.5,
     "kernels_per_layer_curve": 2.5,
+    "kernels_per_layer_face": 2.5,
     "syncs_per_step": 0,
     "kernels_outside_window": 0,
     "resident_adapter_parameters": 0,

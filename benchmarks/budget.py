@@ -41,6 +41,7 @@ class Trace(TorchDispatchMode):
 def per_step(setup: Setup, model: Any) -> Counter[str]:
     """Count the operations of one sampling step, without what a run costs once."""
     counts, small = [], replace(setup, side=min(SIDE, setup.side))
+    small.sample(model)  # it is loaded, and a LoRA is added to its weights
     for steps in (2, 3):
         with Trace() as trace:
             small.sample(model, steps)
@@ -61,7 +62,7 @@ def added(setup: Setup, *models: Any) -> list[tuple[int, int]]:
 
 
 def measure(setup: Setup) -> dict[str, float]:
-    """Count what a prompt adds: in all, with a mask, a curve of ten pieces or a window."""
+    """Count what a prompt adds: in all, with a mask, a curve of ten pieces, a window, a face."""
     settings: list[dict[str, Any]] = [
         {},
         {"mask": thirds()[0]},
@@ -70,11 +71,13 @@ def measure(setup: Setup) -> dict[str, float]:
     ]
     models = [setup.apply(setup.model, **given) for given in settings]
     *within, (outside, window_syncs) = added(setup, *models)
-    one, mask, curve = (kernels / len(setup.size.widths) for kernels, _ in within)
+    within += added(setup, setup.of_faces().apply(setup.model))
+    one, mask, curve, face = (kernels / len(setup.size.widths) for kernels, _ in within)
     return {
         "kernels_per_layer": one,
         "kernels_per_layer_mask": mask,
         "kernels_per_layer_curve": curve,
+        "kernels_per_layer_face": face,
         "syncs_per_step": max(syncs for _, syncs in within),
         "syncs_per_step_windowed": window_syncs,
         "kernels_outside_window": outside,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.support import checkpoint_layouts as layouts
+from tests.support import faces
 from tests.support.checkpoint_layouts import SD15, UNet
 from tests.support.random_models import fill, weights
 from tools.comfyui import install as host
@@ -34,6 +35,11 @@ class Setup:
         host.boot(host.require())
         host.load_pack()
         return cls(size, side, _model(size, dtype), _adapter(size), _prompt())
+
+    def of_faces(self) -> Setup:
+        """Return the same with a FaceID adapter, its LoRA included, and a prompt of a face."""
+        adapter = _loaded(faces.tensors("faceid", self.size.widths, self.size.context))
+        return replace(self, adapter=adapter, prompt=_face_prompt())
 
     def apply(self, model: Any, **settings: Any) -> Any:
         """Apply `IPA_Apply` to `model`, λ = 1 unless `settings` say otherwise."""
@@ -113,15 +119,20 @@ def _model(size: UNet, dtype: torch.dtype) -> Any:
 
 
 def _adapter(size: UNet) -> Any:
-    """Make a base adapter, through a file and the host's memory management."""
+    """Make a base adapter."""
+    projection = layouts.linear_projection(EMBED, size.context)
+    layout = layouts.ip_adapter(projection, size.widths, size.context)
+    return _loaded(weights(layout, seed=1, dtype=torch.float16))
+
+
+def _loaded(state: dict[str, torch.Tensor]) -> Any:
+    """Return an adapter through a file and the host's memory management."""
     from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import load_adapter
     from safetensors.torch import save_file
 
-    projection = layouts.linear_projection(EMBED, size.context)
-    layout = layouts.ip_adapter(projection, size.widths, size.context)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
-        save_file(weights(layout, seed=1, dtype=torch.float16), path)
+        save_file(state, path)
         return load_adapter(path)
 
 
@@ -132,3 +143,10 @@ def _prompt() -> Any:
     hidden = torch.randn(2, 1, 257, STATES, generator=generator)
     image = ImageFeatures(torch.randn(1, EMBED, generator=generator), hidden[0])
     return ImagePrompt(image, ImageFeatures(torch.zeros(1, EMBED), hidden[1]), "random features")
+
+
+def _face_prompt() -> Any:
+    from comfyui_ip_adapter.ip_adapter_core.image_prompt import bare
+
+    face = torch.randn(1, 512, generator=torch.Generator().manual_seed(3))
+    return bare("face_embeds", face, torch.zeros_like(face))

@@ -115,6 +115,7 @@ def counts(host, request):
 def test_within_budget(counts):
     limited = {
         *("kernels_per_layer", "kernels_per_layer_mask", "kernels_per_layer_curve"),
+        "kernels_per_layer_face",
         *("syncs_per_step", "kernels_outside_window", "resident_adapter_parameters"),
     }
     assert limited < counts.keys()
@@ -124,6 +125,7 @@ def test_within_budget(counts):
 def test_the_prompt_is_in_the_trace(counts):
     """One attention and one addition a layer at least: otherwise nothing was measured."""
     assert counts["kernels_per_layer"] >= 2
+    assert counts["kernels_per_layer_face"] == counts["kernels_per_layer"]
     assert counts["kernels_per_layer_mask"] > counts["kernels_per_layer"]
     assert counts["kernels_per_layer_curve"] > counts["kernels_per_layer"]
     assert counts["syncs_per_step_windowed"] == 1
