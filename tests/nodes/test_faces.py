@@ -68,6 +68,23 @@ def test_the_packs_that_are_whole_are_listed(nodes, packs):
         nodes["IPA_LoadFaceEncoder"].execute("antelopev2")
 
 
+def test_nothing_is_fetched(nodes, packs, encode, adapter, small, clip_vision, monkeypatch):
+    tried = []
+
+    def refuse(*given, **_):
+        tried.append(given)
+        raise OSError("no network in this test")
+
+    for name in ("socket.socket.connect", "socket.getaddrinfo"):
+        monkeypatch.setattr(name, refuse)
+    (encoder,) = nodes["IPA_LoadFaceEncoder"].execute("buffalo_l").args
+    given = {"face_encoder": encoder, "image": pictures(), "clip_vision": clip_vision}
+    small.sample(small.apply(small.model(), adapter("faceid-plus-v2"), encode(**given).args[0]))
+    with pytest.raises(FileNotFoundError, match="insightface"):
+        nodes["IPA_LoadFaceEncoder"].execute("antelopev2")
+    assert not tried
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_the_surest_and_the_largest(encode, encoder, channels):
     image = pictures(2, channels=channels)
@@ -108,8 +125,8 @@ def test_embeddings_from_elsewhere(encode, shape):
 
 @pytest.mark.parametrize("given, said", [
     ({}, "nothing to encode"),
-    ({"face_embeds": torch.rand(2, 768)}, r"shape \[2, 768\]; expected \[faces, 512\]"),
-    ({"face_embeds": torch.full((1, 512), float("nan"))}, "NaN or infinite"),
+    ({"face_embeds": torch.rand(2, 768)}, r"shape \[2, 768\]; expected \[faces, 512\].*buffalo_l"),
+    ({"face_embeds": torch.full((1, 512), float("nan"))}, "NaN or infinite.*Look at the node"),
     ({"face_embeds": torch.zeros(0, 512)}, r"shape \[0, 512\]"),
 ])  # fmt: skip
 def test_what_is_no_face(encode, given, said):
@@ -192,6 +209,7 @@ def test_another_face_encoder_is_told(encode, adapter, small, caplog):
     prompt = replace(encode(face_embeds=embeds).args[0], encoder="the face encoder 'antelopev2'")
     small.apply(small.model(), adapter("faceid"), prompt)
     assert "mean other faces" in caplog.text
+    assert "load buffalo_l in Load Face Encoder" in caplog.text
 
 
 def test_a_second_weight_of_the_same_lora_is_told(encode, adapter, small, caplog):
@@ -202,6 +220,33 @@ def test_a_second_weight_of_the_same_lora_is_told(encode, adapter, small, caplog
     again = small.apply(model, second, prompt, lora_weight=1.0)  # another loader of the same file
     assert "acts on this model already, at 0.5; the lora_weight 1" in caplog.text
     assert {k: len(v) for k, v in again.patches.items()} == {k: 1 for k in model.patches}
+
+
+@pytest.mark.parametrize("lora", [0.0, 0.6])
+def test_what_the_lora_does_to_the_models_weights(encode, adapter, small, lora):
+    """At 0 none changes by a bit, within the run or after it; else all are as before after it."""
+    import comfy.model_management
+    from comfy.patcher_extension import WrappersMP
+
+    embeds = torch.randn(1, 512, generator=torch.Generator().manual_seed(1))
+    model, prompt = small.model(seed=7), encode(face_embeds=embeds).args[0]
+    weights = model.model.diffusion_model.state_dict()
+    before, within = {key: x.clone() for key, x in weights.items()}, []
+
+    def look(executor, *args, **kwargs):
+        now = model.model.diffusion_model.state_dict()
+        within.append({key for key, x in before.items() if not torch.equal(x, now[key])})
+        return executor(*args, **kwargs)
+
+    applied = small.apply(model, adapter("faceid"), prompt, lora_weight=lora)
+    applied.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "look", look)
+    small.sample(applied)
+    layers = 2 * len(small.SD15_LAYERS)
+    assert {len(changed) for changed in within} == {4 * layers if lora else 0}
+    if lora:
+        comfy.model_management.unload_all_models()
+    after = model.model.diffusion_model.state_dict()
+    assert all(torch.equal(x, after[key]) for key, x in before.items())
 
 
 def test_structure_is_how_much_of_the_crop_is_followed(
