@@ -117,13 +117,17 @@ NEARLY = {
     "InstantCharacter": (
         without(instantx(), "image_proj.")
         | under("image_proj.", resampler(1152, TEXT, 1280)) | CHARACTER,
+        "an InstantCharacter adapter for Flux",
+    ),
+    "another projection": (
+        without(instantx(), "image_proj.") | under("image_proj.", resampler(1152, TEXT, 1280)),
         "numbers its layers as adapters of transformers.*plus adapter; expected that of XLabs",
     ),
     "SD3.5's": (
         without(instantx(layers=38, width=2432), "image_proj.")
         | under("image_proj.", resampler(1152, 2432, 1280))
         | {"ip_adapter.0.norm_ip.linear.weight": (4864, 1280)},
-        "an SD3 IP-Adapter, which this pack does not support.*XLabs' and InstantX's for Flux",
+        "an SD3 IP-Adapter, which is no IP-Adapter of this pack's.*XLabs' and InstantX's for Flux",
     ),
     "a Flux LoRA": (
         {f"transformer.single_transformer_blocks.{n}.attn.to_q.lora_A.weight": (16, WIDTH)

@@ -176,22 +176,6 @@ KINDS = {
     "Kolors": (lambda: diffusers_unet(KOLORS), "a whole diffusion model", "diffusion_models"),
     "VAE": (vae, "a VAE", "models/vae"),
 }  # fmt: skip
-FLUX = {
-    "XLabs": lambda: (
-        under("ip_adapter_proj_model.", linear_projection(768, 4096))
-        | per_block(19, {
-            key: shape for x in "kv" for key, shape in dense(
-                f"double_blocks.{{}}.processor.ip_adapter_double_stream_{x}_proj", 3072, 4096
-            ).items()
-        })
-    ),
-    "InstantX": lambda: (
-        under("image_proj.", dense("proj.0", 2304, 1152) | dense("proj.2", 524288, 2304))
-        | under("image_proj.", norm("norm", 4096))
-        | per_block(57, keys_values("ip_adapter.{}.", 3072, 4096, bias=False))
-    ),
-}  # fmt: skip
-KINDS |= {name: (make, "a Flux IP-Adapter", "Choose one of these") for name, make in FLUX.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,4 +187,4 @@ def test_the_nearest_confusions(kind, name, tmp_path):
     assert isinstance(file, finder.Unusable), file
     assert file.reason.startswith(f"'{path.name}' is {found}"), file.reason
     assert "Supported are the base, fine-grained (plus) and full" in file.reason
-    assert remedy in file.reason.partition("Kolors' Plus. ")[2], file.reason
+    assert remedy in file.reason.partition("InstantX's for Flux.1. ")[2], file.reason
