@@ -30,15 +30,15 @@ class LoadIPAdapter(types.Node):
             category="model/loaders",
             search_aliases=["ip adapter", "ipadapter", "image prompt model", "load adapter"],
             description=(
-                "Reads an IP-Adapter from models/ipadapter. Its kind (base, fine-grained or "
-                "full; SD1.5 or SDXL) is recognised from the file's contents."
+                "Reads an IP-Adapter from models/ipadapter. Its kind (base, fine-grained, "
+                "full, FaceID, …; SD1.5, SDXL or Flux.1) is recognised from the file's contents."
             ),
             inputs=[
                 io.Combo.Input(
                     "adapter_name",
                     options=paths.adapter_names(),
                     tooltip="A .safetensors, .bin or .pt file in models/ipadapter. It must match "
-                    "the family of the model (SD1.5, SDXL) and the image encoder.",
+                    "the family of the model (SD1.5, SDXL, Flux.1) and the image encoder.",
                 )
             ],
             outputs=[types.output(types.IPAdapter, "adapter", "The adapter: for the Apply nodes.")],
@@ -81,7 +81,7 @@ class AutoLoadIPAdapter(types.Node):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="Decides for the family (SD1.5, SDXL); only its layers are looked at. "
+                    tooltip="Decides for the family (SD1.5, SDXL, Flux.1); only its layers are looked at. "
                     "Connect it straight from the checkpoint: behind a LoRA, every change of that "
                     "would load the files again.",
                 ),
