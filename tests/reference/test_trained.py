@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ip_adapter_core.files import adapter_file as checkpoint
+from ip_adapter_core.variants import FAMILIES
 from tests.reference.test_faces import in_diffusers, prompt
 from tests.support import image_folders, small_models
 from tests.support.checkpoint_layouts import POOLED
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("arrow")
 def bases(both, tmp_path_factory):
     """For each family a UNet with all of its layers, and a diffusers folder around it."""
     found = {}
-    for name, family in both.SMALL.items():
+    for name, family in ((name, both.SMALL[name]) for name in FAMILIES):
         context = small_models.HIDDEN * (1 + family.sdxl)
         family = dataclasses.replace(family, context=context)
         folder = tmp_path_factory.mktemp(name)
