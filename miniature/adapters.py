@@ -54,7 +54,9 @@ def write_images(folder: Path, seed: int, count: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
-def cache(base: Path, encoder: Path, images: Path, out: Path, device: str = "cpu") -> None:
+def cache(
+    base: Path, encoder: Path, images: Path, out: Path, device: str = "cpu", **options: Any
+) -> None:
     """Store what the frozen parts give of all images, for both kinds of adapter."""
     _launch(
         "training/cache.py",
@@ -68,6 +70,7 @@ def cache(base: Path, encoder: Path, images: Path, out: Path, device: str = "cpu
         dtype="float32",
         batch_size=125,
         dataloader_num_workers=0,
+        **options,
     )
 
 

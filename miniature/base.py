@@ -152,10 +152,12 @@ def train(
     steps: int,
     batch: int = 16,
     device: str = "cpu",
+    naming: Callable[[Tensor, torch.Generator], Tensor] = naming,
 ) -> None:
     """Train `unet` in place, which moves to `device`; it ends as the average of its weights.
 
-    `pool`: what `latents` gives; `context`: the states of `all_texts`. Takes the steps `part` of a
+    `pool`: what `latents` gives; `context`: the states of `all_texts`, or those of whose rows
+    `naming` draws for what the pool has beside the latents. Takes the steps `part` of a
     training of `steps`, over which the learning rate falls from PEAK to nearly none.
     """
     encoded, kinds = pool

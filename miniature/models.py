@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ip_adapter_core.files import encoder_file
-from miniature.scenes import SHAPES, outlined, render, scenes
+from miniature.scenes import SHAPES, Scenes, outlined, render, scenes
 from tests.support import checkpoint_layouts as layouts
 from tests.support.random_models import weights
 from training.models.clip_tokenizer import tokenizer
@@ -165,19 +165,33 @@ def _widened(tensor: Tensor) -> Tensor:
     return whole
 
 
+def _of_both_styles(seed: int, batch: int) -> Callable[[int], Tensor]:
+    def draw(step: int) -> Tensor:
+        rows = scenes(seed, batch, step * batch)
+        some = batch // OUTLINED
+        return torch.cat([outlined(rows[:some], SIDE), render(rows[some:], SIDE)])
+
+    return draw
+
+
 def train_autoencoder(
-    seed: int, cycles: Sequence[int], batch: int = 4, device: str = "cpu"
+    seed: int,
+    cycles: Sequence[int],
+    batch: int = 4,
+    device: str = "cpu",
+    draw: Callable[[int], Tensor] | None = None,
 ) -> Autoencoder:
-    """Train a new one on `device`, return it on the CPU; `cycles`: steps between warm restarts."""
+    """Train a new one on `device`, return it on the CPU; `cycles`: steps between warm restarts.
+
+    `draw` gives a step's images `(N, 3, h, w)`, 0 … 1; by default the set's.
+    """
+    draw = draw or _of_both_styles(seed, batch)
     torch.manual_seed(seed)
     model = Autoencoder().to(device).to(memory_format=torch.channels_last)
     done = 0
 
     def loss_at(step: int) -> Tensor:
-        rows = scenes(seed, batch, (done + step) * batch)
-        some = batch // OUTLINED  # of both styles
-        images = torch.cat([outlined(rows[:some], SIDE), render(rows[some:], SIDE)])
-        images = images.to(device, memory_format=torch.channels_last)
+        images = draw(done + step).to(device, memory_format=torch.channels_last)
         latents = model.encode(images)
         decoded = model.decoder(latents + 0.05 * torch.randn_like(latents))
         mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -264,8 +278,15 @@ def normalized(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-def train_image_encoder(seed: int, steps: int, batch: int = 128, device: str = "cpu") -> CLIP:
-    """Train a new one from the stream `seed` on `device`, and return it on the CPU."""
+Described = Callable[[int], tuple[Tensor, list[str]]]
+"""A step's images `(N, 3, h, w)`, 0 … 1, and their descriptions."""
+
+
+def train_image_encoder(
+    seed: int, steps: int, batch: int = 128, device: str = "cpu", draw: Described | None = None
+) -> CLIP:
+    """Train a new one on `device`, and return it on the CPU; on the stream `seed`, or on `draw`."""
+    draw = draw or (lambda step: _described(scenes(seed, batch, step * batch)))
     torch.manual_seed(seed)
     model = CLIP(**ENCODER)
     set_model_preprocess_cfg(model, vars(PreprocessCfg(**PREPROCESS)))
@@ -279,16 +300,20 @@ def train_image_encoder(seed: int, steps: int, batch: int = 128, device: str = "
     def loss_at(step: int) -> Tensor:
         with torch.no_grad():
             model.logit_scale.clamp_(0, 4.6)  # as CLIP: at most a hundredfold
-        rows = scenes(seed, batch, step * batch)
-        embeds = normalize(model.encode_image(normalized(render(rows, SIDE)).to(device)), dim=-1)
-        texts = normalize(model.encode_text(tokenize(rows.descriptions).to(device)), dim=-1)
+        images, descriptions = draw(step)
+        embeds = normalize(model.encode_image(normalized(images).to(device)), dim=-1)
+        texts = normalize(model.encode_text(tokenize(descriptions).to(device)), dim=-1)
         scores = model.logit_scale.exp() * embeds @ texts.T
-        same = _same(rows.descriptions).to(device)
+        same = _same(descriptions).to(device)
         return (cross_entropy(scores, same) + cross_entropy(scores.T, same)) / 2
 
     rate = decaying(1e-3, steps, warmup=50)
     fit("image encoder", optimizer, loss_at, steps, rate, model.parameters())
     return model.cpu().eval().requires_grad_(False)
+
+
+def _described(rows: Scenes) -> tuple[Tensor, list[str]]:
+    return render(rows, SIDE), rows.descriptions
 
 
 def _same(descriptions: list[str]) -> Tensor:
@@ -306,13 +331,13 @@ SHARPEST, BLUNTEST, BLUR = 0.5, 3.0, 15  # pixels: σ of what blurs the classifi
 
 
 class ShapeClassifier(nn.Sequential):
-    """Images `(N, 3, 64, 64)`, 0 … 1, to a score of each shape."""
+    """Images `(N, 3, 64, 64)`, 0 … 1, to a score of each class: of the set, its shapes."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = len(SHAPES)) -> None:
         layers: list[nn.Module] = []
         for into, out in itertools.pairwise((3, 16, 32, 64, 64)):
             layers += [nn.Conv2d(into, out, 3, 2, 1), nn.BatchNorm2d(out), nn.ReLU()]
-        super().__init__(*layers, nn.Flatten(), nn.Linear(64 * 16, len(SHAPES)))
+        super().__init__(*layers, nn.Flatten(), nn.Linear(64 * 16, classes))
 
 
 def train_classifier(

@@ -1,0 +1,125 @@
+"""The set of drawings: who drew what, what is held out, and which drawing refers to which."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.data.image import open_image
+from training.recipes.emoji import drawings
+
+pytest.importorskip("resvg_py", reason="`pip install resvg-py`")
+SUBJECTS = [f"thing-{i:02}" for i in range(30)]
+
+
+def body(subject, hand, width=32):
+    """Another shape for every subject, another colour for every hand."""
+    number = SUBJECTS.index(subject) if subject in SUBJECTS else 0
+    hue = 30 + 25 * [h.package for h in drawings.HANDS].index(hand)
+    x, y = number % 6, number // 6
+    return f'<path fill="rgb({hue},{255 - hue},{hue})" d="M{x * 4} {y * 5}h12v9h-12z"/>'
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packages")
+    for hand in drawings.HANDS:
+        names = SUBJECTS[:: 3 if hand.package == drawings.HELD_OUT_HAND else 1]
+        icons = {name: {"body": body(name, hand.package)} for name in names}
+        if hand.package == drawings.HELD_OUT_HAND:
+            icons = {name.replace("-", ""): icon for name, icon in icons.items()}
+        else:
+            icons["again"] = icons["thing-07"]  # looks like another
+            icons["wide"] = {"body": '<path fill="red" d="M0 0h64v16h-64z"/>', "width": 64}
+            icons["wide"]["height"] = 16
+            icons["person-medium-dark"] = {"body": body("thing-00", hand.package)}
+        data = {"icons": icons, "width": 32, "height": 32}
+        data["aliases"] = {"called-otherwise": {"parent": next(iter(icons))}}
+        archive = folder / f"iconify-json-{hand.package}-{hand.version}.tgz"
+        with tarfile.open(archive, "w:gz") as tar:
+            content = json.dumps(data).encode()
+            info = tarfile.TarInfo("package/icons.json")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(packages, tmp_path_factory):
+    out = tmp_path_factory.mktemp("set")
+    drawings.write(out, packages, size=32)
+    return out
+
+
+def rows(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def of(file_name):
+    hand, subject = file_name.removesuffix(".png").split("/")
+    return subject, hand
+
+
+def test_what_refers_to_what(made):
+    plain, style, content, held = (rows(made, n) for n in ("plain", "style", "content", "held_out"))
+    assert len(plain) == len(style) == len(content) > 100
+    for row in style:
+        subject, hand = of(row["reference_file_name"])
+        assert hand == row["hand"] and subject != row["subject"]
+    for row in content:
+        subject, hand = of(row["reference_file_name"])
+        assert hand != row["hand"] and subject == row["subject"]
+    assert all(row["text"] == row["subject"].replace("-", " ") for row in plain)
+    trained = {row["subject"] for row in plain}
+    out = {row["subject"] for row in held if row["hand"] != drawings.HELD_OUT_HAND}
+    assert out and not out & trained
+    told = [*plain, *style, *content]
+    assert drawings.HELD_OUT_HAND not in {row["hand"] for row in told}
+    referred = {of(row["reference_file_name"]) for row in (*style, *content)}
+    assert not {subject for subject, _ in referred} & out
+    assert drawings.HELD_OUT_HAND not in {hand for _, hand in referred}
+    assert {row["subject"] for row in held if row["hand"] == drawings.HELD_OUT_HAND} & trained
+
+
+def test_what_counts_once_or_not_at_all(made):
+    """Aliases and what looks the same once, other skins not at all."""
+    subjects = {row["subject"] for name in ("plain", "held_out") for row in rows(made, name)}
+    assert "person-medium-dark" not in subjects
+    assert len(subjects & {"again", "thing-07"}) == 1
+    assert len(subjects & {"called-otherwise", "thing-00"}) == 1
+
+
+def test_pictures_are_square_and_transparent(made):
+    with Image.open(made / "pictures" / "noto" / "wide.png") as image:
+        assert image.size == (32, 32) and image.mode == "RGBA"
+        alpha = np.asarray(image)[..., 3]
+    assert alpha[16].min() == 255 and alpha[0].max() == 0 and alpha[31].max() == 0
+    pixels = np.asarray(open_image(made / "pictures" / "noto" / "wide.png"))
+    assert (pixels[0] == 255).all() and (pixels[16] == [255, 0, 0]).all()
+
+
+def test_the_same_seed_makes_the_same_set(made, packages, tmp_path):
+    for seed, same in ((0, True), (1, False)):
+        drawings.write(tmp_path / str(seed), packages, size=32, seed=seed)
+        for name in ("style", "held_out"):
+            found = (tmp_path / str(seed) / f"{name}.jsonl").read_bytes()
+            assert (found == (made / f"{name}.jsonl").read_bytes()) is same
+    drawings.write(tmp_path / "few", packages, size=32, most=12)
+    assert len({row["subject"] for row in rows(tmp_path / "few", "plain")}) <= 12
+
+
+def test_a_package_that_cannot_be_brought(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match=r"npm did not bring @iconify-json/noto.*Install Node\.js"):
+        drawings.fetch(tmp_path)
+
+
+def test_everybody_is_named(made):
+    told = (made / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    for hand in drawings.HANDS:
+        assert hand.author in told and hand.licence in told and hand.package in told

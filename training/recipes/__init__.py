@@ -1,0 +1,1 @@
+"""Whole trainings that anyone can repeat, from pictures to figures."""

@@ -1,0 +1,1 @@
+"""Adapters for the drawings of seven designers, from open packages of emoji."""

@@ -1,0 +1,237 @@
+"""Train on drawings that nobody here drew, from packages to figures, by one command.
+
+    python -m training.recipes.emoji [--seed 0] [--device cpu] [--work output/emoji-SEED]
+                                     [--packages FOLDER] [--steps JSON]
+
+Goes on where it stopped, as `python -m miniature` does: base, autoencoder and encoder are the
+miniature's code on these drawings, the adapters are trained by training/cache.py and
+training/train.py. Ends with `report.json` and `samples.png` in the work folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from miniature import adapters, base, files, models
+from miniature.build import Build, RecipeError, device
+from tools.comfyui.install import ROOT
+from training.recipes.emoji import drawings, measure
+from training.recipes.emoji.pictures import Pictures, blurred
+
+STEPS: dict[str, Any] = {
+    "subjects": 1500,
+    "autoencoder": (6000, 6000, 12000),
+    "image encoder": 6000,
+    "judge of hands": 3000,
+    "judge of subjects": 12000,
+    "base": (20_000,) * 6,
+    "plain": 8000,
+    "style": 8000,
+    "plus": 8000,
+    "references": 48,
+}
+"""Steps of each part; how many subjects at most, and references of each hand."""
+OPTIONS = {**adapters.OPTIONS, "t_drop_rate": 0.1, "checkpointing_steps": 500}
+ADAPTERS = {"plain": "base", "style": "base", "plus": "plus"}
+"""The adapters and their variants; "style" is trained on pairs of one hand."""
+_BATCH = 16
+_AUTOENCODER, _ENCODER, _CHECKPOINT = files.AUTOENCODER, files.ENCODER, "checkpoint.safetensors"
+_HANDS, _SUBJECTS = "judge-of-hands.safetensors", "judge-of-subjects.safetensors"
+_TEXTS, _LATENTS, _BASE = "texts.safetensors", "latents.safetensors", "unet-{}.safetensors"
+
+
+class Recipe(Build):
+    """One training in the folder `work`."""
+
+    def __init__(
+        self, seed: int, work: Path, steps: Mapping[str, Any], device: str, packages: Path
+    ) -> None:
+        super().__init__(seed, work, steps, device)
+        self.packages = packages
+
+    def recipe(self) -> dict[str, Any]:
+        hands = [hand._asdict() for hand in drawings.HANDS]
+        asked = {"seed": self.seed, "steps": {**self.steps}, "hands": hands, "adapters": OPTIONS}
+        return dict(json.loads(json.dumps(asked)))
+
+    def parts(self) -> list[tuple[str, str, Callable[[Path], object]]]:
+        count = len(self.steps["base"])
+        return [
+            ("drawings", "set", self._drawings),
+            ("autoencoder", _AUTOENCODER, self._autoencoder),
+            ("image encoder", _ENCODER, self._image_encoder),
+            ("judge of hands", _HANDS, partial(self._judge, "hands")),
+            ("judge of subjects", _SUBJECTS, partial(self._judge, "subjects")),
+            ("texts", _TEXTS, self._texts),
+            ("latents", _LATENTS, self._latents),
+            *((f"base {n}", _BASE.format(n), partial(self._base, n)) for n in range(1, count + 1)),
+            ("checkpoint", _CHECKPOINT, self._checkpoint),
+            *((f"cache {x}", f"cache-{x}", partial(self._cached, x)) for x in ("plain", "style")),
+            *((x, f"{x}.safetensors", partial(self._adapted, x)) for x in ADAPTERS),
+            ("report", "report.json", self._report),
+        ]
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """All drawings of the hands that train, on white."""
+        return Pictures(self.work / "set", "plain", "held_out")
+
+    def _drawings(self, target: Path) -> None:
+        most = self.steps["subjects"]
+        drawings.write(target, self.packages, seed=self.seed, most=most)
+
+    def _draw(self, numbers: Tensor, batch: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Return what gives a step's images, mirrored by halves, and their numbers."""
+
+        def draw(step: int) -> tuple[Tensor, Tensor]:
+            generator = torch.Generator().manual_seed(drawings.number(self.seed, step) % 2**62)
+            rows = numbers[torch.randint(len(numbers), (batch,), generator=generator)]
+            return self.pictures.images(rows, generator), rows
+
+        return draw
+
+    def _autoencoder(self, target: Path) -> None:
+        draw = self._draw(self.pictures.every, _BATCH)
+        cycles = self.steps["autoencoder"]
+        made = models.train_autoencoder(
+            self.seed, cycles, device=self.device, draw=lambda step: draw(step)[0]
+        )
+        files.save(target, files.halved(made.state_dict()))
+
+    def _image_encoder(self, target: Path) -> None:
+        draw = self._draw(self.pictures.trained, 128)
+
+        def described(step: int) -> tuple[Tensor, list[str]]:
+            images, rows = draw(step)
+            return images, [self.pictures.descriptions[int(row)] for row in rows]
+
+        steps = self.steps["image encoder"]
+        made = models.train_image_encoder(self.seed, steps, device=self.device, draw=described)
+        files.save_encoder(target, made)
+
+    def _judge(self, kind: str, target: Path) -> None:
+        """Train a classifier that shares nothing with the encoder, on images as decoders blur."""
+        labels, rows = self.pictures.labels(kind)
+        torch.manual_seed(self.seed)
+        model = models.ShapeClassifier(int(labels.max()) + 1).to(self.device)
+        steps, draw = self.steps[f"judge of {kind}"], self._draw(rows, 64)
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+
+        def loss_at(step: int) -> Tensor:
+            images, chosen = draw(step)
+            scores = model(blurred(images.to(self.device)))
+            return torch.nn.functional.cross_entropy(scores, labels[chosen].to(self.device))
+
+        rate = models.decaying(2e-3, steps, warmup=20)
+        models.fit(f"judge of {kind}", optimizer, loss_at, steps, rate, model.parameters())
+        files.save(target, files.halved(model.cpu().state_dict()))
+
+    def _texts(self, target: Path) -> None:
+        texts = [*map(drawings.caption, self.pictures.subjects), ""]
+        files.save(target, {"states": models.text_states(texts, self.device, torch.float16)})
+
+    @torch.no_grad()
+    def _latents(self, target: Path) -> None:
+        vae, known = files.autoencoder(self.work / _AUTOENCODER), self.pictures
+        rows = known.trained
+        encoded = [vae.encode(known.images(some)) for some in rows.split(256)]
+        files.save(target, {"latents": torch.cat(encoded), "kinds": known.subject[rows]})
+
+    def _base(self, number: int, target: Path) -> None:
+        unet = base.new(self.seed)
+        if number > 1:
+            unet.load_state_dict(files.load(self.work / _BASE.format(number - 1)))
+        pool, context = load_file(self.work / _LATENTS), load_file(self.work / _TEXTS)["states"]
+        ends = list(itertools.accumulate(self.steps["base"], initial=0))
+
+        def naming(subjects: Tensor, generator: torch.Generator) -> Tensor:
+            dropped = torch.rand(len(subjects), generator=generator) < base.DROP_TEXT
+            return torch.where(dropped, -1, subjects)
+
+        part = range(ends[number - 1], ends[number])
+        given = (pool["latents"], pool["kinds"]), context, self.seed, part, ends[-1]
+        base.train(unet, *given, device=self.device, naming=naming)
+        files.save(target, files.halved(unet.state_dict()))
+
+    def _checkpoint(self, target: Path) -> None:
+        last = files.load(self.work / _BASE.format(len(self.steps["base"])))
+        vae = files.autoencoder(self.work / _AUTOENCODER)
+        files.save(target, files.checkpoint(last, vae))
+
+    def _cached(self, name: str, target: Path) -> None:
+        frozen, rows = self._inputs(), self.work / "set" / f"{name}.jsonl"
+        pictures = self.work / "set" / "pictures"
+        adapters.cache(*frozen, rows, target, device=self.device, data_root_path=pictures)
+
+    def _adapted(self, name: str, target: Path) -> None:
+        cached = self.work / ("cache-style" if name == "style" else "cache-plain")
+        variant, steps = ADAPTERS[name], self.steps[name]
+        run = self.work / f"run-{name}"
+        rate = 5e-4 if variant == "plus" else 2e-3
+        given = {**OPTIONS, "learning_rate": rate, "seed": self.seed}
+        made = adapters.train(
+            variant, *self._inputs(), cached, run, steps, device=self.device, **given
+        )
+        shutil.copyfile(made, target)
+
+    def _inputs(self) -> tuple[Path, Path]:
+        return self.work / _CHECKPOINT, self.work / _ENCODER
+
+    def _report(self, target: Path) -> None:
+        judges = {
+            kind: files.frozen(
+                models.ShapeClassifier(int(self.pictures.labels(kind)[0].max()) + 1),
+                self.work / name,
+            )
+            for kind, name in (("hands", _HANDS), ("subjects", _SUBJECTS))
+        }
+        named = {name: self.work / f"{name}.safetensors" for name in ADAPTERS}
+        frozen = self._inputs()
+        found, sheet = measure.measured(
+            self.pictures, *frozen, named, judges, self.steps["references"], self.device
+        )
+        sheet.save(self.work / "samples.png")
+        found["seconds"] = self.times()["seconds"]
+        target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="of all weights, pairs and noise")
+    parser.add_argument("--device", type=device, default="cpu", help="what trains: cpu or cuda")
+    parser.add_argument("--work", type=Path, help="folder of the parts")
+    parser.add_argument("--packages", type=Path, help="folder of npm's packages")
+    parser.add_argument(
+        "--steps", type=json.loads, default={}, metavar="JSON", help='others: {"plain": 2000}'
+    )
+    given = parser.parse_args()
+    unknown = given.steps.keys() - STEPS.keys()
+    if unknown:
+        parser.error(f"--steps names {', '.join(unknown)}; expected some of {', '.join(STEPS)}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    work = (given.work or ROOT / "output" / f"emoji-{given.seed}").resolve()
+    packages = (given.packages or ROOT / ".cache" / "emoji").resolve()
+    recipe = Recipe(given.seed, work, {**STEPS, **given.steps}, given.device, packages)
+    try:
+        recipe.run()
+    except RecipeError as error:
+        sys.exit(str(error))
+    minutes = sum(recipe.times()["seconds"].values()) / 60
+    print(f"{work / 'report.json'} and {work / 'samples.png'}: {minutes:.0f} minutes in all")
+
+
+if __name__ == "__main__":
+    main()
