@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from tools.workflows.api import DEFECTS, DREAMSHAPER, PUBLIC, smaller
+from tools.workflows.api import DEFECTS, DREAMSHAPER, PUBLIC, SDXL, of_class, smaller
 
 SIDE, STEPS, GUIDANCE = 64, 20, 4.0  # steps: a divisor of 1,000, else ddim_uniform adds one
 CHECKPOINT, ENCODER = "miniature.safetensors", "miniature.safetensors"
@@ -15,6 +15,12 @@ ADAPTERS = {"base": "miniature.safetensors", "fine-grained": "miniature-plus.saf
 Api = dict[str, Any]
 
 _PLUS = {weights.name for weights in PUBLIC.values() if "-plus" in weights.name}
+
+
+def runs(api: Mapping[str, Any]) -> bool:
+    """Return whether the miniature is what a workflow is of: one family, and no faces."""
+    (loader,) = of_class(api, "CheckpointLoaderSimple")
+    return loader["ckpt_name"] != SDXL.name and not any(of_class(api, "IPA_EncodeFace"))
 
 
 def on_miniature(

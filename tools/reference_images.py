@@ -1,9 +1,10 @@
-"""Draw the reference images: three scenes, a mask and an outline, 512 px, always the same."""
+"""Draw the reference images: scenes, faces, masks and an outline, 512 px, always the same."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -12,6 +13,8 @@ SIZE = 512
 _SCALE = 2  # drawn larger, then reduced: smooth edges
 _SIDE = SIZE * _SCALE
 Color = tuple[int, int, int]
+EYES, NOSE, MOUTH = (38, 62, 148), (206, 112, 72), (186, 40, 58)
+"""Colours of the parts of every face, by which they can be found."""
 
 
 def _gradient(stops: Sequence[Color]) -> Image.Image:
@@ -85,10 +88,39 @@ def harbour() -> Image.Image:
     return image
 
 
+def face(x: float, skin: Color, hair: Color, ground: Color) -> Image.Image:
+    """Draw head and shoulders of a person, the head at `x`."""
+    image = _gradient([ground, (244, 240, 232)])
+    pen = ImageDraw.Draw(image)
+
+    def oval(left: float, top: float, right: float, bottom: float, fill: Color | str) -> None:
+        box = (x + left, top, x + right, bottom)
+        pen.ellipse([part * _SIDE for part in box], fill=fill)
+
+    oval(-0.27, 0.10, 0.27, 0.72, hair)
+    oval(-0.38, 0.78, 0.38, 1.30, ground)
+    oval(-0.09, 0.62, 0.09, 0.86, skin)
+    oval(-0.20, 0.18, 0.20, 0.74, skin)
+    for side in (-0.09, 0.09):
+        oval(side - 0.050, 0.40, side + 0.050, 0.45, "white")
+        oval(side - 0.024, 0.40, side + 0.024, 0.45, EYES)
+        oval(side - 0.055, 0.36, side + 0.055, 0.375, hair)
+    oval(-0.025, 0.51, 0.025, 0.545, NOSE)
+    oval(-0.075, 0.60, 0.075, 0.64, MOUTH)
+    return image
+
+
 def mask() -> Image.Image:
     """Draw a mask, white where to act: a soft disc in the middle of black."""
     image = Image.new("RGB", (_SIDE, _SIDE))
     _disc(ImageDraw.Draw(image), 0.5, 0.5, 0.3, "white")
+    return image.filter(ImageFilter.GaussianBlur(8 * _SCALE))
+
+
+def left_half() -> Image.Image:
+    """Draw a mask, white in the left half."""
+    image = Image.new("RGB", (_SIDE, _SIDE))
+    ImageDraw.Draw(image).rectangle((0, 0, _SIDE // 2, _SIDE), "white")
     return image.filter(ImageFilter.GaussianBlur(8 * _SCALE))
 
 
@@ -103,7 +135,10 @@ SCENES: dict[str, Callable[[], Image.Image]] = {
     "reference.png": sunset,
     "reference_2.png": lemons,
     "reference_3.png": harbour,
+    "face.png": partial(face, 0.52, (244, 200, 166), (84, 48, 30), (88, 138, 190)),
+    "face_2.png": partial(face, 0.46, (150, 98, 66), (30, 26, 32), (96, 150, 104)),
     "mask.png": mask,
+    "mask_left.png": left_half,
     "structure.png": structure,
 }
 

@@ -9,8 +9,9 @@ import pytest
 from miniature import workflows
 from miniature.through_comfyui import WORKFLOWS
 from tools.comfyui.browser import COMPLAINTS
+from tools.workflows import api
 
-NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json") if path.stem != "sdxl")
+NAMES = [name for name in api.NAMES if workflows.runs(api.read(name))]
 
 
 @pytest.mark.parametrize("name", ["text_and_image", "per_prompt", "several_images_masks"])

@@ -1,4 +1,4 @@
-"""Random FaceID adapters in their files' layouts, and random ONNX models of SCRFD and ArcFace."""
+"""Random FaceID adapters in their files' layouts; ONNX models with SCRFD's and ArcFace's ends."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ip_adapter_core.adapter import AdapterSpec, IPAdapter
+from tools import reference_images
 
 RANK = 8
 
@@ -79,12 +80,13 @@ def write_pack(folder: Path, seed: int = 0, confident: float = 0.0) -> Path:
     `confident`: added to what scores are made of.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _detector(folder / "det_10g.onnx", np.random.default_rng(seed), confident)
-    _recognizer(folder / "w600k_r50.onnx", np.random.default_rng(seed + 1))
+    detector, recognizer_ = _detector(np.random.default_rng(seed), confident), recognizer(seed + 1)
+    (folder / "det_10g.onnx").write_bytes(detector)
+    (folder / "w600k_r50.onnx").write_bytes(recognizer_)
     return folder
 
 
-def _detector(path: Path, rng: Any, confident: float) -> None:
+def _detector(rng: Any, confident: float) -> bytes:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -121,14 +123,84 @@ def _detector(path: Path, rng: Any, confident: float) -> None:
                 (place, helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, size]))
             )
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, None, None])
-    graph = helper.make_graph(nodes, "scrfd", [image], [x for _, x in outputs], weights)
-    _save(onnx, helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
+    return _model(onnx, nodes, [image], [x for _, x in outputs], weights)
 
 
-def _recognizer(path: Path, rng: Any) -> None:
+def drawn_detector() -> bytes:
+    """Return a detector of one face as `tools.reference_images` draws them, by its colours."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
+    nodes, weights = [], []
+
+    def op(kind: str, *given: Any, **attributes: Any) -> str:
+        names = [x if isinstance(x, str) else constant(x) for x in given]
+        nodes.append(helper.make_node(kind, names, [f"value {len(nodes)}"], **attributes))
+        return f"value {len(nodes) - 1}"
+
+    def constant(x: Any) -> str:
+        array = np.asarray(x)
+        array = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
+        weights.append(numpy_helper.from_array(array, f"constant {len(weights)}"))
+        return f"constant {len(weights) - 1}"
+
+    def total(values: str, *axes: int) -> str:
+        return op("ReduceSum", values, [*axes], keepdims=0)
+
+    def line(count: str) -> str:
+        return op("Cast", op("Range", 0, count, 1), to=TensorProto.FLOAT)
+
+    def part(color: tuple[int, int, int]) -> str:
+        level = (np.float32(color).reshape(3, 1, 1) - 127.5) / 128
+        near = op("Less", total(op("Abs", op("Sub", "image", level)), 0, 1), 0.2)
+        return op("Cast", near, to=TensorProto.FLOAT)
+
+    def center(mask: str) -> tuple[str, str]:
+        sums = (op("Mul", total(mask, axis), pixels) for axis in (0, 1))
+        x, y = (op("Div", total(each, 0), total(mask, 0, 1)) for each in sums)
+        return x, y
+
+    side = op("Gather", op("Shape", "image"), 3)
+    pixels = line(side)
+    eyes, mouth = part(reference_images.EYES), part(reference_images.MOUTH)
+    left = op("Cast", op("Less", pixels, center(eyes)[0]), to=TensorProto.FLOAT)
+    one, other = center(op("Mul", eyes, left)), center(op("Mul", eyes, op("Sub", 1.0, left)))
+    nose, (_, lips) = center(part(reference_images.NOSE)), center(mouth)
+    filled = op("Greater", total(mouth, 0), 0.0)
+    ends = (op(f"Reduce{way}", op("Where", filled, pixels, far), keepdims=0)
+            for way, far in (("Min", 1e6), ("Max", -1e6)))  # fmt: skip
+    five = [*one, *other, *nose, *(place for end in ends for place in (end, lips))]
+    points = op("Concat", *(op("Unsqueeze", x, [0]) for x in five), axis=0)
+    middle, apart = op("Slice", points, [4], [6]), op("Sub", other[0], one[0])
+    low = op("Sub", middle, op("Mul", apart, [1.15, 1.6]))
+    high = op("Add", middle, op("Mul", apart, [1.15, 1.2]))
+    found = op("Cast", op("Greater", apart, 0.0), to=TensorProto.FLOAT)
+    outputs: list[list[Any]] = [[], [], []]
+    for stride in (8, 16, 32):
+        count = op("Div", side, stride)
+        grid = op("Concat", *[op("Unsqueeze", count, [0])] * 2, [2], axis=0)
+        along = op("Mul", line(count), float(stride))
+        x, y = (
+            op("Reshape", op("Expand", op("Unsqueeze", along, axes), grid), [-1, 1])
+            for axes in ((0, 2), (1, 2))
+        )
+        at = op("Concat", x, y, axis=1)
+        box = op("Concat", op("Sub", at, low), op("Sub", high, at), axis=1)
+        away = op("Sub", points, op("Tile", at, [1, 5]))
+        scaled = (op("Div", each, float(stride)) for each in (box, away))
+        score = op("Add", op("Mul", x, 0.0), found)
+        for kind, name, size in zip(outputs, (score, *scaled), (1, 4, 10), strict=True):
+            kind.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, size]))
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, None, None])
+    return _model(onnx, nodes, [image], [x for kind in outputs for x in kind], weights)
+
+
+def recognizer(seed: int = 0) -> bytes:
+    """Return a random model with ArcFace's input and output."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(seed)
     kernel = rng.normal(size=(16, 3, 8, 8)).astype(np.float32) / 8
     matrix = rng.normal(size=(512, 16 * 14 * 14)).astype(np.float32) / 56
     weights = [numpy_helper.from_array(x, n) for x, n in ((kernel, "k"), (matrix, "m"))]
@@ -140,11 +212,12 @@ def _recognizer(path: Path, rng: Any) -> None:
     ]
     data = helper.make_tensor_value_info("data", TensorProto.FLOAT, [None, 3, 112, 112])
     out = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [None, 512])
-    graph = helper.make_graph(nodes, "arcface", [data], [out], weights)
-    _save(onnx, helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
+    return _model(onnx, nodes, [data], [out], weights)
 
 
-def _save(onnx: Any, model: Any, path: Path) -> None:
+def _model(onnx: Any, nodes: Any, inputs: Any, outputs: Any, weights: Any) -> bytes:
+    graph = onnx.helper.make_graph(nodes, "face", inputs, outputs, weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
     model.ir_version = 8
     onnx.checker.check_model(model)
-    onnx.save(model, str(path))
+    return bytes(model.SerializeToString())

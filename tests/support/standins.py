@@ -4,7 +4,8 @@ They lie in a ComfyUI base directory under the public names that the workflows a
 workflows run unmodified; nothing but the weights, the UNet's size (one level of 320
 channels; SDXL: three, with all 70 cross-attention layers) and the image encoder (CLIP
 ViT-L in place of ViT-H and ViT-bigG) differs from the real ones. Untrained: images are
-soft fields of color that text, image and λ visibly change, no more.
+soft fields of color that text, image and λ visibly change, no more. Faces are found where
+`tools.reference_images` draws them, and described at random.
 
 `python -m tests.support.standins [group or path …]` makes them and prints where they lie.
 """
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 
 from ip_adapter_core.files.atomic import atomic
 from tests.support import checkpoint_layouts as layouts
+from tests.support import faces
 from tests.support.checkpoint_layouts import UNet
 from tests.support.random_models import State, under, weights
 from tools import reference_images
@@ -121,15 +123,24 @@ def _adapter(size: UNet, kind: str) -> State:
     return half(layout, 0, {"to_k_ip.weight": 2.0, "to_v_ip.weight": 1.5})
 
 
+def _face_adapter() -> dict[str, State]:
+    """Return the sections of a FaceID file as it is published, with its LoRA."""
+    state = faces.tensors("faceid", SD15.widths, SD15.context)
+    return {
+        section: {key.partition(".")[2]: x for key, x in state.items() if key.startswith(section)}
+        for section in ("image_proj", "ip_adapter")
+    }
+
+
 def _controlnet() -> State:
     return half(layouts.controlnet(SD15), 0, {"zero_convs.0.0.weight": 0.5})
 
 
 class Model(NamedTuple):
-    """The groups that a stand-in is of, what makes its tensors, and other names of the file."""
+    """The groups that a stand-in is of, what makes its content, and other names of the file."""
 
     groups: tuple[str, ...]
-    build: Callable[[], State]
+    build: Callable[[], State | dict[str, State] | bytes]
     also: tuple[str, ...] = ()
 
 
@@ -160,6 +171,9 @@ MODELS = {
     "ipadapter/ip-adapter-plus_sdxl_vit-h.safetensors": Model(
         ("sdxl",), partial(_adapter, SDXL, "plus")
     ),
+    "ipadapter/ip-adapter-faceid_sd15.bin": Model(("faces",), _face_adapter),
+    "insightface/models/buffalo_l/det_10g.onnx": Model(("faces",), faces.drawn_detector),
+    "insightface/models/buffalo_l/w600k_r50.onnx": Model(("faces",), faces.recognizer),
     "controlnet/control_v11p_sd15_canny_fp16.safetensors": Model(("control",), _controlnet),
 }
 
@@ -185,8 +199,14 @@ def _link(target: Path, source: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _save(target: Path, build: Callable[[], State]) -> None:
-    save_file(build(), target)
+def _save(target: Path, model: Model) -> None:
+    made = model.build()
+    if isinstance(made, bytes):
+        target.write_bytes(made)
+    elif all(isinstance(x, torch.Tensor) for x in made.values()):
+        save_file(made, target)
+    else:
+        torch.save(made, target)
 
 
 def _make(target: Path, write: Callable[[Path], object]) -> None:
@@ -210,7 +230,7 @@ def ensure(*names: str) -> Path:
         known = ", ".join([*sorted(groups), *MODELS])
         raise KeyError(f"no stand-in model or group {name!r}; there are: {known}")
     base = base_directory()
-    for folder in ("checkpoints", "clip_vision", "controlnet", "ipadapter"):
+    for folder in {Path(name).parent for name in MODELS}:
         (base / "models" / folder).mkdir(parents=True, exist_ok=True)
     (base / "input").mkdir(exist_ok=True)
     with FileLock(base / "making.lock"):
@@ -219,7 +239,7 @@ def ensure(*names: str) -> Path:
             _make(base / "input" / name, partial(picture.save, format="PNG"))
         for name, model in MODELS.items():
             if not names or {name, *model.groups} & {*names}:
-                _make(path(name), partial(_save, build=model.build))
+                _make(path(name), partial(_save, model=model))
                 for alias in model.also:
                     _make(path(alias), partial(_link, source=path(name)))
     return base

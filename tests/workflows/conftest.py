@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.support import standins
-from tools.workflows.api import FOLDER, NAMES, read
+from tools.workflows.api import FOLDER, NAMES, needed, read
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,6 @@ def client(server):
     standins.ensure()
     server.run(needed(read("save_prompt"), "IPA_SavePrompt"))
     return server
-
-
-def needed(api: dict[str, Any], class_: str) -> dict[str, Any]:
-    """Return the node of that class, and all that it needs."""
-    found = [id_ for id_, node in api.items() if node["class_type"] == class_]
-    for id_ in found:
-        found += [value[0] for value in api[id_]["inputs"].values() if isinstance(value, list)]
-    return {id_: api[id_] for id_ in found}
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,11 @@ FOUND = """() => [...document.querySelectorAll('#results-list [role=option]')].m
 
 
 SHRINK = """() => {
-    const values = {EmptyLatentImage: {width: 64, height: 64}, KSampler: {steps: 1}}
+    const values = {
+        EmptyLatentImage: {width: 64, height: 64},
+        KSampler: {steps: 1},
+        IPA_LayerWeights: {preset: "ease out"},  // the stand-ins have other blocks
+    }
     for (const node of app.graph._nodes)
         for (const [name, value] of Object.entries(values[node.type] ?? {}))
             node.widgets.find((widget) => widget.name === name).value = value
@@ -53,6 +57,11 @@ SHOWN = """() => {
     const [image] = saved.imgs ?? []
     return image?.naturalWidth ? [image.naturalWidth, image.naturalHeight] : null
 }"""
+FACES = """() => app.graph._nodes.filter((node) => node.type === 'IPA_EncodeFace').map((node) => {
+    const preview = node.widgets.find((widget) => widget.name.includes('preview'))
+    return [node.imgs?.map((image) => image.naturalWidth), preview?.computedHeight > 200]
+})"""
+"""What these nodes show, and whether there is room for it."""
 
 
 @pytest.fixture
@@ -145,13 +154,20 @@ def test_a_template_opens_from_the_browser(bare, name):
 
 
 @pytest.mark.xdist_group("_started")  # by day, not worth a server for itself
-def test_a_template_runs_and_shows_its_image(bare):
-    open_template(bare, "text_and_image")
+@pytest.mark.parametrize("name, faces", [
+    ("text_and_image", 0),
+    ("face_id", 1),
+    pytest.param("face_and_style", 1, marks=nightly),
+    pytest.param("two_faces", 2, marks=nightly),
+])  # fmt: skip
+def test_a_template_runs_and_shows_its_image_and_faces(bare, name, faces):
+    open_template(bare, name)
     bare.evaluate(SHRINK)
     bare.evaluate("() => { app.queuePrompt(0) }")
     bare.wait_for_function(f"() => ({SHOWN})() || ({COMPLAINTS})().length", timeout=120_000)
     assert bare.evaluate(COMPLAINTS) == []
     assert bare.evaluate(SHOWN) == [64, 64]
+    assert bare.evaluate(FACES) == [[[256], True]] * faces
 
 
 @nightly

@@ -65,7 +65,8 @@ def test_files_are_those_that_auto_tells_people_to_get(workflow):
 
 def test_downloads_stand_at_the_node_that_names_the_file(workflow):
     for node in workflow.nodes:
-        files = [value for value in node["widgets_values"] if str(value).endswith(".safetensors")]
+        endings = (".safetensors", ".bin")
+        files = [value for value in node["widgets_values"] if str(value).endswith(endings)]
         if node["type"] == "IPA_AutoLoad":
             files = [name for name, _ in sorted(FOUND, reverse=True)]
         assert [model["name"] for model in node["properties"].get("models", ())] == files
@@ -88,7 +89,9 @@ def test_downloads_are_of_a_kind_that_the_host_offers(weights):
     parts = urlsplit(weights.url)
     assert (parts.scheme, parts.netloc, parts.query) == ("https", "huggingface.co", "")
     assert "/resolve/main/" in parts.path
-    assert weights.name.endswith(".safetensors") and weights.saved_as.endswith(".safetensors")
+    # FaceID is published as .bin alone: the host names it and its folder, and offers the address.
+    ending = ".bin" if weights == published.FACE_ID else ".safetensors"
+    assert weights.name.endswith(ending) and weights.saved_as.endswith(ending)
 
 
 def test_nodes_name_the_pack_they_come_from(workflow):
@@ -133,6 +136,14 @@ def test_settings_are_the_papers(workflow):
     }
     if weights:  # not a list of them
         assert weights == {1.0} if texts == {""} else max(weights) < 1
+
+
+def test_every_workflow_of_faces_tells_where_the_face_encoder_goes(workflow):
+    """It is a folder, which the list of downloads cannot hold."""
+    (about, _) = (n for n in workflow.editor["nodes"] if n["type"] == "MarkdownNote")
+    for inputs in of_class(workflow.api, "IPA_LoadFaceEncoder"):
+        place = f"models/insightface/models/{inputs['encoder_name']}"
+        assert f"`{place}`" in about["widgets_values"][0]
 
 
 def test_per_latent_has_one_latent_for_each_picture():

@@ -12,8 +12,8 @@ from tools.generated import ours, out_of_step
 from tools.workflows import api
 
 NAMES = sorted(path.stem for path in PAGES.glob("*.md"))
-IN_NO_WORKFLOW = {"IPA_LoadImageEncoder", "IPA_LoadFaceEncoder", "IPA_EncodeFace"}
-"""Their pages show the picture of a workflow that they can be put into."""
+IN_NO_WORKFLOW = {"IPA_LoadImageEncoder"}
+"""Its page shows the picture of a workflow that it can be put into."""
 
 
 def read(name):

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miniature.workflows import on_miniature
-from tools.workflows.api import NAMES, of_class, read, smaller
+from miniature.workflows import on_miniature, runs
+from tools.reference_images import EYES, MOUTH, NOSE
+from tools.workflows.api import NAMES, needed, of_class, read, smaller
 
 SERVERS = {"miniature": "miniature_server", "stand-ins": "client"}  # fixtures
+ELSEWHERE = [name for name in NAMES if not runs(read(name))]
+"""Workflows that the miniature has no models for."""
+PARTS = [EYES, EYES, NOSE, MOUTH, MOUTH]
 MODELS = [
     pytest.param("miniature", marks=pytest.mark.xdist_group("miniature_server")),
     pytest.param("stand-ins", marks=[pytest.mark.nightly, pytest.mark.xdist_group("_started")]),
@@ -70,14 +74,48 @@ def check(run, name, side=128):
 def test_every_workflow_runs_to_images(run, subtests):
     run("save_prompt")  # whose file another loads
     for name in NAMES:
-        if (run.models, name) != ("miniature", "sdxl"):  # which is of one family
+        if run.models != "miniature" or name not in ELSEWHERE:
             with subtests.test(name):
                 check(run, name)
 
 
-def test_sdxl_runs_to_an_image(client, images):
-    """On a stand-in by day too: the miniature is of one family."""
-    check(Runs("stand-ins", client, images), "sdxl", side=64)
+@pytest.mark.xdist_group("_started")
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_on_stand_ins_by_day_too(client, images, name):
+    check(Runs("stand-ins", client, images), name, side=64)
+
+
+@pytest.mark.xdist_group("_started")
+@pytest.mark.parametrize("name", [name for name in ELSEWHERE if "face" in name])
+def test_encode_face_points_at_the_parts_of_each_face(client, images, name):
+    api = needed(read(name), "IPA_EncodeFace")
+    shown = images(client.run(api))
+    assert len(shown) == len([*of_class(api, "IPA_EncodeFace")])
+    for picture in shown:
+        red, green, blue = (np.argwhere((picture == c).all(-1)) for c in 255 * np.eye(3))
+        nose = blue.mean(0)
+        eyes = (five[five[:, 0] < nose[0]].mean(0) for five in (red, green))
+        corners = (five[five[:, 0] > nose[0]].mean(0) for five in (red, green))
+        inwards = zip((5, -5, 5, 6, -6), (*eyes, nose, *corners), PARTS, strict=True)
+        for aside, (y, x), color in inwards:  # a marker covers three pixels to each side
+            assert np.abs(picture[round(y), round(x + aside)] - color).max() < 20
+
+
+@pytest.mark.xdist_group("_started")
+def test_each_person_stands_where_the_mask_says(client, images):
+    """Exchanging the pictures is inverting the mask."""
+    run = Runs("stand-ins", client, images)
+    api = run.prepared("two_faces", side=64)
+    (as_is,) = run.of(api)
+    one, other = of_class(api, "LoadImage")
+    one["image"], other["image"] = other["image"], one["image"]
+    (exchanged,) = run.of(api)
+    (regions,) = of_class(api, "IPA_ApplyRegions")
+    api["inverted"] = {"class_type": "InvertMask", "inputs": {"mask": regions["masks.mask0"]}}
+    regions["masks.mask0"] = ["inverted", 0]
+    (both,) = run.of(api)
+    assert np.abs(both - as_is).max() <= 2
+    assert np.abs(exchanged - as_is).mean() > 2
 
 
 def test_each_latent_follows_its_own_image(run):

@@ -59,7 +59,7 @@ def _page(node: Mapping[str, Any], prose: str) -> str:
     text = text.replace(outputs[0], _outputs(node, outputs[1]) + "\n", 1)
     # Functions: a replacement's backslashes would be read again.
     text = _INPUTS.sub(lambda _: _inputs(node), text)
-    return _PICTURE.sub(rf"![The workflow \1 and its result]({IMAGES}/\1.jpg)", text)
+    return _PICTURE.sub(rf"![The workflow \1]({IMAGES}/\1.jpg)", text)
 
 
 def _inputs(node: Mapping[str, Any]) -> str:

@@ -11,7 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ip_adapter_core.files.published import BASE, BASE_SDXL_VIT_H, PLUS, PLUS_FACE, VIT_H, Weights
+from ip_adapter_core.files.published import (
+    BASE,
+    BASE_SDXL_VIT_H,
+    FACE_ID,
+    PLUS,
+    PLUS_FACE,
+    VIT_H,
+    Weights,
+)
 from tools.comfyui.install import ROOT
 
 FOLDER = ROOT / "workflows"
@@ -48,7 +56,10 @@ CANNY = Weights(
 )
 PUBLIC = {
     weights.name: weights
-    for weights in (SD15, DREAMSHAPER, SDXL, VIT_H, BASE, PLUS, PLUS_FACE, BASE_SDXL_VIT_H, CANNY)
+    for weights in (
+        *(SD15, DREAMSHAPER, SDXL, VIT_H, CANNY),
+        *(BASE, PLUS, PLUS_FACE, BASE_SDXL_VIT_H, FACE_ID),
+    )
 }
 
 
@@ -60,6 +71,14 @@ def read(name: str) -> dict[str, Any]:
 def of_class(api: Api, *classes: str) -> Iterator[dict[str, Any]]:
     """Yield the inputs of every node of these classes."""
     return (node["inputs"] for node in api.values() if node["class_type"] in classes)
+
+
+def needed(api: Api, class_: str) -> dict[str, Any]:
+    """Return the nodes of a class, and all that they need."""
+    found = [id_ for id_, node in api.items() if node["class_type"] == class_]
+    for id_ in found:
+        found += [value[0] for value in api[id_]["inputs"].values() if is_link(value)]
+    return {id_: dict(api[id_]) for id_ in found}
 
 
 def missing(api: Api, models: Path) -> list[str]:

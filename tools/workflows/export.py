@@ -28,12 +28,13 @@ PACK = "comfyui-ip-adapter"
 
 STEPS = {
     "Models": "CheckpointLoaderSimple CLIPVisionLoader IPA_LoadAdapter IPA_AutoLoad"
-    " ControlNetLoader",
+    " IPA_LoadFaceEncoder ControlNetLoader",
     "Pictures": "LoadImage LoadImageMask InvertMask BatchImagesNode",
     "Text": "CLIPTextEncode",
-    "Image prompt": "IPA_EncodeImage IPA_Apply IPA_ApplyConditioning IPA_ApplyRegions"
-    " IPA_LayerWeights IPA_LatentWeights IPA_CombinePrompts IPA_PrepareImage IPA_NegativeNoise"
-    " IPA_SavePrompt IPA_LoadPrompt IPA_GridValues IPA_RecordAttention CurveEditor",
+    "Image prompt": "IPA_EncodeImage IPA_EncodeFace IPA_Apply IPA_ApplyConditioning"
+    " IPA_ApplyRegions IPA_LayerWeights IPA_LatentWeights IPA_CombinePrompts IPA_PrepareImage"
+    " IPA_NegativeNoise IPA_SavePrompt IPA_LoadPrompt IPA_GridValues IPA_RecordAttention"
+    " CurveEditor",
     "Structure": "Canny ControlNetApplyAdvanced",
     "Regions": "ConditioningSetAreaPercentage ConditioningCombine",
     "Start picture": "ImageToMask VAEEncode SetLatentNoiseMask",
@@ -47,6 +48,7 @@ LEAST = {
     "LoadImageMask": (300, 340),
     "CLIPTextEncode": (380, 140),
     "CurveEditor": (300, 340),
+    "IPA_EncodeFace": (300, 500),
     "IPA_LayerWeights": (340, 420),
     "IPA_LatentWeights": (300, 180),
     "IPA_PrepareImage": (300, 460),

@@ -4,24 +4,29 @@
     python -m tools.workflows.pictures --server 127.0.0.1:8188    # with a server's own models
 
 Every workflow runs. The miniature's images are small and say what drew them; a server's models
-run as the workflow says, on the server's own input images. The template browser shows a square of
-about 250 pixels and covers the upper left corner.
+run as the workflow says, on the server's own input images. There is no miniature of faces: those
+workflows run no further than *Encode Face*, with a detector that finds drawn faces by their
+colours, and the picture has what that node shows, in place of a result. The template browser shows
+a square of about 250 pixels and covers the upper left corner.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 
 from miniature import assemble
 from miniature.workflows import on_miniature
+from tests.support import standins
 from tools.comfyui import install
 from tools.comfyui.server import Client, Server
 from tools.workflows.api import (
@@ -32,6 +37,7 @@ from tools.workflows.api import (
     fed_by,
     is_link,
     missing,
+    needed,
     of_class,
     read,
 )
@@ -44,6 +50,8 @@ GROUND, INK, FAINT, BOX = "#1e2127", "#f2f2f2", "#9aa4b2", "#2f6f73"
 TILES, BOXES, RESULTS = (12, 142), (162, 284), (304, 500)
 """Left and right edges of the three columns."""
 REMARK = "drawn by the miniature models of the repository"
+FACE = "IPA_EncodeFace"
+FACE_REMARK = "drawn faces; no model of the repository draws a result"
 TEXT = "a star"
 BEFORE = {"load_prompt": ("save_prompt",)}
 """Workflows that another's run must come before."""
@@ -100,9 +108,9 @@ def _label(api: Api, id_: str) -> str | None:
             before = set(_upstream(api, inputs))
             more = f"\n{inputs['combine']}" if "BatchImagesNode" in before else ""
             more += "\nfrom a file" if "IPA_LoadPrompt" in before else ""
-            return f"IP-Adapter\n{shown}{more}#{id_}"
+            return f"{_kind(before)}\n{shown}{more}#{id_}"
         case "IPA_ApplyRegions":
-            return f"IP-Adapter\nregions#{id_}"
+            return f"{_kind(_upstream(api, inputs))}\nregions#{id_}"
         case "ControlNetApplyAdvanced":
             return f"ControlNet\nedges#{id_}"
         case "VAEEncode" | "SetLatentNoiseMask":
@@ -114,9 +122,14 @@ def _label(api: Api, id_: str) -> str | None:
     return None
 
 
+def _kind(before: Iterable[str]) -> str:
+    return "FaceID" if FACE in before else "IP-Adapter"
+
+
 def _upstream(api: Api, inputs: Mapping[str, Any]) -> Iterator[str]:
     """Yield the classes of the nodes that an image prompt comes from."""
-    source = inputs.get("image_prompt") or inputs.get("image")
+    names = ("image_prompt", "image_prompts.image_prompt0", "image")
+    source = next(filter(None, map(inputs.get, names)), None)
     if is_link(source):
         yield api[source[0]]["class_type"]
         yield from _upstream(api, api[source[0]]["inputs"])
@@ -141,9 +154,16 @@ def _checkpoint_of(api: Api) -> str:
 
 
 def draw(
-    api: Api, images: Mapping[str, Image.Image], results: Sequence[Image.Image], remark: str = ""
+    api: Api,
+    images: Mapping[str, Image.Image],
+    results: Sequence[Image.Image],
+    remark: str = "",
+    shows: str = "",
 ) -> Image.Image:
-    """Draw a square of `SIDE` pixels. `images` holds the loaded ones by file name."""
+    """Draw a square of `SIDE` pixels. `images` holds the loaded ones by file name.
+
+    `shows`: what the `results` are, where they are no results.
+    """
     sheet = Image.new("RGB", (SIDE, SIDE), GROUND)
     pen = ImageDraw.Draw(sheet)
     files = list(dict.fromkeys(images_of(api).values()))
@@ -155,7 +175,7 @@ def draw(
     boxes = [(left, top, right, top + 84) for top in tops]
     labelled = list(zip(stages, boxes, strict=True))
     lines = [(tiles[file], box) for stage, box in labelled for file in stage.files]
-    lines += itertools.product(boxes, places)
+    lines += [] if shows else itertools.product(boxes, places)
     for start, end in lines:
         middles = (start[1] + start[3]) // 2, (end[1] + end[3]) // 2
         pen.line([(start[2], middles[0]), (end[0], middles[1])], FAINT, 3)
@@ -168,7 +188,7 @@ def draw(
         pen.rounded_rectangle(box, 10, BOX)
         middle = ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)
         pen.text(middle, stage.label, INK, anchor="mm", spacing=3, align="center", font_size=21)
-    pen.text((SIDE - 12, 30), _checkpoint_of(api), FAINT, anchor="rm", font_size=24)
+    pen.text((SIDE - 12, 30), shows or _checkpoint_of(api), FAINT, anchor="rm", font_size=24)
     text = _wrapped(pen, _text_of(api), 22, SIDE - 24)
     pen.text((SIDE // 2, 454), text, INK, anchor="mm", align="center", font_size=22)
     pen.text((SIDE // 2, 496), remark, FAINT, anchor="mm", font_size=18)
@@ -202,16 +222,20 @@ def _wrapped(pen: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
     return "\n".join(lines)
 
 
-def run_and_draw(client: Client, api: Api, remark: str) -> Image.Image:
-    """Run a workflow and draw it. Raises PromptError if it fails."""
+def run_and_draw(client: Client, api: Api, remark: str, faces: bool = False) -> Image.Image:
+    """Run a workflow and draw it, or with `faces` what *Encode Face* shows in it.
+
+    Raises PromptError if it fails.
+    """
     loaded = {
         file: _open(client.view({"filename": file, "type": "input"}))
         for file in images_of(api).values()
     }
-    images = client.run(api).images
-    saved = (id_ for id_, node in api.items() if node["class_type"] == "SaveImage")
-    results = [_open(image) for id_ in saved for image in images[id_]]  # previews are no results
-    return draw(api, loaded, results, remark)
+    images = client.run(needed(api, FACE) if faces else api).images
+    wanted = FACE if faces else "SaveImage"  # other previews are no results
+    shown = (id_ for id_, node in api.items() if node["class_type"] == wanted)
+    results = [_open(image) for id_ in shown for image in images[id_]]
+    return draw(api, loaded, results, remark, "Encode Face shows:" if faces else "")
 
 
 def _open(data: bytes) -> Image.Image:
@@ -239,18 +263,24 @@ def main() -> None:
     parser.add_argument("--server", help="a running ComfyUI with the weights, 127.0.0.1:8188")
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        if arguments.server:
-            client = Client(arguments.server)
-        else:
-            client = stack.enter_context(Server(assemble.ensure(), install.require()))
+
+        @functools.cache
+        def started(base: Path) -> Client:
+            return stack.enter_context(Server(base, install.require()))
+
         for name in in_order(arguments.names or NAMES):
             api = read(name)
-            if not arguments.server:
+            if arguments.server:
+                sheet = run_and_draw(Client(arguments.server), api, "")
+            elif any(of_class(api, FACE)):
+                sheet = run_and_draw(started(standins.ensure("faces")), api, FACE_REMARK, True)
+            else:
                 api = on_miniature(api, TEXT)
-                if lacking := missing(api, assemble.base_directory() / "models"):
+                if lacking := missing(api, assemble.ensure() / "models"):
                     print(f"{name}: left as it is, the miniature has no {', '.join(lacking)}")
                     continue
-            data = jpeg(run_and_draw(client, api, "" if arguments.server else REMARK))
+                sheet = run_and_draw(started(assemble.ensure()), api, REMARK)
+            data = jpeg(sheet)
             (FOLDER / f"{name}.jpg").write_bytes(data)
             print(f"workflows/{name}.jpg: {len(data) / 1024:.0f} KB", flush=True)
 
