@@ -11,6 +11,7 @@ import pytest
 from tools.comfyui.browser import COMPLAINTS
 from tools.comfyui.install import ROOT
 from tools.workflows.api import FOLDER, NAMES, SD15
+from tools.workflows.export import LEAST
 
 pytestmark = pytest.mark.browser
 nightly = pytest.mark.nightly
@@ -57,11 +58,9 @@ SHOWN = """() => {
     const [image] = saved.imgs ?? []
     return image?.naturalWidth ? [image.naturalWidth, image.naturalHeight] : null
 }"""
-FACES = """() => app.graph._nodes.filter((node) => node.type === 'IPA_EncodeFace').map((node) => {
-    const preview = node.widgets.find((widget) => widget.name.includes('preview'))
-    return [node.imgs?.map((image) => image.naturalWidth), preview?.computedHeight > 200]
-})"""
-"""What these nodes show, and whether there is room for it."""
+FACES = """() => app.graph._nodes.filter((node) => node.type === 'IPA_EncodeFace').map(
+    (node) => [node.imgs?.map((image) => image.naturalWidth), [...node.size]])"""
+"""What these nodes show, and their sizes, which grow where there is no room for it."""
 
 
 @pytest.fixture
@@ -167,7 +166,7 @@ def test_a_template_runs_and_shows_its_image_and_faces(bare, name, faces):
     bare.wait_for_function(f"() => ({SHOWN})() || ({COMPLAINTS})().length", timeout=120_000)
     assert bare.evaluate(COMPLAINTS) == []
     assert bare.evaluate(SHOWN) == [64, 64]
-    assert bare.evaluate(FACES) == [[[256], True]] * faces
+    assert bare.evaluate(FACES) == [[[256], list(LEAST["IPA_EncodeFace"])]] * faces
 
 
 @nightly
