@@ -33,7 +33,8 @@ def shared_inputs() -> list[io.Input]:
     """Return the inputs that the Apply nodes share."""
     return [
         types.IPAdapter.Input(
-            "adapter", tooltip="An IP-Adapter for the same family as the model (SD1.5, SDXL or Flux.1)."
+            "adapter",
+            tooltip="An IP-Adapter for the same family as the model (SD1.5, SDXL or Flux.1).",
         ),
         types.ImagePrompt.Input(
             "image_prompt", tooltip="Made with the image encoder that the adapter was trained with."
