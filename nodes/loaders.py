@@ -82,8 +82,8 @@ class AutoLoadIPAdapter(types.Node):
                 io.Model.Input(
                     "model",
                     tooltip="Decides for the family (SD1.5, SDXL, Flux.1); only its layers are "
-                    "looked at. Connect it straight from the checkpoint: behind a LoRA, every change "
-                    "of that would load the files again.",
+                    "looked at. Connect it straight from the checkpoint: behind a LoRA, every "
+                    "change of that would load the files again.",
                 ),
                 io.Combo.Input(
                     "preset",
