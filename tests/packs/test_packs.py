@@ -472,6 +472,58 @@ def test_easy_use_asks_for_served_nodes(use, small, served, record_property):
     record_property("error", "0.0e+00")
 
 
+@pytest.mark.parametrize("kind", ["xlabs", "instantx"])
+def test_a_quantised_flux(use, flux, kind, tmp_path, monkeypatch, record_property):
+    """Q8_0, from a file, beside the same model with the weights that this leaves."""
+    import folder_paths
+
+    gguf = pytest.importorskip("gguf")
+    name, size = "ComfyUI-GGUF", flux.DETECTED
+    nodes_of(name)
+    writer = gguf.GGUFWriter(str(tmp_path / "unet.gguf"), "flux")
+    plain = flux.model(size)
+    inner, rounded = plain.model.diffusion_model, {}
+    for key, tensor in inner.state_dict().items():
+        array, stored = tensor.float().numpy(), gguf.GGMLQuantizationType.F32
+        if array.ndim == 2 and array.shape[1] % 32 == 0:
+            stored = gguf.GGMLQuantizationType.Q8_0
+            array = gguf.quants.quantize(array, stored)
+        writer.add_tensor(key, array, raw_dtype=stored)
+        left = gguf.quants.dequantize(array, stored)
+        rounded[key] = torch.from_numpy(left).reshape(tensor.shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    get = folder_paths.get_full_path
+    monkeypatch.setattr(
+        folder_paths,
+        "get_full_path",
+        lambda kind, file: str(tmp_path / file) if kind == "unet" else get(kind, file),
+    )
+    quantised = use(name, "UnetLoaderGGUF", unet_name="unet.gguf")
+    adapter = flux.adapter(flux.FILES[kind](size))
+    before = {key: x.clone() for key, x in inner.state_dict().items()}
+    try:
+        inner.load_state_dict(rounded)
+        noise = torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(1))
+        texts = flux.text(1, size), flux.text(2, size)
+        found, expected, bare = (
+            flux.sample(model, *texts, at=(0.4,), noise=noise)
+            for model in (
+                flux.small.apply(quantised, adapter, flux.images()),
+                flux.small.apply(plain, adapter, flux.images()),
+                plain,
+            )
+        )
+    finally:
+        inner.load_state_dict(before)
+    # The pack calculates with half precision in between.
+    error = float((found - expected).abs().max() / expected.abs().max())
+    record_property("error", f"{error:.1e}")
+    assert error < 1e-3 < float((expected - bare).abs().max() / expected.abs().max()) / 10
+
+
 def test_a_quantised_unet(use, small, compare, tmp_path, monkeypatch):
     """Q8_0, from a file; ComfyUI knows the UNet by its layout, so that it is a stand-in's."""
     import folder_paths

@@ -40,6 +40,8 @@ class Size:
     head: int = HEAD
     text: int = TEXT
     axes: tuple[int, ...] = AXES
+    pooled: int = POOLED
+    channels: int = CHANNELS
 
     @property
     def width(self) -> int:
@@ -48,6 +50,7 @@ class Size:
 
 SMALL = Size()
 REAL_DEPTH = Size(19, 38)
+DETECTED = Size(2, 2, 2, 128, 4096, (16, 56, 56), 768, 16)  # what ComfyUI knows a file of Flux by
 REAL_WIDTH = Size(1, 1, 24, 128, 4096, (16, 56, 56))
 
 
@@ -56,13 +59,13 @@ def twin(size: Size) -> Any:
     """diffusers' model, filled."""
     made = FluxTransformer2DModel(
         patch_size=1,
-        in_channels=4 * CHANNELS,
+        in_channels=4 * size.channels,
         num_layers=size.double,
         num_single_layers=size.single,
         attention_head_dim=size.head,
         num_attention_heads=size.heads,
         joint_attention_dim=size.text,
-        pooled_projection_dim=POOLED,
+        pooled_projection_dim=size.pooled,
         guidance_embeds=True,
         axes_dims_rope=size.axes,
     )
@@ -75,10 +78,10 @@ def _built(size: Size, dtype: torch.dtype, cast: torch.dtype | None) -> Any:
     config.manual_cast_dtype = cast
     config.unet_config = {
         "image_model": "flux",
-        "in_channels": CHANNELS,
-        "out_channels": CHANNELS,
+        "in_channels": size.channels,
+        "out_channels": size.channels,
         "patch_size": 2,
-        "vec_in_dim": POOLED,
+        "vec_in_dim": size.pooled,
         "context_in_dim": size.text,
         "hidden_size": size.width,
         "mlp_ratio": 4.0,
@@ -204,7 +207,7 @@ def text(seed: int, size: Size = SMALL, length: int = 5, **options: Any) -> Any:
     """A conditioning of one random text."""
     generator = torch.Generator().manual_seed(1000 + seed)
     states = torch.randn(1, length, size.text, generator=generator)
-    pooled = torch.randn(1, POOLED, generator=generator)
+    pooled = torch.randn(1, size.pooled, generator=generator)
     return [[states, {"pooled_output": pooled, "guidance": 3.5, **options}]]
 
 
