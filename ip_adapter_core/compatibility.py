@@ -22,7 +22,8 @@ _LACKING: dict[FeatureKind, tuple[str, str]] = {
     "image_embeds": (
         "the encoder's image embedding",
         "its file holds no 'visual_projection.weight' (of SigLIP: no 'vision_model.head.…', or is "
-        "not in models/clip_vision), so it gives none. Load the complete image encoder",
+        "no .safetensors file in models/clip_vision), so it gives none. Load the complete image "
+        "encoder",
     ),
     "penultimate_hidden_states": (
         "the encoder's hidden states",

@@ -1,10 +1,9 @@
-"""LayerKey weights as named data: on which cross-attention layers an image acts, and how much.
+"""Layer weights as named data: on which cross-attention layers an image acts, and how much.
 
 Blocks are named as ComfyUI names them: ("input" | "output" | "middle", number) in a UNet, ("double"
-| "single", number) in a Flux. Which of a UNet's carry
-style and which composition was found for SDXL by InstantStyle (arXiv 2404.02733: up_blocks.0.
-attentions.1 and down_blocks.2.attentions.1 in diffusers' names); for SD1.5 it is what users of
-ComfyUI_IPAdapter_plus settled on.
+| "single", number) in a Flux. Which of a UNet's carry style and which composition was found for
+SDXL by InstantStyle (arXiv 2404.02733: up_blocks.0.attentions.1 and down_blocks.2.attentions.1 in
+diffusers' names); for SD1.5 it is what users of ComfyUI_IPAdapter_plus settled on.
 """
 
 from __future__ import annotations
@@ -273,8 +272,9 @@ def edited(weights: Sequence[float], layers: Sequence[LayerKey], text: str) -> l
             )
         chosen = [place for place, layer in enumerate(layers) if _names(match, layer)]
         if not chosen:
+            kind = "cross-attention layer" if layers[0][0] in _OF_UNETS else "block"
             raise ValueError(
-                f"The layer weight {entry!r} names no cross-attention layer of this model, which "
+                f"The layer weight {entry!r} names no {kind} of this model, which "
                 f"has {', '.join(layer_names(forward(layers)))}."
             )
         for place in chosen:

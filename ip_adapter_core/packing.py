@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .adapter import AdapterSpec, IPAdapter
 from .image_prompt import ImageFeatures, ImagePrompt
-from .variants import CROSS_ATTENTION
+from .variants import CROSS_ATTENTION, Place
 
 COMBINE = ("concat", "average", "per_latent")
 V_ONLY, MEAN_APART = "V only", "K+mean(V) w/ C penalty"
@@ -21,6 +21,11 @@ SCALINGS = (V_ONLY, "K+V", "K+V w/ C penalty", MEAN_APART)
 """What λ multiplies, in ComfyUI_IPAdapter_plus's words: V'; K' and V'; these times C/1280, C the
 layer's width; K' and the mean of V' over an image's tokens (times C/1280), its deviations not."""
 _WIDEST = 1280  # C of the deepest level of SD1.5 and SDXL
+_ORDER: dict[Place, str] = {
+    CROSS_ATTENTION: "down, up, middle",
+    "attention output": "double, single",
+    "block output": "double",
+}
 KeysValues: TypeAlias = tuple[Tensor, Tensor]
 
 
@@ -113,13 +118,23 @@ def against(spec: AdapterSpec, prompt: ImagePrompt) -> ImageFeatures | None:
     """Return what stands against an image in guidance, as the adapter was trained.
 
     A picture of the user's in any case. Otherwise UNets' adapters have the zero image, XLabs' a
-    black picture, and InstantX's, whose model is distilled, nothing: None.
+    black picture, and InstantX's, whose model is distilled, nothing: None. (Prompts that were saved
+    before there was Flux know no black picture: `lacks_black`.)
     """
-    if prompt.black is None or spec.place == CROSS_ATTENTION:
+    if spec.place == CROSS_ATTENTION:
         return prompt.negative
-    if spec.place == "attention output":
+    if spec.place == "attention output" and (prompt.black is not None or lacks_black(prompt)):
         return None
-    return replace(prompt.negative, image_embeds=prompt.black)
+    return (
+        prompt.negative
+        if prompt.black is None
+        else replace(prompt.negative, image_embeds=prompt.black)
+    )
+
+
+def lacks_black(prompt: ImagePrompt) -> bool:
+    """Return whether the zero image stands against the images, and no black picture is known."""
+    return prompt.black is None and not prompt.negative.image_embeds.any()
 
 
 def tokens(
@@ -177,8 +192,8 @@ def layer_folding(
     if not found == len(given.negative) == len(given.itself) == len(spec.layer_dims):
         raise ValueError(
             f"layer_weights holds {found} values, but the adapter has "
-            f"{len(spec.layer_dims)} cross-attention layers: give one value a layer, in "
-            "checkpoint order (down, up, middle)."
+            f"{len(spec.layer_dims)} {spec.place} layers: give one value a layer, in "
+            f"checkpoint order ({_ORDER[spec.place]})."
         )
     positive, negative = (
         tuple(weight * x for x in side) for side in (given.positive, given.negative)

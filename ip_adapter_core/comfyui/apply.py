@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..compatibility import check_encoder, check_fits
 from ..image_prompt import ImagePrompt
-from ..packing import LayerFolding, Packed, layer_folding
+from ..packing import LayerFolding, Packed, lacks_black, layer_folding
 from ..variants import CROSS_ATTENTION
 from .conditioning import Conditioning, attached_to
 from .decoupled_attention import inject_decoupled_attention
@@ -169,8 +169,9 @@ def _folding(model: ModelPatcher, settings: ApplySettings) -> LayerFolding:
     if adapter.spec.place != CROSS_ATTENTION:
         if not FLUX_HOOKS:
             raise RuntimeError(
-                f"'{adapter.name}' is an IP-Adapter for Flux.1, whose blocks this ComfyUI does not "
-                "open to other packs. Update ComfyUI to 0.14 or newer."
+                f"'{adapter.name}' is an IP-Adapter for Flux.1, whose blocks this ComfyUI, or a "
+                "pack that put its own in their place, does not open. Update ComfyUI to 0.14 or "
+                "newer, or take that pack out."
             )
         if weights is not None and not isinstance(weights, LayerFolding):
             every = layers_of(model)  # which Layer Weights gives one number each
@@ -192,6 +193,13 @@ def _sides(model: ModelPatcher, settings: ApplySettings, folding: LayerFolding) 
     def made(packed: Packed) -> CompiledPrompt:
         return CompiledPrompt(packed, masks, schedule, spec.layer_dims, settings.deal, spec.place)
 
+    if spec.place == "block output" and lacks_black(prompt):
+        logger.warning(
+            "The image prompt for '%s' was saved or made without a black picture, which this "
+            "adapter is guided away from: with guidance (cfg) above 1 the result differs. Encode "
+            "the image again.",
+            adapter.name,
+        )
     image, against = adapter.compile(prompt, folding, settings.combine, dtype, dim_head)
     return made(image), None if against is None else made(against)
 

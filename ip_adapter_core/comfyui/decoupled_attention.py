@@ -37,8 +37,8 @@ class AttentionRecord(Protocol):
         Their prompts are those in force.
         """
 
-    def look(self, options: dict[str, Any], latent: Size) -> Callable[[Layer], Seen] | None:
-        """Return what watches the layers of one UNet call on latents of this size, if any."""
+    def look(self, options: dict[str, Any], latent: Size) -> Callable[[Place, Layer], Seen] | None:
+        """Return what watches the layers of one model call on latents of this size, if any."""
 
 
 def inject_decoupled_attention(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -50,8 +50,11 @@ def inject_decoupled_attention(executor: Any, x: Tensor, *args: Any, **kwargs: A
     rows = kwargs.pop(KEY, None)
     if not rows:
         return executor(x, *args, **kwargs)
-    # Where it stands differs between models; behind it come no mappings.
-    at = max((i for i, x in enumerate(args) if isinstance(x, dict)), default=None)
+    # Where it stands differs between models; behind it come no mappings, before it control's.
+    named = "transformer_options" in kwargs
+    at = (
+        None if named else max((i for i, x in enumerate(args) if isinstance(x, dict)), default=None)
+    )
     given = kwargs.get("transformer_options") if at is None else args[at]
     with _laid(given or {}, executor.class_obj, rows, x) as options:
         if at is None:
@@ -83,7 +86,7 @@ def _laid(
                 [(*kv[i], mask) for kv, mask in zip(keys_values, masks, strict=True)]
                 for i in range(len(dims))
             ]
-            seen = [None if watch is None else watch(layer) for layer in layers]
+            seen = [None if watch is None else watch(place, layer) for layer in layers]
             made = kind(layers, prompts, seen, call)
             options = around.enter_context(made.laid(options, model))
         yield options

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..attention import attend
 from ..layer_weights import Block
-from .layers import BLOCKS, Layer, blocks_of
+from .layers import BLOCKS, Blocks, Layer
 from .masks import Size
 from .model_call import Call, ImageParts, LaidMask, Prompts, Seen
 
@@ -95,7 +95,10 @@ class _Blocks:
         """Give a copy of the options that has the images' parts in it."""
         patch: Any = model.patch_size
         self.size = -(-self.latent[0] // patch), -(-self.latent[1] // patch)  # padded, as there
-        modules: dict[Block, Any] = options.get(BLOCKS) or blocks_of(model)
+        known: Blocks | None = options.get(BLOCKS)
+        if known is None or known.transformer is not model:  # a clone on another device
+            known = Blocks.of(model)
+        modules = known.modules
         if _run_by_comfyui(model, modules):
             yield self.in_slots(options)
             return

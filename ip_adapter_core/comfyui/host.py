@@ -34,7 +34,7 @@ except ImportError:
 
 
 FLUX_HOOKS = "attn1_output_patch" in DoubleStreamBlock.forward.__code__.co_consts
-"""Whether the blocks of a Flux call attention's patches (0.13)."""
+"""Whether the blocks of a Flux call attention's patches (0.14)."""
 CoreModelPatcher = getattr(patchers, "CoreModelPatcher", patchers.ModelPatcher)  # 0.12
 if "_load_from_state_dict" not in vars(CLIPVisionModelProjection):
 

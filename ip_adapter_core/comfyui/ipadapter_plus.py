@@ -22,11 +22,11 @@ from ..image_prompt import UNNAMED, ImageFeatures, ImagePrompt, bare
 from ..ipadapter_plus.features import MOST_PIECES, across_images, enhanced, pieces, to_rows
 from ..ipadapter_plus.presets import Preset, first
 from ..ipadapter_plus.weight_types import Asked, foldings
-from ..variants import FACE
+from ..variants import CROSS_ATTENTION, FACE
 from .apply import ApplySettings, apply_to_model, compile_prompts
 from .encode import AT_ONCE, features, zero_features
 from .encode_faces import prompt_of
-from .layers import is_kolors, layers_of
+from .layers import is_kolors, layers_at, layers_of, name_of
 from .loaders import ManagedAdapter, find_files, loadable
 
 logger = logging.getLogger("comfyui_ip_adapter")
@@ -72,6 +72,7 @@ def apply(model: ModelPatcher, request: Request) -> ModelPatcher:
 
     Raises ValueError for what does not belong together, or an encoder that is missing.
     """
+    _check_unet(model)
     if request.start_at > request.end_at:
         logger.warning(
             "start_at (%g) lies after end_at (%g): the image never acts.",
@@ -241,6 +242,18 @@ def is_sdxl(model: ModelPatcher) -> bool:
     return isinstance(model.model, tuple(getattr(comfy.model_base, kind) for kind in kinds))
 
 
+def _check_unet(model: ModelPatcher) -> None:
+    """Raise ValueError for a transformer, which that pack's weight types mean nothing on."""
+    if layers_at(model.get_model_object("diffusion_model"), CROSS_ATTENTION):
+        return
+    layers_of(model)  # says what else it may be
+    raise ValueError(
+        f"The connected model ({name_of(model)}) is a transformer. The nodes of "
+        "ComfyUI_IPAdapter_plus are for UNets: take Load IP-Adapter, Encode Image Prompt and Apply "
+        "IP-Adapter."
+    )
+
+
 def find(
     model: ModelPatcher, preset: Preset, adapters: Folder, encoders: Folder
 ) -> tuple[AdapterFile, EncoderFile | None]:
@@ -251,6 +264,7 @@ def find(
     Raises ValueError for a preset that the model's family does not have, and FileNotFoundError,
     which says what to get.
     """
+    _check_unet(model)
     sdxl = is_sdxl(model)
     family = "SDXL" if sdxl else "SD1.5"
     if not (preset.sdxl if sdxl else preset.sd15):

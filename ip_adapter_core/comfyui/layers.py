@@ -20,7 +20,7 @@ KEY = "ip_adapter"
 """Of the pack's wrappers, attachments and conditionings."""
 Conds: TypeAlias = dict[str, list[dict[str, Any]]]
 LAYERS = f"{KEY}.layers"  # in the run's transformer_options
-BLOCKS = f"{KEY}.blocks"  # the same: a Flux's, which other packs replace during a call
+BLOCKS = f"{KEY}.blocks"  # the same: `Blocks`, for other packs replace a Flux's during a call
 RECORD = f"{KEY}.record"  # the same, and an attachment of the model
 
 
@@ -67,6 +67,21 @@ def blocks_of(transformer: nn.Module) -> dict[Block, Any]:
         for kind in ("double", "single")
         for number, block in enumerate(getattr(transformer, f"{kind}_blocks", ()))
     }
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The blocks of one Flux. Who copies options deeply, as packs do, gets this one again."""
+
+    transformer: nn.Module
+    modules: Mapping[Block, Any]
+
+    @classmethod
+    def of(cls, transformer: nn.Module) -> Blocks:
+        return cls(transformer, blocks_of(transformer))
+
+    def __deepcopy__(self, memo: Any) -> Blocks:
+        return self
 
 
 def _blocks(transformer: Any, *kinds: str) -> tuple[Layer, ...]:

@@ -48,6 +48,7 @@ from ..files.header import file_format, read_header
 from ..files.tower_config import ImageEncoderError, Tower, check_whole
 from ..image_prompt import ImagePrompt
 from ..packing import LayerFolding, Packed, compile_sides
+from ..variants import CROSS_ATTENTION
 from . import host
 from .layers import is_kolors, layers_by_place, layers_of, name_of
 from .siglip import MODEL_TYPE as SIGLIP
@@ -79,7 +80,12 @@ class ManagedAdapter:
     @contextmanager
     def loaded(self) -> Iterator[None]:
         """Keep the adapter on the compute device within, and only there."""
-        memory.load_models_gpu([self.patcher])
+        room = {}
+        if self.spec.place != CROSS_ATTENTION:
+            # A weight is cast to float32 beside it: of InstantX's largest 4.8 GB.
+            largest = max(weight.numel() for weight in self.module.parameters())
+            room["memory_required"] = 4 * largest
+        memory.load_models_gpu([self.patcher], **room)
         try:
             yield
         finally:

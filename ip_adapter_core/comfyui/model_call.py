@@ -39,7 +39,7 @@ def for_all(rows: Tensor, x: Tensor) -> Tensor:
             "beside, so which row follows which image cannot be told: another node has cut the "
             "batch. Take that node or Apply IP-Adapter out."
         )
-    return repeat_to_batch_size(rows, len(x))
+    return repeat_to_batch_size(rows.to(x.device), len(x))  # ComfyUI has models on several
 
 
 class MaskAt:

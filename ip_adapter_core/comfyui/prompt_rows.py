@@ -58,8 +58,9 @@ class CompiledPrompt:
         if dims != self.layer_dims:
             raise ValueError(
                 f"The conditioning carries an image prompt for a model of {len(self.layer_dims)} "
-                f"{self.place} layers, but the sampled model has {len(dims)} of other widths. "
-                "Apply the adapter to the model that is sampled."
+                f"{self.place} layers, but the sampled model has {len(dims) or 'none'}"
+                f"{' of other widths' if dims else ''}. Apply the adapter to the model that is "
+                "sampled."
             )
         packed, masks = self.packed, self.masks
         numbers = run.per_latent(len(packed.tensor), "images", self.deal)

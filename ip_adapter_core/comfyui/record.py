@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..attention_map import KEPT, LIMIT, RecordedRun, Share, of_samples
 from ..layer_weights import Block, LayerKey
+from ..variants import Place
 from .apply import with_wrappers
 from .layers import KEY, RECORD, Conds, Layer, frames_of, layers_of
 from .masks import Size, layer_size, whole
@@ -33,8 +34,8 @@ class _Call:
     """One UNet call at `sigma (1,)`, of `texts` conditionings, of which `looked` count.
 
     `latent`: height and width; `frames`: which latents the rows of each are, after `skip` that
-    ComfyUI discards; `numbers`: see `Share`; `evaluated`: what `looked` are of, in which of the
-    guider's calls, see `_Watch.known`; `layers`: those that were seen.
+    ComfyUI discards; `numbers`: see `Share`, of the slots at each place; `evaluated`: what `looked`
+    are of, in which of the guider's calls, see `_Watch.known`; `layers`: those that were seen.
     """
 
     latent: Size
@@ -43,24 +44,26 @@ class _Call:
     looked: tuple[int, ...]
     frames: tuple[int, ...]
     skip: int
-    numbers: tuple[tuple[int, ...], ...]
+    numbers: dict[Place, tuple[tuple[int, ...], ...]]
     evaluated: frozenset[Any]
     number: int
-    layers: set[LayerKey] = field(default_factory=set)
+    layers: set[tuple[Place, LayerKey]] = field(default_factory=set)
 
 
 @dataclass(eq=False)
 class _Seen:
-    """The sum of `layers` of one block in one call, `maps` as in `Share`."""
+    """The sum of `layers` of one block in one call, at one place; `maps` as in `Share`."""
 
     call: _Call
+    place: Place
     block: Block
     maps: Tensor
     layers: int = 1
 
     def share(self) -> Share:
         sigma, maps = float(self.call.sigma), self.maps.cpu() / self.layers
-        return Share(sigma, self.block, self.call.frames, self.call.numbers, maps)
+        numbers = self.call.numbers[self.place]
+        return Share(sigma, self.block, self.call.frames, numbers, maps)
 
 
 @dataclass(eq=False)
@@ -120,7 +123,11 @@ class _Watch:
         if again:
             self._forget(again)
         self.known |= dict.fromkeys(looked, self.calls)
-        in_slots, numbers = slots(rows), looked.values()
+        by_place: dict[Place, list[list[PreparedPrompt | None]]] = {}
+        for slot in slots(rows):
+            place = next(prompt for prompt in slot if prompt is not None).source.place
+            by_place.setdefault(place, []).append(slot)
+        numbers = looked.values()
         return _Call(
             latent=latent,
             sigma=options["sigmas"][:1].clone(),
@@ -130,7 +137,10 @@ class _Watch:
             number=self.calls,
             frames=tuple(range(self.run.batch)) if of_window is None else of_window,
             skip=int(getattr(window, "causal_anchor_index", None) is not None),
-            numbers=tuple(tuple(self._number(slot[i]) for slot in in_slots) for i in numbers),
+            numbers={
+                place: tuple(tuple(self._number(slot[i]) for slot in own) for i in numbers)
+                for place, own in by_place.items()
+            },
         )
 
     def _forget(self, evaluated: AbstractSet[Any]) -> None:
@@ -144,8 +154,8 @@ class _Watch:
     def _number(self, prompt: PreparedPrompt | None) -> int:
         return 0 if prompt is None else self.numbers[prompt.source]
 
-    def watched(self, call: _Call, layer: Layer) -> Seen:
-        """Return what writes the shares of one layer's images down."""
+    def watched(self, call: _Call, place: Place, layer: Layer) -> Seen:
+        """Return what writes the shares of one layer's images down, of those at one place."""
 
         def seen(text: Tensor, images: Tensor, order: Tensor | None, told: Any) -> None:
             size = layer_size(text.shape[-1], call.latent, told)
@@ -153,11 +163,11 @@ class _Watch:
                 shares = _shares(text, images)
                 if order is not None:  # an attention couple's regions: their mean
                     shares = torch.stack([shares[order == row].mean(0) for row in order.unique()])
-                self._add(call, layer, shares.unflatten(-1, size))
+                self._add(call, place, layer, shares.unflatten(-1, size))
 
         return seen
 
-    def _add(self, call: _Call, layer: Layer, maps: Tensor) -> None:
+    def _add(self, call: _Call, place: Place, layer: Layer, maps: Tensor) -> None:
         """Add `maps (rows, slots, height, width)` of one layer.
 
         A layer that comes a second time in a call begins it anew: the pass before was another's,
@@ -165,16 +175,16 @@ class _Watch:
         """
         texts = maps.chunk(call.texts)
         own = torch.stack([texts[i][call.skip :] for i in call.looked])
-        last = self.seen[-1] if self.seen else None
-        if layer.key in call.layers:
+        if (place, layer.key) in call.layers:
             call.layers.clear()
             self._forget(call.evaluated)
-            last = None
-        call.layers.add(layer.key)
-        if last is not None and last.call is call and last.block == layer.key[:2]:
+        call.layers.add((place, layer.key))
+        last = self.seen[-1] if self.seen else None
+        where = call, place, layer.key[:2]
+        if last is not None and (last.call, last.place, last.block) == where:
             last.maps, last.layers = last.maps + own, last.layers + 1
         else:
-            self.seen.append(_Seen(call, layer.key[:2], own))
+            self.seen.append(_Seen(*where, own))
 
 
 def _shares(text: Tensor, images: Tensor) -> Tensor:
@@ -236,8 +246,8 @@ class AttentionRecorder:
                 for entry in conditioning or ()
             }
 
-    def look(self, options: dict[str, Any], latent: Size) -> Callable[[Layer], Seen] | None:
-        """Return what watches the layers of one UNet call; None where there is nothing to see."""
+    def look(self, options: dict[str, Any], latent: Size) -> Callable[[Place, Layer], Seen] | None:
+        """Return what watches the layers of one model call; None where there is nothing to see."""
         watch = self._watch
         call = None if watch is None else watch.call(options, latent)
         return None if watch is None or call is None else partial(watch.watched, call)
@@ -254,7 +264,7 @@ def _numbered(conds: Conds) -> dict[CompiledPrompt, int]:
 def recording(model: ModelPatcher) -> tuple[ModelPatcher, AttentionRecorder]:
     """Return a clone of the model whose runs are watched, and what they leave.
 
-    Raises ValueError for a model that is no UNet.
+    Raises ValueError for a model that has no layers for image prompts.
     """
     layers_of(model)
     record = AttentionRecorder()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .conditioning import PromptedStates, compiled
 from .decoupled_attention import REPLACED, AttentionRecord, replaced_modules
-from .layers import BLOCKS, KEY, LAYERS, RECORD, blocks_of, frames_of, layers_by_place
+from .layers import BLOCKS, KEY, LAYERS, RECORD, Blocks, frames_of, layers_by_place
 from .prompt_rows import CompiledPrompt, PromptRows, SamplingRun
 from .schedule import Moment
 
@@ -46,7 +46,7 @@ def prepare_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
     }
     shared = guider.model_options["transformer_options"]
     shared[LAYERS] = run.layers
-    shared[BLOCKS] = blocks_of(inner)
+    shared[BLOCKS] = Blocks.of(inner)
     against = [negative for _, negative in pairs if negative is not None]
     shared[UNNAMED] = run.rows(against) if against else None
     record: AttentionRecord | None = model.get_attachment(RECORD)

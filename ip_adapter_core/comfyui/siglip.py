@@ -56,9 +56,11 @@ def pooled(clip_vision: ClipVisionModel, states: Tensor) -> Tensor:
 
     `(N, 0)` where no file in models/clip_vision has the head of this encoder.
     """
-    if clip_vision not in _found:
-        _found[clip_vision] = _head_of(clip_vision)
-    head = _found[clip_vision]
+    head = _found.get(clip_vision)
+    if head is None:
+        head = _head_of(clip_vision)
+    if head is not None:
+        _found[clip_vision] = head
     states = states.float().cpu()
     return states.new_zeros(len(states), 0) if head is None else head(states)
 
@@ -77,7 +79,7 @@ def _head_of(clip_vision: ClipVisionModel) -> PoolingHead | None:
                         names = [key for key in file.keys() if key.startswith(_HEAD)]  # noqa: SIM118
                         head = {key.removeprefix(_HEAD): file.get_tensor(key) for key in names}
                         return _head(head)
-        except (CheckpointError, OSError, KeyError):  # of some other file that lies there
+        except (CheckpointError, OSError, KeyError, RuntimeError):  # of some other file there
             continue
     return None
 

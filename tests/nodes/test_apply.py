@@ -220,3 +220,34 @@ def test_a_conditioning_on_another_model(small):
         small.run(small.guider(other, *texts))
     says(error, "16 cross-attention layers", "has 17", "Apply the adapter to the model")
     assert small.run(small.guider(model, *texts)).isfinite().all()
+
+
+def test_a_prompt_that_knows_no_black_picture(flux, nodes, caplog):
+    """Saved before there was Flux: InstantX's stands against nothing, XLabs' is told of."""
+    from dataclasses import replace
+
+    known, given = flux.images(), {"cfg": 3.0, "at": (0.4,)}
+    old = replace(known, black=None)
+    instantx, xlabs = (flux.adapter(make()) for make in (flux.instantx, flux.xlabs))
+    found, expected = (
+        flux.sample(flux.small.apply(flux.model(), instantx, prompt), **given)
+        for prompt in (old, known)
+    )
+    assert torch.equal(found, expected) and "black picture" not in caplog.text
+    flux.small.apply(flux.model(), xlabs, old)
+    assert "black picture" in caplog.text and "Encode the image again" in caplog.text
+    caplog.clear()
+    mine = replace(old, negative=replace(old.negative, image_embeds=torch.ones(1, flux.EMBED)))
+    flux.small.apply(flux.model(), xlabs, mine)
+    assert "black picture" not in caplog.text
+
+
+def test_the_old_packs_nodes_on_a_transformer(flux):
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import ipadapter_plus as old
+
+    for call in (
+        lambda: old.apply(flux.model(), None),
+        lambda: old.find(flux.model(), None, None, None),
+    ):
+        with pytest.raises(ValueError, match=r"\(Flux\) is a transformer.*Apply IP-Adapter"):
+            call()

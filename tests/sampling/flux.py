@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import comfy.samplers
 import comfy.supported_models
 import comfy.utils
 import torch
+from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.patcher_extension import WrappersMP
 from comfyui_ip_adapter.ip_adapter_core.comfyui.host import CoreModelPatcher
 from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import ManagedAdapter
@@ -267,10 +269,11 @@ def _call(model: Any, call: Call, **more: Any) -> Tensor:
     """Run diffusers' model on the rows of a call, with Kontext's reference rows if there are."""
 
     def packed(x: Tensor) -> Tensor:
+        x = pad_to_patch_size(x, (2, 2))  # as the host does with odd sides
         return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
 
     def ids(x: Tensor, number: int) -> Tensor:
-        h, w = x.shape[-2] // 2, x.shape[-1] // 2
+        h, w = patches(x)
         made = torch.zeros(h, w, 3)
         made[..., 0] = number
         made[..., 1] += torch.arange(h)[:, None]
@@ -289,8 +292,14 @@ def _call(model: Any, call: Call, **more: Any) -> Tensor:
         return_dict=False,
         **more,
     )[0]
-    h, w = call.x.shape[-2] // 2, call.x.shape[-1] // 2
-    return rearrange(out[:, : h * w], "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=2, q=2)
+    h, w = patches(call.x)
+    whole = rearrange(out[:, : h * w], "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=2, q=2)
+    return whole[..., : call.x.shape[-2], : call.x.shape[-1]]
+
+
+def patches(x: Tensor) -> tuple[int, int]:
+    """Height and width of latents in patches."""
+    return -(-x.shape[-2] // 2), -(-x.shape[-1] // 2)
 
 
 @dataclass(frozen=True)
@@ -386,7 +395,7 @@ def expected(size: Size, call: Call, prompts: list[tuple[State, ImagePrompt, Any
         rows = torch.tensor([float(p or of_xlabs) for p in call.positive])
         scales = scale if isinstance(scale, list) else [scale] * (size.double + size.single)
         parts.append(Part(state, torch.cat(embeds), scales, mask, rows))
-    sides = [(x.shape[-2] // 2) * (x.shape[-1] // 2) for x in (call.x, *call.references)]
+    sides = [math.prod(patches(x)) for x in (call.x, *call.references)]
     made = twin(size)
     before = made.attn_processors
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from unittest.mock import patch
 
 import pytest
@@ -167,19 +168,59 @@ def test_another_pack_in_a_blocks_slot(flux, applied, block):
     assert not close(found[0], flux.sample(applied(), at=(0.4,)), 1e-3)
 
 
-def test_a_pack_that_leaves_blocks_out(flux, applied):
+def test_a_pack_that_leaves_blocks_out(flux, adapter, kind):
     """As caches of earlier steps do: where the block does not run, no image's part is added."""
-    kept, model = {}, applied().clone()
+    every, kept, model = len(adapter.spec.layer_dims), {}, flux.model().clone()
 
     def cached(given, more):
-        if "out" in kept:
-            return {k: x.clone() for k, x in kept["out"].items()}
-        out = more["original_block"](given)
-        kept["out"] = {k: x.clone() for k, x in out.items()}
-        return out
+        if "out" not in kept:
+            kept["out"] = {k: x.clone() for k, x in more["original_block"](given).items()}
+        return {k: x.clone() for k, x in kept["out"].items()}
 
     model.set_model_patch_replace(cached, "dit", "double_block", 0)
-    assert flux.sample(model, at=(0.3, 0.6)).isfinite().all()
+    given = {"batch": 1, "at": (0.3,)}
+    flux.sample(model, **given)  # what the block gives without an image
+    others = [0.0, *[1.0] * (every - 1)]
+    found, expected = (
+        flux.sample(flux.small.apply(model, adapter, flux.images(), **weights), **given)
+        for weights in ({}, {"layer_weights": others})
+    )
+    assert torch.equal(found, expected)
+    assert not close(found, flux.sample(model, **given), 0.01)
+
+
+def test_options_that_are_copied_deeply(flux, applied):
+    """As packs do at every step: no weight is copied, and the image stays."""
+    patched, given = applied(), {"cfg": 2.0, "at": (0.4,)}
+    expected, seen = flux.sample(patched, **given), []
+    inner = patched.model.diffusion_model
+
+    def wrapper(call, told):
+        options = copy.deepcopy(told["c"]["transformer_options"])
+        seen.append(options["ip_adapter.blocks"].transformer is inner)
+        return call(
+            told["input"], told["timestep"], **{**told["c"], "transformer_options": options}
+        )
+
+    copying = patched.clone()
+    copying.set_model_unet_function_wrapper(wrapper)
+    assert torch.equal(flux.sample(copying, **given), expected) and all(seen)
+
+
+def test_a_clone_of_the_model_on_another_device(flux, applied):
+    """Whose blocks are others than those of the model that the run began with."""
+    patched, given = applied(), {"at": (0.4,)}
+    expected = flux.sample(patched, **given)
+    model = patched.model
+    clone = copy.deepcopy(model.diffusion_model)
+
+    def wrapper(call, told):
+        with patch.object(model, "diffusion_model", clone):
+            return call(told["input"], told["timestep"], **told["c"])
+
+    cloned = patched.clone()
+    cloned.set_model_unet_function_wrapper(wrapper)
+    assert torch.equal(flux.sample(cloned, **given), expected)
 
 
 class AllInOne(torch.nn.Module):
@@ -289,6 +330,31 @@ def test_heat_maps(flux, applied):
     assert heat.shape == (2, 8, 12)
     assert heat[..., :4].mean() > 0.05 and heat[..., 9:].abs().max() < 1e-6
     assert {share.block[0] for share in run.shares} >= {"double"}
+
+
+def test_heat_maps_of_both_kinds_at_once(flux):
+    """Each in its own half, by its number; a block that both act on is seen for both."""
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.record import recording
+
+    left = torch.zeros(1, 8, 12)
+    left[..., :6] = 1
+    model = flux.model()
+    for kind, mask in (("instantx", left), ("xlabs", 1 - left)):
+        model = flux.small.apply(model, flux.adapter(flux.FILES[kind]()), flux.images(), mask=mask)
+    watched, record = recording(model)
+    samples = flux.sample(watched, cfg=2.0)
+    run = record.of(samples)
+    first, second, both = (run.heat([("all", None)], 0, 1, number) for number in (1, 2, 0))
+    for heat, here, there in (
+        (first, slice(0, 3), slice(9, 12)),
+        (second, slice(9, 12), slice(0, 3)),
+    ):
+        assert heat[..., here].mean() > 0.05 and heat[..., there].abs().max() < 1e-6
+        assert (both[..., here] > 0.01).all()
+    assert {share.block for share in run.shares} == {
+        *(("double", n) for n in range(3)),
+        *(("single", n) for n in range(4)),
+    }
 
 
 def test_what_rows_take(flux, kind, applied):
