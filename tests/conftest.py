@@ -171,8 +171,12 @@ def small(pack: ModuleType) -> ModuleType:
 @pytest.fixture(scope="session")
 def flux(pack: ModuleType) -> ModuleType:
     """Random Flux models of small width, the same in diffusers, and adapters for them."""
+    from comfyui_ip_adapter.ip_adapter_core.comfyui.host import FLUX_HOOKS
+
     from tests.sampling import flux
 
+    if not FLUX_HOOKS:
+        pytest.skip("this ComfyUI does not open Flux's blocks (0.17 does)")
     return flux
 
 

@@ -170,7 +170,7 @@ def _folding(model: ModelPatcher, settings: ApplySettings) -> LayerFolding:
         if not FLUX_HOOKS:
             raise RuntimeError(
                 f"'{adapter.name}' is an IP-Adapter for Flux.1, whose blocks this ComfyUI, or a "
-                "pack that put its own in their place, does not open. Update ComfyUI to 0.14 or "
+                "pack that put its own in their place, does not open. Update ComfyUI to 0.17 or "
                 "newer, or take that pack out."
             )
         if weights is not None and not isinstance(weights, LayerFolding):

@@ -33,8 +33,8 @@ except ImportError:
             raise RuntimeError(f"{found}. Update it, or take weight_curve out.")
 
 
-FLUX_HOOKS = "attn1_output_patch" in DoubleStreamBlock.forward.__code__.co_consts
-"""Whether the blocks of a Flux call attention's patches (0.14)."""
+FLUX_HOOKS = "attn1_patch" in DoubleStreamBlock.forward.__code__.co_consts
+"""Whether the blocks of a Flux call attention's patches (0.17)."""
 CoreModelPatcher = getattr(patchers, "CoreModelPatcher", patchers.ModelPatcher)  # 0.12
 if "_load_from_state_dict" not in vars(CLIPVisionModelProjection):
 

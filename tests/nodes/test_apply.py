@@ -251,3 +251,11 @@ def test_the_old_packs_nodes_on_a_transformer(flux):
     ):
         with pytest.raises(ValueError, match=r"\(Flux\) is a transformer.*Apply IP-Adapter"):
             call()
+
+
+def test_a_host_that_does_not_open_its_blocks(flux, monkeypatch):
+    from comfyui_ip_adapter.ip_adapter_core.comfyui import apply
+
+    monkeypatch.setattr(apply, "FLUX_HOOKS", False)
+    with pytest.raises(RuntimeError, match=r"flux\.safetensors.*does not open.*ComfyUI to 0\.17"):
+        flux.small.apply(flux.model(), flux.adapter(flux.xlabs()), flux.images())
