@@ -18,9 +18,9 @@ _PLUS = {weights.name for weights in PUBLIC.values() if "-plus" in weights.name}
 
 
 def runs(api: Mapping[str, Any]) -> bool:
-    """Return whether the miniature is what a workflow is of: one family, and no faces."""
-    (loader,) = of_class(api, "CheckpointLoaderSimple")
-    return loader["ckpt_name"] != SDXL.name and not any(of_class(api, "IPA_EncodeFace"))
+    """Return whether the miniature is what a workflow is of: one family, no faces, no Flux."""
+    names = [loader["ckpt_name"] for loader in of_class(api, "CheckpointLoaderSimple")]
+    return names not in ([], [SDXL.name]) and not any(of_class(api, "IPA_EncodeFace"))
 
 
 def on_miniature(

@@ -17,6 +17,7 @@ from tests.support.random_models import under
 
 Layout = dict[str, tuple[int, ...]]
 VOCABULARY, POSITIONS = 49408, 77  # CLIP's tokens, and how many it reads
+T5_VOCABULARY = 32128
 POOLED, SIZE_ID = 1280, 256  # widths of SDXL's pooled text and of one number of its sizes
 
 
@@ -214,8 +215,11 @@ _VAE = {
 }
 
 
-def vae(widths: Sequence[int] = (128, 256, 512, 512), blocks: int = 2) -> Layout:
-    """Return Stable Diffusion's autoencoder, without the `first_stage_model.` prefix."""
+def vae(widths: Sequence[int] = (128, 256, 512, 512), blocks: int = 2, latent: int = 4) -> Layout:
+    """Return Stable Diffusion's autoencoder, without the `first_stage_model.` prefix.
+
+    Flux's has 16 `latent` channels, and no convolutions around them.
+    """
     from diffusers import AutoencoderKL
 
     levels = len(widths)
@@ -224,6 +228,9 @@ def vae(widths: Sequence[int] = (128, 256, 512, 512), blocks: int = 2) -> Layout
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "layers_per_block": blocks,
+        "latent_channels": latent,
+        "use_quant_conv": latent == 4,
+        "use_post_quant_conv": latent == 4,
     }
     layout: Layout = {}
     for key, shape in of(lambda: AutoencoderKL(**config)).items():
@@ -248,6 +255,69 @@ def clip_text_l(width: int = 768, layers: int = 12) -> Layout:
     )
     found = of(lambda: CLIPTextModel(config))  # transformers 5 has no text_model
     return {f"text_model.{key.removeprefix('text_model.')}": x for key, x in found.items()}
+
+
+def t5(width: int, layers: int = 24, heads: int = 4) -> Layout:
+    """Return T5's encoder, as Flux's second text encoder comes."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=T5_VOCABULARY,
+        d_model=width,
+        d_ff=2 * width,
+        d_kv=width // heads,
+        num_heads=heads,
+        num_layers=layers,
+        feed_forward_proj="gated-gelu",
+    )
+    found = of(lambda: T5EncoderModel(config))
+    return {key: shape for key, shape in found.items() if key != "encoder.embed_tokens.weight"}
+
+
+@dataclass(frozen=True)
+class Flux:
+    """A Flux.1 of some size; a head is always 128 wide. `text`: width of T5's states."""
+
+    text: int
+    width: int = 128
+    double: int = 19
+    single: int = 38
+    pooled: int = 768
+    channels: int = 16
+
+
+def flux(size: Flux) -> Layout:
+    """Return a published Flux.1 dev."""
+    width = size.width
+    layout = dense("img_in", width, 4 * size.channels) | dense("txt_in", width, size.text)
+    for name, into in (("time", 256), ("vector", size.pooled), ("guidance", 256)):
+        layout |= dense(f"{name}_in.in_layer", width, into)
+        layout |= dense(f"{name}_in.out_layer", width, width)
+    for block in (
+        f"double_blocks.{i}.{side}" for i in range(size.double) for side in ("img", "txt")
+    ):
+        layout |= dense(f"{block}_mod.lin", 6 * width, width)
+        layout |= dense(f"{block}_attn.qkv", 3 * width, width)
+        layout |= {f"{block}_attn.norm.{part}_norm.scale": (128,) for part in ("query", "key")}
+        layout |= dense(f"{block}_attn.proj", width, width)
+        layout |= dense(f"{block}_mlp.0", 4 * width, width)
+        layout |= dense(f"{block}_mlp.2", width, 4 * width)
+    for block in (f"single_blocks.{i}" for i in range(size.single)):
+        layout |= dense(f"{block}.modulation.lin", 3 * width, width)
+        layout |= dense(f"{block}.linear1", 7 * width, width)
+        layout |= dense(f"{block}.linear2", width, 5 * width)
+        layout |= {f"{block}.norm.{part}_norm.scale": (128,) for part in ("query", "key")}
+    layout |= dense("final_layer.linear", 4 * size.channels, width)
+    return layout | dense("final_layer.adaLN_modulation.1", 2 * width, width)
+
+
+def xlabs(text: int, width: int, blocks: int, tokens: int, embed: int) -> Layout:
+    """Return XLabs' adapter for a Flux of so many double blocks, named as diffusers does."""
+    layout = under("image_proj.", linear_projection(embed, text, tokens))
+    for i in range(blocks):
+        for kind in "kv":
+            layout |= dense(f"ip_adapter.{i}.to_{kind}_ip", width, text)
+    return layout
 
 
 def linear_projection(features: int, context: int, tokens: int = 4) -> Layout:

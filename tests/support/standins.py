@@ -2,8 +2,9 @@
 
 They lie in a ComfyUI base directory under the public names that the workflows ask for, so
 workflows run unmodified; nothing but the weights, the UNet's size (one level of 320
-channels; SDXL: three, with all 70 cross-attention layers) and the image encoder (CLIP
-ViT-L in place of ViT-H and ViT-bigG) differs from the real ones. Untrained: images are
+channels; SDXL: three, with all 70 cross-attention layers), the image encoder (CLIP ViT-L in
+place of ViT-H and ViT-bigG), and the width of Flux (one head a block, of all 57) and its T5
+differs from the real ones. Untrained: images are
 soft fields of color that text, image and λ visibly change, no more. Faces are found where
 `tools.reference_images` draws them, and described at random.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -39,6 +41,23 @@ VERSION = 2  # raise it when a file's content changes: every version has a folde
 FOLDER_VARIABLE = "IP_ADAPTER_STANDINS"
 SD15 = UNet(320, 768, (1,), (1,), (8,), blocks=1)
 SDXL = UNet(320, 2048, (1, 1, 1), (0, 2, 10), (5, 5, 5), linear=True, vector=layouts.SDXL.vector)
+T5_SIZES = {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128}
+FLUX = layouts.Flux(text=T5_SIZES["d_model"])
+NARROW_T5 = f'''"""Read T5-XXL narrower: its width is ComfyUI's own, not the weights'."""
+
+from comfy.text_encoders.t5 import T5
+
+plain = T5.__init__
+NODE_CLASS_MAPPINGS = {{}}
+
+
+def init(self, config_dict, *rest, **more):
+    plain(self, {{**config_dict, **{T5_SIZES}}}, *rest, **more)
+
+
+T5.__init__ = init
+'''
+"""A custom node for servers that run on the stand-ins: T5-XXL itself has 4.8 billion weights."""
 VISION_WIDTH, VISION_EMBEDDING = 1024, 768  # CLIP ViT-L: hidden states, image_embeds
 _LATENT = 4
 _GROUP = 10  # channels of one group of the UNet's last normalisation: 320 / 32
@@ -86,17 +105,21 @@ def _unet(size: UNet, seed: int) -> State:
     return under("model.diffusion_model.", state)
 
 
-def _vae() -> State:
+def _vae(latent: int = _LATENT) -> State:
     """Make an autoencoder whose images are soft, balanced in color and rarely saturated."""
-    state = half(layouts.vae(), 0, {"decoder.conv_out.weight": 1.2})
+    state = half(layouts.vae(latent=latent), 0, {"decoder.conv_out.weight": 1.2})
     out = state["decoder.conv_out.weight"]
     out -= out.mean(dim=1, keepdim=True)
-    return under("first_stage_model.", state)
+    return state
+
+
+def _first_stage() -> State:
+    return under("first_stage_model.", _vae())
 
 
 def _checkpoint(seed: int) -> State:
     text = half(layouts.clip_text_l(), 0)
-    return _unet(SD15, seed) | under("cond_stage_model.transformer.", text) | _vae()
+    return _unet(SD15, seed) | under("cond_stage_model.transformer.", text) | _first_stage()
 
 
 def _checkpoint_sdxl() -> State:
@@ -107,7 +130,7 @@ def _checkpoint_sdxl() -> State:
         **_unet(SDXL, 2),
         **under("conditioner.embedders.0.transformer.", half(layouts.clip_text_l(), 0)),
         **under("conditioner.embedders.1.model.", half(text_g, 0)),
-        **_vae(),
+        **_first_stage(),
     }
 
 
@@ -136,6 +159,27 @@ def _controlnet() -> State:
     return half(layouts.controlnet(SD15), 0, {"zero_convs.0.0.weight": 0.5})
 
 
+def _flux() -> State:
+    state = half(layouts.flux(FLUX), 0)
+    return {key: x + 1 if key.endswith("_norm.scale") else x for key, x in state.items()}
+
+
+def _xlabs() -> State:
+    layout = layouts.xlabs(FLUX.text, FLUX.width, FLUX.double, 16, VISION_EMBEDDING)
+    state = half(layout, 0, {"_ip.weight": 2.0})
+    own = r"double_blocks.\1.processor.ip_adapter_double_stream_\2_proj."
+    renamed = {re.sub(r"ip_adapter\.(\d+)\.to_([kv])_ip\.", own, k): x for k, x in state.items()}
+    return {k.replace("image_proj.", "ip_adapter_proj_model."): x for k, x in renamed.items()}
+
+
+def _clip_l() -> State:
+    return half(layouts.clip_text_l(), 0)
+
+
+def _t5() -> State:
+    return half(layouts.t5(T5_SIZES["d_model"], heads=T5_SIZES["num_heads"]), 0)
+
+
 class Model(NamedTuple):
     """The groups that a stand-in is of, what makes its content, and other names of the file."""
 
@@ -150,9 +194,12 @@ MODELS = {
     "checkpoints/DreamShaper_8_pruned.safetensors": Model(("other",), partial(_checkpoint, 1)),
     "checkpoints/sd_xl_base_1.0.safetensors": Model(("sdxl",), _checkpoint_sdxl),
     "clip_vision/CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": Model(
-        ("sd15", "sdxl"),
+        ("sd15", "sdxl", "flux"),
         _vision,
-        also=("clip_vision/CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors",),
+        also=(
+            "clip_vision/CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors",
+            "clip_vision/clip-vit-large-patch14.safetensors",
+        ),
     ),
     "ipadapter/ip-adapter_sd15.safetensors": Model(("sd15",), partial(_adapter, SD15, "base")),
     "ipadapter/ip-adapter-plus_sd15.safetensors": Model(
@@ -174,6 +221,11 @@ MODELS = {
     "ipadapter/ip-adapter-faceid_sd15.bin": Model(("faces",), _face_adapter),
     "insightface/models/buffalo_l/det_10g.onnx": Model(("faces",), faces.drawn_detector),
     "insightface/models/buffalo_l/w600k_r50.onnx": Model(("faces",), faces.recognizer),
+    "diffusion_models/flux1-dev.safetensors": Model(("flux",), _flux),
+    "text_encoders/clip_l.safetensors": Model(("flux",), _clip_l),
+    "text_encoders/t5xxl_fp16.safetensors": Model(("flux",), _t5),
+    "vae/ae.safetensors": Model(("flux",), partial(_vae, 16)),
+    "ipadapter/ip_adapter.safetensors": Model(("flux",), _xlabs),
     "controlnet/control_v11p_sd15_canny_fp16.safetensors": Model(("control",), _controlnet),
 }
 
@@ -188,6 +240,10 @@ def base_directory() -> Path:
 def path(name: str) -> Path:
     """Return where a stand-in, named as in MODELS, lies, made or not."""
     return base_directory() / "models" / name
+
+
+def _write_narrow_t5(target: Path) -> None:
+    target.write_text(NARROW_T5, encoding="utf-8")
 
 
 def _link(target: Path, source: Path) -> None:
@@ -233,7 +289,9 @@ def ensure(*names: str) -> Path:
     for folder in {Path(name).parent for name in MODELS}:
         (base / "models" / folder).mkdir(parents=True, exist_ok=True)
     (base / "input").mkdir(exist_ok=True)
+    (base / "custom_nodes").mkdir(exist_ok=True)
     with FileLock(base / "making.lock"):
+        _make(base / "custom_nodes" / "narrow_t5.py", _write_narrow_t5)
         for name in reference_images.SCENES:
             picture = reference_images.draw(name)
             _make(base / "input" / name, partial(picture.save, format="PNG"))

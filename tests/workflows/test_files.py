@@ -15,6 +15,10 @@ from tools.workflows.api import FOLDER, NAMES, PUBLIC, of_class, read
 
 FOLDER_OF = {
     "ckpt_name": "checkpoints",
+    "unet_name": "diffusion_models",
+    "clip_name1": "text_encoders",
+    "clip_name2": "text_encoders",
+    "vae_name": "vae",
     "clip_name": "clip_vision",
     "adapter_name": "ipadapter",
     "control_net_name": "controlnet",
@@ -60,7 +64,8 @@ def test_files_are_those_that_auto_tells_people_to_get(workflow):
     recommended = {own.name for family in published.ADAPTERS.values() for own in family.values()}
     inputs = [node["inputs"] for node in workflow.api.values()]
     assert {i["adapter_name"] for i in inputs if "adapter_name" in i} <= recommended
-    assert {i["clip_name"] for i in inputs if "clip_name" in i} <= {published.VIT_H.name}
+    encoder = published.VIT_L if any(of_class(workflow.api, "UNETLoader")) else published.VIT_H
+    assert {i["clip_name"] for i in inputs if "clip_name" in i} <= {encoder.name}
 
 
 def test_downloads_stand_at_the_node_that_names_the_file(workflow):
@@ -123,10 +128,12 @@ def test_links_run_forward(workflow):
         assert left[source] <= left[target]
 
 
-def test_settings_are_the_papers(workflow):
+def test_settings_are_the_papers_or_the_hosts_own_of_flux(workflow):
+    flux = any(of_class(workflow.api, "UNETLoader"))
+    wanted = ("euler", "simple", 20, 1.0) if flux else ("ddim", "ddim_uniform", 50, 7.5)
     for inputs in of_class(workflow.api, "KSampler"):
-        assert (inputs["sampler_name"], inputs["scheduler"]) == ("ddim", "ddim_uniform")
-        assert (inputs["steps"], inputs["cfg"]) == (50, 7.5)
+        given = (inputs[name] for name in ("sampler_name", "scheduler", "steps", "cfg"))
+        assert tuple(given) == wanted
     texts = {inputs["text"] for inputs in of_class(workflow.api, "CLIPTextEncode")}
     apply = "IPA_Apply", "IPA_ApplyConditioning", "IPA_ApplyRegions"
     weights = {

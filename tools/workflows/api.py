@@ -18,6 +18,8 @@ from ip_adapter_core.files.published import (
     PLUS,
     PLUS_FACE,
     VIT_H,
+    VIT_L,
+    XLABS,
     Weights,
 )
 from tools.comfyui.install import ROOT
@@ -54,11 +56,26 @@ CANNY = Weights(
     "control_v11p_sd15_canny_fp16.safetensors",
     "controlnet",
 )
+FLUX = Weights(
+    "flux1-dev.safetensors",
+    f"{_HUB}/Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors",
+    "diffusion_models",
+    "Flux.1 dev",
+)
+CLIP_L, T5 = (
+    Weights(name, f"{_HUB}/comfyanonymous/flux_text_encoders/resolve/main/{name}", "text_encoders")
+    for name in ("clip_l.safetensors", "t5xxl_fp16.safetensors")
+)
+AE = Weights(
+    "ae.safetensors",
+    f"{_HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",
+    "vae",
+)
 PUBLIC = {
     weights.name: weights
     for weights in (
-        *(SD15, DREAMSHAPER, SDXL, VIT_H, CANNY),
-        *(BASE, PLUS, PLUS_FACE, BASE_SDXL_VIT_H, FACE_ID),
+        *(SD15, DREAMSHAPER, SDXL, CANNY, FLUX, CLIP_L, T5, AE, VIT_H, VIT_L),
+        *(BASE, PLUS, PLUS_FACE, BASE_SDXL_VIT_H, FACE_ID, XLABS),
     )
 }
 

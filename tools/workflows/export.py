@@ -27,10 +27,10 @@ PACK = "comfyui-ip-adapter"
 """The name under which the registry knows this pack, so that ComfyUI can offer it."""
 
 STEPS = {
-    "Models": "CheckpointLoaderSimple CLIPVisionLoader IPA_LoadAdapter IPA_AutoLoad"
-    " IPA_LoadFaceEncoder ControlNetLoader",
+    "Models": "CheckpointLoaderSimple UNETLoader DualCLIPLoader VAELoader CLIPVisionLoader"
+    " IPA_LoadAdapter IPA_AutoLoad IPA_LoadFaceEncoder ControlNetLoader",
     "Pictures": "LoadImage LoadImageMask InvertMask BatchImagesNode",
-    "Text": "CLIPTextEncode",
+    "Text": "CLIPTextEncode FluxGuidance ConditioningZeroOut",
     "Image prompt": "IPA_EncodeImage IPA_EncodeFace IPA_Apply IPA_ApplyConditioning"
     " IPA_ApplyRegions IPA_LayerWeights IPA_LatentWeights IPA_CombinePrompts IPA_PrepareImage"
     " IPA_NegativeNoise IPA_SavePrompt IPA_LoadPrompt IPA_GridValues IPA_RecordAttention"
@@ -38,7 +38,7 @@ STEPS = {
     "Structure": "Canny ControlNetApplyAdvanced",
     "Regions": "ConditioningSetAreaPercentage ConditioningCombine",
     "Start picture": "ImageToMask VAEEncode SetLatentNoiseMask",
-    "Sampling": "EmptyLatentImage KSampler VAEDecode",
+    "Sampling": "EmptyLatentImage EmptySD3LatentImage KSampler VAEDecode",
     "Result": "ImageCompositeMasked IPA_AttentionMap IPA_DrawGrid SaveImage",
 }
 """The columns, and the node classes in each. Of others, the column of the first that they feed."""

@@ -6,7 +6,8 @@
 Every workflow runs. The miniature's images are small and say what drew them; a server's models
 run as the workflow says, on the server's own input images. There is no miniature of faces: those
 workflows run no further than *Encode Face*, with a detector that finds drawn faces by their
-colours, and the picture has what that node shows, in place of a result. The template browser shows
+colours, and the picture has what that node shows, in place of a result. There is none of Flux: its
+pictures have an empty frame. The template browser shows
 a square of about 250 pixels and covers the upper left corner.
 """
 
@@ -27,6 +28,7 @@ from PIL import Image, ImageDraw, ImageOps
 from miniature import assemble
 from miniature.workflows import on_miniature
 from tests.support import standins
+from tools import reference_images
 from tools.comfyui import install
 from tools.comfyui.server import Client, Server
 from tools.workflows.api import (
@@ -51,6 +53,7 @@ TILES, BOXES, RESULTS = (12, 142), (162, 284), (304, 500)
 """Left and right edges of the three columns."""
 REMARK = "drawn by the miniature models of the repository"
 FACE = "IPA_EncodeFace"
+UNTRAINED = "not drawn: no model of the repository is of its kind"
 FACE_REMARK = "drawn faces; no model of the repository draws a result"
 TEXT = "a star"
 BEFORE = {"load_prompt": ("save_prompt",)}
@@ -148,8 +151,8 @@ def _text_of(api: Api) -> str:
 
 def _checkpoint_of(api: Api) -> str:
     """Return what people call the checkpoint; of one that is not published, its name."""
-    (loader,) = of_class(api, "CheckpointLoaderSimple")
-    name = loader["ckpt_name"]
+    (loader,) = of_class(api, "CheckpointLoaderSimple", "UNETLoader")
+    name = loader.get("ckpt_name") or loader["unet_name"]
     return PUBLIC[name].label if name in PUBLIC else str(name).partition(".")[0]
 
 
@@ -257,6 +260,16 @@ def in_order(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(one for name in names for one in (*BEFORE.get(name, ()), name)))
 
 
+def _empty() -> Image.Image:
+    """Draw the frame of a picture that is not there."""
+    side = RESULTS[1] - RESULTS[0]
+    tile = Image.new("RGB", (side, side), GROUND)
+    pen = ImageDraw.Draw(tile)
+    pen.rounded_rectangle((1, 1, side - 2, side - 2), 10, outline=FAINT, width=3)
+    pen.text((side // 2, side // 2), "result", FAINT, anchor="mm", font_size=24)
+    return tile
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help=f"workflows to draw; all by default: {NAMES}")
@@ -274,6 +287,9 @@ def main() -> None:
                 sheet = run_and_draw(Client(arguments.server), api, "")
             elif any(of_class(api, FACE)):
                 sheet = run_and_draw(started(standins.ensure("faces")), api, FACE_REMARK, True)
+            elif any(of_class(api, "UNETLoader")):
+                loaded = {file: reference_images.draw(file) for file in images_of(api).values()}
+                sheet = draw(api, loaded, [_empty()], UNTRAINED)
             else:
                 api = on_miniature(api, TEXT)
                 if lacking := missing(api, assemble.ensure() / "models"):
