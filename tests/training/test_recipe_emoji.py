@@ -8,6 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from training.data.image import open_image
@@ -123,3 +124,65 @@ def test_everybody_is_named(made):
     told = (made / "ATTRIBUTION.md").read_text(encoding="utf-8")
     for hand in drawings.HANDS:
         assert hand.author in told and hand.licence in told and hand.package in told
+
+
+@pytest.fixture(scope="module")
+def pictures(made):
+    from training.recipes.emoji.pictures import Pictures
+
+    return Pictures(made, "plain", "held_out")
+
+
+def test_drawings_in_memory(pictures):
+    """Every drawing once, with its subject, hand and split, on white."""
+    assert len(pictures.every) == len(pictures.trained) + len(pictures.held_out)
+    row = int(pictures.trained[5])
+    told = pictures.rows[row]
+    assert pictures.subjects[int(pictures.subject[row])] == told["subject"]
+    assert pictures.hands[int(pictures.hand[row])] == told["hand"]
+    assert pictures.images(pictures.every[:4]).amax() == 1
+    _, of_hands = pictures.labels("hands")
+    learnt = {pictures.rows[int(n)]["subject"] for n in of_hands}
+    held = {pictures.rows[int(n)]["subject"] for n in pictures.held_out}
+    whole = {pictures.rows[int(n)]["subject"] for n in pictures.trained}
+    assert whole <= learnt and not learnt & (held - whole)
+    assert len(of_hands) < len(pictures.every)
+
+
+def test_what_is_measured_of_samples(pictures):
+    """References themselves are of their hand, and copies; others' texts are not in them."""
+    from training.recipes.emoji import measure
+
+    judges = {
+        "hands": lambda x: torch.nn.functional.one_hot(by_pixels(x, pictures.hand), 7),
+        "subjects": lambda x: torch.nn.functional.one_hot(by_pixels(x, pictures.subject), 99),
+    }
+
+    def by_pixels(images, labels):
+        known = pictures.images(pictures.every).flatten(1)
+        return labels[torch.cdist(images.flatten(1), known).argmin(1)]
+
+    chosen, strange = measure._references(pictures, 3)
+    assert not {*chosen.tolist()} & {*pictures.trained.tolist()}
+    other = pictures.hands.index(drawings.HELD_OUT_HAND)
+    assert (pictures.hand[strange] == other).all() and (pictures.hand[chosen] != other).all()
+    copies = [measure._picture(pictures.pixels[int(n)]) for n in chosen]
+    found = measure._scores(pictures, judges, chosen, copies)
+    assert found["hand"] == 1 and found["subject"] < 0.5 and found["palette_distance"] == 0
+    trained = [measure._picture(pictures.pixels[int(n)]) for n in pictures.trained[: len(chosen)]]
+    copied = measure._scores(pictures, judges, chosen, trained)
+    assert copied["distance_to_the_nearest"] < 0.5 < found["distance_to_the_nearest"]
+    own = measure._palettes(
+        pictures, strange, [measure._picture(pictures.pixels[int(n)]) for n in strange]
+    )
+    assert own["palette_distance"] == 0
+    assert measure._of_drawings(pictures, judges)["hand"] == 1
+
+
+def test_steps_that_there_are_none_of(monkeypatch, capsys):
+    import training.recipes.emoji.__main__ as recipe
+
+    monkeypatch.setattr("sys.argv", ["emoji", "--steps", '{"adapters": 3}'])
+    with pytest.raises(SystemExit):
+        recipe.main()
+    assert "--steps names adapters; expected some of subjects" in capsys.readouterr().err

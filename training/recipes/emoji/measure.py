@@ -47,7 +47,8 @@ def measured(
     attach(base.unet)
     for part in (base.unet, base.vae, eye, *(text.encoder for text in base.text)):
         part.to(device)
-    sampler = Sampler(base, SamplingOptions(steps=20, guidance=4.0, batch=24))
+    side = pictures.pixels.shape[-1]
+    sampler = Sampler(base, SamplingOptions(steps=20, guidance=4.0, size=(side, side), batch=24))
     chosen, strange = _references(pictures, references)
     found: dict[str, Any] = {"judges": _of_drawings(pictures, judges), "adapters": {}}
     rows: list[list[Image.Image]] = []
