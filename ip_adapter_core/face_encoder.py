@@ -89,7 +89,7 @@ class FaceEncoder:
         Raises FaceEncoderError for none: it tells at which sizes, and the best candidate's score.
         """
         best = 0.0
-        pixels = torch.from_numpy(_levels(image).astype(np.uint8)).movedim(-1, 0)[None]
+        pixels = torch.from_numpy(_levels(image).clip(0, 255).astype(np.uint8)).movedim(-1, 0)[None]
         for side in SIZES:
             found, score = self._detect(pixels, side)
             if found:

@@ -287,7 +287,7 @@ class Trainer:
     def _metadata(self) -> dict[str, str]:
         """Return what the adapter's file tells about itself: no paths, for others will read it."""
         models = {
-            name: path.replace("\\", "/").rsplit("/", 1)[-1]
+            name: path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
             for name in ("pretrained_model_name_or_path", "image_encoder_path", "face_encoder")
             if (path := getattr(self.config, name))
         }

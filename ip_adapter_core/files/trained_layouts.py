@@ -21,7 +21,9 @@ _OF_TRAINERS = re.compile(
     r"(^|\.)(image_proj_model|adapter_modules|encoder_hid_proj\.image_projection_layers)\."
     r"|\.processor\.to_[kv]_ip\."
 )
-_MODULE = re.compile(r"adapter_modules\.(\d+)\.(to_[kv]_ip)\.weight")
+_MODULE = re.compile(  # W'k and W'v, and FaceID's LoRA
+    r"adapter_modules\.(\d+)\.(to_[kv]_ip|to_(?:q|k|v|out)_lora\.(?:down|up))\.weight"
+)
 _IN_UNET = re.compile(
     r"(down_blocks|up_blocks|mid_block)\.(.+)\.attn2\.processor\.(to_[kv]_ip)(?:\.(\d+))?\.weight"
 )

@@ -8,6 +8,7 @@ folder once, and again when their files change.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -199,7 +200,7 @@ class Source:
         )
 
     def _image(self, value: Any) -> ImageData | None:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and {"bytes", "path"} <= value.keys():
             value = value["bytes"] or value["path"]
         return self._root / value if value and isinstance(value, str) else value
 
@@ -223,20 +224,19 @@ class Source:
             )
 
     def check_faces(self, data: Path) -> None:
-        """Raise TrainingError if none of some rows has an embedding that it is asked to have."""
+        """Raise TrainingError if no row has an embedding that all are asked to have."""
         if self._columns.face is None:
             return
-        wrong = []
-        for record in self._probed():
+        first = ""
+        for record in itertools.chain(self._probed(), (self[row] for row in range(len(self)))):
             try:
                 face_embedding(record.face)
                 return
             except BrokenImageError as error:
-                wrong.append(f"{record.name}: {error}")
+                first = first or f"{record.name}: {error}"
         raise TrainingError(
-            f"None of {len(wrong)} rows of '{data}', tried from its first to its last, has a face "
-            f"embedding to train on, the first {wrong[0]}. Give --face_embedding_column a column "
-            "of them, or of names of .npy files."
+            f"None of the {len(self)} rows of '{data}' has a face embedding to train on, the first "
+            f"{first}. Give --face_embedding_column a column of them, or of names of .npy files."
         )
 
     def _probed(self) -> list[Record]:

@@ -128,3 +128,20 @@ def test_two_adapters_in_one_unet_are_refused(tmp_path):
     save_file({key: x.contiguous() for key, x in model.state_dict().items()}, path)
     with pytest.raises(adapter_file.CheckpointError, match="2 adapters inside one UNet"):
         adapter_file.load(path)
+
+
+def test_faceids_lora_comes_along(tmp_path):
+    """The reference's script for FaceID keeps it in `adapter_modules`, of self-attention too."""
+    from tests.support import faces
+
+    own = {"image_proj.": "image_proj_model.", "ip_adapter.": "adapter_modules."}
+    known = faces.tensors("faceid", (32, 64), CONTEXT)
+    theirs = {"unet.conv_in.weight": torch.randn(4, 4, 3, 3)}
+    for key, x in known.items():
+        prefix = next(prefix for prefix in own if key.startswith(prefix))
+        theirs[own[prefix] + key.removeprefix(prefix)] = x
+    torch.save(theirs, tmp_path / "a.bin")
+    made = adapter_file.load(tmp_path / "a.bin")
+    lora = {key for key in known if "_lora." in key}
+    assert made.spec.variant == "faceid" and lora and made.lora.keys() == lora
+    assert all(torch.equal(made.lora[key], known[key]) for key in lora)

@@ -154,7 +154,15 @@ def test_none_in_all_rows_is_an_error(tmp_path, said):
     folder = listed(tmp_path / "data", [WRONG[said]] * 3)
     with pytest.raises(TrainingError) as error:
         open_source(folder, columns=COLUMNS)
-    assert f"None of 3 rows of '{folder}'" in str(error.value) and said in str(error.value)
+    assert f"None of the 3 rows of '{folder}'" in str(error.value) and said in str(error.value)
+
+
+def test_one_row_of_many_is_enough(tmp_path):
+    """Wherever it lies among those that are left out."""
+    rows = [None] * 40
+    rows[17] = FACES[0].tolist()
+    source = open_source(listed(tmp_path / "data", rows), columns=COLUMNS)
+    assert [example["weight"] for example in references(source)].count(1) == 1
 
 
 @pytest.mark.parametrize("value", [["a"], [[1.0], [2.0, 3.0]], {"a": 1}])
