@@ -46,6 +46,7 @@ FOUND = """() => [...document.querySelectorAll('#results-list [role=option]')].m
 SHRINK = """() => {
     const values = {
         EmptyLatentImage: {width: 64, height: 64},
+        EmptySD3LatentImage: {width: 64, height: 64},
         KSampler: {steps: 1},
         IPA_LayerWeights: {preset: "ease out"},  // the stand-ins have other blocks
     }
@@ -158,6 +159,8 @@ def test_a_template_opens_from_the_browser(bare, name):
     ("face_id", 1),
     pytest.param("face_and_style", 1, marks=nightly),
     pytest.param("two_faces", 2, marks=nightly),
+    pytest.param("flux", 0, marks=nightly),
+    pytest.param("flux_regions", 0, marks=nightly),
 ])  # fmt: skip
 def test_a_template_runs_and_shows_its_image_and_faces(bare, name, faces):
     open_template(bare, name)

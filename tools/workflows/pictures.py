@@ -7,8 +7,8 @@ Every workflow runs. The miniature's images are small and say what drew them; a 
 run as the workflow says, on the server's own input images. There is no miniature of faces: those
 workflows run no further than *Encode Face*, with a detector that finds drawn faces by their
 colours, and the picture has what that node shows, in place of a result. There is none of Flux: its
-pictures have an empty frame. The template browser shows
-a square of about 250 pixels and covers the upper left corner.
+pictures have an empty frame. The template browser shows a square of about 250 pixels and covers the
+upper left corner.
 """
 
 from __future__ import annotations
