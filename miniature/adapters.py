@@ -82,6 +82,7 @@ def train(
     out: Path,
     steps: int,
     device: str = "cpu",
+    mixed_precision: str = "no",
     **options: Any,
 ) -> Path:
     """Train an adapter of that variant on `device`, cpu or cuda. Returns its file."""
@@ -95,7 +96,7 @@ def train(
         feature_cache_dir=cached,
         output_dir=out,
         variant=variant,
-        mixed_precision="no",
+        mixed_precision=mixed_precision,
         max_train_steps=steps,
         **(OPTIONS | options),
     )

@@ -139,8 +139,14 @@ def denoising_loss(
     return (errors * timestep_weights(scheduler, times, config)).mean()
 
 
-def noise_by(unet: Any) -> Predict:
-    return lambda noisy, times, context: unet(noisy, times, context).sample
+def noise_by(unet: Any, autocast: torch.dtype | None = None) -> Predict:
+    """Return what asks `unet` for the noise, in float32; `autocast`: what it computes in."""
+
+    def predict(noisy: Tensor, times: Tensor, context: Tensor) -> Tensor:
+        with torch.autocast(noisy.device.type, autocast, enabled=autocast is not None):
+            return unet(noisy, times, context).sample.float()
+
+    return predict
 
 
 def train(
@@ -153,6 +159,7 @@ def train(
     batch: int = 16,
     device: str = "cpu",
     naming: Callable[[Tensor, torch.Generator], Tensor] = naming,
+    autocast: torch.dtype | None = None,
 ) -> None:
     """Train `unet` in place, which moves to `device`; it ends as the average of its weights.
 
@@ -174,7 +181,8 @@ def train(
             average.update_parameters(unet)
         rows = torch.randint(len(encoded), (batch,), generator=generator)
         states = context[naming(kinds[rows], generator)].to(device).float()
-        return denoising_loss(noise_by(unet), encoded[rows].to(device), states, generator)
+        predict = noise_by(unet, autocast)
+        return denoising_loss(predict, encoded[rows].to(device), states, generator)
 
     falling = decaying(PEAK, steps, warmup=1)
 

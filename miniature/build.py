@@ -16,20 +16,18 @@ import json
 import logging
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 from miniature import adapters, base, concatenated, control, files, models
 from miniature.scenes import mark
+from miniature.stages import Part, RecipeError, Stages, device
 from tools.comfyui.install import ROOT
 
-logger = logging.getLogger("comfyui_ip_adapter.tools")
 STEPS: dict[str, Any] = {
     "autoencoder": (2500, 2500, 5000),
     "image encoder": 1500,
@@ -51,23 +49,18 @@ SHIPPED = (
 _TEXTS, _LATENTS, _IMAGES, _CACHE = "texts.safetensors", "latents.safetensors", "images", "cache"
 _BASE = "unet-{}.safetensors"  # after so many parts of its training, in float16
 _CHECKPOINT = "checkpoint.safetensors"  # with the UNet as it is shipped, for the adapters
-_RECIPE, _TIMES = "recipe.json", "times.json"
 
 
-class RecipeError(ValueError):
-    """A work folder holds parts of another build."""
-
-
-class Build:
+class Build(Stages):
     """One build in the folder `work`, from the streams of `seed` on."""
 
     def __init__(
         self, seed: int, work: Path, steps: Mapping[str, Any] = STEPS, device: str = "cpu"
     ) -> None:
-        self.seed, self.work, self.steps, self.device = seed, work, steps, device
+        super().__init__(work, device)
+        self.seed, self.steps = seed, steps
 
     def recipe(self) -> dict[str, Any]:
-        """Return what was asked for, as JSON has it."""
         recipe = {
             "seed": self.seed,
             "steps": {**self.steps},
@@ -78,8 +71,7 @@ class Build:
         }
         return dict(json.loads(json.dumps(recipe)))
 
-    def parts(self) -> list[tuple[str, str, Callable[[Path], object]]]:
-        """List the parts in order: name, file or folder, and what writes it given a path."""
+    def parts(self) -> list[Part]:
         count = len(self.steps["base"])
         plus, plain = files.ADAPTER_PLUS, files.ADAPTER
         return [
@@ -99,46 +91,6 @@ class Build:
             ("concatenated", files.CONCATENATED, self._concatenated),
             ("second base", files.SECOND_BASE, self._second_base),
         ]
-
-    def run(self) -> None:
-        """Make every part that is not there, and note how long it took. Raises RecipeError."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        path, ours = self.work / _RECIPE, json.dumps(self.recipe(), indent=1)
-        if not any(self.work.iterdir()):
-            path.write_text(ours, encoding="utf-8")
-        theirs = path.read_text(encoding="utf-8") if path.exists() else "no recipe at all"
-        if theirs != ours:
-            raise RecipeError(
-                f"'{self.work}' holds parts of another build: {_RECIPE} has {theirs}; expected "
-                f"{ours}. Give another folder with --work, or delete this one."
-            )
-        for name, target, make in self.parts():
-            if (self.work / target).exists():
-                logger.info("%s: there already", name)
-                continue
-            logger.info("%s …", name)
-            begun = time.monotonic()
-            unfinished = self.work / f"unfinished-{target}"
-            try:
-                make(unfinished)
-            finally:  # an interrupted attempt took its time too
-                self.note(name, time.monotonic() - begun)
-            unfinished.rename(self.work / target)
-
-    def note(self, name: str, seconds: float) -> None:
-        """Add to a part's time, and note on what it was made."""
-        times = self.times()
-        times["seconds"][name] = times["seconds"].get(name, 0) + round(seconds)
-        if (hardware := _hardware(self.device)) not in times["made_on"]:
-            times["made_on"].append(hardware)
-        (self.work / _TIMES).write_text(json.dumps(times, indent=1), encoding="utf-8")
-
-    def times(self) -> dict[str, Any]:
-        """Return `made_on`, what made the parts, and the `seconds` that each took."""
-        path = self.work / _TIMES
-        if path.exists():
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        return {"made_on": [], "seconds": {}}
 
     def ship(self, out: Path) -> int:
         """Copy what is shipped, and write its manifest. Returns the bytes of all files."""
@@ -264,11 +216,6 @@ class Build:
         files.save(target, files.quantized(change))
 
 
-def _hardware(device: str) -> str:
-    threads = f"{torch.get_num_threads()} CPU threads"
-    return threads if device == "cpu" else f"{torch.cuda.get_device_name(device)}, {threads}"
-
-
 def steps(text: str) -> dict[str, Any]:
     """Read STEPS with what is given in its place, as JSON."""
     given = json.loads(text)
@@ -277,19 +224,6 @@ def steps(text: str) -> dict[str, Any]:
             f"{text}: expected an object whose keys are among {', '.join(STEPS)}"
         )
     return STEPS | given
-
-
-def device(text: str) -> str:
-    """Check the name of what trains."""
-    if text not in ("cpu", "cuda"):
-        told = f"{text}: expected cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU"
-        raise argparse.ArgumentTypeError(told)
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(
-            f"cuda: torch {torch.__version__} finds no GPU that it can use. Give cpu, or install "
-            "PyTorch for your GPU."
-        )
-    return text
 
 
 def main() -> None:

@@ -180,10 +180,12 @@ def train_autoencoder(
     batch: int = 4,
     device: str = "cpu",
     draw: Callable[[int], Tensor] | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Autoencoder:
     """Train a new one on `device`, return it on the CPU; `cycles`: steps between warm restarts.
 
-    `draw` gives a step's images `(N, 3, h, w)`, 0 … 1; by default the set's.
+    `draw` gives a step's images `(N, 3, h, w)`, 0 … 1; by default the set's. `autocast`: what
+    both halves compute in, in place of float32.
     """
     draw = draw or _of_both_styles(seed, batch)
     torch.manual_seed(seed)
@@ -192,8 +194,10 @@ def train_autoencoder(
 
     def loss_at(step: int) -> Tensor:
         images = draw(done + step).to(device, memory_format=torch.channels_last)
-        latents = model.encode(images)
-        decoded = model.decoder(latents + 0.05 * torch.randn_like(latents))
+        with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+            latents = model.encode(images)
+            decoded = model.decoder(latents + 0.05 * torch.randn_like(latents)).float()
+        latents = latents.float()
         mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         loss = l1_loss(decoded, images) + 2 * mse_loss(decoded, images)
         return loss + 0.01 * (mean.square() + (spread - 1).square()).sum()

@@ -20,6 +20,7 @@ from miniature import (
     control,
     files,
     models,
+    stages,
     workflows,
 )
 from miniature.scenes import mark, render, scenes
@@ -70,7 +71,7 @@ def test_a_part_is_made_unless_it_is_there(tmp_path, monkeypatch):
     times = work.times()
     assert set(times["seconds"]) == {"judge", "stops"}
     assert times["made_on"] == [f"{torch.get_num_threads()} CPU threads"]
-    with pytest.raises(build.RecipeError, match="--work"):  # not of seed 1's parts
+    with pytest.raises(stages.RecipeError, match="--work"):  # not of seed 1's parts
         build.Build(2, work.work, STEPS).run()
     again = tmp_path / "again.safetensors"
     build.Build(1, tmp_path / "again", STEPS).parts()[0][2](again)
@@ -81,7 +82,7 @@ def test_a_part_is_made_unless_it_is_there(tmp_path, monkeypatch):
 def test_what_several_machines_made_says_so(tmp_path, monkeypatch):
     work = build.Build(1, tmp_path)
     for hardware, part, seconds in (("one", "a", 2.4), ("another", "a", 1.0), ("one", "b", 7)):
-        monkeypatch.setattr(build, "_hardware", lambda _, name=hardware: name)
+        monkeypatch.setattr(stages, "_hardware", lambda _, name=hardware: name)
         work.note(part, seconds)
     assert work.times() == {"made_on": ["one", "another"], "seconds": {"a": 3, "b": 7}}
 
@@ -127,8 +128,8 @@ def test_the_device_reaches_every_part(monkeypatch, tmp_path):
 def test_a_device_that_is_not_there_is_named(device, told, monkeypatch):
     monkeypatch.setattr(build.torch.cuda, "is_available", lambda: False)
     with pytest.raises(argparse.ArgumentTypeError, match=rf"{device}: .*{told}"):
-        build.device(device)
-    assert build.device("cpu") == "cpu"
+        stages.device(device)
+    assert stages.device("cpu") == "cpu"
 
 
 def test_adapters_are_launched_where_asked_in_float32(monkeypatch):

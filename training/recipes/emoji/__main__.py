@@ -1,7 +1,7 @@
 """Train on drawings that nobody here drew, from packages to figures, by one command.
 
     python -m training.recipes.emoji [--seed 0] [--device cpu] [--work output/emoji-SEED]
-                                     [--packages FOLDER] [--steps JSON]
+                                     [--packages FOLDER] [--steps JSON] [--mixed_precision no]
 
 Goes on where it stopped, as `python -m miniature` does: base, autoencoder and encoder are the
 miniature's code on these drawings, the adapters are trained by training/cache.py and
@@ -17,6 +17,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from miniature import adapters, base, files, models
-from miniature.build import Build, RecipeError, device
+from miniature.stages import Part, RecipeError, Stages, device
 from tools.comfyui.install import ROOT
 from training.recipes.emoji import drawings, measure
 from training.recipes.emoji.pictures import Pictures, blurred
@@ -44,30 +46,49 @@ STEPS: dict[str, Any] = {
     "references": 48,
 }
 """Steps of each part; how many subjects at most, and references of each hand."""
-OPTIONS = {**adapters.OPTIONS, "t_drop_rate": 0.1, "checkpointing_steps": 500}
+OPTIONS = {
+    **adapters.OPTIONS,
+    "train_batch_size": 32,
+    "t_drop_rate": 0.1,
+    "checkpointing_steps": 500,
+}
 ADAPTERS = {"plain": "base", "style": "base", "plus": "plus"}
 """The adapters and their variants; "style" is trained on pairs of one hand."""
-_BATCH = 16
+_BATCH, _BASE_BATCH = 16, 64
+PRECISIONS = {"no": None, "bf16": torch.bfloat16}
 _AUTOENCODER, _ENCODER, _CHECKPOINT = files.AUTOENCODER, files.ENCODER, "checkpoint.safetensors"
 _HANDS, _SUBJECTS = "judge-of-hands.safetensors", "judge-of-subjects.safetensors"
 _TEXTS, _LATENTS, _BASE = "texts.safetensors", "latents.safetensors", "unet-{}.safetensors"
 
 
-class Recipe(Build):
+class Recipe(Stages):
     """One training in the folder `work`."""
 
     def __init__(
-        self, seed: int, work: Path, steps: Mapping[str, Any], device: str, packages: Path
+        self,
+        seed: int,
+        work: Path,
+        steps: Mapping[str, Any],
+        device: str,
+        packages: Path,
+        mixed_precision: str = "bf16",
     ) -> None:
-        super().__init__(seed, work, steps, device)
-        self.packages = packages
+        super().__init__(work, device)
+        self.seed, self.steps, self.packages = seed, steps, packages
+        self.mixed_precision, self.autocast = mixed_precision, PRECISIONS[mixed_precision]
 
     def recipe(self) -> dict[str, Any]:
         hands = [hand._asdict() for hand in drawings.HANDS]
-        asked = {"seed": self.seed, "steps": {**self.steps}, "hands": hands, "adapters": OPTIONS}
+        asked = {
+            "seed": self.seed,
+            "steps": {**self.steps},
+            "mixed_precision": self.mixed_precision,
+            "hands": hands,
+            "adapters": OPTIONS,
+        }
         return dict(json.loads(json.dumps(asked)))
 
-    def parts(self) -> list[tuple[str, str, Callable[[Path], object]]]:
+    def parts(self) -> list[Part]:
         count = len(self.steps["base"])
         return [
             ("drawings", "set", self._drawings),
@@ -107,7 +128,11 @@ class Recipe(Build):
         draw = self._draw(self.pictures.every, _BATCH)
         cycles = self.steps["autoencoder"]
         made = models.train_autoencoder(
-            self.seed, cycles, device=self.device, draw=lambda step: draw(step)[0]
+            self.seed,
+            cycles,
+            device=self.device,
+            draw=lambda step: draw(step)[0],
+            autocast=self.autocast,
         )
         files.save(target, files.halved(made.state_dict()))
 
@@ -162,8 +187,11 @@ class Recipe(Build):
             return torch.where(dropped, -1, subjects)
 
         part = range(ends[number - 1], ends[number])
-        given = (pool["latents"], pool["kinds"]), context, self.seed, part, ends[-1]
-        base.train(unet, *given, device=self.device, naming=naming)
+        given = (pool["latents"], pool["kinds"]), context, self.seed, part, ends[-1], _BASE_BATCH
+        # On CPUs flash attention's backward pass takes a fifth of a step's time.
+        on_cpu = sdpa_kernel(SDPBackend.MATH) if self.device == "cpu" else nullcontext()
+        with on_cpu:
+            base.train(unet, *given, self.device, naming, self.autocast)
         files.save(target, files.halved(unet.state_dict()))
 
     def _checkpoint(self, target: Path) -> None:
@@ -183,7 +211,7 @@ class Recipe(Build):
         rate = 5e-4 if variant == "plus" else 2e-3
         given = {**OPTIONS, "learning_rate": rate, "seed": self.seed}
         made = adapters.train(
-            variant, *self._inputs(), cached, run, steps, device=self.device, **given
+            variant, *self._inputs(), cached, run, steps, self.device, self.mixed_precision, **given
         )
         shutil.copyfile(made, target)
 
@@ -217,6 +245,12 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=json.loads, default={}, metavar="JSON", help='others: {"plain": 2000}'
     )
+    parser.add_argument(
+        "--mixed_precision",
+        choices=PRECISIONS,
+        default="bf16",
+        help="of autoencoder, base and adapters; no where the processor has no bfloat16",
+    )
     given = parser.parse_args()
     unknown = given.steps.keys() - STEPS.keys()
     if unknown:
@@ -224,7 +258,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     work = (given.work or ROOT / "output" / f"emoji-{given.seed}").resolve()
     packages = (given.packages or ROOT / ".cache" / "emoji").resolve()
-    recipe = Recipe(given.seed, work, {**STEPS, **given.steps}, given.device, packages)
+    steps = {**STEPS, **given.steps}
+    recipe = Recipe(given.seed, work, steps, given.device, packages, given.mixed_precision)
     try:
         recipe.run()
     except RecipeError as error:
