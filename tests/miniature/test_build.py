@@ -126,7 +126,7 @@ def test_the_device_reaches_every_part(monkeypatch, tmp_path):
     [("cuda", "no GPU.*Give cpu"), ("tpu", "cpu or cuda"), ("cuda:1", "or cuda")],
 )
 def test_a_device_that_is_not_there_is_named(device, told, monkeypatch):
-    monkeypatch.setattr(build.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(stages.torch.cuda, "is_available", lambda: False)
     with pytest.raises(argparse.ArgumentTypeError, match=rf"{device}: .*{told}"):
         stages.device(device)
     assert stages.device("cpu") == "cpu"

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from ip_adapter_core.files.atomic import atomic
 from training.data.image import open_image
 
 logger = logging.getLogger("training")
@@ -147,7 +148,8 @@ def draw(pictures: Pictures, folder: Path, size: int) -> Iterator[tuple[str, str
                 except (ValueError, RuntimeError) as error:
                     logger.warning("%s of %s cannot be drawn: %s", subject, hand, error)
                     continue
-                _square(made, size).save(path)
+                with atomic(path) as temporary:
+                    _square(made, size).save(temporary, "PNG")
             yield subject, hand, path
 
 
