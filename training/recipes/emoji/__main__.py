@@ -228,10 +228,11 @@ class Recipe(Stages):
         }
         named = {name: self.work / f"{name}.safetensors" for name in ADAPTERS}
         frozen = self._inputs()
-        found, sheet = measure.measured(
+        found, sheets = measure.measured(
             self.pictures, *frozen, named, judges, self.steps["references"], self.device
         )
-        sheet.save(self.work / "samples.png")
+        for name, sheet in sheets.items():
+            sheet.save(self.work / f"{name}.png")
         found["seconds"] = self.times()["seconds"]
         target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -6,7 +6,8 @@ Needs npm, which brings the packages (24 MB), and `pip install resvg-py`, which 
 `pictures/HAND/SUBJECT.png` (transparent), and lists of rows that training/train.py and
 training/cache.py read: `plain.jsonl`, where a drawing is its own reference; `style.jsonl`, where
 the reference is another subject of the same hand; `content.jsonl`, the same subject of another
-hand. Tenths of the subjects, and one hand, are in none of these but in `held_out.jsonl`.
+hand. Held out, in `held_out.jsonl` alone, are a tenth of the subjects, one hand, and a tenth of
+the drawings of the others, whose subject is known by other hands only.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ HANDS = (
     Hand("fxemoji", "1.2.2", "FxEmoji", "Mozilla", "Apache-2.0", "mozilla/fxemoji"),
 )
 HELD_OUT_HAND = "fxemoji"
-HELD_OUT = 10  # one subject in so many
+HELD_OUT = 10  # one subject in so many, and one drawing of the others
 LEAST_HANDS = 4  # of those that train, for a subject to count
 ALIKE = 6.0  # 8-bit levels: subjects whose drawings differ by less in the mean of all hands are one
 _SKIN = re.compile(r"-(light|medium-light|medium|medium-dark|dark)(-skin-tone)?$|-low$")
@@ -194,14 +195,23 @@ def caption(subject: str) -> str:
 
 
 def rows(drawn: Mapping[str, Mapping[str, Path]], root: Path, seed: int) -> dict[str, list[Any]]:
-    """Return the rows of every list. A subject that `number` chooses is held out with all hands."""
+    """Return the rows of every list; `number` chooses what is held out, and a row says why."""
     found: dict[str, list[Any]] = {name: [] for name in ("plain", "style", "content", "held_out")}
-    trained = {s: h for s, h in drawn.items() if number(seed, s) % HELD_OUT}
+    trained: dict[str, dict[str, Path]] = {
+        subject: {
+            hand: path
+            for hand, path in hands.items()
+            if hand != HELD_OUT_HAND and number(seed, "drawing", subject, hand) % HELD_OUT
+        }
+        for subject, hands in drawn.items()
+        if number(seed, subject) % HELD_OUT
+    }
     of_hand = defaultdict(list)
-    for subject, hands in trained.items():
-        for hand in hands:
+    for subject, known in trained.items():
+        for hand in known:
             of_hand[hand].append(subject)
     for subject, hands in drawn.items():
+        known = trained.get(subject, {})
         for hand, path in hands.items():
             row = {
                 "file_name": str(path.relative_to(root)),
@@ -209,18 +219,20 @@ def rows(drawn: Mapping[str, Mapping[str, Path]], root: Path, seed: int) -> dict
                 "subject": subject,
                 "hand": hand,
             }
-            if subject not in trained or hand == HELD_OUT_HAND:
-                found["held_out"].append(row)
+            if hand not in known:
+                of = "drawing" if subject in trained else "subject"
+                why = "hand" if hand == HELD_OUT_HAND else of
+                found["held_out"].append({**row, "held_out": why})
                 continue
-            own, others = of_hand[hand], [h for h in hands if h not in (hand, HELD_OUT_HAND)]
+            own, others = of_hand[hand], [other for other in known if other != hand]
             chosen = number(seed, "style", subject, hand)
             same = [x for x in own if x != subject][chosen % (len(own) - 1)]
             found["plain"].append(row)
-            style = drawn[same][hand].relative_to(root)
+            style = trained[same][hand].relative_to(root)
             found["style"].append({**row, "reference_file_name": str(style)})
             if others:
                 other = others[number(seed, "content", subject, hand) % len(others)]
-                content = hands[other].relative_to(root)
+                content = known[other].relative_to(root)
                 found["content"].append({**row, "reference_file_name": str(content)})
     return found
 

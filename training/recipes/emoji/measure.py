@@ -1,33 +1,94 @@
 """What the adapters have learnt: whose hand a sample shows, which subject, whether it is a copy.
 
 Judges that share nothing with the encoder look at samples of references that no adapter has seen,
-each under the text of another subject. Beside every figure stands what the same judge makes of the
+each under the text of another subject; half of the texts name a subject that the reference's hand
+has drawn, but not for the training. Beside every figure stands what the same judge makes of the
 drawings themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_image
 
+from ip_adapter_core.contact_sheet import Column, Layout, Row, contact_sheet
 from training.evaluation.adapters import load
 from training.models.base import load_base
 from training.models.image_encoder import ImageEncoder
-from training.recipes.emoji.drawings import HELD_OUT_HAND, caption
+from training.recipes.emoji.drawings import HANDS, HELD_OUT_HAND, caption
 from training.recipes.emoji.pictures import Pictures
 from training.sampling import Prompts, Sampler, SamplingOptions, encode_images, encode_text
 from training.unet import attach
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+TRANSFER = "style"  # the adapter of the second sheet
 _BINS = 4  # of each colour, in a palette
-_SHOWN = 8  # references on the sheet
-_GAP = 2  # pixels
+_SHOWN = 8  # texts on a sheet
+_LAYOUT = Layout(cell=(128, 128))
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Numbers `(N,)` of references, and of the subjects that their texts name.
+
+    `withheld (N,)`: the drawing of that subject by the reference's hand that no training saw,
+    -1 where one did see it.
+    """
+
+    references: Tensor
+    subjects: Tensor
+    withheld: Tensor
+
+    def __getitem__(self, rows: Any) -> Cases:
+        return Cases(self.references[rows], self.subjects[rows], self.withheld[rows])
+
+
+class Samples:
+    """Draws what an adapter makes of references and texts."""
+
+    def __init__(self, pictures: Pictures, checkpoint: Path, encoder: Path, device: str) -> None:
+        self.pictures, self.device = pictures, device
+        self.base = load_base(str(checkpoint))
+        self.eye = ImageEncoder.from_name(f"open_clip:{encoder}")
+        attach(self.base.unet)
+        texts = (text.encoder for text in self.base.text)
+        for part in (self.base.unet, self.base.vae, self.eye, *texts):
+            part.to(device)
+        side = pictures.pixels.shape[-1]
+        options = SamplingOptions(steps=20, guidance=4.0, size=(side, side), batch=24)
+        self.sampler = Sampler(self.base, options)
+
+    def adapter(self, path: Path) -> Any:
+        ((_, adapter),) = load([str(path)])
+        return adapter.to(self.device)
+
+    def draw(self, adapter: Any, cases: Cases, scale: float) -> list[Image.Image]:
+        """Return a sample of each case; a reference's noise is the same at every scale."""
+        texts = [caption(self.pictures.subjects[int(s)]) for s in cases.subjects]
+        images = [_picture(self.pictures.pixels[int(n)]) for n in cases.references]
+        features, zero = encode_images(self.eye, images, adapter.spec.features)
+        seeds = [int(n) for n in cases.references]
+        text, weights = encode_text(self.base, texts), [scale] * len(seeds)
+        return self.sampler.draw(adapter, Prompts(text, features, zero, weights, seeds))
+
+    @torch.no_grad()
+    def decoded(self, images: Tensor) -> Tensor:
+        """Return images `(N, 3, h, w)`, 0 … 1, as encoding and decoding leaves them."""
+        coded = [self._decoded(some.to(self.device)).cpu() for some in images.split(64)]
+        return torch.cat(coded)
+
+    def _decoded(self, images: Tensor) -> Tensor:
+        vae: Any = self.base.vae
+        latents = vae.encode(images * 2 - 1).latents
+        return (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
 
 def measured(
@@ -38,61 +99,72 @@ def measured(
     judges: Mapping[str, Any],
     references: int,
     device: str = "cpu",
-) -> tuple[dict[str, Any], Image.Image]:
-    """Return the figures of every adapter, and a sheet of samples.
+) -> tuple[dict[str, Any], dict[str, Image.Image]]:
+    """Return the figures of every adapter, and sheets of samples by their names.
 
     `references` of each hand that trains, and as many of the one that does not.
     """
-    base, eye = load_base(str(checkpoint)), ImageEncoder.from_name(f"open_clip:{encoder}")
-    attach(base.unet)
-    for part in (base.unet, base.vae, eye, *(text.encoder for text in base.text)):
-        part.to(device)
-    side = pictures.pixels.shape[-1]
-    sampler = Sampler(base, SamplingOptions(steps=20, guidance=4.0, size=(side, side), batch=24))
-    chosen, strange = _references(pictures, references)
-    found: dict[str, Any] = {"judges": _of_drawings(pictures, judges), "adapters": {}}
-    rows: list[list[Image.Image]] = []
-    for name, path in adapters.items():
-        ((_, adapter),) = load([str(path)])
-        adapter.to(device)
-
-        def draw(numbers: Tensor, scale: float, adapter: Any = adapter) -> list[Image.Image]:
-            texts = [caption(pictures.subjects[int(s)]) for s in _texts(pictures, numbers)]
-            images = [_picture(pictures.pixels[int(n)]) for n in numbers]
-            features, zero = encode_images(eye, images, adapter.spec.features)
-            seeds = [int(n) for n in numbers]
-            text, weights = encode_text(base, texts), [scale] * len(seeds)
-            return sampler.draw(adapter, Prompts(text, features, zero, weights, seeds))
-
-        drawn = {scale: draw(chosen, scale) for scale in SCALES}
-        scores = {str(s): _scores(pictures, judges, chosen, x) for s, x in drawn.items()}
-        strangers = {s: _palettes(pictures, strange, draw(strange, s)) for s in (0.0, 1.0)}
-        found["adapters"][name] = {
-            "by_scale": scores,
-            "held_out_hand": {str(scale): x for scale, x in strangers.items()},
-        }
-        if not rows:
-            rows.append([_picture(pictures.pixels[int(n)]) for n in chosen[:_SHOWN]])
-        rows += [drawn[scale][:_SHOWN] for scale in (0.0, 0.5, 1.0)]
-    return found, _sheet(rows)
-
-
-def _references(pictures: Pictures, each: int) -> tuple[Tensor, Tensor]:
-    """Return drawings of held-out subjects, in turn of every hand that trains, and of the other."""
-    held, other = pictures.held_out, pictures.hands.index(HELD_OUT_HAND)
-    by_hand = {
-        hand: held[pictures.hand[held] == hand][:each] for hand in range(len(pictures.hands))
+    samples = Samples(pictures, checkpoint, encoder, device)
+    cases, strange = chosen(pictures, references)
+    found: dict[str, Any] = {
+        "references": len(cases.references),
+        "texts_of_withheld_drawings": int((cases.withheld >= 0).sum()),
+        "drawings": of_drawings(pictures, judges, samples),
+        "adapters": {},
     }
-    strange = by_hand.pop(other)
+    shown = cases[torch.arange(_SHOWN).clamp(max=len(cases.references) - 1)]
+    first = [_picture(pictures.pixels[int(n)]) for n in shown.references]
+    rows = [Row("References", first)]
+    for name, path in adapters.items():
+        adapter = samples.adapter(path)
+        drawn = {scale: samples.draw(adapter, cases, scale) for scale in SCALES}
+        others = {s: samples.draw(adapter, strange, s) for s in (SCALES[0], SCALES[-1])}
+        found["adapters"][name] = {
+            "by_scale": {str(s): scores(pictures, judges, cases, x) for s, x in drawn.items()},
+            "held_out_hand": {
+                str(s): palettes(pictures, strange.references, x) for s, x in others.items()
+            },
+        }
+        rows += [
+            Row(f"{name}, weight {scale:g}", drawn[scale][: len(first)]) for scale in SCALES[::2]
+        ]
+    found["at_equal_hand"] = at_equal_hand(found["adapters"])
+    texts = [Column(caption(pictures.subjects[int(s)])) for s in shown.subjects]
+    sheets = {"samples": contact_sheet(rows, texts, layout=_LAYOUT)}
+    if TRANSFER in adapters:
+        sheets["transfer"] = transfer(samples, samples.adapter(adapters[TRANSFER]), cases, strange)
+    return found, sheets
+
+
+def chosen(pictures: Pictures, each: int) -> tuple[Cases, Cases]:
+    """Return the cases of the hands that train, hand after hand in turn, and of the other hand."""
+    held = pictures.held_out_for("subject")
+    by_hand = {
+        hand: own[:each]
+        for hand in range(len(pictures.hands))
+        if len(own := held[pictures.hand[held] == hand])
+    }
     least = min(map(len, by_hand.values()))
-    return torch.stack([x[:least] for x in by_hand.values()], 1).flatten(), strange
+    references = torch.stack([own[:least] for own in by_hand.values()], 1).flatten()
+    strange = pictures.held_out_for("hand")[:each]
+    return _with_texts(pictures, references), _with_texts(pictures, strange)
 
 
-def _texts(pictures: Pictures, numbers: Tensor) -> Tensor:
-    """Return a subject that trains for each reference, the same whatever the hand and scale."""
-    subjects = pictures.subject[pictures.trained].unique()
-    generator = torch.Generator().manual_seed(len(numbers))
-    return subjects[torch.randint(len(subjects), (len(numbers),), generator=generator)]
+def _with_texts(pictures: Pictures, references: Tensor) -> Cases:
+    """Name a subject that trains under each reference; by halves one without that drawing."""
+    known, withheld = pictures.trained, pictures.held_out_for("drawing")
+    generator = torch.Generator().manual_seed(len(references))
+    subjects, drawings = [], []
+    for place, reference in enumerate(references):
+        hand = pictures.hand[reference]
+        hidden = place // 6 % 2 == 1 and bool((pictures.hand[withheld] == hand).any())
+        pool = withheld if hidden else known
+        if (pictures.hand[pool] == hand).any():
+            pool = pool[pictures.hand[pool] == hand]
+        row = pool[torch.randint(len(pool), (), generator=generator)]
+        subjects.append(pictures.subject[row])
+        drawings.append(row if hidden else torch.tensor(-1))
+    return Cases(references, torch.stack(subjects), torch.stack(drawings))
 
 
 def _picture(pixels: Tensor) -> Image.Image:
@@ -108,28 +180,43 @@ def _judged(judge: Any, images: Tensor) -> Tensor:
     return torch.cat([judge(some).argmax(1) for some in images.split(256)])
 
 
-def _scores(
-    pictures: Pictures, judges: Mapping[str, Any], references: Tensor, drawn: list[Image.Image]
+def _share(found: Tensor) -> float:
+    return round(float(found.float().mean()), 4) if len(found) else float("nan")
+
+
+def scores(
+    pictures: Pictures, judges: Mapping[str, Any], cases: Cases, drawn: list[Image.Image]
 ) -> dict[str, float]:
-    """Shares of samples of the reference's hand, and of the text's subject, and of copies."""
-    images, asked = _tensor(drawn), _texts(pictures, references)
-    hand = _judged(judges["hands"], images) == pictures.hand[references]
-    subject = _judged(judges["subjects"], images) == asked
-    known = pictures.pixels[pictures.trained].float().flatten(1) / 255
-    distance, nearest = torch.cdist(images.flatten(1), known).min(1)
+    """Shares of samples of the reference's hand and of the text's subject, and how near they are.
+
+    Distances are root mean squares in 8-bit levels: to the nearest drawing of the training, which
+    a copy would be near 0 of.
+    """
+    images, hidden = _tensor(drawn), cases.withheld >= 0
+    hand = _judged(judges["hands"], images) == pictures.hand[cases.references]
+    subject = _judged(judges["subjects"], images) == cases.subjects
+    distance, nearest = _distances(images, pictures.images(pictures.trained)).min(1)
     near = pictures.trained[nearest]
-    palette = _palette(images) - _palette(pictures.images(references))
+    theirs = pictures.images(cases.withheld[hidden])
+    own = (images[hidden] - theirs).square().mean((1, 2, 3)).sqrt() * 255
+    palette = _palette(images) - _palette(pictures.images(cases.references))
     return {
-        "hand": float(hand.float().mean()),
-        "subject": float(subject.float().mean()),
+        "hand": _share(hand),
+        "subject": _share(subject),
+        "hand_of_withheld_drawings": _share(hand[hidden]),
+        "subject_of_withheld_drawings": _share(subject[hidden]),
+        "nearer_to_the_withheld_drawing_than_to_any_known": _share(own < distance[hidden]),
         "palette_distance": float(palette.abs().sum(1).mean()),
-        "nearest_is_of_the_text": float((pictures.subject[near] == asked).float().mean()),
-        "nearest_is_of_the_hand": float(
-            (pictures.hand[near] == pictures.hand[references]).float().mean()
-        ),
-        # Root mean square, 8-bit levels; a copy would be near 0.
-        "distance_to_the_nearest": float(distance.mean()) * 255 / images[0].numel() ** 0.5,
+        "nearest_is_of_the_text": _share(pictures.subject[near] == cases.subjects),
+        "nearest_is_of_the_hand": _share(pictures.hand[near] == pictures.hand[cases.references]),
+        "distance_to_the_nearest": float(distance.mean()),
     }
+
+
+def _distances(images: Tensor, known: Tensor) -> Tensor:
+    """Return the distance `(N, M)` of all pairs."""
+    size = images[0].numel() ** 0.5
+    return torch.cdist(images.flatten(1), known.flatten(1)) * 255 / size
 
 
 def _palette(images: Tensor) -> Tensor:
@@ -141,7 +228,7 @@ def _palette(images: Tensor) -> Tensor:
     return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
-def _palettes(pictures: Pictures, references: Tensor, drawn: list[Image.Image]) -> dict[str, float]:
+def palettes(pictures: Pictures, references: Tensor, drawn: list[Image.Image]) -> dict[str, float]:
     """Mean distance of palettes (0 … 2) to each one's own reference, and to the others'."""
     made, theirs = _palette(_tensor(drawn)), _palette(pictures.images(references))
     distances = torch.cdist(made, theirs, p=1)
@@ -150,24 +237,67 @@ def _palettes(pictures: Pictures, references: Tensor, drawn: list[Image.Image]) 
     return {
         "palette_distance": float(own.mean()),
         "to_other_references": float(others.mean()),
-        "nearer_to_its_own": float((own < others).float().mean()),
+        "nearer_to_its_own": _share(own < others),
     }
 
 
-def _of_drawings(pictures: Pictures, judges: Mapping[str, Any]) -> dict[str, float]:
-    """Say how often the judges are right about drawings: hands of subjects never seen, subjects."""
-    held = pictures.held_out
-    images = pictures.images(held)
-    hands = _judged(judges["hands"], images) == pictures.hand[held]
-    every = pictures.trained
-    subjects = _judged(judges["subjects"], pictures.images(every)) == pictures.subject[every]
-    return {"hand": float(hands.float().mean()), "subject": float(subjects.float().mean())}
+def of_drawings(
+    pictures: Pictures, judges: Mapping[str, Any], samples: Samples
+) -> dict[str, float]:
+    """Say how often the judges are right: about the hands of subjects never seen, and subjects.
+
+    Both about drawings as they are, and as the autoencoder leaves them, which no sample can pass;
+    and how far it takes drawings from what they were.
+    """
+    held, every = pictures.held_out_for("subject"), pictures.trained
+    found = {}
+    for name, change in (("", lambda x: x), ("_decoded", samples.decoded)):
+        hands, subjects = change(pictures.images(held)), change(pictures.images(every))
+        judged = _judged(judges["hands"], hands)
+        found[f"hand{name}"] = _share(judged == pictures.hand[held])
+        found[f"subject{name}"] = _share(
+            _judged(judges["subjects"], subjects) == pictures.subject[every]
+        )
+    error = (subjects - pictures.images(every)).square().mean((1, 2, 3)).sqrt()
+    return {**found, "distance_decoded": float(error.mean()) * 255}
 
 
-def _sheet(rows: list[list[Image.Image]]) -> Image.Image:
-    wide, high = rows[0][0].size
-    sheet = Image.new("RGB", (len(rows[0]) * (wide + _GAP), len(rows) * (high + _GAP)), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            sheet.paste(image, (x * (wide + _GAP), y * (high + _GAP)))
-    return sheet
+def at_equal_hand(adapters: Mapping[str, Any]) -> dict[str, float]:
+    """Return the share of the text's subject that every adapter keeps at the same share of hands.
+
+    That is where each one's hand first reaches the least of their best, between two scales.
+    """
+    curves = {
+        name: [(x["hand"], x["subject"]) for x in told["by_scale"].values()]
+        for name, told in adapters.items()
+    }
+    level = min(max(hand for hand, _ in curve) for curve in curves.values())
+    found = {"hand": level}
+    for name, curve in curves.items():
+        last = next(place for place, (hand, _) in enumerate(curve) if hand >= level)
+        hands, subjects = zip(*curve[max(last - 1, 0) : last + 1], strict=True)
+        found[name] = float(np.interp(level, hands, subjects))
+    return found
+
+
+def transfer(samples: Samples, adapter: Any, cases: Cases, strange: Cases) -> Image.Image:
+    """Draw the same subjects in every hand: references above, each column from the one noise."""
+    pictures = samples.pictures
+    numbers = [
+        next(int(n) for n in (*cases.references, *strange.references) if pictures.hand[n] == hand)
+        for hand in pictures.hand[torch.cat([cases.references, strange.references])].unique()
+    ]
+    names = {hand.package: hand.name for hand in HANDS}
+    columns = [Column("text alone")]
+    for number in numbers:
+        hand = pictures.hands[int(pictures.hand[number])]
+        columns.append(Column(names[hand], "never seen" if hand == HELD_OUT_HAND else ""))
+    first: list[Image.Image | None] = [_picture(pictures.pixels[n]) for n in numbers]
+    rows = [Row("References", [None, *first])]
+    for subject in cases.subjects[:_SHOWN]:
+        count = len(numbers)
+        same = Cases(torch.tensor(numbers), subject.repeat(count), torch.full((count,), -1))
+        drawn = samples.draw(adapter, same, SCALES[-1])
+        alone = samples.draw(adapter, same[:1], SCALES[0])
+        rows.append(Row(caption(pictures.subjects[int(subject)]), [*alone, *drawn]))
+    return contact_sheet(rows, columns, layout=_LAYOUT)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from training.data.image import open_image
-from training.recipes.emoji.drawings import HANDS, HELD_OUT_HAND, caption
+from training.recipes.emoji.drawings import HANDS, caption
 
 BLUR, SHARPEST, BLUNTEST, NOISE = 9, 0.3, 1.5, 0.03  # of what the judges learn from
 
@@ -48,16 +48,18 @@ class Pictures:
         turned = torch.rand(len(images), generator=generator) < 0.5
         return torch.where(turned[:, None, None, None], images.flip(-1), images)
 
+    def held_out_for(self, why: str) -> Tensor:
+        """Return the numbers of what is held out as a "subject", a "hand" or a "drawing"."""
+        return torch.tensor([n for n, row in enumerate(self.rows) if row.get("held_out") == why])
+
     def labels(self, kind: str) -> tuple[Tensor, Tensor]:
         """Return each drawing's class, and the numbers of those to learn from.
 
-        Hands are learnt from subjects that train, subjects from all drawings.
+        Hands are learnt from subjects that are not held out, subjects from all drawings.
         """
         if kind == "hands":
-            held = {row["subject"] for row in self.rows if row["hand"] != HELD_OUT_HAND}
-            held -= {self.rows[int(n)]["subject"] for n in self.trained}
-            seen = [n for n, row in enumerate(self.rows) if row["subject"] not in held]
-            return self.hand, torch.tensor(seen)
+            held = self.subject[self.held_out_for("subject")]
+            return self.hand, self.every[~torch.isin(self.subject, held)]
         return self.subject, self.every
 
 
