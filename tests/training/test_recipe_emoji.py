@@ -67,7 +67,7 @@ def of(file_name):
 
 
 def test_what_refers_to_what(made):
-    plain, style, content, held = (rows(made, n) for n in ("plain", "style", "content", "held_out"))
+    plain, style, content = (rows(made, name) for name in ("plain", "style", "content"))
     assert len(plain) == len(style) == len(content) > 100
     for row in style:
         subject, hand = of(row["reference_file_name"])
@@ -76,15 +76,25 @@ def test_what_refers_to_what(made):
         subject, hand = of(row["reference_file_name"])
         assert hand != row["hand"] and subject == row["subject"]
     assert all(row["text"] == row["subject"].replace("-", " ") for row in plain)
-    trained = {row["subject"] for row in plain}
-    out = {row["subject"] for row in held if row["hand"] != drawings.HELD_OUT_HAND}
-    assert out and not out & trained
-    told = [*plain, *style, *content]
-    assert drawings.HELD_OUT_HAND not in {row["hand"] for row in told}
-    referred = {of(row["reference_file_name"]) for row in (*style, *content)}
-    assert not {subject for subject, _ in referred} & out
-    assert drawings.HELD_OUT_HAND not in {hand for _, hand in referred}
-    assert {row["subject"] for row in held if row["hand"] == drawings.HELD_OUT_HAND} & trained
+    trained = {(row["subject"], row["hand"]) for row in plain}
+    assert {(row["subject"], row["hand"]) for row in (*style, *content)} == trained
+    assert {of(row["reference_file_name"]) for row in (*style, *content)} <= trained
+    assert drawings.HELD_OUT_HAND not in {hand for _, hand in trained}
+
+
+def test_what_is_held_out(made):
+    """Whole subjects, a hand, and drawings whose subject and hand are known otherwise."""
+    trained = {(row["subject"], row["hand"]) for row in rows(made, "plain")}
+    subjects, hands = map(set, zip(*trained, strict=True))
+    held = rows(made, "held_out")
+    assert not {(row["subject"], row["hand"]) for row in held} & trained
+    why = {why: [row for row in held if row["held_out"] == why] for why in ("subject", "drawing")}
+    assert why["subject"] and not {row["subject"] for row in why["subject"]} & subjects
+    assert why["drawing"] and {row["subject"] for row in why["drawing"]} <= subjects
+    assert {row["hand"] for rows_of in why.values() for row in rows_of} <= hands
+    rest = {row["hand"] for row in held if row["held_out"] == "hand"}
+    assert rest == {drawings.HELD_OUT_HAND}
+    assert {row["subject"] for row in held if row["held_out"] == "hand"} & subjects
 
 
 def test_what_counts_once_or_not_at_all(made):
@@ -143,10 +153,10 @@ def test_drawings_in_memory(pictures):
     assert pictures.images(pictures.every[:4]).amax() == 1
     _, of_hands = pictures.labels("hands")
     learnt = {pictures.rows[int(n)]["subject"] for n in of_hands}
-    held = {pictures.rows[int(n)]["subject"] for n in pictures.held_out}
-    whole = {pictures.rows[int(n)]["subject"] for n in pictures.trained}
-    assert whole <= learnt and not learnt & (held - whole)
-    assert len(of_hands) < len(pictures.every)
+    held = {pictures.rows[int(n)]["subject"] for n in pictures.held_out_for("subject")}
+    assert held and not learnt & held
+    assert learnt | held == set(pictures.subjects)
+    assert {int(pictures.hand[n]) for n in of_hands} == set(range(len(drawings.HANDS)))
 
 
 def test_what_is_measured_of_samples(pictures):
@@ -162,21 +172,58 @@ def test_what_is_measured_of_samples(pictures):
         known = pictures.images(pictures.every).flatten(1)
         return labels[torch.cdist(images.flatten(1), known).argmin(1)]
 
-    chosen, strange = measure._references(pictures, 3)
-    assert not {*chosen.tolist()} & {*pictures.trained.tolist()}
+    cases, strange = measure.chosen(pictures, 3)
     other = pictures.hands.index(drawings.HELD_OUT_HAND)
-    assert (pictures.hand[strange] == other).all() and (pictures.hand[chosen] != other).all()
-    copies = [measure._picture(pictures.pixels[int(n)]) for n in chosen]
-    found = measure._scores(pictures, judges, chosen, copies)
-    assert found["hand"] == 1 and found["subject"] < 0.5 and found["palette_distance"] == 0
-    trained = [measure._picture(pictures.pixels[int(n)]) for n in pictures.trained[: len(chosen)]]
-    copied = measure._scores(pictures, judges, chosen, trained)
-    assert copied["distance_to_the_nearest"] < 0.5 < found["distance_to_the_nearest"]
-    own = measure._palettes(
-        pictures, strange, [measure._picture(pictures.pixels[int(n)]) for n in strange]
+    assert (pictures.hand[strange.references] == other).all()
+    assert (pictures.hand[cases.references] != other).all()
+    trained = {pictures.rows[int(n)]["subject"] for n in pictures.trained}
+    assert not {pictures.rows[int(n)]["subject"] for n in cases.references} & trained
+    assert {pictures.subjects[int(s)] for s in cases.subjects} <= trained
+
+    def pictured(numbers):
+        return [measure._picture(pictures.pixels[int(n)]) for n in numbers]
+
+    found = measure.scores(pictures, judges, cases, pictured(cases.references))
+    assert found["hand"] == 1 and found["subject"] == 0 and found["palette_distance"] == 0
+    copied = measure.scores(
+        pictures, judges, cases, pictured(pictures.trained[: len(cases.hidden)])
     )
+    assert copied["distance_to_the_nearest"] < 0.5 < found["distance_to_the_nearest"]
+    own = measure.palettes(pictures, strange.references, pictured(strange.references))
     assert own["palette_distance"] == 0
-    assert measure._of_drawings(pictures, judges)["hand"] == 1
+
+
+def test_drawings_that_no_training_saw(pictures):
+    """Half of the texts name one; a sample that is it is told from one that is another hand's."""
+    from training.recipes.emoji import measure
+
+    cases, _ = measure.chosen(pictures, 3)
+    alike = pictures.subjects.index("wide")  # by all hands
+    hidden = cases[cases.hidden & (cases.subjects != alike)]
+    assert 0 < len(hidden.references) < len(cases.references)
+    assert (pictures.hand[hidden.withheld] == pictures.hand[hidden.references]).all()
+    assert (pictures.subject[hidden.withheld] == hidden.subjects).all()
+    assert torch.isin(hidden.withheld, pictures.held_out_for("drawing")).all()
+    judges = {name: lambda x: torch.zeros(len(x), 9) for name in ("hands", "subjects")}
+    drawn = [measure._picture(pictures.pixels[int(n)]) for n in hidden.withheld]
+    name = "nearer_to_the_withheld_drawing_than_to_any_known"
+    assert measure.scores(pictures, judges, hidden, drawn)[name] == 1
+    known = [measure._picture(pictures.pixels[int(n)]) for n in pictures.trained[: len(drawn)]]
+    assert measure.scores(pictures, judges, hidden, known)[name] == 0
+
+
+def test_subjects_at_equal_hands():
+    """Where each adapter first takes as many hands as the weaker one at its best."""
+    from training.recipes.emoji import measure
+
+    def sweep(*points):
+        by_scale = {str(n): {"hand": h, "subject": s} for n, (h, s) in enumerate(points)}
+        return {"by_scale": by_scale}
+
+    found = measure.at_equal_hand(
+        {"plain": sweep((0.1, 1.0), (0.5, 0.8), (0.9, 0.2)), "style": sweep((0.2, 1.0), (0.7, 0.9))}
+    )
+    assert found == {"hand": 0.7, "plain": pytest.approx(0.5), "style": pytest.approx(0.9)}
 
 
 def test_steps_that_there_are_none_of(monkeypatch, capsys):

@@ -47,6 +47,11 @@ class Cases:
     subjects: Tensor
     withheld: Tensor
 
+    @property
+    def hidden(self) -> Tensor:
+        """Return which have such a drawing, `(N,)`."""
+        return self.withheld >= 0
+
     def __getitem__(self, rows: Any) -> Cases:
         return Cases(self.references[rows], self.subjects[rows], self.withheld[rows])
 
@@ -108,7 +113,7 @@ def measured(
     cases, strange = chosen(pictures, references)
     found: dict[str, Any] = {
         "references": len(cases.references),
-        "texts_of_withheld_drawings": int((cases.withheld >= 0).sum()),
+        "texts_of_withheld_drawings": int(cases.hidden.sum()),
         "drawings": of_drawings(pictures, judges, samples),
         "adapters": {},
     }
@@ -157,7 +162,8 @@ def _with_texts(pictures: Pictures, references: Tensor) -> Cases:
     subjects, drawings = [], []
     for place, reference in enumerate(references):
         hand = pictures.hand[reference]
-        hidden = place // 6 % 2 == 1 and bool((pictures.hand[withheld] == hand).any())
+        turn = place + place // (len(HANDS) - 1)  # each hand has both kinds
+        hidden = turn % 2 == 1 and bool((pictures.hand[withheld] == hand).any())
         pool = withheld if hidden else known
         if (pictures.hand[pool] == hand).any():
             pool = pool[pictures.hand[pool] == hand]
@@ -192,7 +198,7 @@ def scores(
     Distances are root mean squares in 8-bit levels: to the nearest drawing of the training, which
     a copy would be near 0 of.
     """
-    images, hidden = _tensor(drawn), cases.withheld >= 0
+    images, hidden = _tensor(drawn), cases.hidden
     hand = _judged(judges["hands"], images) == pictures.hand[cases.references]
     subject = _judged(judges["subjects"], images) == cases.subjects
     distance, nearest = _distances(images, pictures.images(pictures.trained)).min(1)
