@@ -1,6 +1,8 @@
 """What training costs: `nox -s bench` measures it with the rest.
 
 python -m benchmarks.training [--rounds 20]   alone, without ComfyUI; written to output/bench.json
+python -m benchmarks.training --set FOLDER    speed and memory on the drawings of
+                                              `python -m training.recipes.emoji.drawings`
 
 On models whose work is divided as SD1.5's is (`proportions`), in float32 on a CPU. Steps are timed
 as `beside_training` says; the median ratio counts.
@@ -9,7 +11,10 @@ as `beside_training` says; the median ratio counts.
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +25,11 @@ import datasets
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
 from ip_adapter_core.files import adapter_file as checkpoint
 from tests.support import image_folders
+from tools.comfyui.install import ROOT
 from training import cache
 from training.config import TrainConfig
 from training.loss import Batch
@@ -40,30 +47,35 @@ LIMITS: dict[str, float | str] = {
     "training_checkpoint_bytes": 45e6,  # two bytes for each of 22.3 million weights
     "training_rss_growth": 32 * 2**20,  # 33 bytes a row: its numbers, but not its texts
 }
-BATCH, PICTURES, WORKERS = 8, 128, 2
+BATCH, PICTURES, WORKERS, PEAK_STEPS = 8, 128, 2, 12
 
 
-def measure(rounds: int) -> dict[str, float]:
-    """All of the figures above."""
+def measure(rounds: int, drawings: Path | None = None) -> dict[str, float]:
+    """Measure all of the figures above and the memory, or what depends on the set of drawings."""
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name, one_thread():
         folder = Path(name)
-        make(folder)
+        make(folder, drawings)
         measures: dict[str, Callable[[], float]] = {
             "training_cache_speedup": lambda: cache_speedup(folder, rounds),
-            "training_loop_overhead": lambda: loop_overhead(folder, rounds),
-            "training_waiting_for_data": lambda: waiting_for_data(folder, rounds),
-            "training_checkpoint_bytes": lambda: checkpoint_bytes(folder),
-            "training_rss_growth": lambda: rows.growth(folder / "rows"),
+            "training_peak_rss": lambda: peak(folder, "cache"),
+            "training_peak_rss_reference": lambda: peak(folder, "reference"),
         }
+        if not drawings:
+            measures |= {
+                "training_loop_overhead": lambda: loop_overhead(folder, rounds),
+                "training_waiting_for_data": lambda: waiting_for_data(folder, rounds),
+                "training_checkpoint_bytes": lambda: checkpoint_bytes(folder),
+                "training_rss_growth": lambda: rows.growth(folder / "rows"),
+            }
         for figure, value in measures.items():
             found[figure] = value()
             report.progress(f"{figure}: {found[figure]:.5g}")
     return found
 
 
-def make(folder: Path) -> None:
-    """Make `base`, `encoder`, `pictures` and their `cache`.
+def make(folder: Path, drawings: Path | None = None) -> None:
+    """Make `base`, `encoder`, `pictures` (or link those of the drawings), `cache` and `weights`.
 
     Raises:
         ValueError: The models' work is not divided as SD1.5's.
@@ -74,11 +86,16 @@ def make(folder: Path) -> None:
         if abs(found - share) > proportions.TOLERANCE:
             raise ValueError(f"{name} is {found:.1%} of a step; in SD1.5 it is {share:.1%}.")
     proportions.save(folder)
-    side = proportions.SIZE
-    image_folders.with_metadata(
-        folder / "pictures", PICTURES, [(side * 5 // 4, side), (side, side)]
-    )
+    side, pictures = proportions.SIZE, folder / "pictures"
+    if drawings:
+        pictures.mkdir()
+        for hand in (drawings / "pictures").iterdir():
+            (pictures / hand.name).symlink_to(hand.resolve(), target_is_directory=True)
+        shutil.copy(drawings / "plain.jsonl", pictures / "metadata.jsonl")
+    else:
+        image_folders.with_metadata(pictures, PICTURES, [(side * 5 // 4, side), (side, side)])
     fill_cache(folder)
+    save_file(Trainer(config(folder)).sampled().state_dict(), folder / "weights.safetensors")
 
 
 def fill_cache(folder: Path) -> None:
@@ -133,16 +150,35 @@ def bare_step(trainer: Trainer, batch: Batch) -> float:
 def cache_speedup(folder: Path, rounds: int) -> float:
     """Ratio of a step of the reference's loop to one of train.py's from a cache."""
     given = config(folder, max_train_steps=rounds + NOT_TIMED)
-    loops: list[Reference] = []
-
-    def reference_step(trainer: Trainer, batch: Batch) -> float:
-        if not loops:
-            weights = trainer.sampled().state_dict()
-            loops.append(Reference(given, folder / "pictures", weights))
-        return seconds(loops[0].step)
-
-    pairs = side_by_side(given, reference_step)
+    loop = reference_loop(folder, given)
+    pairs = side_by_side(given, lambda *_: seconds(loop.step))
     return statistics.median(reference / ours for ours, reference in pairs)
+
+
+def reference_loop(folder: Path, given: TrainConfig) -> Reference:
+    return Reference(given, folder / "pictures", load_file(folder / "weights.safetensors"))
+
+
+def peak(folder: Path, loop: str) -> int:
+    """Return the most bytes that a process of its own has held after some steps of a loop."""
+    command = [sys.executable, "-m", f"{__package__}.training", "--peak", loop, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
+def run_for_peak(loop: str, folder: Path) -> int:
+    """Take some steps from the cache or as the reference does; return the peak in bytes."""
+    import resource  # Windows has none
+
+    given = config(folder, max_train_steps=PEAK_STEPS)
+    if loop == "cache":
+        Trainer(given).train()
+    else:
+        reference = reference_loop(folder, given)
+        for _ in range(PEAK_STEPS):
+            reference.step()
+    unit = 1 if sys.platform == "darwin" else 1024  # of getrusage
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def waiting_for_data(folder: Path, rounds: int) -> float:
@@ -172,7 +208,14 @@ def checkpoint_bytes(folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20, help="timed steps of each kind")
-    results = measure(parser.parse_args().rounds)
+    parser.add_argument("--set", type=Path, help="folder of drawings to train on")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.peak:
+        with one_thread():
+            print(run_for_peak(given.peak[0], Path(given.peak[1])))
+        return
+    results = measure(given.rounds, given.set)
     report.write({**report.read(), **results})
     report.table(results, LIMITS)
 

@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.support.drawings import packages_of_drawings
 from training.data.image import open_image
 from training.recipes.emoji import drawings
 
 pytest.importorskip("resvg_py", reason="`pip install resvg-py`")
-SUBJECTS = [f"thing-{i:02}" for i in range(30)]
-
-
-def body(subject, hand, width=32):
-    """Another shape for every subject, another colour for every hand."""
-    number = SUBJECTS.index(subject) if subject in SUBJECTS else 0
-    hue = 30 + 25 * [h.package for h in drawings.HANDS].index(hand)
-    x, y = number % 6, number // 6
-    return f'<path fill="rgb({hue},{255 - hue},{hue})" d="M{x * 4} {y * 5}h12v9h-12z"/>'
 
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("packages")
-    for hand in drawings.HANDS:
-        names = SUBJECTS[:: 3 if hand.package == drawings.HELD_OUT_HAND else 1]
-        icons = {name: {"body": body(name, hand.package)} for name in names}
-        if hand.package == drawings.HELD_OUT_HAND:
-            icons = {name.replace("-", ""): icon for name, icon in icons.items()}
-        else:
-            icons["again"] = icons["thing-07"]  # looks like another
-            icons["wide"] = {"body": '<path fill="red" d="M0 0h64v16h-64z"/>', "width": 64}
-            icons["wide"]["height"] = 16
-            icons["person-medium-dark"] = {"body": body("thing-00", hand.package)}
-        data = {"icons": icons, "width": 32, "height": 32}
-        data["aliases"] = {"called-otherwise": {"parent": next(iter(icons))}}
-        archive = folder / f"iconify-json-{hand.package}-{hand.version}.tgz"
-        with tarfile.open(archive, "w:gz") as tar:
-            content = json.dumps(data).encode()
-            info = tarfile.TarInfo("package/icons.json")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return folder
+    return packages_of_drawings(tmp_path_factory.mktemp("packages"))
 
 
 @pytest.fixture(scope="module")
