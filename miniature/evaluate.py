@@ -188,7 +188,7 @@ def main() -> None:
             asked.out.with_name(f"miniature-{name}.png") for name in ("curves", "sheet")
         )
         model_card.plot(found, curves)
-        model_card.contact_sheet(drawn, task).save(sheet)
+        model_card.references_sheet(drawn, task).save(sheet)
         print(curves, sheet, sep="\n")
     asked_for = [*demands(found)]
     print(*asked_for, asked.out, sep="\n")

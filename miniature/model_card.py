@@ -220,7 +220,7 @@ def plot(found: Figures, path: Path) -> None:
     pyplot.close(figure)
 
 
-def contact_sheet(drawn: Mapping[str, Tensor], task: Task) -> Image.Image:
+def references_sheet(drawn: Mapping[str, Tensor], task: Task) -> Image.Image:
     """Draw some references, and beside each its images as λ grows."""
     from tools.demo import draw_sheet
     from tools.demo_request import DemoRow, Render
