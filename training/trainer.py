@@ -219,7 +219,7 @@ class Trainer:
                     self.accelerator.clip_grad_norm_(
                         self.adapter.parameters(), self.config.max_grad_norm
                     )
-                self.optimizer.step()
+                self.optimizer.step()  # accelerate's: only when the gradients are whole
                 self.optimizer.zero_grad()
             self.metrics.add(loss, batch)
 
