@@ -111,7 +111,7 @@ def test_everybody_is_named(made):
 def pictures(made):
     from training.recipes.emoji.pictures import Pictures
 
-    return Pictures(made, "plain", "held_out")
+    return Pictures(made, taught=20)
 
 
 def test_drawings_in_memory(pictures):
@@ -134,9 +134,12 @@ def test_what_is_measured_of_samples(pictures):
     """References themselves are of their hand, and copies; others' texts are not in them."""
     from training.recipes.emoji import measure
 
+    taught = pictures.taught_subject
     judges = {
         "hands": lambda x: torch.nn.functional.one_hot(by_pixels(x, pictures.hand), 7),
-        "subjects": lambda x: torch.nn.functional.one_hot(by_pixels(x, pictures.subject), 99),
+        "subjects": lambda x: torch.nn.functional.one_hot(
+            by_pixels(x, pictures.taught_subject).clamp(0), 99
+        ),
     }
 
     def by_pixels(images, labels):
@@ -149,7 +152,7 @@ def test_what_is_measured_of_samples(pictures):
     assert (pictures.hand[cases.references] != other).all()
     trained = {pictures.rows[int(n)]["subject"] for n in pictures.trained}
     assert not {pictures.rows[int(n)]["subject"] for n in cases.references} & trained
-    assert {pictures.subjects[int(s)] for s in cases.subjects} <= trained
+    assert {pictures.taught[int(s)] for s in cases.subjects} <= trained
 
     def pictured(numbers):
         return [measure._picture(pictures.pixels[int(n)]) for n in numbers]
@@ -169,17 +172,18 @@ def test_drawings_that_no_training_saw(pictures):
     from training.recipes.emoji import measure
 
     cases, _ = measure.chosen(pictures, 3)
-    alike = pictures.subjects.index("wide")  # by all hands
-    hidden = cases[cases.hidden & (cases.subjects != alike)]
+    alike = [n for n, subject in enumerate(pictures.taught) if subject == "wide"]  # by all hands
+    hidden = cases[cases.hidden & ~torch.isin(cases.subjects, torch.tensor(alike).long())]
     assert 0 < len(hidden.references) < len(cases.references)
     assert (pictures.hand[hidden.withheld] == pictures.hand[hidden.references]).all()
-    assert (pictures.subject[hidden.withheld] == hidden.subjects).all()
+    assert (pictures.taught_subject[hidden.withheld] == hidden.subjects).all()
     assert torch.isin(hidden.withheld, pictures.held_out_for("drawing")).all()
     judges = {name: lambda x: torch.zeros(len(x), 9) for name in ("hands", "subjects")}
     drawn = [measure._picture(pictures.pixels[int(n)]) for n in hidden.withheld]
     name = "nearer_to_the_withheld_drawing_than_to_any_known"
     assert measure.scores(pictures, judges, hidden, drawn)[name] == 1
-    known = [measure._picture(pictures.pixels[int(n)]) for n in pictures.trained[: len(drawn)]]
+    taught = pictures.of_taught(pictures.trained)
+    known = [measure._picture(pictures.pixels[int(n)]) for n in taught[: len(drawn)]]
     assert measure.scores(pictures, judges, hidden, known)[name] == 0
 
 

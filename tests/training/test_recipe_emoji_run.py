@@ -17,6 +17,8 @@ from training.recipes.emoji.__main__ import STEPS, Recipe
 
 pytest.importorskip("resvg_py", reason="`pip install resvg-py`")
 FEW = {
+    "taught": 12,
+    "references of a drawing": 2,
     "autoencoder": [6],
     "image encoder": 3,
     "judge of hands": 3,
@@ -37,7 +39,11 @@ def files(work):
     recipe = Recipe(0, work, {**STEPS, **FEW}, "cpu", work)
     for _, target, _ in recipe.parts():
         paths = [work / target, *(work / target).rglob("*")] if target != "report.json" else []
-        found |= {str(p.relative_to(work)): p.read_bytes() for p in paths if p.is_file()}
+        found |= {
+            str(p.relative_to(work)): p.read_bytes()
+            for p in paths
+            if p.is_file() and p.suffix != ".tmp"
+        }
     sheets = ("samples.png", "transfer.png")
     return found | {name: (work / name).read_bytes() for name in sheets}
 

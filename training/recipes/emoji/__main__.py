@@ -35,6 +35,8 @@ from training.recipes.emoji.pictures import Pictures, blurred
 
 STEPS: dict[str, Any] = {
     "subjects": 1500,
+    "references of a drawing": 3,
+    "taught": 300,
     "autoencoder": (6000, 6000, 12000),
     "image encoder": 6000,
     "judge of hands": 3000,
@@ -45,7 +47,8 @@ STEPS: dict[str, Any] = {
     "plus": 8000,
     "references": 48,
 }
-"""Steps of each part; how many subjects at most, and references of each hand."""
+"""Steps of each part; how many subjects the set has at most, how many of them the base is taught,
+how many references a drawing has to learn from, and how many of each hand are measured."""
 OPTIONS = {
     **adapters.OPTIONS,
     "train_batch_size": 32,
@@ -59,6 +62,8 @@ PRECISIONS = {"no": None, "bf16": torch.bfloat16}
 _AUTOENCODER, _ENCODER, _CHECKPOINT = files.AUTOENCODER, files.ENCODER, "checkpoint.safetensors"
 _HANDS, _SUBJECTS = "judge-of-hands.safetensors", "judge-of-subjects.safetensors"
 _TEXTS, _LATENTS, _BASE = "texts.safetensors", "latents.safetensors", "unet-{}.safetensors"
+
+Drawn = tuple[Tensor, Tensor, torch.Generator]
 
 
 class Recipe(Stages):
@@ -100,6 +105,7 @@ class Recipe(Stages):
             ("latents", _LATENTS, self._latents),
             *((f"base {n}", _BASE.format(n), partial(self._base, n)) for n in range(1, count + 1)),
             ("checkpoint", _CHECKPOINT, self._checkpoint),
+            ("pairs", "pairs", self._pairs),
             *((f"cache {x}", f"cache-{x}", partial(self._cached, x)) for x in ("plain", "style")),
             *((x, f"{x}.safetensors", partial(self._adapted, x)) for x in ADAPTERS),
             ("report", "report.json", self._report),
@@ -108,19 +114,19 @@ class Recipe(Stages):
     @cached_property
     def pictures(self) -> Pictures:
         """All drawings of the hands that train, on white."""
-        return Pictures(self.work / "set", "plain", "held_out")
+        return Pictures(self.work / "set", self.seed, self.steps["taught"])
 
     def _drawings(self, target: Path) -> None:
-        most = self.steps["subjects"]
-        drawings.write(target, self.packages, seed=self.seed, most=most)
+        most, references = self.steps["subjects"], self.steps["references of a drawing"]
+        drawings.write(target, self.packages, seed=self.seed, most=most, references=references)
 
-    def _draw(self, numbers: Tensor, batch: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-        """Return what gives a step's images, mirrored by halves, and their numbers."""
+    def _draw(self, numbers: Tensor, batch: int) -> Callable[[int], Drawn]:
+        """Return what gives a step's images, moved and mirrored, their numbers and its dice."""
 
-        def draw(step: int) -> tuple[Tensor, Tensor]:
+        def draw(step: int) -> Drawn:
             generator = torch.Generator().manual_seed(drawings.number(self.seed, step) % 2**62)
             rows = numbers[torch.randint(len(numbers), (batch,), generator=generator)]
-            return self.pictures.images(rows, generator), rows
+            return self.pictures.images(rows, generator), rows, generator
 
         return draw
 
@@ -140,8 +146,8 @@ class Recipe(Stages):
         draw = self._draw(self.pictures.trained, 128)
 
         def described(step: int) -> tuple[Tensor, list[str]]:
-            images, rows = draw(step)
-            return images, [self.pictures.descriptions[int(row)] for row in rows]
+            images, rows, generator = draw(step)
+            return images, self.pictures.described(rows, generator)
 
         steps = self.steps["image encoder"]
         made = models.train_image_encoder(self.seed, steps, device=self.device, draw=described)
@@ -156,7 +162,7 @@ class Recipe(Stages):
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
 
         def loss_at(step: int) -> Tensor:
-            images, chosen = draw(step)
+            images, chosen, _ = draw(step)
             scores = model(blurred(images.to(self.device)))
             return torch.nn.functional.cross_entropy(scores, labels[chosen].to(self.device))
 
@@ -165,15 +171,24 @@ class Recipe(Stages):
         files.save(target, files.halved(model.cpu().state_dict()))
 
     def _texts(self, target: Path) -> None:
-        texts = [*map(drawings.caption, self.pictures.subjects), ""]
+        texts = [*map(drawings.caption, self.pictures.taught), ""]
         files.save(target, {"states": models.text_states(texts, self.device, torch.float16)})
 
     @torch.no_grad()
     def _latents(self, target: Path) -> None:
         vae, known = files.autoencoder(self.work / _AUTOENCODER), self.pictures
-        rows = known.trained
+        rows = known.of_taught(known.trained)
         encoded = [vae.encode(known.images(some)) for some in rows.split(256)]
-        files.save(target, {"latents": torch.cat(encoded), "kinds": known.subject[rows]})
+        files.save(target, {"latents": torch.cat(encoded), "kinds": known.taught_subject[rows]})
+
+    def _pairs(self, target: Path) -> None:
+        """Write the lists that adapters learn from: what the base can draw, by any reference."""
+        target.mkdir(exist_ok=True)
+        for name in ("plain", "style"):
+            lines = (self.work / "set" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+            taught = {*self.pictures.taught}
+            kept = [line for line in lines if json.loads(line)["subject"] in taught]
+            (target / f"{name}.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
 
     def _base(self, number: int, target: Path) -> None:
         unet = base.new(self.seed)
@@ -200,7 +215,7 @@ class Recipe(Stages):
         files.save(target, files.checkpoint(last, vae))
 
     def _cached(self, name: str, target: Path) -> None:
-        frozen, rows = self._inputs(), self.work / "set" / f"{name}.jsonl"
+        frozen, rows = self._inputs(), self.work / "pairs" / f"{name}.jsonl"
         pictures = self.work / "set" / "pictures"
         adapters.cache(*frozen, rows, target, device=self.device, data_root_path=pictures)
 

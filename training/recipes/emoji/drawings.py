@@ -194,8 +194,13 @@ def caption(subject: str) -> str:
     return subject.replace("-", " ")
 
 
-def rows(drawn: Mapping[str, Mapping[str, Path]], root: Path, seed: int) -> dict[str, list[Any]]:
-    """Return the rows of every list; `number` chooses what is held out, and a row says why."""
+def rows(
+    drawn: Mapping[str, Mapping[str, Path]], root: Path, seed: int, references: int = 1
+) -> dict[str, list[Any]]:
+    """Return the rows of every list; `number` chooses what is held out, and a row says why.
+
+    `references`: as many rows of "style" has every drawing, each with another reference.
+    """
     found: dict[str, list[Any]] = {name: [] for name in ("plain", "style", "content", "held_out")}
     trained: dict[str, dict[str, Path]] = {
         subject: {
@@ -225,11 +230,11 @@ def rows(drawn: Mapping[str, Mapping[str, Path]], root: Path, seed: int) -> dict
                 found["held_out"].append({**row, "held_out": why})
                 continue
             own, others = of_hand[hand], [other for other in known if other != hand]
-            chosen = number(seed, "style", subject, hand)
-            same = [x for x in own if x != subject][chosen % (len(own) - 1)]
             found["plain"].append(row)
-            style = trained[same][hand].relative_to(root)
-            found["style"].append({**row, "reference_file_name": str(style)})
+            same = sorted(own, key=lambda x: number(seed, "style", subject, hand, x))
+            for other in [x for x in same if x != subject][:references]:
+                style = trained[other][hand].relative_to(root)
+                found["style"].append({**row, "reference_file_name": str(style)})
             if others:
                 other = others[number(seed, "content", subject, hand) % len(others)]
                 content = known[other].relative_to(root)
@@ -238,7 +243,12 @@ def rows(drawn: Mapping[str, Mapping[str, Path]], root: Path, seed: int) -> dict
 
 
 def write(
-    out: Path, packages: Path, size: int = 64, seed: int = 0, most: int | None = None
+    out: Path,
+    packages: Path,
+    size: int = 64,
+    seed: int = 0,
+    most: int | None = None,
+    references: int = 1,
 ) -> dict[str, int]:
     """Make the set in `out`; returns how many rows each list has. `most`: subjects."""
     pictures = out / "pictures"
@@ -247,7 +257,9 @@ def write(
     chosen = sorted(found, key=lambda subject: number(seed, "chosen", subject))[:most]
     for subject, hand, path in draw({s: found[s] for s in sorted(chosen)}, pictures, size):
         drawn[subject][hand] = path
-    lists = rows({subject: drawn[subject] for subject in distinct(drawn)}, pictures, seed)
+    lists = rows(
+        {subject: drawn[subject] for subject in distinct(drawn)}, pictures, seed, references
+    )
     for name, listed in lists.items():
         lines = "".join(json.dumps(row) + "\n" for row in listed)
         (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
@@ -272,10 +284,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     parser.add_argument("--most", type=int, help="so many subjects; default: all, about 1,400")
     parser.add_argument("--seed", type=int, default=0, help="of what is held out, and of pairs")
+    parser.add_argument(
+        "--references", type=int, default=1, help="rows of a drawing in style.jsonl"
+    )
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     packages = given.packages or given.out / "packages"
-    made = write(given.out, packages, given.size, given.seed, given.most)
+    made = write(given.out, packages, given.size, given.seed, given.most, given.references)
     print(", ".join(f"{name}: {count}" for name, count in made.items()))
 
 

@@ -37,7 +37,7 @@ _LAYOUT = Layout(cell=(128, 128))
 
 @dataclass(frozen=True)
 class Cases:
-    """Numbers `(N,)` of references, and of the subjects that their texts name.
+    """Numbers `(N,)` of references, and of the taught subjects that their texts name.
 
     `withheld (N,)`: the drawing of that subject by the reference's hand that no training saw,
     -1 where one did see it.
@@ -77,7 +77,7 @@ class Samples:
 
     def draw(self, adapter: Any, cases: Cases, scale: float) -> list[Image.Image]:
         """Return a sample of each case; a reference's noise is the same at every scale."""
-        texts = [caption(self.pictures.subjects[int(s)]) for s in cases.subjects]
+        texts = [caption(self.pictures.taught[int(s)]) for s in cases.subjects]
         images = [_picture(self.pictures.pixels[int(n)]) for n in cases.references]
         features, zero = encode_images(self.eye, images, adapter.spec.features)
         seeds = [int(n) for n in cases.references]
@@ -134,7 +134,7 @@ def measured(
             Row(f"{name}, weight {scale:g}", drawn[scale][: len(first)]) for scale in SCALES[::2]
         ]
     found["at_equal_hand"] = at_equal_hand(found["adapters"])
-    texts = [Column(caption(pictures.subjects[int(s)])) for s in shown.subjects]
+    texts = [Column(caption(pictures.taught[int(s)])) for s in shown.subjects]
     sheets = {"samples": contact_sheet(rows, texts, layout=_LAYOUT)}
     if TRANSFER in adapters:
         sheets["transfer"] = transfer(samples, samples.adapter(adapters[TRANSFER]), cases, strange)
@@ -156,8 +156,9 @@ def chosen(pictures: Pictures, each: int) -> tuple[Cases, Cases]:
 
 
 def _with_texts(pictures: Pictures, references: Tensor) -> Cases:
-    """Name a subject that trains under each reference; by halves one without that drawing."""
-    known, withheld = pictures.trained, pictures.held_out_for("drawing")
+    """Name a subject that the base knows to each reference; to half, one without that drawing."""
+    known = pictures.of_taught(pictures.trained)
+    withheld = pictures.of_taught(pictures.held_out_for("drawing"))
     generator = torch.Generator().manual_seed(len(references))
     subjects, drawings = [], []
     for place, reference in enumerate(references):
@@ -168,7 +169,7 @@ def _with_texts(pictures: Pictures, references: Tensor) -> Cases:
         if (pictures.hand[pool] == hand).any():
             pool = pool[pictures.hand[pool] == hand]
         row = pool[torch.randint(len(pool), (), generator=generator)]
-        subjects.append(pictures.subject[row])
+        subjects.append(pictures.taught_subject[row])
         drawings.append(row if hidden else torch.tensor(-1))
     return Cases(references, torch.stack(subjects), torch.stack(drawings))
 
@@ -201,8 +202,9 @@ def scores(
     images, hidden = _tensor(drawn), cases.hidden
     hand = _judged(judges["hands"], images) == pictures.hand[cases.references]
     subject = _judged(judges["subjects"], images) == cases.subjects
-    distance, nearest = _distances(images, pictures.images(pictures.trained)).min(1)
-    near = pictures.trained[nearest]
+    known = pictures.of_taught(pictures.trained)
+    distance, nearest = _distances(images, pictures.images(known)).min(1)
+    near = known[nearest]
     theirs = pictures.images(cases.withheld[hidden])
     own = (images[hidden] - theirs).square().mean((1, 2, 3)).sqrt() * 255
     palette = _palette(images) - _palette(pictures.images(cases.references))
@@ -213,7 +215,7 @@ def scores(
         "subject_of_withheld_drawings": _share(subject[hidden]),
         "nearer_to_the_withheld_drawing_than_to_any_known": _share(own < distance[hidden]),
         "palette_distance": float(palette.abs().sum(1).mean()),
-        "nearest_is_of_the_text": _share(pictures.subject[near] == cases.subjects),
+        "nearest_is_of_the_text": _share(pictures.taught_subject[near] == cases.subjects),
         "nearest_is_of_the_hand": _share(pictures.hand[near] == pictures.hand[cases.references]),
         "distance_to_the_nearest": float(distance.mean()),
     }
@@ -255,7 +257,7 @@ def of_drawings(
     Both about drawings as they are, and as the autoencoder leaves them, which no sample can pass;
     and how far it takes drawings from what they were.
     """
-    held, every = pictures.held_out_for("subject"), pictures.trained
+    held, every = pictures.held_out_for("subject"), pictures.of_taught(pictures.trained)
     found = {}
     for name, change in (("", lambda x: x), ("_decoded", samples.decoded)):
         hands, subjects = change(pictures.images(held)), change(pictures.images(every))
@@ -305,5 +307,5 @@ def transfer(samples: Samples, adapter: Any, cases: Cases, strange: Cases) -> Im
         same = Cases(torch.tensor(numbers), subject.repeat(count), torch.full((count,), -1))
         drawn = samples.draw(adapter, same, SCALES[-1])
         alone = samples.draw(adapter, same[:1], SCALES[0])
-        rows.append(Row(caption(pictures.subjects[int(subject)]), [*alone, *drawn]))
+        rows.append(Row(caption(pictures.taught[int(subject)]), [*alone, *drawn]))
     return contact_sheet(rows, columns, layout=_LAYOUT)

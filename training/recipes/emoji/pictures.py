@@ -12,55 +12,90 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from training.data.image import open_image
-from training.recipes.emoji.drawings import HANDS, caption
+from training.recipes.emoji.drawings import HANDS, caption, number
 
 BLUR, SHARPEST, BLUNTEST, NOISE = 9, 0.3, 1.5, 0.03  # of what the judges learn from
+MOVED = 4  # pixels at most, across and down
 
 
 class Pictures:
-    """Rows of these lists in `folder`, every drawing once: `pixels (N, 3, h, w)`, 8 bits."""
+    """Rows of plain.jsonl and held_out.jsonl in `folder`: `pixels (N, 3, h, w)`, 8 bits.
 
-    def __init__(self, folder: Path, *lists: str) -> None:
+    Encoder, autoencoder and the judge of hands learn from the whole set; the base is `taught` so
+    many of its subjects, which are those that texts name.
+    """
+
+    def __init__(self, folder: Path, seed: int = 0, taught: int | None = None) -> None:
         self.folder = folder
         rows: list[dict[str, Any]] = []
-        for name in lists:
+        for name in ("plain", "held_out"):
             lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
             rows += [json.loads(line) | {"list": name} for line in lines]
         self.rows = rows
         self.hands = [hand.package for hand in HANDS]
         self.subjects = sorted({row["subject"] for row in rows})
-        number = {subject: i for i, subject in enumerate(self.subjects)}
+        index = {subject: n for n, subject in enumerate(self.subjects)}
         self.hand = torch.tensor([self.hands.index(row["hand"]) for row in rows])
-        self.subject = torch.tensor([number[row["subject"]] for row in rows])
+        self.subject = torch.tensor([index[row["subject"]] for row in rows])
         self.every = torch.arange(len(rows))
         held = torch.tensor([row["list"] == "held_out" for row in rows])
         self.trained, self.held_out = self.every[~held], self.every[held]
-        names = {hand.package: hand.name for hand in HANDS}
-        self.descriptions = [f"{caption(r['subject'])}, {names[r['hand']]}" for r in rows]
+        known = {rows[int(n)]["subject"] for n in self.trained}
+        first = sorted(known, key=lambda subject: number(seed, "taught", subject))[:taught]
+        self.taught = sorted(first)
+        place = {subject: n for n, subject in enumerate(self.taught)}
+        self.taught_subject = torch.tensor([place.get(row["subject"], -1) for row in rows])
         pictures = folder / "pictures"
         self.pixels = torch.stack([_pixels(pictures / row["file_name"]) for row in rows])
 
     def images(self, numbers: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return images `(N, 3, h, w)`, 0 … 1; with a generator half of them mirrored."""
+        """Return images `(N, 3, h, w)`, 0 … 1; with a generator moved, by halves mirrored."""
         images = self.pixels[numbers].float() / 255
         if generator is None:
             return images
         turned = torch.rand(len(images), generator=generator) < 0.5
-        return torch.where(turned[:, None, None, None], images.flip(-1), images)
+        images = torch.where(turned[:, None, None, None], images.flip(-1), images)
+        side = images.shape[-1]
+        around = torch.nn.functional.pad(images, (MOVED,) * 4, value=1.0)
+        places = torch.randint(2 * MOVED + 1, (2, len(images)), generator=generator)
+        return torch.stack(
+            [
+                image[:, y : y + side, x : x + side]
+                for image, y, x in zip(around, *places.tolist(), strict=True)
+            ]
+        )
+
+    def described(self, numbers: Tensor, generator: torch.Generator) -> list[str]:
+        """Return what drawings show and whose hand drew them, of half of them the hand alone.
+
+        In a batch hardly any subject occurs twice: named by the whole alone, hands would decide
+        nothing.
+        """
+        alone = torch.rand(len(numbers), generator=generator) < 0.5
+        names = [HANDS[int(hand)].name for hand in self.hand[numbers]]
+        texts = [caption(self.subjects[int(subject)]) for subject in self.subject[numbers]]
+        return [
+            name if hand else f"{text}, {name}"
+            for name, text, hand in zip(names, texts, alone, strict=True)
+        ]
 
     def held_out_for(self, why: str) -> Tensor:
         """Return the numbers of what is held out as a "subject", a "hand" or a "drawing"."""
         return torch.tensor([n for n, row in enumerate(self.rows) if row.get("held_out") == why])
 
+    def of_taught(self, numbers: Tensor) -> Tensor:
+        """Return those of the numbers whose subjects the base is taught."""
+        return numbers[self.taught_subject[numbers] >= 0]
+
     def labels(self, kind: str) -> tuple[Tensor, Tensor]:
         """Return each drawing's class, and the numbers of those to learn from.
 
-        Hands are learnt from subjects that are not held out, subjects from all drawings.
+        Hands are learnt from subjects that are not held out, taught subjects from all drawings.
         """
         if kind == "hands":
             held = self.subject[self.held_out_for("subject")]
             return self.hand, self.every[~torch.isin(self.subject, held)]
-        return self.subject, self.every
+        return self.taught_subject, self.of_taught(self.every)
 
 
 def _pixels(path: Path) -> Tensor:
