@@ -137,9 +137,7 @@ def test_what_is_measured_of_samples(pictures):
     taught = pictures.taught_subject
     judges = {
         "hands": lambda x: torch.nn.functional.one_hot(by_pixels(x, pictures.hand), 7),
-        "subjects": lambda x: torch.nn.functional.one_hot(
-            by_pixels(x, pictures.taught_subject).clamp(0), 99
-        ),
+        "subjects": lambda x: torch.nn.functional.one_hot(by_pixels(x, taught).clamp(0), 99),
     }
 
     def by_pixels(images, labels):
