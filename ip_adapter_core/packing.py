@@ -47,6 +47,14 @@ class LayerFolding:
         """Return the same weights for both sides."""
         return cls(tuple(weights), tuple(weights), (False,) * len(weights), scaling)
 
+    def only(self, layers: Sequence[int]) -> LayerFolding:
+        """Return it for the layers of these numbers alone."""
+        positive, negative = (
+            tuple(side[i] for i in layers) for side in (self.positive, self.negative)
+        )
+        itself = tuple(self.itself[i] for i in layers)
+        return replace(self, positive=positive, negative=negative, itself=itself)
+
     @property
     def acts(self) -> bool:
         """Whether an image counts anywhere."""

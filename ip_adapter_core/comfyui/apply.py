@@ -173,11 +173,11 @@ def _folding(model: ModelPatcher, settings: ApplySettings) -> LayerFolding:
                 "pack that put its own in their place, does not open. Update ComfyUI to 0.17 or "
                 "newer, or take that pack out."
             )
+        every = layers_of(model)  # which Layer Weights gives one number each
         if weights is not None and not isinstance(weights, LayerFolding):
-            every = layers_of(model)  # which Layer Weights gives one number each
-            if len(weights) == len(every):
-                pairs = zip(every, weights, strict=True)
-                weights = [weight for layer, weight in pairs if layer in layers]
+            weights = LayerFolding.alike(weights)
+        if weights is not None and len(weights.positive) == len(every):
+            weights = weights.only([i for i, layer in enumerate(every) if layer in layers])
     return layer_folding(adapter.spec, settings.weight, weights)
 
 

@@ -148,6 +148,11 @@ def test_layer_weights_that_cannot_be(adapter, weight, layers, said):
         layer_folding(adapter.spec, weight, layers)
 
 
+def test_the_folding_of_some_layers_alone():
+    given = LayerFolding((1.0, 2.0, 3.0), (4.0, 5.0, 6.0), (False, True, False), "K+V")
+    assert given.only([1, 2]) == LayerFolding((2.0, 3.0), (5.0, 6.0), (True, False), "K+V")
+
+
 def _written_out(key, value, weight, scaling, per_image):
     """K' and V' of one layer as ComfyUI_IPAdapter_plus scales them, each image by itself."""
     penalised = weight * key.shape[-1] / 1280

@@ -65,6 +65,31 @@ def test_instantx_as_its_formula(flux, size, scale, cfg):
         assert error(expected, flux._call(flux.twin(size), call)) > 0.01
 
 
+@pytest.mark.parametrize("scaling", ["V only", "K+V"])
+@pytest.mark.parametrize("kind", ["xlabs", "instantx"])
+def test_layer_weights(flux, kind, scaling, monkeypatch, tmp_path):
+    """The node has a number for every block, of which XLabs' adapters take those of double ones."""
+    import folder_paths
+    from comfyui_ip_adapter.nodes.weights import LayerWeights
+
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
+    size, scales = flux.SMALL, [0.4, 1.5, 0.0, 0.7, 0.2, 2.0, 1.0]
+    names = [f"double {i}" for i in range(3)] + [f"single {i}" for i in range(4)]
+    changes = ", ".join(f"{name}: {scale}" for name, scale in zip(names, scales, strict=True))
+    weights = LayerWeights.execute(flux.model(), "uniform", changes, scaling).args[0]
+    state, prompt = flux.FILES[kind](size), flux.images()
+    adapter = flux.adapter(state)
+    model = flux.small.apply(flux.model(), adapter, prompt, layer_weights=weights)
+    for call in flux.recorded(model, flux.text(1), flux.text(2), cfg=2.0):
+        of_v, of_both = (
+            flux.expected(size, call, [(state, prompt, scales, 1.0)], keys)
+            for keys in (False, True)
+        )
+        truth, other = (of_v, of_both) if scaling == "V only" else (of_both, of_v)
+        assert error(call.out, truth) < TOLERANCE
+        assert error(call.out, other) > 1e-3
+
+
 def over_patches(mask, height, width):
     """A mask `(1, H, W)` at the picture's patches, as diffusers' masks are resized: `(1, L, 1)`."""
     y, x = ((torch.arange(n).double() + 0.5) / n * 2 - 1 for n in (height, width))

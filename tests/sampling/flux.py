@@ -307,7 +307,7 @@ class Part:
     """An image prompt in a call: its adapter's tensors, the embedding of each row `(B, embed)`.
 
     `scales`: λ of each block; `mask`: over the picture's patches `(B or 1, patches, 1)`, or a
-    number; `rows (B,)`: 0 for those of no image.
+    number; `rows (B,)`: 0 for those of no image. `keys`: whether λ multiplies K' too.
     """
 
     state: State
@@ -315,6 +315,7 @@ class Part:
     scales: list[float]
     mask: Any
     rows: Tensor
+    keys: bool = False
 
     @property
     def xlabs(self) -> bool:
@@ -332,6 +333,8 @@ class Part:
         k, v = (rearrange(x, "b t (h d) -> b h t d", h=query.shape[1]) for x in (k, v))
         if not self.xlabs:
             k = k * torch.rsqrt(k.pow(2).mean(-1, keepdim=True) + 1e-5)
+        if self.keys:
+            k = k * self.scales[number]
         image = scaled_dot_product_attention(query, k, v)
         image = rearrange(image, "b h l d -> b l (h d)") * self.scales[number]
         mask = self.mask
@@ -383,10 +386,16 @@ class Processor:
         return image, words, torch.zeros_like(image) + sum(behind)
 
 
-def expected(size: Size, call: Call, prompts: list[tuple[State, ImagePrompt, Any, Any]]) -> Tensor:
+def expected(
+    size: Size,
+    call: Call,
+    prompts: list[tuple[State, ImagePrompt, Any, Any]],
+    keys: bool = False,
+) -> Tensor:
     """What diffusers' model gives for a call with these prompts of one image.
 
     Of each: tensors, image prompt, λ (a number, or one a block), mask over patches or a number.
+    `keys`: whether λ multiplies K' too.
     """
     parts = []
     for state, prompt, scale, mask in prompts:
@@ -394,7 +403,7 @@ def expected(size: Size, call: Call, prompts: list[tuple[State, ImagePrompt, Any
         embeds = [prompt.positive.image_embeds if p else prompt.black for p in call.positive]
         rows = torch.tensor([float(p or of_xlabs) for p in call.positive])
         scales = scale if isinstance(scale, list) else [scale] * (size.double + size.single)
-        parts.append(Part(state, torch.cat(embeds), scales, mask, rows))
+        parts.append(Part(state, torch.cat(embeds), scales, mask, rows, keys))
     sides = [math.prod(patches(x)) for x in (call.x, *call.references)]
     made = twin(size)
     before = made.attn_processors
