@@ -51,14 +51,13 @@ def inject_decoupled_attention(executor: Any, x: Tensor, *args: Any, **kwargs: A
     if not rows:
         return executor(x, *args, **kwargs)
     # Where it stands differs between models; behind it come no mappings, before it control's.
-    named = "transformer_options" in kwargs
-    at = (
-        None if named else max((i for i, x in enumerate(args) if isinstance(x, dict)), default=None)
-    )
-    given = kwargs.get("transformer_options") if at is None else args[at]
+    mappings = [i for i, value in enumerate(args) if isinstance(value, dict)]
+    named = "transformer_options" in kwargs or not mappings
+    given = kwargs.get("transformer_options") if named else args[mappings[-1]]
     with _laid(given or {}, executor.class_obj, rows, x) as options:
-        if at is None:
+        if named:
             return executor(x, *args, **{**kwargs, "transformer_options": options})
+        at = mappings[-1]
         return executor(x, *args[:at], options, *args[at + 1 :], **kwargs)
 
 
