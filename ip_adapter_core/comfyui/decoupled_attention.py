@@ -16,7 +16,7 @@ from ..variants import CROSS_ATTENTION, Place
 from .flux_blocks import AttentionOutputs, BlockOutputs
 from .layers import KEY, LAYERS, RECORD, Conds, Layer, cross_attentions, layers_by_place
 from .masks import Size
-from .model_call import Call, ImageParts, MaskAt, Prompts, Seen, for_all
+from .model_call import Call, ImageParts, LayerPrompts, MaskAt, Prompts, Seen, for_all
 from .prompt_rows import SamplingRun
 
 Patch: TypeAlias = Callable[..., Tensor]
@@ -86,7 +86,7 @@ def _laid(
                 for i in range(len(dims))
             ]
             seen = [None if watch is None else watch(place, layer) for layer in layers]
-            made = kind(layers, prompts, seen, call)
+            made = kind(list(zip(layers, prompts, seen, strict=True)), call)
             options = around.enter_context(made.laid(options, model))
         yield options
 
@@ -94,14 +94,8 @@ def _laid(
 class CrossAttentionSlots:
     """A UNet's cross-attention: the image's part joins that of the text, in the `attn2` slots."""
 
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        prompts: Sequence[Prompts],
-        seen: Sequence[Seen | None],
-        call: Call,
-    ) -> None:
-        self.layers = list(zip(layers, prompts, seen, strict=True))
+    def __init__(self, layers: Sequence[LayerPrompts], call: Call) -> None:
+        self.layers = layers
         self.call = call
 
     @contextlib.contextmanager

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ..attention import attend
 from ..layer_weights import Block
-from .layers import BLOCKS, Blocks, Layer
+from .layers import BLOCKS, Blocks
 from .masks import Size
-from .model_call import Call, ImageParts, LaidMask, Prompts, Seen
+from .model_call import Call, ImageParts, LaidMask, LayerPrompts, Seen
 
 Rows = tuple[int, int, int]
 """How many rows stand before the picture's, and the picture's height and width in patches."""
@@ -70,21 +70,16 @@ class _Blocks:
     neither options nor its number, on the blocks themselves while the call lasts.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        prompts: Sequence[Prompts],
-        seen: Sequence[Seen | None],
-        call: Call,
-    ) -> None:
-        masks = {id(mask): _MaskOverRows(mask) for _, _, mask in prompts[0] if mask is not None}
+    def __init__(self, layers: Sequence[LayerPrompts], call: Call) -> None:
+        _, first, _ = layers[0]  # whose masks are those of every layer
+        masks = {id(mask): _MaskOverRows(mask) for _, _, mask in first if mask is not None}
         self.blocks: dict[Block, _Block] = {
             layer.key[:2]: _Block(
                 [(k, v, None if mask is None else masks[id(mask)]) for k, v, mask in images],
                 call,
                 None if watch is None else partial(_see_the_picture, watch),
             )
-            for layer, images, watch in zip(layers, prompts, seen, strict=True)
+            for layer, images, watch in layers
         }
         self.latent = call.latent
         self.size: Size = self.latent

@@ -11,6 +11,7 @@ from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
 from ..attention import add
+from .layers import Layer
 from .masks import MaskRows, Size, layer_size
 
 Seen: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Any], None]
@@ -29,6 +30,8 @@ class LaidMask(Protocol):
 
 Prompts: TypeAlias = list[tuple[Tensor, Tensor, LaidMask | None]]
 """K', V' and mask of each image prompt on one layer."""
+LayerPrompts: TypeAlias = tuple[Layer, Prompts, Seen | None]
+"""A layer, the image prompts on it, and what watches it."""
 
 
 def for_all(rows: Tensor, x: Tensor) -> Tensor:
