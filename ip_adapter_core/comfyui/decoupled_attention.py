@@ -16,7 +16,7 @@ from ..variants import CROSS_ATTENTION, Place
 from .flux_blocks import AttentionOutputs, BlockOutputs
 from .layers import KEY, LAYERS, RECORD, Conds, Layer, cross_attentions, layers_by_place
 from .masks import Size
-from .model_call import Call, ImageParts, LayerPrompts, MaskAt, Prompts, Seen, for_all
+from .model_call import Call, ImageParts, LayerPrompts, MaskAt, Prompts, Seen, for_all, forward_as
 from .prompt_rows import SamplingRun
 
 Patch: TypeAlias = Callable[..., Tensor]
@@ -111,7 +111,8 @@ class CrossAttentionSlots:
                 other_patch = slots.get(layer.key) or slots.get(layer.key[:2])
                 made = DecoupledAttention(prompts, self.call, other_patch, seen)
                 if other_patch is None and layer.key in theirs:
-                    around.enter_context(_on_top(modules[layer.key], made))
+                    module = modules[layer.key]
+                    around.enter_context(forward_as(module, _on_top(module, made)))
                 else:
                     ours[layer.key] = made
             attn2 = {**slots, **ours}
@@ -139,10 +140,9 @@ def replaced_modules(unet: nn.Module) -> tuple[LayerKey, ...]:
     )
 
 
-@contextlib.contextmanager
-def _on_top(module: Any, attention: DecoupledAttention) -> Iterator[None]:
-    """Add the images to whatever the layer's own forward gives, while the context lasts."""
-    inner, before = module.forward, vars(module).get("forward")
+def _on_top(module: Any, attention: DecoupledAttention) -> Callable[..., Tensor]:
+    """Return a forward that adds the images to whatever the layer's own gives."""
+    inner = module.forward
 
     def project(image: Tensor) -> Tensor:
         # Images join before the output projection, which is linear but for its bias.
@@ -154,14 +154,7 @@ def _on_top(module: Any, attention: DecoupledAttention) -> Iterator[None]:
         out = inner(x, *args, **kwargs)
         return attention.add_images(out, module.to_q(x), options, project)
 
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
+    return forward
 
 
 def optimized_attention(*args: Any, **kwargs: Any) -> Tensor:

@@ -24,7 +24,7 @@ from ..attention import attend
 from ..layer_weights import Block
 from .layers import BLOCKS, Blocks
 from .masks import Size
-from .model_call import Call, ImageParts, LaidMask, LayerPrompts, Seen
+from .model_call import Call, ImageParts, LaidMask, LayerPrompts, Seen, forward_as
 
 Rows = tuple[int, int, int]
 """How many rows stand before the picture's, and the picture's height and width in patches."""
@@ -99,7 +99,8 @@ class _Blocks:
             return
         with ExitStack() as around:
             for key, block in self.blocks.items():
-                around.enter_context(self._on_top(modules[key], key, block))
+                module = modules[key]
+                around.enter_context(forward_as(module, self._on_top(module, key, block)))
             yield options
 
     def in_slots(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -123,10 +124,9 @@ class _Blocks:
         """Return the block that a patch is called in."""
         return self.blocks.get((options["block_type"], options["block_index"]))
 
-    @contextmanager
-    def _on_top(self, module: Any, key: Block, block: _Block) -> Iterator[None]:
-        inner, before = module.forward, vars(module).get("forward")
-        kind, number = key
+    def _on_top(self, module: Any, key: Block, block: _Block) -> Callable[..., Any]:
+        """Return a forward that runs the block's own with the images' parts in it."""
+        inner, (kind, number) = module.forward, key
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = {**(kwargs.get("transformer_options") or {}), "img_slice": [self.text]}
@@ -141,14 +141,7 @@ class _Blocks:
             out = self.around(block, img, run)
             return (out["img"], out["txt"]) if kind == "double" else out
 
-        module.forward = forward
-        try:
-            yield
-        finally:
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before
+        return forward
 
 
 class AttentionOutputs(_Blocks):

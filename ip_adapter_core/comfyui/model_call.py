@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -43,6 +44,20 @@ def for_all(rows: Tensor, x: Tensor) -> Tensor:
             "batch. Take that node or Apply IP-Adapter out."
         )
     return repeat_to_batch_size(rows.to(x.device), len(x))  # ComfyUI has models on several
+
+
+@contextmanager
+def forward_as(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Have a module run `forward`, while the context lasts; then what it ran before."""
+    before = vars(module).get("forward")  # another pack's
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 class MaskAt:
