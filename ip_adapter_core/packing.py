@@ -107,7 +107,8 @@ def compile_sides(
     width of the model's attention heads, see `NormedKeysValues`.
     """
     zero = against(adapter.spec, prompt)
-    prompt = replace(prompt, negative=zero or prompt.negative)
+    if zero is not None:
+        prompt = replace(prompt, negative=zero)
     away = any(folding.itself)
     sides = tokens(adapter, prompt, combine, alike=away)
     an_image = adapter.spec.tokens or prompt.positive.of(adapter.spec.features).shape[1]
