@@ -379,6 +379,23 @@ def test_what_rows_take(flux, kind, applied):
     assert 0 < errors[0] < 2 * errors[1]
 
 
+def test_room_beside_an_adapter(flux, kind, applied, small, monkeypatch):
+    """A weight is cast to float32 beside it: the host is asked to keep room for the largest."""
+    from comfy import model_management
+
+    asked, load = [], model_management.load_models_gpu
+
+    def watched(models, *args, **kwargs):
+        asked.append(kwargs.get("memory_required"))
+        return load(models, *args, **kwargs)
+
+    monkeypatch.setattr(model_management, "load_models_gpu", watched)
+    applied()
+    assert asked == [4 * max(x.numel() for x in flux.FILES[kind]().values())]
+    small.apply(small.model("tiny"), small.adapter("tiny"), small.images())
+    assert asked[1:] == [None]
+
+
 def test_weights_of_eight_bits(flux, applied):
     """Stored so, and calculated with as float32: as a model of the same weights in float32."""
     eight = flux.model(dtype=torch.float8_e4m3fn, cast=torch.float32)
