@@ -18,7 +18,6 @@ FeatureKind = Literal["image_embeds", "penultimate_hidden_states", "face_embeds"
 Family = Literal["sd15", "sdxl", "flux"]
 """What adapters are published for."""
 
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
 FACE: FeatureKind = "face_embeds"
 FEATURE_KINDS: tuple[FeatureKind, ...] = tuple(x for x in get_args(FeatureKind) if x != FACE)
 """What an image encoder gives; a face encoder gives `FACE`."""
