@@ -35,8 +35,6 @@ class Kind(NamedTuple):
     outputs: Mapping[str, str]
 
 
-_MODELS = {"model": "MODEL", "ipadapter": "IPADAPTER"}
-_BESIDES = {"image_negative": "IMAGE", "attn_mask": "MASK", "clip_vision": "CLIP_VISION"}
 _WINDOW = ("start_at", "end_at")
 _OLD = {
     "IPAdapter": ("image", ("weight", *_WINDOW, "weight_type")),
