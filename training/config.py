@@ -181,7 +181,8 @@ class RunConfig:
     logging_steps: int = 50
     """Steps between logged means: a number read from a GPU waits for it."""
     report_to: str = "tensorboard"
-    """Any tracker of accelerate: tensorboard, wandb, comet_ml, aim, mlflow, … or none."""
+    """Any tracker of accelerate: tensorboard, wandb, comet_ml, aim, mlflow, … or none.
+    metrics.jsonl and report.html are written with any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +190,8 @@ class ValidationConfig:
     """Validation."""
 
     validation_steps: int = 0
-    """Steps between contact sheets with CLIP-I and CLIP-T; 0: none. Loss says little: look at
-    these."""
+    """Steps between contact sheets with CLIP-I and CLIP-T, the first before training; 0: none. Loss
+    says little: look at these."""
     validation_image: Sequence[str] = ()
     """References, best ones that are not in the training set."""
     validation_prompt: Sequence[str] = ("", "best quality, high quality")

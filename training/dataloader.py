@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class TrainingData:
 
     `encode` makes of one what `DiffusionLoss` reads; it needs the frozen encoders if `raw`.
     `fingerprint`: of the rows and their order. `size`: height and width of a square image among
-    them.
+    them. `left_out`: pictures known not to be among the rows, with the reason.
     """
 
     batches: Iterable[Batch]
@@ -52,6 +52,7 @@ class TrainingData:
     raw: bool
     fingerprint: str
     size: tuple[int, int]
+    left_out: Sequence[str] = ()
 
 
 def open_data(
@@ -141,6 +142,7 @@ def _cached(
         raw=False,
         fingerprint=f"{dataset.manifest.parts['data']} {order}",
         size=sizes[0],
+        left_out=dataset.broken,
     )
 
 

@@ -27,11 +27,14 @@ from .dataloader import Position, open_data
 from .distributed import DTYPES, StopRequest, make_accelerator, sharded
 from .errors import TrainingError
 from .evaluation.clip_score import load_clip
+from .history import History
 from .loss import Batch, DiffusionLoss, training_scheduler
 from .metrics import MetricsLogger
 from .models.base import load_base
 from .models.frozen import FrozenEncoders, reference_encoder
+from .report import RunReport, about
 from .unet import LORA_RANK, attach, cross_attention_layers, new_adapter
+from .validation import FOLDER as SHEETS
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -106,8 +109,9 @@ class Trainer:
             "base": base_weights,
             **self.encoders.fingerprints,
         }
+        stored = self.checkpoints.run(self.step) if self.step else {}
         if self.step:
-            check_same_run(self.checkpoints.run(self.step), config, self.identity)
+            check_same_run(stored, config, self.identity)
         self._prepare(adapter)
 
         self.validation: Validation | None = None
@@ -120,7 +124,7 @@ class Trainer:
                 base,
                 self.encoders.image_encoder,
                 self.encoders.kind,
-                Path(config.output_dir, "validation"),
+                Path(config.output_dir, SHEETS),
                 None if clip is None else load_clip(clip, self.device),
                 noise_scheduler.config,
                 data.size,
@@ -128,14 +132,21 @@ class Trainer:
         if not data.raw:  # what a cache stands for; the VAE goes on to decode samples
             for module in (self.encoders.image_encoder, *(text.encoder for text in base.text)):
                 module.to("cpu")
-        self.metrics = MetricsLogger(
-            self.accelerator, Path(config.output_dir), config.logging_steps
+        folder = Path(config.output_dir)
+        self.history = History(folder, config.max_train_steps)
+        if self.accelerator.is_main_process:
+            self.history.resume(self.step)
+        self.metrics = MetricsLogger(self.accelerator, folder, config.logging_steps, self.history)
+        self.metrics.resume(stored.get("metrics", ()))
+        self.report = RunReport(
+            config, self.history, data.left_out, about(self.accelerator, precision)
         )
         self.batches = self.metrics.waiting(data.batches)
         told = {  # as trackers take it
             name: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
             for name, value in asdict(config).items()
         }
+        self.accelerator.log_with.append(self.history)
         self.accelerator.init_trackers("ip-adapter", config=told)
 
     def _new_adapter(self) -> IPAdapter:
@@ -196,17 +207,30 @@ class Trainer:
 
     def train(self) -> None:
         """Train until `max_train_steps`, or until asked to stop; saved either way."""
-        bar = tqdm(
-            initial=self.step,
-            total=self.config.max_train_steps,
-            desc="training",
-            disable=not self.accelerator.is_local_main_process,
-        )
-        with bar, StopRequest(self.accelerator) as stop:
-            while self.step < self.config.max_train_steps and not stop.requested():
-                self.train_step()
-                self.after_step(bar)
-            self.finish()
+        with StopRequest(self.accelerator) as stop:
+            self.first_samples()
+            self.metrics.begin()
+            bar = tqdm(
+                initial=self.step,
+                total=self.config.max_train_steps,
+                desc="training",
+                smoothing=0,  # time left by the mean, samples and checkpoints included
+                disable=None if self.accelerator.is_local_main_process else True,
+            )
+            with bar:
+                while self.step < self.config.max_train_steps and not stop.requested():
+                    self.train_step()
+                    self.after_step(bar)
+                self.finish()
+
+    def first_samples(self) -> None:
+        """Draw what the first step will change, or what a kill after the last one prevented."""
+        if self.step and self.validation is not None:
+            (drawn,) = broadcast_object_list([self.validation.path(self.step).exists()])
+            if drawn:
+                return
+        if self.draw_samples():
+            self.write_report("training")
 
     def train_step(self) -> None:
         """Take one optimizer step, over `gradient_accumulation_steps` batches."""
@@ -236,15 +260,29 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.accelerator.unwrap_model(self.adapter))
         self.metrics.report(self.step, self.lr_scheduler.get_last_lr()[0], bar)
-        if self.step % config.checkpointing_steps == 0:
+        saved = self.step % config.checkpointing_steps == 0
+        if saved:
             try:
                 self.save()
             except NotWrittenError as error:
                 if self.step == config.max_train_steps:
                     raise
                 logger.error("%s Training goes on until then.", error)
-        if self.validation is not None and self.step % config.validation_steps == 0:
-            self.validation(self.accelerator, self.sampled(), self.step)
+        drawn = self.draw_samples()
+        if (saved or drawn) and self.step < config.max_train_steps:  # at the end `finish` does
+            self.write_report("training")
+
+    def draw_samples(self) -> bool:
+        """Draw a validation's samples, and return True, if this step is the time for it."""
+        if self.validation is None or self.step % self.config.validation_steps:
+            return False
+        self.validation(self.accelerator, self.sampled(), self.step)
+        return True
+
+    def write_report(self, state: str) -> None:
+        """Write the run's page, in one process."""
+        if self.accelerator.is_main_process:
+            self.report.write(self.step, state)
 
     def sampled(self) -> IPAdapter:
         """Return the adapter to look at: the average, if there is one."""
@@ -264,7 +302,12 @@ class Trainer:
         diverged = [message for message in gather_object([self._diverged(weights)]) if message]
         if diverged:
             raise TrainingError(diverged[0])
-        run = {"step": self.step, "settings": asdict(self.config), "identity": self.identity}
+        run = {
+            "step": self.step,
+            "settings": asdict(self.config),
+            "identity": self.identity,
+            "metrics": self.metrics.state(),
+        }
         self.checkpoints.save(self.step, weights, self._metadata(), run)
         self.saved_step = self.step
 
@@ -300,6 +343,7 @@ class Trainer:
         """Save unless that is done, and close the trackers."""
         if self.saved_step != self.step:
             self.save()
+        self.write_report("finished" if self.step >= self.config.max_train_steps else "stopped")
         if self.accelerator.is_main_process:
             logger.info(
                 "step %d of %d: '%s'",

@@ -41,6 +41,7 @@ from .sampling import (
     encode_text,
 )
 
+FOLDER = "validation"  # of a run, for its sheets
 SEED = 0  # of the starting noise
 BATCH = 4  # images at once
 SCORES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T"}
@@ -106,6 +107,10 @@ class Validation:
             self._prompt_embeds = clip.texts(self.prompts)
         make_writable(folder)
 
+    def path(self, step: int) -> Path:
+        """Return the file of the sheet of `step`."""
+        return self.folder / f"step-{step:06d}.png"
+
     def __call__(self, accelerator: Accelerator, adapter: IPAdapter, step: int) -> dict[str, float]:
         """Sample with `adapter` as it stands, each process its part.
 
@@ -125,7 +130,7 @@ class Validation:
         accelerator.log(values, step=step)
         if accelerator.is_main_process:
             sheet = self._sheet([x.image for x in drawn], values, step)
-            path = self.folder / f"step-{step:06d}.png"
+            path = self.path(step)
             try:
                 with atomic(path) as temporary:
                     sheet.save(temporary, format="PNG")

@@ -19,6 +19,7 @@ from tools.comfyui.install import ROOT
 from training import distributed
 from training.config import TrainConfig
 from training.errors import TrainingError
+from training.history import History
 from training.trainer import Trainer
 
 SCRIPT = ROOT / "training" / "train.py"
@@ -80,6 +81,9 @@ def test_two_processes_follow_one(settings, tmp_path, train, two_ranks, launch, 
     else:
         assert launch(two, TORCHRUN, 2).wait() == 0
     assert not (tmp_path / "two" / "checkpoints" / "step-0000012").exists()
+    losses, theirs = ((History(Path(x.output_dir), 6).series()["loss"]) for x in (one, two))
+    assert theirs == pytest.approx(losses, rel=1e-3)
+    assert len(Path(two.output_dir, "metrics.jsonl").read_text().splitlines()) == 6
     expected = saved(one, 6)
     for key, value in saved(two, 6).items():
         moved = (expected[key] - before[key]).norm()
@@ -127,7 +131,7 @@ def test_a_scheduler_that_ends_the_launcher(settings, tmp_path, launch, launcher
     log = tmp_path / "log"
     with log.open("w") as file:
         process = launch(given, launcher, processes, stdout=file, stderr=file)
-        wait_for(lambda: "loss=" in log.read_text() or process.poll() is not None, 120)
+        wait_for(lambda: ": loss " in log.read_text() or process.poll() is not None, 120)
         assert process.poll() is None, log.read_text()
         process.terminate()
         process.wait(60)
