@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +83,14 @@ def test_a_cache_of_another_encoder(cached, tmp_path, train):
     small_models.processor().save_pretrained(tmp_path / "other")
     with pytest.raises(TrainingError, match=r"was not made for this run.*image encoder"):
         train(replace(cached(), image_encoder_path=str(tmp_path / "other")))
+
+
+def test_what_a_cache_left_out_is_on_the_runs_page(cached, pictures, tmp_path, train):
+    data = shutil.copytree(pictures, tmp_path / "pictures")
+    os.truncate(data / "03.png", 50)
+    given = cached(train_data_dir=str(data), max_train_steps=1)
+    train(given)
+    assert "<li>03.png: " in Path(given.output_dir, "report.html").read_text("utf-8")
 
 
 def test_aspect_ratios_are_kept(settings, tmp_path, monkeypatch, train):
