@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from tests.support import sparse_files as sparse
+from tests.support.checkpoint_layouts import instantx, xlabs
 from tests.support.random_models import fill
 
 SIZES = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "image_size": 28}
@@ -121,8 +122,6 @@ def flux_of_real_size(small):
 def test_auto_finds_what_is_for_flux(flux_of_real_size, folder, encoders):
     from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import describe_choice, find_files
     from comfyui_ip_adapter.nodes import paths
-
-    from tests.core.files.test_adapter_file_flux import instantx, xlabs
 
     def find(preset):
         return find_files(flux_of_real_size, preset, paths.adapters(), paths.encoders())

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention
 
 from tests.sampling import small
+from tests.support import checkpoint_layouts as layouts
 from tests.support.random_models import State, fill, weights
 
 HEADS, HEAD, TEXT, POOLED, CHANNELS = 2, 16, 24, 20, 4
@@ -156,29 +157,15 @@ def model(
     return comfy.model_patcher.ModelPatcher(built, load_device=small.CPU, offload_device=small.CPU)
 
 
-def dense(name: str, out: int, into: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (out, into)} | ({f"{name}.bias": (out,)} if bias else {})
-
-
 def xlabs(size: Size = SMALL, tokens: int = 4, embed: int = EMBED, seed: int = 1) -> State:
     """XLabs' file, as diffusers names its tensors."""
-    layout = dense("image_proj.proj", tokens * size.text, embed) | {
-        f"image_proj.norm.{part}": (size.text,) for part in ("weight", "bias")
-    }
-    for n in range(size.double):
-        for kind in "kv":
-            layout |= dense(f"ip_adapter.{n}.to_{kind}_ip", size.width, size.text)
-    return weights(layout, seed, {"_ip.weight": 2.0})
+    layout = layouts.xlabs(tokens, size.text, size.width, size.double, embed)
+    return weights(layouts.as_diffusers(layout), seed, {"_ip.weight": 2.0})
 
 
 def instantx(size: Size = SMALL, tokens: int = 6, embed: int = EMBED, seed: int = 2) -> State:
     """InstantX's file."""
-    layout = dense("image_proj.proj.0", 2 * embed, embed)
-    layout |= dense("image_proj.proj.2", tokens * size.text, 2 * embed)
-    layout |= {f"image_proj.norm.{part}": (size.text,) for part in ("weight", "bias")}
-    for n in range(size.double + size.single):
-        for kind in "kv":
-            layout |= dense(f"ip_adapter.{n}.to_{kind}_ip", size.width, size.text, bias=False)
+    layout = layouts.instantx(tokens, size.text, size.width, size.double + size.single, embed)
     return weights(layout, seed, {"_ip.weight": 2.0})
 
 

@@ -311,12 +311,34 @@ def flux(size: Flux) -> Layout:
     return layout | dense("final_layer.adaLN_modulation.1", 2 * width, width)
 
 
-def xlabs(text: int, width: int, blocks: int, tokens: int, embed: int) -> Layout:
-    """Return XLabs' adapter for a Flux of so many double blocks, named as diffusers does."""
-    layout = under("image_proj.", linear_projection(embed, text, tokens))
+def xlabs(
+    tokens: int, text: int = 4096, width: int = 3072, blocks: int = 19, embed: int = 768
+) -> Layout:
+    """Return XLabs' adapter for a Flux of so many double blocks; v1 has 4 tokens, v2 has 16."""
+    layout: Layout = under("ip_adapter_proj_model.", linear_projection(embed, text, tokens))
     for i in range(blocks):
         for kind in "kv":
-            layout |= dense(f"ip_adapter.{i}.to_{kind}_ip", width, text)
+            name = f"double_blocks.{i}.processor.ip_adapter_double_stream_{kind}_proj"
+            layout |= dense(name, width, text)
+    return layout
+
+
+def as_diffusers(layout: Layout) -> Layout:
+    """Return the layout of XLabs' adapter as diffusers' users save it, in the same order."""
+    name = re.compile(r"double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_(.)_proj\.")
+    renamed = {name.sub(r"ip_adapter.\1.to_\2_ip.", key): x for key, x in layout.items()}
+    return {key.replace("ip_adapter_proj_model.", "image_proj."): x for key, x in renamed.items()}
+
+
+def instantx(
+    tokens: int = 128, text: int = 4096, width: int = 3072, blocks: int = 57, embed: int = 1152
+) -> Layout:
+    """Return InstantX's adapter for a Flux of so many blocks, double and single."""
+    projection = dense("proj.0", 2 * embed, embed) | dense("proj.2", tokens * text, 2 * embed)
+    layout: Layout = under("image_proj.", projection | norm("norm", text))
+    for i in range(blocks):
+        for kind in "kv":
+            layout |= dense(f"ip_adapter.{i}.to_{kind}_ip", width, text, bias=False)
     return layout
 
 

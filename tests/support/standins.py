@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -165,11 +164,9 @@ def _flux() -> State:
 
 
 def _xlabs() -> State:
-    layout = layouts.xlabs(FLUX.text, FLUX.width, FLUX.double, 16, VISION_EMBEDDING)
-    state = half(layout, 0, {"_ip.weight": 2.0})
-    own = r"double_blocks.\1.processor.ip_adapter_double_stream_\2_proj."
-    renamed = {re.sub(r"ip_adapter\.(\d+)\.to_([kv])_ip\.", own, k): x for k, x in state.items()}
-    return {k.replace("image_proj.", "ip_adapter_proj_model."): x for k, x in renamed.items()}
+    layout = layouts.xlabs(16, FLUX.text, FLUX.width, FLUX.double, VISION_EMBEDDING)
+    drawn = half(layouts.as_diffusers(layout), 0, {"_ip.weight": 2.0})  # seeded by these names
+    return dict(zip(layout, drawn.values(), strict=True))
 
 
 def _clip_l() -> State:

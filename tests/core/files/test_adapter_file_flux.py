@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import torch
@@ -12,36 +11,17 @@ from safetensors.torch import save_file
 from ip_adapter_core.files.adapter_file import CheckpointError, load, recognize
 from ip_adapter_core.files.header import Shape
 from ip_adapter_core.files.trained_layouts import published
-from tests.support.checkpoint_layouts import dense, norm, resampler
+from tests.support.checkpoint_layouts import (
+    as_diffusers,
+    dense,
+    instantx,
+    norm,
+    resampler,
+    xlabs,
+)
 from tests.support.random_models import under, weights
 
 WIDTH, TEXT, DOUBLE, SINGLE = 3072, 4096, 19, 38
-
-
-def xlabs(tokens, width=WIDTH, text=TEXT, embed=768, layers=DOUBLE):
-    projection = dense("proj", tokens * text, embed) | norm("norm", text)
-    made = under("ip_adapter_proj_model.", projection)
-    for n in range(layers):
-        for kind in "kv":
-            name = f"double_blocks.{n}.processor.ip_adapter_double_stream_{kind}_proj"
-            made |= dense(name, width, text)
-    return made
-
-
-def instantx(tokens=128, width=WIDTH, text=TEXT, embed=1152, layers=DOUBLE + SINGLE):
-    projection = dense("proj.0", 2 * embed, embed) | dense("proj.2", tokens * text, 2 * embed)
-    made = under("image_proj.", projection | norm("norm", text))
-    for n in range(layers):
-        for kind in "kv":
-            made |= dense(f"ip_adapter.{n}.to_{kind}_ip", width, text, bias=False)
-    return made
-
-
-def as_diffusers(layout):
-    """XLabs' file as diffusers' users save it."""
-    name = re.compile(r"double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_(.)_proj\.")
-    renamed = {name.sub(r"ip_adapter.\1.to_\2_ip.", key): x for key, x in layout.items()}
-    return {key.replace("ip_adapter_proj_model.", "image_proj."): x for key, x in renamed.items()}
 
 
 def header(layout):
@@ -75,7 +55,7 @@ def test_published_files(name):
 @pytest.mark.parametrize("spelling", [dict, as_diffusers])
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
 def test_both_spellings_are_read(tmp_path, spelling, ending):
-    small = spelling(xlabs(4, width=32, text=24, embed=28, layers=3))
+    small = spelling(xlabs(4, width=32, text=24, embed=28, blocks=3))
     state, path = weights(small, 1), tmp_path / f"a.{ending}"
     save_file(state, path) if ending == "safetensors" else torch.save(state, path)
     found = load(path).state_dict()
@@ -124,7 +104,7 @@ NEARLY = {
         "numbers its layers as adapters of transformers.*plus adapter; expected that of XLabs",
     ),
     "SD3.5's": (
-        without(instantx(layers=38, width=2432), "image_proj.")
+        without(instantx(blocks=38, width=2432), "image_proj.")
         | under("image_proj.", resampler(1152, 2432, 1280))
         | {"ip_adapter.0.norm_ip.linear.weight": (4864, 1280)},
         "an SD3 IP-Adapter, which is no IP-Adapter of this pack's.*XLabs' and InstantX's for Flux",
