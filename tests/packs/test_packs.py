@@ -472,35 +472,46 @@ def test_easy_use_asks_for_served_nodes(use, small, served, record_property):
     record_property("error", "0.0e+00")
 
 
-@pytest.mark.parametrize("kind", ["xlabs", "instantx"])
-def test_a_quantised_flux(use, flux, kind, tmp_path, monkeypatch, record_property):
-    """Q8_0, from a file, beside the same model with the weights that this leaves."""
+@pytest.fixture
+def in_gguf(pack, tmp_path, monkeypatch):
+    """Write tensors in Q8_0 to the UNet `unet.gguf`, and return what it leaves of each."""
     import folder_paths
 
     gguf = pytest.importorskip("gguf")
-    name, size = "ComfyUI-GGUF", flux.DETECTED
-    nodes_of(name)
-    writer = gguf.GGUFWriter(str(tmp_path / "unet.gguf"), "flux")
-    plain = flux.model(size)
-    inner, rounded = plain.model.diffusion_model, {}
-    for key, tensor in inner.state_dict().items():
-        array, stored = tensor.float().numpy(), gguf.GGMLQuantizationType.F32
-        if array.ndim == 2 and array.shape[1] % 32 == 0:
-            stored = gguf.GGMLQuantizationType.Q8_0
-            array = gguf.quants.quantize(array, stored)
-        writer.add_tensor(key, array, raw_dtype=stored)
-        left = gguf.quants.dequantize(array, stored)
-        rounded[key] = torch.from_numpy(left).reshape(tensor.shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    f32, q8 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
+
+    def in_gguf(architecture, state):
+        writer = gguf.GGUFWriter(str(tmp_path / "unet.gguf"), architecture)
+        rounded = {}
+        for key, tensor in state.items():
+            stored = q8 if tensor.ndim == 2 and tensor.shape[1] % 32 == 0 else f32
+            array = gguf.quants.quantize(tensor.float().numpy(), stored)
+            writer.add_tensor(key, array, raw_dtype=stored)
+            left = gguf.quants.dequantize(array, stored)
+            rounded[key] = torch.from_numpy(left).view(tensor.shape)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return rounded
+
     get = folder_paths.get_full_path
     monkeypatch.setattr(
         folder_paths,
         "get_full_path",
         lambda kind, file: str(tmp_path / file) if kind == "unet" else get(kind, file),
     )
+    return in_gguf
+
+
+@pytest.mark.parametrize("kind", ["xlabs", "instantx"])
+def test_a_quantised_flux(use, flux, kind, in_gguf, record_property):
+    """Q8_0, from a file, beside the same model with the weights that this leaves."""
+    name, size = "ComfyUI-GGUF", flux.DETECTED
+    nodes_of(name)
+    plain = flux.model(size)
+    inner = plain.model.diffusion_model
+    rounded = in_gguf("flux", inner.state_dict())
     quantised = use(name, "UnetLoaderGGUF", unet_name="unet.gguf")
     adapter = flux.adapter(flux.FILES[kind](size))
     before = {key: x.clone() for key, x in inner.state_dict().items()}
@@ -524,37 +535,18 @@ def test_a_quantised_flux(use, flux, kind, tmp_path, monkeypatch, record_propert
     assert error < 1e-3 < float((expected - bare).abs().max() / expected.abs().max()) / 10
 
 
-def test_a_quantised_unet(use, small, compare, tmp_path, monkeypatch):
+def test_a_quantised_unet(use, small, compare, in_gguf, monkeypatch):
     """Q8_0, from a file; ComfyUI knows the UNet by its layout, so that it is a stand-in's."""
-    import folder_paths
     from safetensors.torch import load_file
 
     from tests.support import standins
 
-    gguf = pytest.importorskip("gguf")
     name = "ComfyUI-GGUF"
     nodes_of(name)
     checkpoint = "checkpoints/v1-5-pruned-emaonly-fp16.safetensors"
     state = load_file(standins.ensure(checkpoint) / "models" / checkpoint)
-    writer = gguf.GGUFWriter(str(tmp_path / "unet.gguf"), "sd1")
     prefix = "model.diffusion_model."
-    for key, tensor in ((k, x) for k, x in state.items() if k.startswith(prefix)):
-        array = tensor.float().numpy()
-        kind = gguf.GGMLQuantizationType.F32
-        if array.ndim == 2 and array.shape[1] % 32 == 0 and not key.endswith("bias"):
-            kind = gguf.GGMLQuantizationType.Q8_0
-            array = gguf.quants.quantize(array, kind)
-        writer.add_tensor(key.removeprefix(prefix), array, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    get = folder_paths.get_full_path
-    monkeypatch.setattr(
-        folder_paths,
-        "get_full_path",
-        lambda kind, file: str(tmp_path / file) if kind == "unet" else get(kind, file),
-    )
+    in_gguf("sd1", {k[len(prefix) :]: x for k, x in state.items() if k.startswith(prefix)})
     unet = use(name, "UnetLoaderGGUF", unet_name="unet.gguf")
     small.LAYERS["quantised"] = [(key, 320) for key, _ in small.TINY_LAYERS]
     monkeypatch.setattr(small, "model", lambda family: unet.clone())
