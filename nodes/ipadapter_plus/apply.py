@@ -16,7 +16,6 @@ from ...ip_adapter_core.packing import V_ONLY
 from ...ip_adapter_core.variants import FACE
 from . import inputs as of
 from .faces import encoded
-from .inputs import typed
 from .settings import like_the_old
 from .sockets import models
 
@@ -26,12 +25,13 @@ WEIGHT_TYPES_OF_SIMPLE = {
 }
 
 
-class Applying:
+class Applying(of.Served):
     """What the Apply nodes have in common. `unfold_batch`: one image for each latent."""
 
     RETURN_TYPES: ClassVar[tuple[str, ...]] = ("MODEL",)
     FUNCTION = "apply_ipadapter"
     CATEGORY = "ipadapter"
+    OPTIONAL: ClassVar[of.Inputs] = of.BESIDES
     unfold_batch = False
 
     @classmethod
@@ -40,19 +40,14 @@ class Applying:
 
 
 class IPAdapter(Applying):
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "model": of.MODEL,
-                "ipadapter": of.IPADAPTER,
-                "image": of.IMAGE,
-                "weight": of.WEIGHT_3,
-                **of.FRACTIONS,
-                "weight_type": of.choice(*WEIGHT_TYPES_OF_SIMPLE, "style transfer"),
-            },
-            {"attn_mask": of.MASK},
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        **of.MODELS,
+        "image": of.IMAGE,
+        "weight": of.WEIGHT_3,
+        **of.FRACTIONS,
+        "weight_type": of.choice(*WEIGHT_TYPES_OF_SIMPLE, "style transfer"),
+    }
+    OPTIONAL: ClassVar[of.Inputs] = {"attn_mask": of.MASK}
 
     def apply_ipadapter(
         self,
@@ -89,21 +84,13 @@ class IPAdapter(Applying):
 class IPAdapterAdvanced(Applying):
     """Takes every keyword that any Apply node ever had, and what else a caller passes."""
 
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "model": of.MODEL,
-                "ipadapter": of.IPADAPTER,
-                "image": of.IMAGE,
-                "weight": of.WEIGHT,
-                "weight_type": of.WEIGHT_TYPE,
-                "combine_embeds": of.COMBINE,
-                **of.FRACTIONS,
-                "embeds_scaling": of.SCALING,
-            },
-            of.BESIDES,
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        **of.MODELS,
+        "image": of.IMAGE,
+        "weight": of.WEIGHT,
+        "weight_type": of.WEIGHT_TYPE,
+        **of.COMBINED,
+    }
 
     def apply_ipadapter(
         self,
@@ -193,80 +180,54 @@ class IPAdapterAdvanced(Applying):
 
 
 class IPAdapterBatch(IPAdapterAdvanced):
+    REQUIRED: ClassVar[of.Inputs] = {
+        **of.without(IPAdapterAdvanced.REQUIRED, "combine_embeds"),
+        "encode_batch_size": of.AT_ONCE,
+    }
     unfold_batch = True
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "model": of.MODEL,
-                "ipadapter": of.IPADAPTER,
-                "image": of.IMAGE,
-                "weight": of.WEIGHT,
-                "weight_type": of.WEIGHT_TYPE,
-                **of.FRACTIONS,
-                "embeds_scaling": of.SCALING,
-                "encode_batch_size": of.AT_ONCE,
-            },
-            of.BESIDES,
-        )
 
 
 class IPAdapterStyleComposition(IPAdapterAdvanced):
     CATEGORY = "ipadapter/style_composition"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        combine = (
-            {} if cls.unfold_batch else {"combine_embeds": (*of.COMBINE, {"default": "average"})}
-        )
-        return typed(
-            {
-                "model": of.MODEL,
-                "ipadapter": of.IPADAPTER,
-                "image_style": of.IMAGE,
-                "image_composition": of.IMAGE,
-                "weight_style": of.WEIGHT,
-                "weight_composition": of.WEIGHT,
-                "expand_style": of.switch(),
-                **combine,
-                **of.FRACTIONS,
-                "embeds_scaling": of.SCALING,
-            },
-            of.BESIDES,
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        **of.MODELS,
+        "image_style": of.IMAGE,
+        "image_composition": of.IMAGE,
+        "weight_style": of.WEIGHT,
+        "weight_composition": of.WEIGHT,
+        "expand_style": of.switch(),
+        **of.COMBINED,
+        "combine_embeds": (*of.COMBINE, {"default": "average"}),
+    }
 
 
 class IPAdapterStyleCompositionBatch(IPAdapterStyleComposition):
+    REQUIRED: ClassVar[of.Inputs] = of.without(IPAdapterStyleComposition.REQUIRED, "combine_embeds")
     unfold_batch = True
 
 
 class IPAdapterPreciseStyleTransfer(IPAdapterAdvanced):
-    BOOST: ClassVar[of.Inputs] = {"style_boost": of.number(1.0, -5, 5)}
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "model": of.MODEL,
-                "ipadapter": of.IPADAPTER,
-                "image": of.IMAGE,
-                "weight": of.WEIGHT,
-                **cls.BOOST,
-                "combine_embeds": of.COMBINE,
-                **of.FRACTIONS,
-                "embeds_scaling": of.SCALING,
-            },
-            of.BESIDES,
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        **of.MODELS,
+        "image": of.IMAGE,
+        "weight": of.WEIGHT,
+        "style_boost": of.number(1.0, -5, 5),
+        **of.COMBINED,
+    }
 
 
 class IPAdapterPreciseStyleTransferBatch(IPAdapterPreciseStyleTransfer):
     unfold_batch = True
 
 
-class IPAdapterPreciseComposition(IPAdapterPreciseStyleTransfer):
-    BOOST: ClassVar[of.Inputs] = {"composition_boost": of.number(0.0, -5, 5)}
+class IPAdapterPreciseComposition(IPAdapterAdvanced):
+    REQUIRED: ClassVar[of.Inputs] = {
+        **of.MODELS,
+        "image": of.IMAGE,
+        "weight": of.WEIGHT,
+        "composition_boost": of.number(0.0, -5, 5),
+        **of.COMBINED,
+    }
 
 
 class IPAdapterPreciseCompositionBatch(IPAdapterPreciseComposition):
@@ -275,94 +236,60 @@ class IPAdapterPreciseCompositionBatch(IPAdapterPreciseComposition):
 
 class IPAdapterMS(IPAdapterAdvanced):
     CATEGORY = "ipadapter/dev"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "model": of.MODEL,
-                "ipadapter": of.IPADAPTER,
-                "image": of.IMAGE,
-                "weight": of.WEIGHT,
-                "weight_faceidv2": of.number(1.0, -1, 5.0),
-                "weight_type": of.WEIGHT_TYPE,
-                "combine_embeds": of.COMBINE,
-                **of.FRACTIONS,
-                "embeds_scaling": of.SCALING,
-                "layer_weights": ("STRING", {"default": "", "multiline": True}),
-            },
-            {**of.BESIDES, "insightface": of.INSIGHTFACE},
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        **of.MODELS,
+        "image": of.IMAGE,
+        "weight": of.WEIGHT,
+        "weight_faceidv2": of.number(1.0, -1, 5.0),
+        "weight_type": of.WEIGHT_TYPE,
+        **of.COMBINED,
+        "layer_weights": ("STRING", {"default": "", "multiline": True}),
+    }
+    OPTIONAL: ClassVar[of.Inputs] = {**of.BESIDES, "insightface": of.INSIGHTFACE}
 
 
 class IPAdapterClipVisionEnhancer(IPAdapterAdvanced):
     CATEGORY = "ipadapter/dev"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        batch = cls.unfold_batch
-        return typed(
-            {
-                "model": of.MODEL,
-                "ipadapter": of.IPADAPTER,
-                "image": of.IMAGE,
-                "weight": of.WEIGHT,
-                "weight_type": of.WEIGHT_TYPE,
-                **({} if batch else {"combine_embeds": of.COMBINE}),
-                **of.FRACTIONS,
-                "embeds_scaling": of.SCALING,
-                "enhance_tiles": of.whole(2, 1, 16),
-                "enhance_ratio": of.number(0.5 if batch else 1.0, 0.0, 1.0),
-                **({"encode_batch_size": of.AT_ONCE} if batch else {}),
-            },
-            of.BESIDES,
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        **IPAdapterAdvanced.REQUIRED,
+        "enhance_tiles": of.whole(2, 1, 16),
+        "enhance_ratio": of.number(1.0, 0.0, 1.0),
+    }
 
 
 class IPAdapterClipVisionEnhancerBatch(IPAdapterClipVisionEnhancer):
+    REQUIRED: ClassVar[of.Inputs] = {
+        **of.without(IPAdapterClipVisionEnhancer.REQUIRED, "combine_embeds"),
+        "enhance_ratio": of.number(0.5, 0.0, 1.0),
+        "encode_batch_size": of.AT_ONCE,
+    }
     unfold_batch = True
 
 
 class IPAdapterFromParams(IPAdapterAdvanced):
     CATEGORY = "ipadapter/params"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "model": of.MODEL,
-                "ipadapter": of.IPADAPTER,
-                "ipadapter_params": of.PARAMS,
-                "combine_embeds": of.COMBINE,
-                "embeds_scaling": of.SCALING,
-            },
-            {"image_negative": of.IMAGE, "clip_vision": of.CLIP_VISION},
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        **of.MODELS,
+        "ipadapter_params": of.PARAMS,
+        "combine_embeds": of.COMBINE,
+        "embeds_scaling": of.SCALING,
+    }
+    OPTIONAL: ClassVar[of.Inputs] = {"image_negative": of.IMAGE, "clip_vision": of.CLIP_VISION}
 
 
 class IPAdapterFaceID(IPAdapterAdvanced):
     RETURN_TYPES = ("MODEL", "IMAGE")
     RETURN_NAMES = ("MODEL", "face_image")
     CATEGORY = "ipadapter/faceid"
-    KOLORS: ClassVar[of.Inputs] = {}
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "model": of.MODEL,
-                "ipadapter": of.IPADAPTER,
-                "image": of.IMAGE,
-                "weight": of.WEIGHT_3,
-                "weight_faceidv2": of.number(1.0, -1, 5.0),
-                **cls.KOLORS,
-                "weight_type": of.WEIGHT_TYPE,
-                "combine_embeds": of.COMBINE,
-                **of.FRACTIONS,
-                "embeds_scaling": of.SCALING,
-            },
-            {**of.BESIDES, "insightface": of.INSIGHTFACE},
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        **of.MODELS,
+        "image": of.IMAGE,
+        "weight": of.WEIGHT_3,
+        "weight_faceidv2": of.number(1.0, -1, 5.0),
+        "weight_type": of.WEIGHT_TYPE,
+        **of.COMBINED,
+    }
+    OPTIONAL: ClassVar[of.Inputs] = {**of.BESIDES, "insightface": of.INSIGHTFACE}
 
 
 class IPAAdapterFaceIDBatch(IPAdapterFaceID):  # its id is spelt so
@@ -370,7 +297,15 @@ class IPAAdapterFaceIDBatch(IPAdapterFaceID):  # its id is spelt so
 
 
 class IPAdapterFaceIDKolors(IPAdapterFaceID):
-    KOLORS: ClassVar[of.Inputs] = {"weight_kolors": of.number(1.0, -1, 5.0)}
+    REQUIRED: ClassVar[of.Inputs] = {
+        **of.MODELS,
+        "image": of.IMAGE,
+        "weight": of.WEIGHT_3,
+        "weight_faceidv2": of.number(1.0, -1, 5.0),
+        "weight_kolors": of.number(1.0, -1, 5.0),
+        "weight_type": of.WEIGHT_TYPE,
+        **of.COMBINED,
+    }
 
 
 class IPAdapterTiled(Applying):
@@ -378,25 +313,16 @@ class IPAdapterTiled(Applying):
     RETURN_NAMES = ("MODEL", "tiles", "masks")
     FUNCTION = "apply_tiled"
     CATEGORY = "ipadapter/tiled"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        batch = cls.unfold_batch
-        return typed(
-            {
-                "model": of.MODEL,
-                "ipadapter": of.IPADAPTER,
-                "image": of.IMAGE,
-                "weight": of.WEIGHT_3,
-                "weight_type": of.WEIGHT_TYPE,
-                **({} if batch else {"combine_embeds": of.COMBINE}),
-                **of.FRACTIONS,
-                "sharpening": of.number(0.0, 0.0, 1.0),
-                "embeds_scaling": of.SCALING,
-                **({"encode_batch_size": of.AT_ONCE} if batch else {}),
-            },
-            of.BESIDES,
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        **of.MODELS,
+        "image": of.IMAGE,
+        "weight": of.WEIGHT_3,
+        "weight_type": of.WEIGHT_TYPE,
+        "combine_embeds": of.COMBINE,
+        **of.FRACTIONS,
+        "sharpening": of.number(0.0, 0.0, 1.0),
+        "embeds_scaling": of.SCALING,
+    }
 
     def apply_tiled(
         self,
@@ -437,26 +363,28 @@ class IPAdapterTiled(Applying):
 
 
 class IPAdapterTiledBatch(IPAdapterTiled):
+    REQUIRED: ClassVar[of.Inputs] = {
+        **of.without(IPAdapterTiled.REQUIRED, "combine_embeds"),
+        "encode_batch_size": of.AT_ONCE,
+    }
     unfold_batch = True
 
 
 class IPAdapterEmbeds(Applying):
     CATEGORY = "ipadapter/embeds"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "model": of.MODEL,
-                "ipadapter": of.IPADAPTER,
-                "pos_embed": of.EMBEDS,
-                "weight": of.WEIGHT_3,
-                "weight_type": of.WEIGHT_TYPE,
-                **of.FRACTIONS,
-                "embeds_scaling": of.SCALING,
-            },
-            {"neg_embed": of.EMBEDS, "attn_mask": of.MASK, "clip_vision": of.CLIP_VISION},
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        **of.MODELS,
+        "pos_embed": of.EMBEDS,
+        "weight": of.WEIGHT_3,
+        "weight_type": of.WEIGHT_TYPE,
+        **of.FRACTIONS,
+        "embeds_scaling": of.SCALING,
+    }
+    OPTIONAL: ClassVar[of.Inputs] = {
+        "neg_embed": of.EMBEDS,
+        "attn_mask": of.MASK,
+        "clip_vision": of.CLIP_VISION,
+    }
 
     def apply_ipadapter(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import folder_paths
 import torch
@@ -16,29 +16,23 @@ from ...ip_adapter_core.ipadapter_plus.features import EXTREMES, METHODS, across
 from ...ip_adapter_core.variants import FACE
 from .. import paths
 from . import inputs as of
-from .inputs import typed
 from .settings import like_the_old
 from .sockets import models
 
 ENDING = ".ipadpt"
 
 
-class IPAdapterEncoder:
+class IPAdapterEncoder(of.Served):
     RETURN_TYPES = ("EMBEDS", "EMBEDS")
     RETURN_NAMES = ("pos_embed", "neg_embed")
     FUNCTION = "encode"
     CATEGORY = "ipadapter/embeds"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "ipadapter": of.IPADAPTER,
-                "image": of.IMAGE,
-                "weight": of.number(1.0, -1.0, 3.0, 0.01),
-            },
-            {"mask": of.MASK, "clip_vision": of.CLIP_VISION},
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        "ipadapter": of.IPADAPTER,
+        "image": of.IMAGE,
+        "weight": of.number(1.0, -1.0, 3.0, 0.01),
+    }
+    OPTIONAL: ClassVar[of.Inputs] = {"mask": of.MASK, "clip_vision": of.CLIP_VISION}
 
     @classmethod
     def IS_CHANGED(cls, **_: Any) -> bool:
@@ -69,17 +63,12 @@ class IPAdapterEncoder:
         return positive if weight == 1 else positive * weight, negative
 
 
-class IPAdapterCombineEmbeds:
+class IPAdapterCombineEmbeds(of.Served):
     RETURN_TYPES = ("EMBEDS",)
     FUNCTION = "batch"
     CATEGORY = "ipadapter/embeds"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {"embed1": of.EMBEDS, "method": of.choice(*METHODS, *EXTREMES)},
-            {f"embed{number}": of.EMBEDS for number in range(2, 6)},
-        )
+    REQUIRED: ClassVar[of.Inputs] = {"embed1": of.EMBEDS, "method": of.choice(*METHODS, *EXTREMES)}
+    OPTIONAL: ClassVar[of.Inputs] = {f"embed{number}": of.EMBEDS for number in range(2, 6)}
 
     def batch(
         self,
@@ -102,15 +91,15 @@ class IPAdapterCombineEmbeds:
         return (across_images(torch.cat(given), method),)
 
 
-class IPAdapterSaveEmbeds:
+class IPAdapterSaveEmbeds(of.Served):
     RETURN_TYPES = ()
     FUNCTION = "save"
     OUTPUT_NODE = True
     CATEGORY = "ipadapter/embeds"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed({"embeds": of.EMBEDS, "filename_prefix": ("STRING", {"default": "IP_embeds"})})
+    REQUIRED: ClassVar[of.Inputs] = {
+        "embeds": of.EMBEDS,
+        "filename_prefix": ("STRING", {"default": "IP_embeds"}),
+    }
 
     def save(self, embeds: Tensor, filename_prefix: str = "IP_embeds", **_: Any) -> tuple[None]:
         folder, name, _counter, _subfolder, _prefix = folder_paths.get_save_image_path(
@@ -126,7 +115,7 @@ class IPAdapterSaveEmbeds:
                 number += 1
 
 
-class IPAdapterLoadEmbeds:
+class IPAdapterLoadEmbeds(of.Served):
     RETURN_TYPES = ("EMBEDS",)
     FUNCTION = "load"
     CATEGORY = "ipadapter/embeds"

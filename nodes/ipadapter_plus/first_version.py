@@ -15,41 +15,38 @@ from ...ip_adapter_core.ipadapter_plus.pictures import first_noise, masked_tiles
 from ...ip_adapter_core.ipadapter_plus.weight_types import SCALING_OF_FIRST_TYPES, Asked
 from . import inputs as of
 from .apply import Applying, of_faces, structure
-from .inputs import typed
 from .loaders import IPAdapterInsightFaceLoader
 from .settings import like_the_old
 from .sockets import models
 
 _TYPES = of.choice(*SCALING_OF_FIRST_TYPES)
-_NOISE = of.number(0.0, 0.0, 1.0, 0.01)
+_NOISE, _WEIGHT = of.number(0.0, 0.0, 1.0, 0.01), of.number(1.0, 0, 1.0, 0.01)
+
+
+_PICTURE: of.Inputs = {
+    "ipadapter": of.IPADAPTER,
+    "clip_vision": of.CLIP_VISION,
+    "image": of.IMAGE,
+}
+
+
+def _inputs(before: of.Inputs, after: of.Inputs, weight: float = 1.0) -> of.Inputs:
+    """Return those that all have, between these; `weight` is the default."""
+    return {
+        **before,
+        "model": of.MODEL,
+        "weight": of.number(weight, -1, 3),
+        "noise": _NOISE,
+        "weight_type": _TYPES,
+        **of.FRACTIONS,
+        **after,
+    }
 
 
 class IPAdapterApply(Applying):
     DEPRECATED = True  # ComfyUI keeps it out of its lists of nodes
-    BEFORE: ClassVar[of.Inputs] = {
-        "ipadapter": of.IPADAPTER,
-        "clip_vision": of.CLIP_VISION,
-        "image": of.IMAGE,
-    }
-    NOISE: ClassVar[of.Inputs] = {"noise": _NOISE}
-    AFTER: ClassVar[of.Inputs] = {"unfold_batch": of.switch()}
+    REQUIRED: ClassVar[of.Inputs] = _inputs(_PICTURE, {"unfold_batch": of.switch()})
     OPTIONAL: ClassVar[of.Inputs] = {"attn_mask": of.MASK}
-    WEIGHT: ClassVar[float] = 1.0
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                **cls.BEFORE,
-                "model": of.MODEL,
-                "weight": of.number(cls.WEIGHT, -1, 3),
-                **cls.NOISE,
-                "weight_type": _TYPES,
-                **of.FRACTIONS,
-                **cls.AFTER,
-            },
-            cls.OPTIONAL,
-        )
 
     def apply_ipadapter(
         self,
@@ -104,57 +101,51 @@ def _noisy(image: Tensor | None, noise: float | None) -> Tensor | None:
 
 
 class IPAdapterTilesMasked(IPAdapterApply):
-    AFTER: ClassVar[of.Inputs] = {
-        "short_side_tiles": of.whole(1, 0, 12, step=1),
-        "tile_weight": of.number(0.6, 0.0, 1.0),
-    }
+    REQUIRED: ClassVar[of.Inputs] = _inputs(
+        _PICTURE,
+        {"short_side_tiles": of.whole(1, 0, 12, step=1), "tile_weight": of.number(0.6, 0.0, 1.0)},
+        weight=0.7,
+    )
     OPTIONAL: ClassVar[of.Inputs] = {}
-    WEIGHT = 0.7
 
 
 class IPAdapterApplyFaceID(IPAdapterApply):
-    BEFORE: ClassVar[of.Inputs] = {
-        "ipadapter": of.IPADAPTER,
-        "clip_vision": of.CLIP_VISION,
-        "insightface": of.INSIGHTFACE,
-        "image": of.IMAGE,
-    }
-    AFTER: ClassVar[of.Inputs] = {
-        "faceid_v2": of.switch(),
-        "weight_v2": of.WEIGHT_3,
-        "unfold_batch": of.switch(),
-    }
+    REQUIRED: ClassVar[of.Inputs] = _inputs(
+        {
+            "ipadapter": of.IPADAPTER,
+            "clip_vision": of.CLIP_VISION,
+            "insightface": of.INSIGHTFACE,
+            "image": of.IMAGE,
+        },
+        {"faceid_v2": of.switch(), "weight_v2": of.WEIGHT_3, "unfold_batch": of.switch()},
+    )
 
 
 class IPAdapterApplyEncoded(IPAdapterApply):
-    BEFORE: ClassVar[of.Inputs] = {"ipadapter": of.IPADAPTER, "embeds": of.EMBEDS}
-    NOISE: ClassVar[of.Inputs] = {}
+    REQUIRED: ClassVar[of.Inputs] = of.without(
+        _inputs({"ipadapter": of.IPADAPTER, "embeds": of.EMBEDS}, {"unfold_batch": of.switch()}),
+        "noise",
+    )
 
 
-class IPAdapterEncoderOfFirstVersion:
+class IPAdapterEncoderOfFirstVersion(of.Served):
     """IPAdapterEncoder as it was: its id got other inputs, so requests.py sends old ones here."""
 
     DEPRECATED = True
     RETURN_TYPES = ("EMBEDS",)
     FUNCTION = "preprocess"
     CATEGORY = "ipadapter"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        weight = of.number(1.0, 0, 1.0, 0.01)
-        return typed(
-            {
-                "clip_vision": of.CLIP_VISION,
-                "image_1": of.IMAGE,
-                "ipadapter_plus": of.switch(),
-                "noise": _NOISE,
-                "weight_1": weight,
-            },
-            {
-                **{f"image_{number}": of.IMAGE for number in (2, 3, 4)},
-                **{f"weight_{number}": weight for number in (2, 3, 4)},
-            },
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        "clip_vision": of.CLIP_VISION,
+        "image_1": of.IMAGE,
+        "ipadapter_plus": of.switch(),
+        "noise": _NOISE,
+        "weight_1": _WEIGHT,
+    }
+    OPTIONAL: ClassVar[of.Inputs] = {
+        **{f"image_{number}": of.IMAGE for number in (2, 3, 4)},
+        **{f"weight_{number}": _WEIGHT for number in (2, 3, 4)},
+    }
 
     @classmethod
     def IS_CHANGED(cls, **_: Any) -> bool:
@@ -197,15 +188,12 @@ class IPAdapterEncoderOfFirstVersion:
         return (torch.stack((positive * factors, negative)),)
 
 
-class IPAdapterBatchEmbeds:
+class IPAdapterBatchEmbeds(of.Served):
     DEPRECATED = True
     RETURN_TYPES = ("EMBEDS",)
     FUNCTION = "batch"
     CATEGORY = "ipadapter"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed({"embed1": of.EMBEDS, "embed2": of.EMBEDS})
+    REQUIRED: ClassVar[of.Inputs] = {"embed1": of.EMBEDS, "embed2": of.EMBEDS}
 
     def batch(self, embed1: Tensor, embed2: Tensor, **_: Any) -> tuple[Tensor]:
         return (torch.cat((embed1, embed2), dim=1),)
@@ -215,10 +203,7 @@ class InsightFaceLoader(IPAdapterInsightFaceLoader):
     DEPRECATED = True
     FUNCTION = "load_insight_face"
     CATEGORY = "ipadapter"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed({"provider": of.choice("CPU", "CUDA", "ROCM")})
+    REQUIRED: ClassVar[of.Inputs] = {"provider": of.choice("CPU", "CUDA", "ROCM")}
 
     def load_insight_face(self, provider: str, **_: Any) -> Any:
         return self.load_insightface(provider)

@@ -5,7 +5,7 @@ Clients read that shape: a list of choices stands first, where a schema says COM
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from ...ip_adapter_core.ipadapter_plus.features import METHODS
 from ...ip_adapter_core.ipadapter_plus.weight_types import WEIGHT_TYPES
@@ -45,8 +45,22 @@ FRACTIONS: Inputs = {
 AT_ONCE = whole(0, 0, 4096)
 NEGATIVE_AND_MASK: Inputs = {"image_negative": IMAGE, "attn_mask": MASK}
 BESIDES: Inputs = {**NEGATIVE_AND_MASK, "clip_vision": CLIP_VISION}
+MODELS: Inputs = {"model": MODEL, "ipadapter": IPADAPTER}
+COMBINED: Inputs = {"combine_embeds": COMBINE, **FRACTIONS, "embeds_scaling": SCALING}
 
 
-def typed(required: Inputs, optional: Inputs | None = None) -> dict[str, Inputs]:
-    """Return inputs as ComfyUI asks a node for them."""
-    return {"required": required, **({"optional": optional} if optional else {})}
+def without(inputs: Inputs, name: str) -> Inputs:
+    """Return the others, in their order."""
+    return {other: kind for other, kind in inputs.items() if other != name}
+
+
+class Served:
+    """A node with its inputs as values, which ComfyUI and other packs ask it for."""
+
+    REQUIRED: ClassVar[Inputs] = {}
+    OPTIONAL: ClassVar[Inputs] = {}
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Inputs]:
+        required = {"required": {**cls.REQUIRED}}
+        return {**required, "optional": {**cls.OPTIONAL}} if cls.OPTIONAL else required

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 from ...ip_adapter_core.comfyui.face_lora import with_lora
 from ...ip_adapter_core.comfyui.ipadapter_plus import find
@@ -15,20 +15,26 @@ from ...ip_adapter_core.comfyui.loaders import (
     tensors_of,
 )
 from ...ip_adapter_core.files import finder
-from ...ip_adapter_core.ipadapter_plus.presets import COMMUNITY, FACE_ID, UNIFIED, preset_of
+from ...ip_adapter_core.ipadapter_plus.presets import (
+    COMMUNITY,
+    FACE_ID,
+    UNIFIED,
+    Preset,
+    preset_of,
+)
 from .. import paths
+from . import inputs as of
 from .faces import loaded
-from .inputs import IPADAPTER, MODEL, choice, number, typed
 
 
-class IPAdapterModelLoader:
+class IPAdapterModelLoader(of.Served):
     RETURN_TYPES = ("IPADAPTER",)
     FUNCTION = "load_ipadapter_model"
     CATEGORY = "ipadapter/loaders"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed({"ipadapter_file": (paths.adapter_names(),)})
+        return {"required": {"ipadapter_file": (paths.adapter_names(),)}}
 
     @classmethod
     def IS_CHANGED(cls, ipadapter_file: str | None = None, **_: Any) -> str:
@@ -40,19 +46,17 @@ class IPAdapterModelLoader:
         return (tensors_of(load_adapter(paths.adapter_path(ipadapter_file))),)
 
 
-class IPAdapterUnifiedLoader:
+def _names(presets: Iterable[Preset]) -> of.Input:
+    return of.choice(*(preset.name for preset in presets))
+
+
+class IPAdapterUnifiedLoader(of.Served):
     RETURN_TYPES = ("MODEL", "IPADAPTER")
     RETURN_NAMES: tuple[str, ...] = ("model", "ipadapter")
     FUNCTION = "load_models"
     CATEGORY = "ipadapter"
-    PRESETS = UNIFIED
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {"model": MODEL, "preset": choice(*(preset.name for preset in cls.PRESETS))},
-            {"ipadapter": IPADAPTER},
-        )
+    REQUIRED: ClassVar[of.Inputs] = {"model": of.MODEL, "preset": _names(UNIFIED)}
+    OPTIONAL: ClassVar[of.Inputs] = {"ipadapter": of.IPADAPTER}
 
     @classmethod
     def IS_CHANGED(cls, **_: Any) -> str:
@@ -105,40 +109,27 @@ def _same(one: Any, other: str) -> bool:
 class IPAdapterUnifiedLoaderFaceID(IPAdapterUnifiedLoader):
     RETURN_NAMES = ("MODEL", "ipadapter")
     CATEGORY = "ipadapter/faceid"
-    PRESETS = FACE_ID
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        providers = "CPU", "CUDA", "ROCM", "DirectML", "OpenVINO", "CoreML"
-        return typed(
-            {
-                "model": MODEL,
-                "preset": choice(*(preset.name for preset in cls.PRESETS)),
-                "lora_strength": number(0.6, 0, 1, 0.01),
-                "provider": choice(*providers),
-            },
-            {"ipadapter": IPADAPTER},
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        "model": of.MODEL,
+        "preset": _names(FACE_ID),
+        "lora_strength": of.number(0.6, 0, 1, 0.01),
+        "provider": of.choice("CPU", "CUDA", "ROCM", "DirectML", "OpenVINO", "CoreML"),
+    }
 
 
 class IPAdapterUnifiedLoaderCommunity(IPAdapterUnifiedLoader):
     CATEGORY = "ipadapter/loaders"
-    PRESETS = COMMUNITY
+    REQUIRED: ClassVar[of.Inputs] = {"model": of.MODEL, "preset": _names(COMMUNITY)}
 
 
-class IPAdapterInsightFaceLoader:
+class IPAdapterInsightFaceLoader(of.Served):
     RETURN_TYPES = ("INSIGHTFACE",)
     FUNCTION = "load_insightface"
     CATEGORY = "ipadapter/loaders"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "provider": choice("CPU", "CUDA", "ROCM"),
-                "model_name": choice("buffalo_l", "antelopev2"),
-            }
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        "provider": of.choice("CPU", "CUDA", "ROCM"),
+        "model_name": of.choice("buffalo_l", "antelopev2"),
+    }
 
     def load_insightface(self, provider: str, model_name: str = "buffalo_l", **_: Any) -> Any:
         return (loaded(model_name),)

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import node_helpers
 from torch import Tensor
 
 from . import inputs as of
-from .inputs import typed
 
 
-class IPAdapterRegionalConditioning:
+class IPAdapterRegionalConditioning(of.Served):
     RETURN_TYPES = ("IPADAPTER_PARAMS", "CONDITIONING", "CONDITIONING")
     RETURN_NAMES = ("IPADAPTER_PARAMS", "POSITIVE", "NEGATIVE")
     FUNCTION = "conditioning"
     CATEGORY = "ipadapter/params"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "image": of.IMAGE,
-                "image_weight": of.number(1.0, -1.0, 3.0),
-                "prompt_weight": of.number(1.0, 0.0, 10.0),
-                "weight_type": of.WEIGHT_TYPE,
-                **of.FRACTIONS,
-            },
-            {"mask": of.MASK, "positive": of.CONDITIONING, "negative": of.CONDITIONING},
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        "image": of.IMAGE,
+        "image_weight": of.number(1.0, -1.0, 3.0),
+        "prompt_weight": of.number(1.0, 0.0, 10.0),
+        "weight_type": of.WEIGHT_TYPE,
+        **of.FRACTIONS,
+    }
+    OPTIONAL: ClassVar[of.Inputs] = {
+        "mask": of.MASK,
+        "positive": of.CONDITIONING,
+        "negative": of.CONDITIONING,
+    }
 
     def conditioning(
         self,
@@ -60,17 +58,12 @@ class IPAdapterRegionalConditioning:
         return params, positive, negative
 
 
-class IPAdapterCombineParams:
+class IPAdapterCombineParams(of.Served):
     RETURN_TYPES = ("IPADAPTER_PARAMS",)
     FUNCTION = "combine"
     CATEGORY = "ipadapter/params"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {"params_1": of.PARAMS, "params_2": of.PARAMS},
-            {f"params_{number}": of.PARAMS for number in range(3, 6)},
-        )
+    REQUIRED: ClassVar[of.Inputs] = {"params_1": of.PARAMS, "params_2": of.PARAMS}
+    OPTIONAL: ClassVar[of.Inputs] = {f"params_{number}": of.PARAMS for number in range(3, 6)}
 
     def combine(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -15,24 +15,18 @@ from ...ip_adapter_core.ipadapter_plus.pictures import (
     prepared,
 )
 from . import inputs as of
-from .inputs import typed
 
 
-class IPAdapterNoise:
+class IPAdapterNoise(of.Served):
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "make_noise"
     CATEGORY = "ipadapter/utils"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "type": of.choice(*NOISES),
-                "strength": of.number(1.0, 0, 1),
-                "blur": of.whole(0, 0, 32, step=1),
-            },
-            {"image_optional": of.IMAGE},
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        "type": of.choice(*NOISES),
+        "strength": of.number(1.0, 0, 1),
+        "blur": of.whole(0, 0, 32, step=1),
+    }
+    OPTIONAL: ClassVar[of.Inputs] = {"image_optional": of.IMAGE}
 
     def make_noise(
         self, type: str, strength: float, blur: int = 0, image_optional: Any = None, **_: Any
@@ -40,21 +34,16 @@ class IPAdapterNoise:
         return (noise(image_optional, type, strength, blur),)
 
 
-class PrepImageForClipVision:
+class PrepImageForClipVision(of.Served):
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "prep_image"
     CATEGORY = "ipadapter/utils"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "image": of.IMAGE,
-                "interpolation": of.choice(*INTERPOLATIONS),
-                "crop_position": of.choice(*CROPS),
-                "sharpening": of.number(0.0, 0, 1),
-            }
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        "image": of.IMAGE,
+        "interpolation": of.choice(*INTERPOLATIONS),
+        "crop_position": of.choice(*CROPS),
+        "sharpening": of.number(0.0, 0, 1),
+    }
 
     def prep_image(
         self,
@@ -67,22 +56,17 @@ class PrepImageForClipVision:
         return (prepared(image, interpolation, crop_position, sharpening),)
 
 
-class PrepImageForInsightFace:
+class PrepImageForInsightFace(of.Served):
     DEPRECATED = True
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "prep_image"
     CATEGORY = "ipadapter"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "image": of.IMAGE,
-                "crop_position": of.choice("center", "top", "bottom", "left", "right"),
-                "sharpening": of.number(0.0, 0, 1),
-                "pad_around": ("BOOLEAN", {"default": True}),
-            }
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        "image": of.IMAGE,
+        "crop_position": of.choice("center", "top", "bottom", "left", "right"),
+        "sharpening": of.number(0.0, 0, 1),
+        "pad_around": ("BOOLEAN", {"default": True}),
+    }
 
     def prep_image(
         self,

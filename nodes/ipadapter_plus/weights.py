@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,12 +14,11 @@ from ...ip_adapter_core.ipadapter_plus.frames import (
     weights_over,
 )
 from . import inputs as of
-from .inputs import typed
 
 _FRAMES = {"step": 1}
 
 
-class IPAdapterWeights:
+class IPAdapterWeights(of.Served):
     RETURN_TYPES = ("FLOAT", "FLOAT", "INT", "IMAGE", "IMAGE", "WEIGHTS_STRATEGY")
     RETURN_NAMES = (
         *("weights", "weights_invert", "total_frames", "image_1", "image_2"),
@@ -27,22 +26,17 @@ class IPAdapterWeights:
     )
     FUNCTION = "weights"
     CATEGORY = "ipadapter/weights"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "weights": ("STRING", {"default": "1.0, 0.0", "multiline": True}),
-                "timing": of.choice(*TIMINGS, default="linear"),
-                "frames": of.whole(0, 0, 9999, **_FRAMES),
-                "start_frame": of.whole(0, 0, 9999, **_FRAMES),
-                "end_frame": of.whole(9999, 0, 9999, **_FRAMES),
-                "add_starting_frames": of.whole(0, 0, 9999, **_FRAMES),
-                "add_ending_frames": of.whole(0, 0, 9999, **_FRAMES),
-                "method": of.choice(*ORDERS, default="full batch"),
-            },
-            {"image": of.IMAGE},
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        "weights": ("STRING", {"default": "1.0, 0.0", "multiline": True}),
+        "timing": of.choice(*TIMINGS, default="linear"),
+        "frames": of.whole(0, 0, 9999, **_FRAMES),
+        "start_frame": of.whole(0, 0, 9999, **_FRAMES),
+        "end_frame": of.whole(9999, 0, 9999, **_FRAMES),
+        "add_starting_frames": of.whole(0, 0, 9999, **_FRAMES),
+        "add_ending_frames": of.whole(0, 0, 9999, **_FRAMES),
+        "method": of.choice(*ORDERS, default="full batch"),
+    }
+    OPTIONAL: ClassVar[of.Inputs] = {"image": of.IMAGE}
 
     def weights(
         self,
@@ -77,25 +71,19 @@ class IPAdapterWeights:
 
 
 class IPAdapterWeightsFromStrategy(IPAdapterWeights):
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed({"weights_strategy": of.STRATEGY}, {"image": of.IMAGE})
+    REQUIRED: ClassVar[of.Inputs] = {"weights_strategy": of.STRATEGY}
+    OPTIONAL: ClassVar[of.Inputs] = {"image": of.IMAGE}
 
 
-class IPAdapterPromptScheduleFromWeightsStrategy:
+class IPAdapterPromptScheduleFromWeightsStrategy(of.Served):
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("prompt_schedule",)
     FUNCTION = "prompt_schedule"
     CATEGORY = "ipadapter/weights"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return typed(
-            {
-                "weights_strategy": of.STRATEGY,
-                "prompt": ("STRING", {"default": "", "multiline": True}),
-            }
-        )
+    REQUIRED: ClassVar[of.Inputs] = {
+        "weights_strategy": of.STRATEGY,
+        "prompt": ("STRING", {"default": "", "multiline": True}),
+    }
 
     def prompt_schedule(
         self, weights_strategy: dict[str, Any], prompt: str = "", **_: Any
@@ -103,16 +91,14 @@ class IPAdapterPromptScheduleFromWeightsStrategy:
         return (prompt_schedule(Strategy(**weights_strategy), prompt),)
 
 
-class IPAdapterCombineWeights:
+class IPAdapterCombineWeights(of.Served):
     RETURN_TYPES = ("FLOAT", "INT")
     RETURN_NAMES = ("weights", "count")
     FUNCTION = "combine"
     CATEGORY = "ipadapter/utils"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        weight = of.number(0.0, 0.0, 1.0)
-        return typed({"weights_1": weight, "weights_2": weight})
+    REQUIRED: ClassVar[of.Inputs] = dict.fromkeys(
+        ("weights_1", "weights_2"), of.number(0.0, 0.0, 1.0)
+    )
 
     def combine(self, weights_1: Any, weights_2: Any, **_: Any) -> tuple[list[float], int]:
         lists = (x if isinstance(x, list) else [x] for x in (weights_1, weights_2))
