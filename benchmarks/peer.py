@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tests.support.random_models import sections
 from tools.comfyui import install as host
 
 from . import budget
@@ -34,13 +35,9 @@ def variants(setup: Setup, folder: Path) -> dict[str, Any]:
 
 
 def _apply(setup: Setup, node: Any, model: Any, mask: torch.Tensor | None = None) -> Any:
-    weights: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    for key, value in setup.adapter.module.state_dict().items():
-        part, name = key.split(".", 1)
-        weights[part][name] = value
     patched, *_ = node.apply_ipadapter(
         model,
-        weights,
+        sections(setup.adapter.module.state_dict()),
         setup.prompt.positive.image_embeds,
         1.0,
         "linear",

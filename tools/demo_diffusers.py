@@ -15,10 +15,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
 
 from miniature import assemble, workflows
 from miniature.base import ddim, starting_noise
+from tests.support.random_models import sections
 from tools.comfyui.client import Progress
 from tools.demo_request import DemoRequest, Render
 from training.models.base import load_base
@@ -36,11 +36,9 @@ def _pipeline(models: Path) -> Any:
     made = StableDiffusionPipeline(
         base.vae, text.encoder, text.tokenizer, base.unet, scheduler, None, None, None, False
     )
-    parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    for key, tensor in load_file(models / "ipadapter" / workflows.ADAPTERS["base"]).items():
-        part, _, name = key.partition(".")
-        parts[part][name] = tensor.float()
-    made.unet._load_ip_adapter_weights([parts])
+    state = load_file(models / "ipadapter" / workflows.ADAPTERS["base"])
+    tensors = {key: tensor.float() for key, tensor in state.items()}
+    made.unet._load_ip_adapter_weights([sections(tensors)])
     made.set_progress_bar_config(disable=True)
     return made
 

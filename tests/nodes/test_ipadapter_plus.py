@@ -10,6 +10,8 @@ import weakref
 import pytest
 import torch
 
+from tests.support.random_models import sections
+
 
 @pytest.fixture
 def table(pack, monkeypatch):
@@ -138,11 +140,7 @@ def test_a_request_gets_what_came_later(served):
 
 
 def mapping(module):
-    parts = {"image_proj": {}, "ip_adapter": {}}
-    for key, tensor in module.state_dict().items():
-        part, _, name = key.partition(".")
-        parts[part][name] = tensor
-    return parts
+    return sections(module.state_dict())
 
 
 def test_an_adapter_of_tensors_is_made_once_for_as_long_as_they_live(small):
@@ -391,11 +389,7 @@ def test_a_mapping_without_a_name_says_which_version_it_is(pack, small, flag, sh
     from tests.support import faces
 
     widths = [width for _, width in small.SD15_LAYERS]
-    raw = {"image_proj": {}, "ip_adapter": {}}
-    state = faces.tensors("faceid-plus-v2", widths, 768, hidden=small.HIDDEN)
-    for key, tensor in state.items():
-        part, _, name = key.partition(".")
-        raw[part][name] = tensor
+    raw = sections(faces.tensors("faceid-plus-v2", widths, 768, hidden=small.HIDDEN))
     adapter = models(raw | flag).adapter
     assert adapter.spec.sizes["shortcut"] == shortcut
     assert tensors_of(adapter).get("faceidplusv2", False) is bool(shortcut)
@@ -405,10 +399,7 @@ def test_features_of_faces_are_no_embeds(served, small, clip_vision):
     from tests.support import faces
 
     widths = [width for _, width in small.SD15_LAYERS]
-    raw = {"image_proj": {}, "ip_adapter": {}}
-    for key, tensor in faces.tensors("faceid", widths, small.CONTEXT).items():
-        part, _, name = key.partition(".")
-        raw[part][name] = tensor
+    raw = sections(faces.tensors("faceid", widths, small.CONTEXT))
     with pytest.raises(ValueError, match="reads faces, which are no EMBEDS"):
         served("IPAdapterEncoder")(raw, PICTURE, 1.0, clip_vision=clip_vision)
 

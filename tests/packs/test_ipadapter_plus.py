@@ -18,6 +18,7 @@ from tests.packs import conftest
 from tests.packs.conftest import nodes_of
 from tests.support import checkpoint_layouts as layouts
 from tests.support import faces
+from tests.support.random_models import sections
 
 OLD = "ComfyUI_IPAdapter_plus"
 TYPES = [
@@ -122,11 +123,7 @@ def adapters(sized):
         widths = tuple(w for _, w in sized.LAYERS["sdxl70" if family == "sdxl" else "sd15"])
         module = IPAdapter(AdapterSpec(variant, tuple(sizes.items()), widths)).requires_grad_(False)
         sized.fill(module, seed=10)
-        parts = {"image_proj": {}, "ip_adapter": {}}
-        for key, tensor in module.state_dict().items():
-            part, _, name = key.partition(".")
-            parts[part][name] = tensor
-        return parts
+        return sections(module.state_dict())
 
     return made
 
@@ -513,10 +510,7 @@ def analysis(tmp_path_factory):
 def face_adapter(sized, family, kind):
     width = 2048 if family == "sdxl" else 64
     widths = [w for _, w in sized.LAYERS["sdxl70" if family == "sdxl" else "sd15"]]
-    parts = {"image_proj": {}, "ip_adapter": {}}
-    for key, tensor in faces.tensors(kind, widths, width, hidden=HIDDEN).items():
-        part, _, name = key.partition(".")
-        parts[part][name] = tensor
+    parts: dict = sections(faces.tensors(kind, widths, width, hidden=HIDDEN))
     if kind.endswith("v2"):
         parts["faceidplusv2"] = True
     return parts

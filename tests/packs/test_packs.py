@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.packs.conftest import commit, nodes_of
+from tests.support.random_models import sections
 
 PAG = "sd-perturbed-attention"
 CHANGES = {  # pack, node, inputs
@@ -167,16 +168,11 @@ def test_animatediffs_windows_and_guidance_at_once(use, small, compare):
 def other_image(small):
     """An adapter as the old pack has it, and features of an image."""
     adapter, other = small.adapter(seed=11), small.images(seed=21)
-    state = adapter.module.state_dict()
-    parts = {
-        part: {k.removeprefix(f"{part}."): x for k, x in state.items() if k.startswith(part)}
-        for part in ("image_proj", "ip_adapter")
-    }
     embeds = {
         "pos_embed": other.positive.image_embeds[:, None],
         "neg_embed": other.negative.image_embeds[:, None],
     }
-    return parts, embeds
+    return sections(adapter.module.state_dict()), embeds
 
 
 def test_a_second_image_through_ipadapter_plus(use, small, compare):

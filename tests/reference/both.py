@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tests.sampling import small
 from tests.support.checkpoint_layouts import POOLED, SD15, SDXL, UNet, adapter
-from tests.support.random_models import State, fill, weights
+from tests.support.random_models import State, fill, sections, weights
 
 CPU = torch.device("cpu")
 SMALL = {  # every layer, fewer channels
@@ -121,15 +121,6 @@ def only(prompt: ImagePrompt, number: int) -> ImagePrompt:
     states, embeds = prompt.positive.penultimate_hidden_states, prompt.positive.image_embeds
     one = ImageFeatures(embeds[number : number + 1], states[number : number + 1])
     return ImagePrompt(one, prompt.negative, prompt.encoder)
-
-
-def sections(state: State) -> dict[str, State]:
-    """The layout of the official .bin files, which diffusers wants."""
-    out: dict[str, State] = {"image_proj": {}, "ip_adapter": {}}
-    for key, value in state.items():
-        section, name = key.split(".", 1)
-        out[section][name] = value
-    return out
 
 
 SIZES = {"width": 832, "height": 1216, "crop_w": 16, "crop_h": 32}

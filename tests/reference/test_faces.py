@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from tests.reference.test_same_function import SIZE, TOLERANCE, smooth_mask
 from tests.support import faces
+from tests.support.random_models import sections
 from tests.support.sets import nightly
 
 KINDS = ["faceid", "faceid-plus-v1", "faceid-plus-v2", "portrait", "faceid-unnorm"]
@@ -51,7 +52,7 @@ def prompt(both, count, structure=1.0, seed=0):
 
 
 def in_diffusers(both, unet, pair, state, kind, call, given, weight, lora, mask):
-    parts = both.sections({k: x.float() for k, x in state.items() if "_lora." not in k})
+    parts = sections({k: x.float() for k, x in state.items() if "_lora." not in k})
     unet._load_ip_adapter_weights([parts])
     faces.merge_lora(unet, state, lora)
     layers = [p for p in unet.attn_processors.values() if hasattr(p, "scale")]

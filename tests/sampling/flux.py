@@ -28,7 +28,7 @@ from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_att
 
 from tests.sampling import small
 from tests.support import checkpoint_layouts as layouts
-from tests.support.random_models import State, fill, weights
+from tests.support.random_models import State, fill, sections, weights
 
 HEADS, HEAD, TEXT, POOLED, CHANNELS = 2, 16, 24, 20, 4
 WIDTH, EMBED = HEADS * HEAD, 28
@@ -406,11 +406,7 @@ def expected(
 def by_diffusers(size: Size, call: Call, state: State, prompt: ImagePrompt, scales: Any) -> Tensor:
     """XLabs' adapter as diffusers itself loads and runs it; λ of each double block."""
     made = copy.deepcopy(twin(size))
-    parts = {
-        name: {k.removeprefix(f"{name}."): x for k, x in state.items() if k.startswith(name)}
-        for name in ("image_proj", "ip_adapter")
-    }
-    made._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
+    made._load_ip_adapter_weights([sections(state)], low_cpu_mem_usage=False)
     own = [p for p in made.attn_processors.values() if hasattr(p, "scale")]
     for processor, scale in zip(own, scales, strict=True):
         processor.scale = [scale]

@@ -74,3 +74,12 @@ def fill(module: Any, seed: int) -> Any:
 def under(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the same tensors or shapes with `prefix` before every name."""
     return {prefix + name: value for name, value in state.items()}
+
+
+def sections(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return an adapter's tensors as the official .bin files hold them."""
+    found: dict[str, dict[str, Any]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in state.items():
+        section, _, name = key.partition(".")
+        found[section][name] = value
+    return found

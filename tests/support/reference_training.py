@@ -16,6 +16,8 @@ from torch.nn import Parameter
 from torch.nn.functional import mse_loss
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+from tests.support.random_models import sections
+
 TIMESTEPS = 1000
 
 
@@ -35,11 +37,8 @@ class ReferenceStep:
         self.vision = CLIPVisionModelWithProjection.from_pretrained(image_encoder).eval()
         for frozen in (self.unet, self.vae, self.vision, *self.texts):
             frozen.requires_grad_(False)
-        state: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-        for key, value in start.items():
-            part, name = key.split(".", 1)
-            state[part][name] = value.clone()
-        self.unet._load_ip_adapter_weights([state])
+        state = {key: value.clone() for key, value in start.items()}
+        self.unet._load_ip_adapter_weights([sections(state)])
         self.trained: dict[str, Parameter] = {
             name: parameter.requires_grad_(True)
             for name, parameter in self.unet.named_parameters()

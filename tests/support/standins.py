@@ -30,7 +30,7 @@ from ip_adapter_core.files.atomic import atomic
 from tests.support import checkpoint_layouts as layouts
 from tests.support import faces
 from tests.support.checkpoint_layouts import UNet
-from tests.support.random_models import State, under, weights
+from tests.support.random_models import State, sections, under, weights
 from tools import reference_images
 from tools.comfyui.install import ROOT
 
@@ -147,11 +147,7 @@ def _adapter(size: UNet, kind: str) -> State:
 
 def _face_adapter() -> dict[str, State]:
     """Return the sections of a FaceID file as it is published, with its LoRA."""
-    state = faces.tensors("faceid", SD15.widths, SD15.context)
-    return {
-        section: {key.partition(".")[2]: x for key, x in state.items() if key.startswith(section)}
-        for section in ("image_proj", "ip_adapter")
-    }
+    return sections(faces.tensors("faceid", SD15.widths, SD15.context))
 
 
 def _controlnet() -> State:

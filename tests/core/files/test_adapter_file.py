@@ -19,6 +19,7 @@ from tests.support.checkpoint_layouts import (
     linear_projection,
     resampler,
 )
+from tests.support.random_models import sections
 from tests.support.random_models import weights as random_weights
 
 SD15 = (320, 320, 640, 640, 1280, 1280, *[1280] * 3, *[640] * 3, *[320] * 3, 1280)
@@ -43,22 +44,13 @@ SMALL = {
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def nested(weights):
-    """The layout of the official .bin files."""
-    tree: dict = {}
-    for key, value in weights.items():
-        section, name = key.split(".", 1)
-        tree.setdefault(section, {})[name] = value
-    return tree
-
-
 WRITERS = {
     "dotted.safetensors": save_file,
-    "nested.bin": lambda weights, path: torch.save(nested(weights), path),
-    "nested.pt": lambda weights, path: torch.save(nested(weights), path),
+    "nested.bin": lambda weights, path: torch.save(sections(weights), path),
+    "nested.pt": lambda weights, path: torch.save(sections(weights), path),
     "dotted.bin": torch.save,
     "before-torch-1.6.bin": lambda weights, path: torch.save(
-        nested(weights), path, _use_new_zipfile_serialization=False
+        sections(weights), path, _use_new_zipfile_serialization=False
     ),
 }
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.support import sparse_files as sparse
+from tests.support.random_models import sections
 
 # Embedding, hidden states, layers, positions, MLP: the sizes in the models' cards.
 CARDS = {
@@ -157,11 +158,8 @@ def test_only_headers_are_read(tmp_path):
 
 def test_a_torch_file_is_mapped_and_not_read(tmp_path, monkeypatch):
     layout = sparse.ADAPTERS["sd15_full"]
-    tree: dict = {}
-    for key, shape in layout.items():
-        section, name = key.split(".", 1)
-        tree.setdefault(section, {})[name] = torch.zeros(shape).half()
-    torch.save(tree, tmp_path / "a.bin")
+    state = {key: torch.zeros(shape).half() for key, shape in layout.items()}
+    torch.save(sections(state), tmp_path / "a.bin")
     real, asked = torch.load, []
 
     def load(*args, **how):

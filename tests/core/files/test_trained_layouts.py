@@ -8,7 +8,7 @@ from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
 from comfyui_ip_adapter.ip_adapter_core.files import adapter_file, finder
 from safetensors.torch import save_file
 
-from tests.support.random_models import fill
+from tests.support.random_models import fill, sections
 
 CONTEXT = 16
 VARIANTS = {
@@ -46,12 +46,7 @@ def adapter(variant: str) -> IPAdapter:
 
 
 def official(variant: str) -> dict:
-    state = adapter(variant).state_dict()
-    parts = {"image_proj": {}, "ip_adapter": {}}
-    for key, x in state.items():
-        part, _, rest = key.partition(".")
-        parts[part][rest] = x
-    return parts
+    return sections(adapter(variant).state_dict())
 
 
 def of_reference(variant: str, *, shared: bool = True, prefix: str = "") -> dict[str, torch.Tensor]:
