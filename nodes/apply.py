@@ -48,22 +48,16 @@ def shared_inputs() -> list[io.Input]:
             tooltip="λ: how much the image counts. 1 for the image alone (with an empty text), "
             "about 0.5 together with a text, 0 for none at all.",
         ),
-        io.Float.Input(
+        types.fraction(
             "start_at",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            tooltip="Where in the schedule the image prompt begins, as a fraction. With a denoise "
+            0.0,
+            "Where in the schedule the image prompt begins, as a fraction. With a denoise "
             "below 1, sampling itself begins after 0.",
         ),
-        io.Float.Input(
+        types.fraction(
             "end_at",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            tooltip="Where in the schedule it ends; outside this range, the model is untouched. A "
+            1.0,
+            "Where in the schedule it ends; outside this range, the model is untouched. A "
             "step exactly on a boundary belongs to both sides, as in ComfyUI's own ranges.",
         ),
         io.Combo.Input(

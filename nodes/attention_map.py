@@ -69,21 +69,15 @@ class AttentionMap(types.Node):
                     tooltip="Which blocks of the UNet: all, input, middle, output, or single ones, "
                     "'input 8, output 1'.",
                 ),
-                io.Float.Input(
+                types.fraction(
                     "start_at",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="The first step to look at, as a fraction of the schedule.",
+                    0.0,
+                    "The first step to look at, as a fraction of the schedule.",
                 ),
-                io.Float.Input(
+                types.fraction(
                     "end_at",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="The last step to look at, as a fraction of the schedule.",
+                    1.0,
+                    "The last step to look at, as a fraction of the schedule.",
                 ),
                 io.Int.Input(
                     "prompt_number",
@@ -93,13 +87,11 @@ class AttentionMap(types.Node):
                     tooltip="Which image prompt to show, if several are applied: 1 for the first "
                     "applied; 0 for all together.",
                 ),
-                io.Float.Input(
+                types.fraction(
                     "opacity",
-                    default=0.6,
-                    min=0.0,
-                    max=1.0,
+                    0.6,
+                    "Opacity of the heat map over the picture; 1 shows the map alone.",
                     step=0.05,
-                    tooltip="Opacity of the heat map over the picture; 1 shows the map alone.",
                 ),
             ],
             outputs=[

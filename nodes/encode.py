@@ -67,13 +67,11 @@ class EncodeImagePrompt(types.Node):
 
 
 def _fraction(name: str, side: str) -> io.Input:
-    return io.Float.Input(
+    return types.fraction(
         name,
-        default=0.5,
-        min=0.0,
-        max=1.0,
+        0.5,
+        f"For point: its place in the {side}. The square stays inside the picture.",
         step=0.01,
-        tooltip=f"For point: its place in the {side}. The square stays inside the picture.",
     )
 
 
@@ -156,13 +154,11 @@ class NegativeNoise(types.Node):
                     tooltip="gaussian: mixed with grey noise. dissolve: grains take random "
                     "colours. shuffle: squares change places, so that all colours stay.",
                 ),
-                io.Float.Input(
+                types.fraction(
                     "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
+                    1.0,
+                    "How much is noise. 0 is the picture as it is, 1 noise alone.",
                     step=0.01,
-                    tooltip="How much is noise. 0 is the picture as it is, 1 noise alone.",
                 ),
                 io.Float.Input(
                     "blur",

@@ -60,6 +60,12 @@ def output(kind: Any, name: str, tooltip: str) -> io.Output:
     return kind.Output(name, display_name=name, tooltip=tooltip)
 
 
+def fraction(name: str, default: float, tooltip: str, step: float = 0.001) -> io.Input:
+    """Return an input from 0 to 1; in the usual steps, of the schedule."""
+    given = {"default": default, "min": 0.0, "max": 1.0, "step": step}
+    return io.Float.Input(name, **given, tooltip=tooltip)
+
+
 def in_order(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Sort a growing list by the numbers of its sockets: a request may hold them in any order."""
     return {name: entries[name] for name in sorted(entries, key=_number)}
