@@ -27,23 +27,7 @@ def nodes(pack) -> dict[str, type]:
 @pytest.fixture(scope="session")
 def clip_vision(small):
     """A random image encoder of the widths that the adapters of `small` read."""
-    from comfyui_ip_adapter.ip_adapter_core.comfyui.host import clip_vision_model
-
-    config = {
-        "model_type": "clip_vision_model",
-        "hidden_size": small.HIDDEN,
-        "projection_dim": small.EMBED,
-        "intermediate_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 14,
-        "num_channels": 3,
-        "hidden_act": "gelu",
-    }
-    encoder = clip_vision_model(config)
-    small.fill(encoder.model.requires_grad_(False), seed=40)
-    return encoder
+    return small.clip_vision()
 
 
 @pytest.fixture

@@ -79,24 +79,7 @@ def like_the_old(monkeypatch):
 
 @pytest.fixture(scope="session")
 def encoder(sized):
-    from comfyui_ip_adapter.ip_adapter_core.comfyui.host import clip_vision_model
-
-    made = clip_vision_model(
-        {
-            "model_type": "clip_vision_model",
-            "hidden_size": HIDDEN,
-            "projection_dim": EMBED,
-            "intermediate_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "image_size": 224,
-            "patch_size": 56,
-            "num_channels": 3,
-            "hidden_act": "gelu",
-        }
-    )
-    sized.fill(made.model.requires_grad_(False), seed=40)
-    return made
+    return sized.clip_vision(EMBED, HIDDEN, side=224, patch=56)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import comfy.supported_models
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfyui_ip_adapter.ip_adapter_core.adapter import AdapterSpec, IPAdapter
-from comfyui_ip_adapter.ip_adapter_core.comfyui.host import CoreModelPatcher
+from comfyui_ip_adapter.ip_adapter_core.comfyui.host import CoreModelPatcher, clip_vision_model
 from comfyui_ip_adapter.ip_adapter_core.comfyui.loaders import ManagedAdapter
 from comfyui_ip_adapter.ip_adapter_core.image_prompt import ImageFeatures, ImagePrompt
 from comfyui_ip_adapter.nodes.apply import ApplyIPAdapter, ApplyIPAdapterConditioning
@@ -106,6 +106,25 @@ def images(count: int = 1, seed: int = 20) -> ImagePrompt:
     zero = features(1)
     zero = ImageFeatures(torch.zeros_like(zero.image_embeds), zero.penultimate_hidden_states)
     return ImagePrompt(features(count), zero, "a random encoder")
+
+
+def clip_vision(embed: int = EMBED, hidden: int = HIDDEN, side: int = 28, patch: int = 14):
+    """A random image encoder of these widths, as the host holds it."""
+    config = {
+        "model_type": "clip_vision_model",
+        "hidden_size": hidden,
+        "projection_dim": embed,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": side,
+        "patch_size": patch,
+        "num_channels": 3,
+        "hidden_act": "gelu",
+    }
+    made = clip_vision_model(config)
+    fill(made.model.requires_grad_(False), seed=40)
+    return made
 
 
 def text(seed: int, length: int = 77, **options):
