@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .buckets import LATENT_STEP, Buckets
 from .face_embedding import face_embedding
 from .image import BrokenImageError, fit, open_image
-from .randomness import NoiseSettings, SampleNoise, sample_noise
+from .randomness import NoiseSettings, SampleNoise, sample_caption, sample_noise
 from .sources import Record, Source
 
 Example = dict[str, Any]
@@ -57,8 +57,10 @@ class Examples:
         """
         height, width = size
         latent_size = height // LATENT_STEP, width // LATENT_STEP
+        texts = record.texts
+        text = texts[sample_caption(self._draw_settings.seed, number, len(texts))]
         example: Example = {
-            "tokens": self._tokenise(record.text),
+            "tokens": self._tokenise(text),
             "draws": sample_noise(self._draw_settings, number, latent_size),
         }
         try:
@@ -106,7 +108,7 @@ class RawDataset(Dataset[Example]):
         buckets: Buckets,
         draw_settings: NoiseSettings,
     ) -> None:
-        self.source, self.buckets = source, buckets
+        self.source, self.buckets, self._tokenise = source, buckets, tokenise
         self._examples = Examples(tokenise, preprocess_reference, draw_settings)
 
     def __len__(self) -> int:
@@ -114,18 +116,36 @@ class RawDataset(Dataset[Example]):
 
     def __getitem__(self, index: tuple[int, int]) -> Example:
         number, row = index
-        return self._examples(self.source[row], number, self.buckets.size_of(row))
+        return self._example(self.source[row], number, row)
+
+    def _example(self, record: Record, number: int, row: int) -> Example:
+        return self._examples(record, number, self.buckets.size_of(row))
+
+
+class EveryCaption(RawDataset):
+    """Examples with the `tokens` (captions, 77) of all `captions` of a row."""
+
+    def _example(self, record: Record, number: int, row: int) -> Example:
+        tokens = zip(*map(self._tokenise, record.texts), strict=True)
+        return super()._example(record, number, row) | {
+            "tokens": tuple(torch.stack(one) for one in tokens),
+            "captions": len(record.texts),
+        }
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """Stack examples; `draws` is flattened into its fields, and `broken` has the non-empty ones."""
+    """Stack examples; `tokens` are those of all captions, one below the other.
+
+    `draws` is flattened into its fields, and `broken` has the non-empty ones.
+    """
     batch: dict[str, Any] = {}
     for key in examples[0]:
         values = [example[key] for example in examples]
         if key == "broken":
             batch[key] = [value for value in values if value]
         elif key == "tokens":
-            batch[key] = tuple(torch.stack(one) for one in zip(*values, strict=True))
+            rows = zip(*values, strict=True)
+            batch[key] = tuple(torch.cat([ids.view(-1, ids.shape[-1]) for ids in x]) for x in rows)
         elif key == "draws":
             batch |= {
                 name: _stack([getattr(v, name) for v in values]) for name in SampleNoise._fields

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import TrainingError
 
 LATENT_CHANNELS = 4
+CAPTIONS, BALANCE = 2**30, 2**30 + 1  # keys that no bucket's and no lane's number reaches
 MAX_SEED = 2**63 - 1
 
 
@@ -98,6 +99,13 @@ def sample_noise(settings: NoiseSettings, number: int, latent_size: tuple[int, i
         drop_image=drop < image_only or text_only <= drop < both,
         drop_text=image_only <= drop < both,
     )
+
+
+def sample_caption(seed: int, number: int, captions: int) -> int:
+    """Return which of its row's `captions` sample `number` of a run is given."""
+    if captions == 1:
+        return 0
+    return int(counted(seed, number, CAPTIONS).randint(captions))
 
 
 def sample_seed(seed: int, number: int) -> int:

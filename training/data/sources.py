@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +20,18 @@ from types import NoneType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, Image, Value, config, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    Sequence,
+    Value,
+    config,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 
 from .. import fingerprints
@@ -39,8 +49,9 @@ from .listings import (
     read_listing,
 )
 
+TEXTS = ("string", "large_string")
 MARKS = ("state.json", "dataset_dict.json")  # of a folder that `save_to_disk` wrote
-VERSION = 2  # of the rows that are written to the cache folder: another number makes them anew
+VERSION = 3  # of the rows that are written to the cache folder: another number makes them anew
 PROBED = 16  # rows whose files are looked for before anything else
 BLOCK = 4096  # rows in memory at a time
 
@@ -51,6 +62,7 @@ logger = logging.getLogger(__name__)
 class Record:
     """One row. `name` is for messages; `reference` a reference image other than the target.
 
+    `text` is the caption, the first one where there are several; `other_texts` are the others.
     `broken` says what is known to be wrong with it before anything is decoded, or is empty. `face`
     is what `face_embedding` reads, None where no column of them is asked for.
     """
@@ -61,6 +73,12 @@ class Record:
     reference: ImageData | None = None
     broken: str = ""
     face: Any = None
+    other_texts: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All captions, at least one."""
+        return self.text, *self.other_texts
 
 
 @dataclass(frozen=True)
@@ -106,7 +124,8 @@ def open_source(
     - a JSON file of the reference scripts: `[{"image_file": …, "text": …}]`;
     - a folder that `datasets.Dataset.save_to_disk` wrote (of a DatasetDict: `train`).
 
-    `default_caption` is the caption of images that have none. `cache_dir`: default Hugging Face's.
+    A row's caption is a text, or a list of several. `default_caption` is the caption of images
+    that have none. `cache_dir`: default Hugging Face's.
 
     Raises:
         TrainingError: Nothing usable lies there, or captions are missing.
@@ -115,8 +134,8 @@ def open_source(
     if not path.exists():
         raise TrainingError(_not_found(path))
     root = Path(image_root).expanduser() if image_root else path
-    if path.is_dir() and any((path / mark).is_file() for mark in MARKS):
-        dataset = _load_saved(path)
+    if is_saved(path):
+        dataset = load_saved(path)
         source = Source(dataset, dataset._fingerprint, columns, default_caption, root)
         source.check_faces(path)
         return source
@@ -191,12 +210,15 @@ class Source:
         name = image if isinstance(image, str) else f"row {row}"
         if isinstance(image, dict) and image["path"]:
             name += f" ({os.path.basename(image['path'])})"
+        given = [text] if isinstance(text, str) else text or []
+        first, *others = _filled(given) or [self._default_caption or ""]
         return Record(
             name=name,
             image=self._image(image) or b"",
-            text=(text or "").strip() or self._default_caption or "",
+            text=first,
             reference=self._image(reference) or None,
             face=None if self._columns.face is None else self._image(face) or MISSING,
+            other_texts=tuple(others),
         )
 
     def _image(self, value: Any) -> ImageData | None:
@@ -212,6 +234,15 @@ class Source:
                 known = pc.fill_null(chunk, 0).to_numpy().clip(0)
                 sizes[start : start + len(chunk), place] = known
         return sizes
+
+    @property
+    def several_captions(self) -> bool:
+        """Whether a row has more than one caption."""
+        column = self._columns.text
+        if column is None or getattr(self._rows.features[column], "dtype", None) in TEXTS:
+            return False
+        most = (pc.max(pc.list_value_length(chunk)).as_py() for _, chunk in self._chunks(column))
+        return any(count is not None and count > 1 for count in most)
 
     def check_files(self, data: Path) -> None:
         """Raise TrainingError if none of some files, from the first row to the last, is there."""
@@ -251,18 +282,17 @@ class Source:
 
     def _check_captions(self, column: str, where: str, how: str) -> None:
         feature = self._rows.features[column]
-        if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        if getattr(getattr(feature, "feature", feature), "dtype", None) not in TEXTS:
             raise TrainingError(
-                f"{where}: column '{column}' holds {feature!s}; expected one caption as a text in "
-                "each row."
+                f"{where}: column '{column}' holds {feature!s}; expected a caption as a text in "
+                "each row, or a list of them."
             )
         if self._default_caption is not None:
             return
         count = 0
         first: list[str] = []
         for start, chunk in self._chunks(column):
-            blank = pc.equal(pc.utf8_trim_whitespace(chunk), "")
-            places = pc.indices_nonzero(pc.fill_null(blank, True)).to_numpy()
+            places = np.flatnonzero(_blank(chunk))
             count += len(places)
             first += [self[start + int(place)].name for place in places[: FIRST - len(first)]]
         if count:
@@ -272,6 +302,24 @@ class Source:
                 " leave these pictures out, or set a default caption (an empty one trains without "
                 "text)."
             )
+
+
+def _filled(texts: Iterable[Any]) -> list[str]:
+    """Return those of a row's captions that say something, as texts that can be stored."""
+    # Half of a surrogate pair, as cut-off emoji leave it, is none.
+    given = (str(text) for text in texts if not missing(text))
+    return [text.encode("utf-8", "replace").decode().strip() for text in given]
+
+
+def _blank(captions: pa.Array) -> np.ndarray:
+    """Which rows have no caption, `(rows,)` bool: of texts, or of lists of texts."""
+    if pa.types.is_string(captions.type) or pa.types.is_large_string(captions.type):
+        blank = pc.equal(pc.utf8_trim_whitespace(captions), "")
+        return pc.fill_null(blank, True).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+    found = np.ones(len(captions), bool)
+    row_of_text = pc.list_parent_indices(captions).to_numpy()
+    found[row_of_text[~_blank(pc.list_flatten(captions))]] = False
+    return found
 
 
 def _check_images(feature: Any, column: str, where: str) -> None:
@@ -329,7 +377,13 @@ def _not_found(path: Path) -> str:
 # A folder that `datasets` wrote.
 
 
-def _load_saved(folder: Path) -> Dataset:
+def is_saved(path: Path) -> bool:
+    """Return whether `path` is a folder that `save_to_disk` wrote."""
+    return path.is_dir() and any((path / mark).is_file() for mark in MARKS)
+
+
+def load_saved(folder: Path) -> Dataset:
+    """Open what `save_to_disk` wrote (of a DatasetDict: `train`), or raise TrainingError."""
     try:
         dataset = load_from_disk(str(folder))
     except IndexError:  # `datasets` 5 fails so for one without rows
@@ -355,7 +409,7 @@ def _load_saved(folder: Path) -> Dataset:
 
 _FEATURES = Features(
     image=Value("string"),
-    text=Value("string"),
+    text=Sequence(Value("string")),
     reference=Value("string"),
     height=Value("int32"),
     width=Value("int32"),
@@ -397,7 +451,10 @@ def _hash(dataset: Dataset) -> str:
     digest = hashlib.blake2b(digest_size=16)
     kept = [name for name in dataset.column_names if name in _ROLES]
     for block in dataset.select_columns(kept).with_format("arrow").iter(BLOCK):
-        digest.update(json.dumps([*block.to_pydict().values()], default=_digest).encode())
+        values = block.to_pydict()
+        # A single caption as itself, as it was before there were lists: runs of then go on.
+        values["text"] = [x if len(x) > 1 else "".join(x) for x in values["text"]]
+        digest.update(json.dumps([*values.values()], default=_digest).encode())
     return digest.hexdigest()
 
 
@@ -425,22 +482,22 @@ def _row(values: Values, columns: Columns, where: str) -> Values:
             f"{where}: '{columns.reference}' is {reference!r}; expected the file name of a "
             "picture, or nothing."
         )
-    if isinstance(text, (list, dict)):
+    texts = text if isinstance(text, list) else [text]
+    if any(isinstance(one, (list, dict)) for one in texts):
         raise TrainingError(
-            f"{where}: '{columns.text}' is {text!r}; expected one caption as a text."
+            f"{where}: '{columns.text}' is {text!r}; expected a caption as a text, or a list of "
+            "them."
         )
     for name in filter(None, (image, reference)):
         if printable(name) != name:
             raise TrainingError(
                 f"{where}: the file name '{printable(name)}' is no UTF-8. Rename the file."
             )
-    # Half of a surrogate pair, as cut-off emoji leave it, is no text that can be stored.
-    caption = "" if missing(text) else str(text).encode("utf-8", "replace").decode().strip()
     sizes = {"height": 0, "width": 0}  # not told: the image's header is read
     for name in sizes:
         with suppress(TypeError, ValueError):
             sizes[name] = max(0, int(values.get(name)))  # type: ignore[arg-type]
-    row = {"image": image, "text": caption, "reference": reference, **sizes}
+    row = {"image": image, "text": _filled(texts), "reference": reference, **sizes}
     return row if columns.face is None else row | {"face": _face(values, columns.face, where)}
 
 

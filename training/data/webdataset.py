@@ -124,10 +124,13 @@ class ShardReader:
         references = [key for key in files if key.startswith("reference.") and _is_image(key)]
         images = [key for key in files if _is_image(key) and key not in references]
         name = f"{sample['__key__']} in {os.path.basename(shard)}"
-        caption, wrong = None, ""
+        texts, wrong = [""], ""
         try:
-            caption = self._caption(files) or self.default_caption
-            if caption is None:
+            if found := self._texts(files):
+                texts = found
+            elif self.default_caption is not None:
+                texts = [self.default_caption]
+            else:
                 wrong = f"no caption (.txt or .json) among its files {', '.join(files)}"
         except ValueError as error:
             wrong = f"its caption cannot be read: {error}"
@@ -144,10 +147,11 @@ class ShardReader:
         return Record(
             name=name,
             image=files[images[0]] if images else b"",
-            text=caption or "",
+            text=texts[0],
             reference=files[references[0]] if references else None,
             broken=wrong,
             face=face,
+            other_texts=tuple(texts[1:]),
         )
 
     @staticmethod
@@ -159,16 +163,20 @@ class ShardReader:
             return json.loads(files["json"]).get(name) or MISSING
         return MISSING
 
-    def _caption(self, files: dict[str, bytes]) -> str:
+    def _texts(self, files: dict[str, bytes]) -> list[str]:
         asked = self.columns.text
         if "txt" in files and asked is None:
-            return files["txt"].decode("utf-8-sig").strip()
+            text = files["txt"].decode("utf-8-sig").strip()
+            return [text] if text else []
         if "json" in files:
             found = json.loads(files["json"])
             for name in [asked] if asked else str(USUAL.text).split():
-                if isinstance(found, dict) and isinstance(found.get(name), str):
-                    return found[name].strip()
-        return ""
+                given = found.get(name) if isinstance(found, dict) else None
+                texts = given if isinstance(given, list) else [given]
+                if any(isinstance(text, str) for text in texts):
+                    stripped = (text.strip() for text in texts if isinstance(text, str))
+                    return [text for text in stripped if text]
+        return []
 
 
 def _is_image(key: str) -> bool:

@@ -167,8 +167,9 @@ def test_missing_captions_in_later_chunks(saved):
         ({"image": [b"x"], "titel": ["x"]}, ["no column for the captions", "image, titel"]),
         ({"pixels": [[1, 2]], "text": ["x"]}, ["no column for the pictures", "pixels, text"]),
         ({"image": [[1, 2]], "text": ["x"]}, ["column 'image' holds", "datasets.Image"]),
-        ({"image": [b"x"], "text": [["x", "y"]]}, ["column 'text' holds", "one caption"]),
-        ({"image": [b"x"], "text": [7]}, ["column 'text' holds", "one caption"]),
+        ({"image": [b"x"], "text": [[1, 2]]}, ["column 'text' holds", "or a list of them"]),
+        ({"image": [b"x"], "text": [[["x"]]]}, ["column 'text' holds", "or a list of them"]),
+        ({"image": [b"x"], "text": [7]}, ["column 'text' holds", "or a list of them"]),
     ],
 )
 def test_columns_that_cannot_be_used(rows, said, saved):

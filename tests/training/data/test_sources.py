@@ -282,7 +282,12 @@ class TestRefused:
                 ],
             ),
             ("metadata.jsonl", '{"file_name": 7, "text": "x"}', ["row 1", "'file_name' is 7"]),
-            ("metadata.jsonl", '{"file_name": "a.jpg", "text": ["x"]}', ["row 1", "one caption"]),
+            (
+                "metadata.jsonl",
+                '{"file_name": "a.jpg", "text": {"en": "x"}}',
+                ["row 1", "expected a caption as a text, or a list of them"],
+            ),
+            ("metadata.jsonl", '{"file_name": "a.jpg", "text": [["x"]]}', ["row 1", "a list of"]),
             (
                 "metadata.jsonl",
                 '{"file_name": "a.jpg", "text": "x", "reference": 7}',
