@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from ip_adapter_core.files.atomic import atomic
 
 from ..errors import TrainingError
 from .image import BrokenImageError, upright_size
-from .sampler import BucketBatchSampler
+from .sampler import LEFT_OUT, BalancedBatchSampler, BatchOrder, BucketBatchSampler
 from .sources import Source
 
 STEP = 64  # pixels; the UNet halves latents three times
@@ -43,14 +44,36 @@ class Buckets:
         """Height and width that this row's image is fitted to."""
         return self.sizes[0 if self.of_row is None else int(self.of_row[row])]
 
-    def sampler(self, rows: int, batch: int, seed: int) -> BucketBatchSampler:
+    def batches(self, rows: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+        """Split rows into batches of up to `batch`, each of one bucket."""
+        buckets = np.zeros_like(rows) if self.of_row is None else self.of_row[rows]
+        for bucket in np.unique(buckets):
+            alike = rows[buckets == bucket]
+            yield from (alike[start : start + batch] for start in range(0, len(alike), batch))
+
+    def sampler(
+        self,
+        rows: int,
+        batch: int,
+        seed: int,
+        held_out: np.ndarray | None = None,
+        balanced: np.ndarray | None = None,
+    ) -> BatchOrder:
         """Return the order of batches of `batch` samples. Names the buckets that never fill one.
 
-        Raises TrainingError if no bucket does.
+        `held_out` (rows,) bool: rows that are in none. `balanced` (rows,) int32: the number of each
+        row's value, of which all are to be equally frequent. Raises TrainingError if no bucket
+        fills a batch.
         """
-        order = BucketBatchSampler(self.of_row, rows, batch, seed)
-        if self.of_row is not None:
-            counts = _counts(self.of_row, len(self.sizes))
+        of_row = self.of_row
+        if held_out is not None:
+            kept = np.int16(0) if of_row is None else of_row
+            of_row = np.where(held_out, np.int16(LEFT_OUT), kept)
+        if balanced is not None:
+            return BalancedBatchSampler(of_row, balanced, batch, seed)
+        order = BucketBatchSampler(of_row, rows, batch, seed)
+        if self.of_row is not None and of_row is not None:
+            counts = _counts(of_row, len(self.sizes))
             for (height, width), count in zip(self.sizes, counts, strict=True):
                 if 0 < count < batch:
                     logger.warning(
