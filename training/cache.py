@@ -30,9 +30,10 @@ from tqdm import tqdm
 from ip_adapter_core.variants import FACE, FEATURE_KINDS, FeatureKind
 from training.caching import writer as cache_writing
 from training.caching.dataset import CachedDataset
-from training.caching.format import Manifest
+from training.caching.format import ONE_CAPTION, SEVERAL_CAPTIONS, Manifest, write_columns
 from training.config import FaceConfig, ModelConfig, check_at_least, check_encoder, parse
-from training.data.dataset import RawDataset
+from training.data.columns import held_out_rows, read_column
+from training.data.dataset import EveryCaption
 from training.data.randomness import NoiseSettings
 from training.data.webdataset import is_stream
 from training.dataloader import open_rows
@@ -94,6 +95,10 @@ def make(config: CacheConfig) -> CachedDataset:
     with claimed, _one_thread(state.device):
         with state.main_process_first():
             source, buckets = open_rows(config, out)
+        columns = [read_column(config.train_data_dir, name) for name in config.columns]
+        for column in columns:
+            if column.name == config.validation_split_column:
+                held_out_rows(column)  # tells now what training would tell
         encoders = _encoders(config, state.device)
         manifest = Manifest(
             rows=len(source),
@@ -103,15 +108,18 @@ def make(config: CacheConfig) -> CachedDataset:
             sizes=buckets.sizes,
             parts={**encoders.fingerprints, "data": source.fingerprint},
             names={**encoders.names, "data": config.train_data_dir},
+            format=SEVERAL_CAPTIONS if source.several_captions else ONE_CAPTION,
         )
         with state.main_process_first():
             if state.is_main_process:
                 cache_writing.begin(out, manifest, encoders)
+                if columns:
+                    write_columns(out, columns)
         missing = cache_writing.missing_shards(out, manifest)
         state.wait_for_everyone()  # all have looked before anybody writes
         mine = missing[state.process_index :: state.num_processes]
         preprocess = encoders.image_encoder.preprocess
-        dataset = RawDataset(source, encoders.tokenise, preprocess, buckets, NO_DRAWS)
+        dataset = EveryCaption(source, encoders.tokenise, preprocess, buckets, NO_DRAWS)
         several = f" (the first of {state.num_processes} processes)"
         bar = tqdm(
             total=sum(len(manifest.rows_of(shard)) for shard in mine),

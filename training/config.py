@@ -47,7 +47,8 @@ class DataConfig:
     data_root_path: str | None = None
     """Folder that file names in a JSON are relative to; default: the JSON's own."""
     caption_column: str | None = None
-    """Column of the captions; default: `text`, `caption` or `prompt`, whichever is there."""
+    """Column of the captions; default: `text`, `caption` or `prompt`, whichever is there. Of a list
+    of captions each sample is given one, drawn anew."""
     default_caption: str | None = None
     """Caption of images that have none; an empty one trains these without text."""
     resolution: int = 512
@@ -55,8 +56,22 @@ class DataConfig:
     1024. (A cache has its own.)"""
     enable_bucket: bool = False
     """Keep aspect ratios: buckets of about resolution² pixels, sides multiples of 64."""
+    validation_split_column: str | None = None
+    """Column that keeps rows from training: true, or one of the texts validation, val, test,
+    held_out; all else is trained on. Their loss is measured at each of validation_steps. (To
+    cache.py too.)"""
+    balance_column: str | None = None
+    """Column whose values (a class, a hand) are to be seen equally often: each sample's row is
+    drawn, with replacement, with probability 1 / (values × rows of its value). An empty cell is a
+    value too. (To cache.py too.)"""
     dataloader_num_workers: int = 4
     """Processes that read images, for each process of the launch."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns that say which rows are trained on, and how often."""
+        given = filter(None, (self.validation_split_column, self.balance_column))
+        return tuple(dict.fromkeys(given))
 
     def __post_init__(self) -> None:
         check_multiple("resolution", self.resolution)
@@ -190,10 +205,11 @@ class ValidationConfig:
     """Validation."""
 
     validation_steps: int = 0
-    """Steps between contact sheets with CLIP-I and CLIP-T, the first before training; 0: none. Loss
-    says little: look at these."""
+    """Steps between contact sheets of validation_image, with CLIP-I and CLIP-T, and between
+    measurements of the loss of validation_split_column's rows, the first before training; 0: none.
+    Loss says little: look at the sheets."""
     validation_image: Sequence[str] = ()
-    """References, best ones that are not in the training set."""
+    """References of the sheets, best ones that are not in the training set."""
     validation_prompt: Sequence[str] = ("", "best quality, high quality")
     """Texts; the empty one is image-only."""
     validation_scale: Sequence[float] = (0.0, 0.5, 1.0)
@@ -206,6 +222,11 @@ class ValidationConfig:
     validation_clip_model: str | None = None
     """CLIP model that scores the samples (`openai/clip-vit-large-patch14` as in the paper, or
     `open_clip:MODEL/WEIGHTS`); none: no scores."""
+
+    @property
+    def draws_sheets(self) -> bool:
+        """Whether contact sheets are drawn."""
+        return bool(self.validation_steps and self.validation_image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +251,7 @@ class TrainConfig(
                 "of them."
             )
         check_encoder(self, self.variant == "faceid", f"variant {self.variant}")
-        if self.validation_steps and self.variant == "faceid" and not self.face_encoder:
+        if self.draws_sheets and self.variant == "faceid" and not self.face_encoder:
             raise TrainingError(
                 "validation_steps is set, but nothing embeds the faces of validation_image: give "
                 "--face_encoder FOLDER beside the column, or set validation_steps to 0."
@@ -243,10 +264,11 @@ class TrainConfig(
         if self.resampler_dim is not None:
             check_multiple("resampler_dim", self.resampler_dim, of=64, why="the width of a head")
         check_drop_rates(self.i_drop_rate, self.t_drop_rate, self.ti_drop_rate)
-        if self.validation_steps and not self.validation_image:
+        if self.validation_steps and not (self.validation_image or self.validation_split_column):
             raise TrainingError(
                 "validation_steps is set, but there is no validation image: name some with "
-                "--validation_image a.jpg b.jpg, or set validation_steps to 0."
+                "--validation_image a.jpg b.jpg, or rows to hold out with "
+                "--validation_split_column NAME, or set validation_steps to 0."
             )
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise TrainingError(

@@ -98,7 +98,7 @@ class MetricsLogger:
             self._copied.record()
         self._batches += 1
         self._samples += len(batch["weight"])
-        self._note_broken(batch["broken"])
+        self.note_broken(batch["broken"])
 
     def check(self) -> None:
         """Raise TrainingError if the last loss noted is not finite."""
@@ -144,7 +144,8 @@ class MetricsLogger:
             left = bar.format_interval(self.history.seconds_left(step) or 0)
             logger.info("step %d of %d: %s, %s left", step, self.history.steps, said, left)
 
-    def _note_broken(self, lines: list[str]) -> None:
+    def note_broken(self, lines: list[str]) -> None:
+        """Name and count images that cannot be read, each once."""
         for line in lines:
             if line in self._broken:
                 continue

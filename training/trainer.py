@@ -36,6 +36,9 @@ from .report import RunReport, about
 from .unet import LORA_RANK, attach, cross_attention_layers, new_adapter
 from .validation import FOLDER as SHEETS
 from .validation import Validation
+from .validation_loss import validation_loss
+
+VALIDATION_LOSS = "validation_loss"
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +118,10 @@ class Trainer:
         self._prepare(adapter)
 
         self.validation: Validation | None = None
-        if data.raw or config.validation_steps:
+        self.held_out = data.held_out
+        if data.raw or config.draws_sheets:
             self.encoders.to(self.device)
-        if config.validation_steps:
+        if config.draws_sheets:
             clip = config.validation_clip_model
             self.validation = Validation(
                 config,
@@ -208,7 +212,7 @@ class Trainer:
     def train(self) -> None:
         """Train until `max_train_steps`, or until asked to stop; saved either way."""
         with StopRequest(self.accelerator) as stop:
-            self.first_samples()
+            self.first_validation()
             self.metrics.begin()
             bar = tqdm(
                 initial=self.step,
@@ -223,13 +227,14 @@ class Trainer:
                     self.after_step(bar)
                 self.finish()
 
-    def first_samples(self) -> None:
-        """Draw what the first step will change, or what a kill after the last one prevented."""
-        if self.step and self.validation is not None:
-            (drawn,) = broadcast_object_list([self.validation.path(self.step).exists()])
-            if drawn:
-                return
-        if self.draw_samples():
+    def first_validation(self) -> None:
+        """Validate what the first step will change, or what a kill after the last one prevented."""
+        there = [False, False]
+        if self.step:
+            measured = self.history.series().get(VALIDATION_LOSS, {})
+            drawn = self.validation is not None and self.validation.path(self.step).exists()
+            there = broadcast_object_list([self.step in measured, drawn])
+        if self.validate(loss=not there[0], sheet=not there[1]):
             self.write_report("training")
 
     def train_step(self) -> None:
@@ -268,21 +273,38 @@ class Trainer:
                 if self.step == config.max_train_steps:
                     raise
                 logger.error("%s Training goes on until then.", error)
-        drawn = self.draw_samples()
-        if (saved or drawn) and self.step < config.max_train_steps:  # at the end `finish` does
+        validated = self.validate()
+        if (saved or validated) and self.step < config.max_train_steps:  # `finish` does at the end
             self.write_report("training")
 
-    def draw_samples(self) -> bool:
-        """Draw a validation's samples, and return True, if this step is the time for it."""
-        if self.validation is None or self.step % self.config.validation_steps:
+    def validate(self, loss: bool = True, sheet: bool = True) -> bool:
+        """Measure the loss of the rows held out, and draw a sheet, as far as there are these.
+
+        Returns whether this step was the time for either.
+        """
+        if not self.config.validation_steps or self.step % self.config.validation_steps:
             return False
-        self.validation(self.accelerator, self.sampled(), self.step)
-        return True
+        loss, sheet = loss and self.held_out is not None, sheet and self.validation is not None
+        if loss and self.held_out is not None:
+            batches = self.metrics.waiting(self.held_out())
+            value = validation_loss(batches, self.held_out_loss)
+            self.accelerator.log({VALIDATION_LOSS: value}, step=self.step)
+            if self.accelerator.is_main_process:
+                logger.info("step %d: validation loss %.5f", self.step, value)
+        if sheet and self.validation is not None:
+            self.validation(self.accelerator, self.sampled(), self.step)
+        return loss or sheet
 
     def write_report(self, state: str) -> None:
         """Write the run's page, in one process."""
         if self.accelerator.is_main_process:
             self.report.write(self.step, state)
+
+    def held_out_loss(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch of rows held out, of the adapter that would be saved."""
+        self.metrics.note_broken(batch["broken"])
+        batch = self.encode(send_to_device(batch, self.device, non_blocking=True))
+        return self.loss(self.sampled(), batch)
 
     def sampled(self) -> IPAdapter:
         """Return the adapter to look at: the average, if there is one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -404,6 +405,17 @@ def test_evaluation_refuses_faces(tmp_path):
 def test_options_that_do_not_go_together(given, changes, said):
     with pytest.raises(TrainingError, match=said):
         given(**changes)
+
+
+def test_the_loss_of_rows_held_out_needs_no_face_encoder(given, people, tmp_path, train, caplog):
+    shutil.copytree(people, folder := tmp_path / "people")
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    lines[3] = lines[3].replace("}", ', "split": "val"}')
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    held_out = {"validation_steps": 1, "validation_split_column": "split", "max_train_steps": 1}
+    with caplog.at_level("INFO", "training"):
+        train(given(train_data_dir=str(folder), **held_out))
+    assert re.search(r"step 1: validation loss \d+\.\d+$", caplog.text, re.MULTILINE)
 
 
 def test_a_cache_of_faces_wants_a_face_encoder(tmp_path):

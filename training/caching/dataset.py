@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,19 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 from ..data.buckets import LATENT_STEP, Buckets
-from ..data.randomness import NoiseSettings, sample_noise
+from ..data.columns import Column
+from ..data.randomness import NoiseSettings, sample_caption, sample_noise
 from ..errors import TrainingError
 from ..loss import DroppedConditions
-from .format import DROPPED, Manifest, open_tensors, read_manifest, shard_path
+from .format import (
+    DROPPED,
+    TEXTS,
+    Manifest,
+    open_tensors,
+    read_columns,
+    read_manifest,
+    shard_path,
+)
 
 Example = dict[str, Any]
 
@@ -81,12 +91,34 @@ class CachedDataset(Dataset[Example]):
                 for name in ("mean", "log_variance")
             }
             present = file.keys()
-            for name in ("states", "pooled", "time_ids"):
+            text = place
+            if "captions" in present:
+                captions = file.get_tensor("captions")
+                count = int(captions[place])
+                text = int(captions[:place].sum())
+                text += sample_caption(self._draw_settings.seed, number, count)
+            for name, at in (*((name, text) for name in TEXTS), ("time_ids", place)):
                 if name in present:
-                    example[name] = file.get_slice(name)[place]
+                    example[name] = file.get_slice(name)[at]
             example["features"] = file.get_slice(self.kind)[place]
         draws = sample_noise(self._draw_settings, number, (height, width))
         return example | {"draws": draws, "weight": 1.0, "broken": ""}
+
+    def column(self, name: str) -> Column:
+        """Return a column of these rows. Raises TrainingError if the cache does not hold it."""
+        columns = read_columns(self.folder)
+        if name not in columns:
+            raise TrainingError(
+                f"The cache '{self.folder}' does not hold the column '{name}' (it holds "
+                f"{', '.join(columns) or 'none'}). Run the training/cache.py command that made it "
+                "again, with --validation_split_column or --balance_column as here: that adds the "
+                "column and encodes nothing anew."
+            )
+        rows = []
+        for shard in range(self.manifest.shards):
+            with self._opened(shard) as (file, _):
+                rows.append(file.get_tensor("row").numpy())
+        return replace(columns[name], of_row=columns[name].of_row[np.concatenate(rows)])
 
     def dropped(self) -> DroppedConditions:
         """Return what stands in for dropped conditions, as the encoders gave it."""

@@ -2,34 +2,42 @@
 
     cache.json                  whose outputs these are, and of which rows (`Manifest`)
     dropped.safetensors         what stands in for a dropped text or image
+    columns.safetensors         `Column`s of all rows of the source, if any were asked for
     shard-00000.safetensors     rows 0 … S-1 of the source, shard-00001 the next S, …
 
 A shard holds, for its n rows whose images could be read: `row` (n,) and `bucket` (n,), in the
 source's order; and sorted by bucket, rows of one in the source's order, `states`, `pooled`,
 `time_ids` and each kind of features (n, …), and for each bucket of m rows `mean.HxW` and
 `log_variance.HxW` (m, 4, H, W). Its metadata names the images that could not be read.
+
+Format 2, where a row of the source has several captions: a shard holds besides, sorted by bucket,
+how many `captions` (n,) each row has, and `states` and `pooled` are those of all captions.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ip_adapter_core.files.atomic import atomic
 
+from ..data.columns import Column
 from ..errors import TrainingError
 
 MANIFEST, DROPPED = "cache.json", "dropped.safetensors"
-FORMAT = 1  # to be raised when files change their meaning
+COLUMNS = "columns.safetensors"
+ONE_CAPTION, SEVERAL_CAPTIONS = FORMATS = 1, 2  # another when files change their meaning
+TEXTS = ("states", "pooled")
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Manifest:
     sizes: tuple[tuple[int, int], ...]
     parts: Mapping[str, str]
     names: Mapping[str, str]
-    format: int = FORMAT
+    format: int = ONE_CAPTION
 
     @property
     def shards(self) -> int:
@@ -77,10 +85,11 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
+        if found["format"] not in FORMATS:
             raise TrainingError(
-                f"'{path}' is of format {found['format']}, this version reads {FORMAT}. Make the "
-                "cache anew, or use the version that wrote it."
+                f"'{path}' is of format {found['format']}, this version reads "
+                f"{' and '.join(map(str, FORMATS))}. Make the cache anew, or use the version that "
+                "wrote it."
             )
         for key in ("sizes", "features"):
             found[key] = tuple(tuple(x) if isinstance(x, list) else x for x in found[key])
@@ -121,6 +130,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
             f"'{path}' could not be written: {error}. It takes {needed:.0f} MiB; {free:.0f} MiB "
             "are free there. What was written before is whole: make room and run the same command "
             "again."
+        ) from error
+
+
+def write_columns(folder: Path, columns: Iterable[Column]) -> None:
+    """Keep columns of the source's rows, beside those that are kept already."""
+    kept = read_columns(folder) | {column.name: column for column in columns}
+    tensors = {name: torch.from_numpy(column.of_row) for name, column in kept.items()}
+    values = {name: column.values for name, column in kept.items()}
+    write_tensors(folder / COLUMNS, tensors, values)
+
+
+def read_columns(folder: Path) -> dict[str, Column]:
+    """Return the columns that were kept, by their names. Raises TrainingError for a cut file."""
+    path = folder / COLUMNS
+    if not path.exists():
+        return {}
+    try:
+        with open_tensors(path) as (file, values):
+            return {
+                name: Column(name, tuple(of), file.get_tensor(name).numpy())
+                for name, of in values.items()
+            }
+    except OSError as error:
+        raise TrainingError(
+            f"'{path}' cannot be read: {error}. Delete it and run the training/cache.py command "
+            "that made the cache again."
         ) from error
 
 

@@ -17,12 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..checkpoints import make_writable
-from ..data.dataset import RawDataset, loader
+from ..data.dataset import EveryCaption, loader
 from ..errors import TrainingError
 from ..models.frozen import FrozenEncoders
 from .format import (
     DROPPED,
     MANIFEST,
+    SEVERAL_CAPTIONS,
+    TEXTS,
     Manifest,
     is_whole,
     read_manifest,
@@ -86,7 +88,7 @@ def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
 
 
 def write_shards(
-    dataset: RawDataset,
+    dataset: EveryCaption,
     encoders: FrozenEncoders,
     folder: Path,
     manifest: Manifest,
@@ -102,10 +104,10 @@ def write_shards(
     """
     if not shards:
         return
-    of_row = dataset.buckets.of_row
+    buckets = dataset.buckets
 
     def batches(shard: int) -> Iterator[np.ndarray]:
-        return _batches(np.array(manifest.rows_of(shard)), of_row, batch_size)
+        return buckets.batches(np.array(manifest.rows_of(shard)), batch_size)
 
     numbered = ([(row, row) for row in x.tolist()] for shard in shards for x in batches(shard))
     loaded = iter(loader(dataset, numbered, workers))
@@ -116,17 +118,9 @@ def write_shards(
             content.add(rows, batch, encoders.outputs(batch, manifest.features))
             bar.update(len(rows))
         path = shard_path(folder, shard)
-        write_tensors(path, content.tensors(of_row), {"broken": content.broken})
+        write_tensors(path, content.tensors(buckets.of_row), {"broken": content.broken})
         if shard == shards[0]:
             _look_ahead(folder, path.stat().st_size, len(shards) - 1)
-
-
-def _batches(rows: np.ndarray, of_row: np.ndarray | None, batch: int) -> Iterator[np.ndarray]:
-    """Split a shard's rows into batches, each of one bucket."""
-    buckets = np.zeros_like(rows) if of_row is None else of_row[rows]
-    for bucket in np.unique(buckets):
-        alike = rows[buckets == bucket]
-        yield from (alike[start : start + batch] for start in range(0, len(alike), batch))
 
 
 @dataclass
@@ -143,12 +137,17 @@ class _Shard:
         self.broken += batch["broken"]
         if not sound.any():
             return
-        self.rows.append(rows[sound.numpy()])
+        rows = rows[sound.numpy()]
+        self.rows.append(rows)
         self._keep("time_ids", batch["time_ids"][sound])
         dtype = getattr(torch, self.manifest.dtype)
+        captions = batch["captions"]
+        if self.manifest.format == SEVERAL_CAPTIONS:
+            self._keep("captions", captions[sound])
         for name, output in outputs.items():
-            kept = output.to("cpu", dtype)[sound]
-            self._check_finite(name, kept)
+            count = captions if name in TEXTS else torch.ones_like(captions)  # of each row
+            kept = output.to("cpu", dtype)[sound.repeat_interleave(count)]
+            self._check_finite(name, kept, rows.repeat(count[sound].numpy()))
             if name in ("mean", "log_variance"):
                 name += ".{}x{}".format(*kept.shape[2:])
             self._keep(name, kept)
@@ -156,10 +155,10 @@ class _Shard:
     def _keep(self, name: str, tensor: Tensor) -> None:
         self.parts.setdefault(name, []).append(tensor.contiguous())
 
-    def _check_finite(self, name: str, tensor: Tensor) -> None:
+    def _check_finite(self, name: str, tensor: Tensor, rows: np.ndarray) -> None:
         finite = tensor.isfinite().flatten(1).all(dim=1)
         if not finite.all():
-            row = self.rows[-1][int(finite.int().argmin())]
+            row = rows[int(finite.int().argmin())]
             raise TrainingError(
                 f"{name.replace('_', ' ')} of row {row} became NaN or infinite: it exceeds the "
                 f"numbers of the encoders' dtype, or those of the cache's, {self.manifest.dtype}. "

@@ -27,8 +27,8 @@ from training.caching import writer as cache_writing
 from training.caching.dataset import CachedDataset
 from training.caching.format import MANIFEST, Manifest, is_whole, open_tensors, shard_path
 from training.config import parse
-from training.data.buckets import by_aspect, square
-from training.data.dataset import RawDataset, collate
+from training.data.buckets import Buckets, by_aspect, square
+from training.data.dataset import EveryCaption, RawDataset, collate
 from training.data.sources import Record, open_source
 from training.errors import TrainingError
 from training.models.base import load_encoders
@@ -179,7 +179,7 @@ def test_bytes_of_a_sample_of_sd15(kinds, expected, tmp_path, pictures):
         return torch.zeros(1)
 
     source = [Record("", pictures / "00.png", "")] * 16
-    dataset = RawDataset(source, lambda text: (one(text),), one, square(512), cache.NO_DRAWS)
+    dataset = EveryCaption(source, lambda text: (one(text),), one, square(512), cache.NO_DRAWS)
     manifest = Manifest(16, 16, kinds, "float16", ((512, 512),), {}, {})
     with tqdm(disable=True) as bar:
         cache_writing.write_shards(dataset, Shaped(), tmp_path, manifest, [0], 8, 0, bar)
@@ -188,9 +188,9 @@ def test_bytes_of_a_sample_of_sd15(kinds, expected, tmp_path, pictures):
 
 
 def test_batches_stay_in_their_shard_and_bucket():
-    of_row = np.array([0, 1, 0, 1, 1, 0, 0, 0, 1], np.int16)
+    buckets = Buckets(((8, 8), (8, 16)), np.array([0, 1, 0, 1, 1, 0, 0, 0, 1], np.int16))
     shards = range(5, 9), range(5)
-    batches = (x for rows in shards for x in cache_writing._batches(np.array(rows), of_row, 2))
+    batches = (x for rows in shards for x in buckets.batches(np.array(rows), 2))
     found = [batch.tolist() for batch in batches]
     assert found == [[5, 6], [7], [8], [0, 2], [1, 3], [4]]
 

@@ -104,7 +104,7 @@ class TestRefused:
         ("changes", "said"),
         [
             ({"features": (EMBEDS,)}, f"holds image_embeds, but.*--features {HIDDEN}"),
-            ({"format": 2}, "format 2, this version reads 1"),
+            ({"format": 3}, "format 3, this version reads 1 and 2"),
         ],
     )
     def test_of_another_kind(self, changes, said, folder):
