@@ -183,6 +183,8 @@ def _batches(
         split = column(config.validation_split_column)
         held_out = held_out_rows(split)
         logger.info("'%s' holds out %s", split.name, split.told(held_out))
+        if not config.validation_steps:
+            logger.warning("validation_steps is 0: the loss of the rows held out is not measured")
         held_out_batches = _held_out(dataset, np.flatnonzero(held_out), config, position)
     balanced: Column | None = None
     if config.balance_column:

@@ -134,10 +134,11 @@ def weights(config, step):
 
 @KINDS
 @pytest.mark.parametrize("balance", [None, "hand"])
-def test_going_on_in_the_middle_of_a_pass(kind, balance, given, tmp_path, train):
+def test_going_on_in_the_middle_of_a_pass(kind, balance, given, tmp_path, train, caplog):
     """It gives the same files, whatever was measured on the way."""
     straight = given(kind, balance_column=balance, max_train_steps=6)
     train(straight)
+    assert "validation_steps is 0: the loss of the rows held out is not measured" in caplog.text
     parts = replace(straight, output_dir=str(tmp_path / "parts"), validation_steps=2)
     train(replace(parts, max_train_steps=3))
     train(parts)
