@@ -176,7 +176,7 @@ def test_rows_held_out_are_only_measured(kind, given, rows_read, logged):
     rows_read.clear()
     trainer.train()
     assert {*rows_read} - trained == {*HELD_OUT}
-    assert [step for step, _ in logged["validation_loss"]] == [1]
+    assert [step for step, _ in logged["validation_loss"]] == [0, 1]
 
 
 @KINDS
@@ -196,8 +196,8 @@ def test_the_loss_of_rows_held_out(kind, given, logged, caplog, train):
     more = {"use_ema": True, "ema_decay": 0.5, "validation_steps": 2, "i_drop_rate": 0.9}
     with caplog.at_level("INFO", "training"):
         trainer = train(given(kind, **more, t_drop_rate=0.1, ti_drop_rate=0.0))
-    (first, at_two), (last, measured) = logged["validation_loss"]
-    assert (first, last) == (2, 4)
+    steps, (_, at_two, measured) = zip(*logged["validation_loss"], strict=True)
+    assert steps == (0, 2, 4)
     assert at_two != measured
     assert f"step 4: validation loss {measured:.5f}" in caplog.text
     assert "'split' holds out 'test': 5" in caplog.text
@@ -216,6 +216,28 @@ def test_the_loss_of_rows_held_out(kind, given, logged, caplog, train):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_the_loss_that_a_kill_prevented(given, train, monkeypatch):
+    """It is measured when the run goes on, and what was measured is not measured again."""
+    config = given("pictures", validation_steps=2, checkpointing_steps=2, report_to="none")
+    straight = train(replace(config, output_dir=config.output_dir + "-straight"))
+
+    def killed(trainer, loss=True, sheet=True):
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        return validate(trainer, loss, sheet)
+
+    validate = Trainer.validate
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "validate", killed)
+        train(config)
+    for _ in range(2):  # at the end there is nothing more to measure
+        trainer = train(config)
+        found, expected = (x.history.series()["validation_loss"] for x in (trainer, straight))
+        assert found == expected and [*found] == [0, 2, 4]
+    lines = trainer.history.path.read_text().splitlines()
+    assert sum("validation_loss" in line for line in lines) == 3
+
+
 def test_a_broken_picture_counts_for_nothing(given, people, logged, train):
     nothing = {"learning_rate": 0.0, "i_drop_rate": 0.0, "t_drop_rate": 0.0, "ti_drop_rate": 0.0}
     config = given("pictures", validation_steps=1, max_train_steps=1, **nothing)
@@ -223,7 +245,7 @@ def test_a_broken_picture_counts_for_nothing(given, people, logged, train):
     (people / f"{HELD_OUT[1]:04}.png").write_bytes(b"no picture")
     out = replace(config, output_dir=config.output_dir + "2")
     trainer = train(out)
-    (_, whole), (_, fewer) = logged["validation_loss"]
+    (_, whole), _, (_, fewer), _ = logged["validation_loss"]
     named = Path(out.output_dir, "broken-pictures-0.txt").read_text()
     assert f"{HELD_OUT[1]:04}.png" in named
     batches = [*trainer.held_out()]
@@ -252,7 +274,7 @@ def test_two_processes_follow_one(kind, given, tmp_path, train, two_ranks):
         found.Reload()
         measured.append([event.value for event in found.Scalars("validation_loss")])
     assert measured[0] == pytest.approx(measured[1], rel=1e-5)
-    assert len(measured[0]) == 1
+    assert len(measured[0]) == 2
 
 
 def test_a_cache_has_all_captions(given, people):
