@@ -104,7 +104,10 @@ def train(
 
 
 def _launch(script: str, device: str, **options: Any) -> None:
-    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    given: list[str] = []
+    for name, value in options.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        given += [f"--{name}", *map(str, values)]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     launcher += ["--cpu"] if device == "cpu" else ["--config_file", str(ONE_GPU)]
     subprocess.run([*launcher, script, *given], cwd=ROOT, check=True)

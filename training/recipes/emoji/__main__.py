@@ -36,16 +36,16 @@ from training.recipes.emoji.pictures import Pictures, blurred
 STEPS: dict[str, Any] = {
     "subjects": 1500,
     "references of a drawing": 3,
-    "taught": 300,
-    "autoencoder": (6000, 6000, 12000),
-    "image encoder": 6000,
-    "judge of hands": 3000,
-    "judge of subjects": 12000,
-    "base": (20_000,) * 6,
-    "plain": 8000,
-    "style": 8000,
-    "plus": 8000,
-    "references": 48,
+    "taught": 200,
+    "autoencoder": (1500, 3500),
+    "image encoder": 3000,
+    "judge of hands": 4000,
+    "judge of subjects": 3000,
+    "base": (750,) * 3,
+    "plain": 500,
+    "style": 1200,
+    "plus": 500,
+    "references": 20,
 }
 """Steps of each part; how many subjects the set has at most, how many of them the base is taught,
 how many references a drawing has to learn from, and how many of each hand are measured."""
@@ -224,11 +224,23 @@ class Recipe(Stages):
         variant, steps = ADAPTERS[name], self.steps[name]
         run = self.work / f"run-{name}"
         rate = 5e-4 if variant == "plus" else 2e-3
-        given = {**OPTIONS, "learning_rate": rate, "seed": self.seed}
+        given = {**OPTIONS, "learning_rate": rate, "seed": self.seed, **self._shown(steps)}
         made = adapters.train(
             variant, *self._inputs(), cached, run, steps, self.device, self.mixed_precision, **given
         )
         shutil.copyfile(made, target)
+
+    def _shown(self, steps: int) -> dict[str, Any]:
+        """Return the options of samples in the run's report: held-out references, two texts."""
+        held = self.pictures.held_out_for("subject")
+        names = [self.pictures.rows[int(n)]["file_name"] for n in held[:: max(1, len(held) // 3)][:3]]
+        return {
+            "validation_steps": max(1, steps // 5),
+            "validation_image": [self.work / "set" / "pictures" / name for name in names],
+            "validation_prompt": [*map(drawings.caption, self.pictures.taught[:2])],
+            "validation_num_inference_steps": 20,
+            "validation_guidance_scale": 4.0,
+        }
 
     def _inputs(self) -> tuple[Path, Path]:
         return self.work / _CHECKPOINT, self.work / _ENCODER
