@@ -42,10 +42,10 @@ STEPS: dict[str, Any] = {
     "judge of hands": 4000,
     "judge of subjects": 3000,
     "base": (750,) * 3,
-    "plain": 500,
-    "style": 1200,
-    "plus": 500,
-    "references": 20,
+    "plain": 400,
+    "style": 800,
+    "plus": 300,
+    "references": 12,
 }
 """Steps of each part; how many subjects the set has at most, how many of them the base is taught,
 how many references a drawing has to learn from, and how many of each hand are measured."""
