@@ -301,7 +301,10 @@ def test_patches_of_attention_by_others_stay(flux, applied):
     assert len(calls) == 2 * 14
 
 
-@pytest.mark.parametrize("window", [{}, {"start_at": 0.35, "end_at": 0.5}])
+WINDOW = {"start_at": 0.35, "end_at": 0.5}
+
+
+@pytest.mark.parametrize("window", [{}, pytest.param(WINDOW, marks=pytest.mark.nightly)])
 def test_traced_in_one_piece(flux, applied, traced, window):
     from torch._dynamo.utils import counters
 

@@ -233,7 +233,9 @@ class Recipe(Stages):
     def _shown(self, steps: int) -> dict[str, Any]:
         """Return the options of samples in the run's report: held-out references, two texts."""
         held = self.pictures.held_out_for("subject")
-        names = [self.pictures.rows[int(n)]["file_name"] for n in held[:: max(1, len(held) // 3)][:3]]
+        names = [
+            self.pictures.rows[int(n)]["file_name"] for n in held[:: max(1, len(held) // 3)][:3]
+        ]
         return {
             "validation_steps": max(1, steps // 5),
             "validation_image": [self.work / "set" / "pictures" / name for name in names],
