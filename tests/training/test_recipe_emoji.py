@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +162,9 @@ def test_what_is_measured_of_samples(pictures):
         pictures, judges, cases, pictured(pictures.trained[: len(cases.hidden)])
     )
     assert copied["distance_to_the_nearest"] < 0.5 < found["distance_to_the_nearest"]
+    whole = measure.of_drawings(pictures, judges, SimpleNamespace(decoded=lambda images: images))
+    assert whole["hand"] == whole["hand_decoded"] == 1
+    assert whole["subject"] > 0.9 and whole["distance_decoded"] == 0
     own = measure.palettes(pictures, strange.references, pictured(strange.references))
     assert own["palette_distance"] == 0
 

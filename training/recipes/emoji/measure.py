@@ -264,7 +264,7 @@ def of_drawings(
         judged = _judged(judges["hands"], hands)
         found[f"hand{name}"] = _share(judged == pictures.hand[held])
         found[f"subject{name}"] = _share(
-            _judged(judges["subjects"], subjects) == pictures.subject[every]
+            _judged(judges["subjects"], subjects) == pictures.taught_subject[every]
         )
     error = (subjects - pictures.images(every)).square().mean((1, 2, 3)).sqrt()
     return {**found, "distance_decoded": float(error.mean()) * 255}
