@@ -35,8 +35,7 @@ from .models.frozen import FrozenEncoders, reference_encoder
 from .report import RunReport, about
 from .unet import LORA_RANK, attach, cross_attention_layers, new_adapter
 from .validation import FOLDER as SHEETS
-from .validation import Validation
-from .validation_loss import validation_loss
+from .validation import Validation, validation_loss
 
 VALIDATION_LOSS = "validation_loss"
 
@@ -229,13 +228,18 @@ class Trainer:
 
     def first_validation(self) -> None:
         """Validate what the first step will change, or what a kill after the last one prevented."""
-        there = [False, False]
+        if not self.validates():
+            return
+        measured = drawn = False
         if self.step:
-            measured = self.history.series().get(VALIDATION_LOSS, {})
-            drawn = self.validation is not None and self.validation.path(self.step).exists()
-            there = broadcast_object_list([self.step in measured, drawn])
-        if self.validate(loss=not there[0], sheet=not there[1]):
-            self.write_report("training")
+            known = self.history.series().get(VALIDATION_LOSS, {})
+            sheet = self.validation is not None and self.validation.path(self.step).exists()
+            measured, drawn = broadcast_object_list([self.step in known, sheet])
+        if not measured:
+            self.measure_held_out()
+        if not drawn:
+            self.draw_sheet()
+        self.write_report("training")
 
     def train_step(self) -> None:
         """Take one optimizer step, over `gradient_accumulation_steps` batches."""
@@ -273,27 +277,31 @@ class Trainer:
                 if self.step == config.max_train_steps:
                     raise
                 logger.error("%s Training goes on until then.", error)
-        validated = self.validate()
+        validated = self.validates()
+        if validated:
+            self.measure_held_out()
+            self.draw_sheet()
         if (saved or validated) and self.step < config.max_train_steps:  # `finish` does at the end
             self.write_report("training")
 
-    def validate(self, loss: bool = True, sheet: bool = True) -> bool:
-        """Measure the loss of the rows held out, and draw a sheet, as far as there are these.
+    def validates(self) -> bool:
+        """Whether this step is the time to validate, and there is something to do it with."""
+        every = self.config.validation_steps
+        return bool(every and self.step % every == 0 and (self.held_out or self.validation))
 
-        Returns whether this step was the time for either.
-        """
-        if not self.config.validation_steps or self.step % self.config.validation_steps:
-            return False
-        loss, sheet = loss and self.held_out is not None, sheet and self.validation is not None
-        if loss and self.held_out is not None:
-            batches = self.metrics.waiting(self.held_out())
-            value = validation_loss(batches, self.held_out_loss)
-            self.accelerator.log({VALIDATION_LOSS: value}, step=self.step)
-            if self.accelerator.is_main_process:
-                logger.info("step %d: validation loss %.5f", self.step, value)
-        if sheet and self.validation is not None:
+    def measure_held_out(self) -> None:
+        """Log the loss of the rows held out, if there are any."""
+        if self.held_out is None:
+            return
+        value = validation_loss(self.metrics.waiting(self.held_out()), self.held_out_loss)
+        self.accelerator.log({VALIDATION_LOSS: value}, step=self.step)
+        if self.accelerator.is_main_process:
+            logger.info("step %d: validation loss %.5f", self.step, value)
+
+    def draw_sheet(self) -> None:
+        """Draw the validation's contact sheet, if there is one."""
+        if self.validation is not None:
             self.validation(self.accelerator, self.sampled(), self.step)
-        return loss or sheet
 
     def write_report(self, state: str) -> None:
         """Write the run's page, in one process."""

@@ -1,4 +1,4 @@
-"""Show what an adapter has learnt: a contact sheet and two curves every N steps.
+"""Show what an adapter has learnt, every N steps: a contact sheet and its curves, a held-out loss.
 
 The loss of a diffusion model says little. Here the same references, prompts, weights and seeds are
 sampled each time, so that two sheets differ by training alone.
@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
+from torch import Tensor
 
 from ip_adapter_core.adapter import IPAdapter
 from ip_adapter_core.contact_sheet import Column, Row, contact_sheet
@@ -30,6 +31,7 @@ from .config import ValidationConfig
 from .data.image import BrokenImageError, open_image
 from .errors import TrainingError
 from .evaluation.clip_score import Clip, clip_i, clip_t
+from .loss import Batch
 from .models.base import Base
 from .models.frozen import ReferenceEncoder
 from .sampling import (
@@ -235,3 +237,23 @@ def preserved_rng_state() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@torch.no_grad()
+def validation_loss(batches: Iterable[Batch], loss: Callable[[Batch], Tensor]) -> float:
+    """Return the mean loss of all samples that can be read, with nothing dropped.
+
+    `batches` are this process's, `loss` gives a batch's mean; every process calls this, and all
+    get the same. What is random of a sample comes with its batch: measured again, only `loss` has
+    changed. NaN if no sample can be read.
+    """
+    total, samples = 0.0, 0
+    with preserved_rng_state():
+        for batch in batches:
+            kept = {name: torch.zeros_like(batch[name]) for name in ("drop_image", "drop_text")}
+            weight = batch["weight"]
+            total += loss({**batch, **kept}).item() * len(weight)
+            samples += int((weight > 0).sum())
+        parts = gather_object([(total, samples)])
+    totals, counts = zip(*parts, strict=True)
+    return sum(totals) / sum(counts) if any(counts) else float("nan")

@@ -61,6 +61,28 @@ def settings(frozen, pictures, tmp_path, accelerate_anew):
 
 
 @pytest.fixture
+def cache_settings(frozen, pictures, tmp_path, accelerate_anew):
+    """Settings of a small cache, with changes."""
+    from training.cache import CacheConfig
+
+    def cache_settings(family: str = "sd15", **changes) -> CacheConfig:
+        given = {
+            "pretrained_model_name_or_path": str(frozen / family),
+            "image_encoder_path": str(frozen / "encoder"),
+            "train_data_dir": str(pictures),
+            "output_dir": str(tmp_path / "cache"),
+            "resolution": 64,
+            "features": "both",
+            "rows_per_shard": 8,
+            "batch_size": 3,
+            "dataloader_num_workers": 0,
+        }
+        return CacheConfig(**{**given, **changes})
+
+    return cache_settings
+
+
+@pytest.fixture
 def train(accelerate_anew):
     """Train as train.py does, without its command line; gives the trainer back."""
     from training.trainer import Trainer

@@ -117,7 +117,8 @@ def pictures(made):
 
 def test_drawings_in_memory(pictures):
     """Every drawing once, with its subject, hand and split, on white."""
-    assert len(pictures.every) == len(pictures.trained) + len(pictures.held_out)
+    held = [pictures.held_out_for(why) for why in ("subject", "drawing", "hand")]
+    assert torch.equal(torch.cat([pictures.trained, *held]).sort().values, pictures.every)
     row = int(pictures.trained[5])
     told = pictures.rows[row]
     assert pictures.subjects[int(pictures.subject[row])] == told["subject"]

@@ -49,35 +49,26 @@ def people(tmp_path):
 
 
 @pytest.fixture
-def cache_settings(settings, people, tmp_path):
-    def cache_settings(**changes):
-        raw = settings()
-        given = {
-            "pretrained_model_name_or_path": raw.pretrained_model_name_or_path,
-            "image_encoder_path": raw.image_encoder_path,
-            "train_data_dir": str(people),
-            "output_dir": str(tmp_path / "cache"),
-            "resolution": 64,
-            "default_caption": "",
-            "cache_dtype": "float32",
-            "rows_per_shard": 7,
-            "batch_size": 3,
-            "dataloader_num_workers": 0,
-        }
-        return cache.CacheConfig(**{**given, **changes})
+def cached(cache_settings, people, accelerate_anew):
+    """Settings of a cache of these pictures, with changes."""
 
-    return cache_settings
+    def cached(**changes):
+        accelerate_anew()
+        given = {"train_data_dir": str(people), "default_caption": "", "cache_dtype": "float32"}
+        return cache_settings(**{**given, "rows_per_shard": 7, **changes})
+
+    return cached
 
 
 @pytest.fixture
-def given(settings, people, cache_settings):
+def given(settings, people, cached):
     """The config of a small run, from the pictures or from a cache of them."""
 
     def given(kind, **changes):
         changes = {"train_data_dir": str(people), **ALL, **changes}
         if kind == "cache":
             columns = {"validation_split_column": "split", "balance_column": "hand"}
-            made = cache_settings(**columns)
+            made = cached(**columns)
             if not Path(made.output_dir).exists():
                 cache.make(made)
             changes |= {"feature_cache_dir": made.output_dir, "train_data_dir": None}
@@ -212,7 +203,7 @@ def test_the_loss_of_rows_held_out(kind, given, logged, caplog, train):
     assert len(losses) == len(HELD_OUT)
     assert measured == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     state = torch.get_rng_state()
-    trainer.validate()
+    trainer.measure_held_out()
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -221,14 +212,14 @@ def test_the_loss_that_a_kill_prevented(given, train, monkeypatch):
     config = given("pictures", validation_steps=2, checkpointing_steps=2, report_to="none")
     straight = train(replace(config, output_dir=config.output_dir + "-straight"))
 
-    def killed(trainer, loss=True, sheet=True):
+    def killed(trainer):
         if trainer.step == 2:
             raise KeyboardInterrupt
-        return validate(trainer, loss, sheet)
+        measure(trainer)
 
-    validate = Trainer.validate
+    measure = Trainer.measure_held_out
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "validate", killed)
+        patch.setattr(Trainer, "measure_held_out", killed)
         train(config)
     for _ in range(2):  # at the end there is nothing more to measure
         trainer = train(config)
@@ -299,14 +290,14 @@ def test_a_cache_has_all_captions(given, people):
     assert {len(source[row].texts) for row in range(ROWS)} == {1, 2, 3}
 
 
-def test_a_column_is_added_to_a_cache_without_encoding(given, cache_settings, train):
-    cache.make(cache_settings(validation_split_column="split"))
-    folder = Path(cache_settings().output_dir)
+def test_a_column_is_added_to_a_cache_without_encoding(given, cached, train):
+    cache.make(cached(validation_split_column="split"))
+    folder = Path(cached().output_dir)
     written = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     config = given("cache")
     with pytest.raises(TrainingError, match=r"not hold the column 'hand' \(it holds split\).*anew"):
         train(config)
-    cache.make(cache_settings(balance_column="hand"))
+    cache.make(cached(balance_column="hand"))
     assert {path: path.stat().st_mtime_ns for path in folder.glob("shard-*")} == written
     train(config)
     (folder / "columns.safetensors").write_bytes(b"cut")
@@ -323,15 +314,15 @@ def test_a_caches_columns_are_of_its_rows(given, people):
     assert rows.column("hand").values == ("right", "left")
 
 
-def test_a_cache_tells_a_wrong_column_before_it_encodes(cache_settings, people, monkeypatch):
+def test_a_cache_tells_a_wrong_column_before_it_encodes(cached, people, monkeypatch):
     monkeypatch.setattr(cache, "load_encoders", lambda *_: pytest.fail("a model was read"))
     with pytest.raises(TrainingError, match="no column 'foot'; its columns are file_name, text"):
-        cache.make(cache_settings(balance_column="foot"))
+        cache.make(cached(balance_column="foot"))
     with pytest.raises(TrainingError, match="'hand' holds out none of 24 rows"):
-        cache.make(cache_settings(validation_split_column="hand"))
+        cache.make(cached(validation_split_column="hand"))
 
 
-def test_a_cache_of_one_caption_a_row_is_as_it_was(cache_settings, people):
+def test_a_cache_of_one_caption_a_row_is_as_it_was(cached, people):
     """Older versions read it, and what they began is gone on with."""
     metadata = people / "metadata.jsonl"
     formats = {}
@@ -339,7 +330,7 @@ def test_a_cache_of_one_caption_a_row_is_as_it_was(cache_settings, people):
         if not several:
             lines = map(json.loads, metadata.read_text().splitlines())
             metadata.write_text("\n".join(json.dumps(x | {"text": "one"}) for x in lines))
-        config = cache_settings(output_dir=cache_settings().output_dir + str(several))
+        config = cached(output_dir=cached().output_dir + str(several))
         cache.make(config)
         folder = Path(config.output_dir)
         names = {*load_file(folder / "shard-00000.safetensors")}

@@ -10,24 +10,8 @@ from training import cache
 
 
 @pytest.fixture
-def settings(frozen, pictures, tmp_path, arrow, accelerate_anew):
-    """Settings of a small cache, with changes."""
-
-    def settings(family="sd15", **changes):
-        given = {
-            "pretrained_model_name_or_path": str(frozen / family),
-            "image_encoder_path": str(frozen / "encoder"),
-            "train_data_dir": str(pictures),
-            "output_dir": str(tmp_path / "cache"),
-            "resolution": 64,
-            "features": "both",
-            "rows_per_shard": 8,
-            "batch_size": 3,
-            "dataloader_num_workers": 0,
-        }
-        return cache.CacheConfig(**{**given, **changes})
-
-    return settings
+def settings(cache_settings, arrow):
+    return cache_settings
 
 
 @pytest.fixture

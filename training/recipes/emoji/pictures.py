@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from training.data.image import open_image
-from training.recipes.emoji.drawings import HANDS, caption, number
+from training.recipes.emoji.drawings import HANDS, number
 
 BLUR, SHARPEST, BLUNTEST, NOISE = 9, 0.3, 1.5, 0.03  # of what the judges learn from
 MOVED = 4  # pixels at most, across and down
@@ -39,7 +39,7 @@ class Pictures:
         self.subject = torch.tensor([index[row["subject"]] for row in rows])
         self.every = torch.arange(len(rows))
         held = torch.tensor([row["list"] == "held_out" for row in rows])
-        self.trained, self.held_out = self.every[~held], self.every[held]
+        self.trained = self.every[~held]
         known = {rows[int(n)]["subject"] for n in self.trained}
         first = sorted(known, key=lambda subject: number(seed, "taught", subject))[:taught]
         self.taught = sorted(first)
@@ -73,7 +73,7 @@ class Pictures:
         """
         alone = torch.rand(len(numbers), generator=generator) < 0.5
         names = [HANDS[int(hand)].name for hand in self.hand[numbers]]
-        texts = [caption(self.subjects[int(subject)]) for subject in self.subject[numbers]]
+        texts = [self.rows[int(n)]["text"] for n in numbers]
         return [
             name if hand else f"{text}, {name}"
             for name, text, hand in zip(names, texts, alone, strict=True)
