@@ -95,11 +95,10 @@ def make(folder: Path, drawings: Path | None = None) -> None:
     else:
         image_folders.with_metadata(pictures, PICTURES, [(side * 5 // 4, side), (side, side)])
     fill_cache(folder)
-    save_file(Trainer(config(folder)).sampled().state_dict(), folder / "weights.safetensors")
 
 
 def fill_cache(folder: Path) -> None:
-    """`cache` of `pictures`."""
+    """Make `cache` of `pictures`, and `weights` that both loops start from."""
     wanted = cache.CacheConfig(
         pretrained_model_name_or_path=str(folder / "base"),
         image_encoder_path=str(folder / "encoder"),
@@ -110,6 +109,7 @@ def fill_cache(folder: Path) -> None:
     )
     with patch.object(datasets.config, "HF_DATASETS_CACHE", folder / "datasets"):
         cache.make(wanted)
+    save_file(Trainer(config(folder)).sampled().state_dict(), folder / "weights.safetensors")
 
 
 def config(folder: Path, **changes: Any) -> TrainConfig:

@@ -99,6 +99,12 @@ def test_what_a_cache_spares_is_its_speedup(folder, takes):
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("loop", ["cache", "reference"])
+def test_the_peak_of_a_process_of_its_own_in_bytes(folder, loop):
+    assert 2e8 < training.peak(folder, loop) < 8e9
+
+
+@pytest.mark.nightly
 def test_the_bare_step_trains_as_the_loop_does(folder):
     run = Trainer(training.config(folder))
     training.bare_step(run, next(run.batches))

@@ -237,7 +237,7 @@ class Recipe(Stages):
             self.pictures.rows[int(n)]["file_name"] for n in held[:: max(1, len(held) // 3)][:3]
         ]
         return {
-            "validation_steps": max(1, steps // 5),
+            "validation_steps": max(20, steps // 5),
             "validation_image": [self.work / "set" / "pictures" / name for name in names],
             "validation_prompt": [*map(drawings.caption, self.pictures.taught[:2])],
             "validation_num_inference_steps": 20,
