@@ -33,6 +33,8 @@ TRANSFER = "style"  # the adapter of the second sheet
 _BINS = 4  # of each colour, in a palette
 _SHOWN = 8  # texts on a sheet
 _LAYOUT = Layout(cell=(128, 128))
+Figures = dict[str, float | None]
+"""None: there was nothing to measure it of."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def measured(
         "drawings": of_drawings(pictures, judges, samples),
         "adapters": {},
     }
-    shown = cases[torch.arange(_SHOWN).clamp(max=len(cases.references) - 1)]
+    shown = cases[:_SHOWN]
     first = [_picture(pictures.pixels[int(n)]) for n in shown.references]
     rows = [Row("References", first)]
     for name, path in adapters.items():
@@ -187,13 +189,13 @@ def _judged(judge: Any, images: Tensor) -> Tensor:
     return torch.cat([judge(some).argmax(1) for some in images.split(256)])
 
 
-def _share(found: Tensor) -> float:
-    return round(float(found.float().mean()), 4) if len(found) else float("nan")
+def _share(found: Tensor) -> float | None:
+    return round(float(found.float().mean()), 4) if len(found) else None
 
 
 def scores(
     pictures: Pictures, judges: Mapping[str, Any], cases: Cases, drawn: list[Image.Image]
-) -> dict[str, float]:
+) -> Figures:
     """Shares of samples of the reference's hand and of the text's subject, and how near they are.
 
     Distances are root mean squares in 8-bit levels: to the nearest drawing of the training, which
@@ -236,7 +238,7 @@ def _palette(images: Tensor) -> Tensor:
     return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
-def palettes(pictures: Pictures, references: Tensor, drawn: list[Image.Image]) -> dict[str, float]:
+def palettes(pictures: Pictures, references: Tensor, drawn: list[Image.Image]) -> Figures:
     """Mean distance of palettes (0 … 2) to each one's own reference, and to the others'."""
     made, theirs = _palette(_tensor(drawn)), _palette(pictures.images(references))
     distances = torch.cdist(made, theirs, p=1)
@@ -249,9 +251,7 @@ def palettes(pictures: Pictures, references: Tensor, drawn: list[Image.Image]) -
     }
 
 
-def of_drawings(
-    pictures: Pictures, judges: Mapping[str, Any], samples: Samples
-) -> dict[str, float]:
+def of_drawings(pictures: Pictures, judges: Mapping[str, Any], samples: Samples) -> Figures:
     """Say how often the judges are right: about the hands of subjects never seen, and subjects.
 
     Both about drawings as they are, and as the autoencoder leaves them, which no sample can pass;
