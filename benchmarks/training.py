@@ -168,8 +168,6 @@ def peak(folder: Path, loop: str) -> int:
 
 def run_for_peak(loop: str, folder: Path) -> int:
     """Take some steps from the cache or as the reference does; return the peak in bytes."""
-    import resource  # Windows has none
-
     given = config(folder, max_train_steps=PEAK_STEPS)
     if loop == "cache":
         Trainer(given).train()
@@ -177,8 +175,21 @@ def run_for_peak(loop: str, folder: Path) -> int:
         reference = reference_loop(folder, given)
         for _ in range(PEAK_STEPS):
             reference.step()
-    unit = 1 if sys.platform == "darwin" else 1024  # of getrusage
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_of_this_process()
+
+
+def peak_of_this_process() -> int:
+    """Return the most bytes of memory that this process has held.
+
+    Not getrusage's on Linux: there a program begins at the peak of the process that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def waiting_for_data(folder: Path, rounds: int) -> float:

@@ -104,6 +104,19 @@ def test_the_peak_of_a_process_of_its_own_in_bytes(folder, loop):
     assert 2e8 < training.peak(folder, loop) < 8e9
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel tells no peaks")
+def test_the_peak_is_not_that_of_the_process_that_started_it():
+    much = 2**30
+    held = torch.ones(much, dtype=torch.uint8)
+    peak = training.peak_of_this_process()
+    assert peak > much
+    told = "from benchmarks import training; print(training.peak_of_this_process())"
+    command = [sys.executable, "-c", told]
+    done = subprocess.run(command, cwd=training.ROOT, check=True, capture_output=True, text=True)
+    del held
+    assert 1e8 < int(done.stdout) < peak - much / 2
+
+
 @pytest.mark.nightly
 def test_the_bare_step_trains_as_the_loop_does(folder):
     run = Trainer(training.config(folder))
@@ -162,6 +175,8 @@ def test_a_checkpoint_is_two_bytes_a_weight(tmp_path):
 
 ALONE = """
 import mmap, sys
+import subprocess
+import sys
 from pathlib import Path
 sys.path.append(sys.argv[2])
 from benchmarks import rows
