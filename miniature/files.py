@@ -77,10 +77,14 @@ def dequantized(state: Mapping[str, Tensor]) -> State:
 def save(
     path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as they are into one file."""
+    """Write tensors as they are into one file.
+
+    `metadata`: one entry at most, by default the format. safetensors writes several in an order
+    that changes from process to process, and the same weights would not make the same file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: x.detach().contiguous() for key, x in state.items()}
-    save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    save_file(tensors, path, metadata=dict(metadata or {"format": "pt"}))
 
 
 def load(path: Path) -> State:

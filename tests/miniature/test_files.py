@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from open_clip.model import CLIP
 from safetensors.torch import load_file
 
 from ip_adapter_core.variants import FEATURE_KINDS
@@ -162,3 +163,14 @@ def test_another_build_has_a_base_directory_of_its_own(monkeypatch, tmp_path):
     ours = assemble.base_directory()
     monkeypatch.setattr(files, "FOLDER", tmp_path)
     assert assemble.base_directory() not in (ours, tmp_path)
+
+
+def test_the_same_weights_make_the_same_file(tmp_path):
+    """Metadata of several entries would come in another order from one time to the next."""
+    written = set()
+    for number in range(12):
+        path = tmp_path / f"{number}.safetensors"
+        torch.manual_seed(0)
+        files.save_encoder(path, CLIP(**models.ENCODER))
+        written.add(path.read_bytes())
+    assert len(written) == 1

@@ -43,7 +43,7 @@ STEPS: dict[str, Any] = {
     "judge of subjects": 3000,
     "base": (750,) * 3,
     "plain": 400,
-    "style": 800,
+    "style": 2000,
     "plus": 300,
     "references": 12,
 }
