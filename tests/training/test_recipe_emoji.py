@@ -211,3 +211,19 @@ def test_steps_that_there_are_none_of(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         recipe.main()
     assert "--steps names adapters; expected some of subjects" in capsys.readouterr().err
+
+
+def test_a_judge_learns_and_is_loaded(tmp_path):
+    from miniature import files
+    from training.recipes.emoji import judges
+
+    colors = torch.eye(3)[:, :, None, None].expand(3, 3, 64, 64)
+
+    def draw(step):
+        labels = torch.arange(12) % 3
+        return colors[labels], labels
+
+    made = judges.train("colors", 0, 30, draw, 3)
+    files.save(tmp_path / "judge.safetensors", files.halved(made.state_dict()))
+    judge = judges.load(tmp_path / "judge.safetensors")
+    assert judge(judges.blurred(colors)).argmax(1).tolist() == [0, 1, 2]

@@ -30,8 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from miniature import adapters, base, files, models
 from miniature.stages import Part, RecipeError, Stages, device
 from tools.comfyui.install import ROOT
-from training.recipes.emoji import drawings, measure
-from training.recipes.emoji.pictures import Pictures, blurred
+from training.recipes.emoji import drawings, judges, measure
+from training.recipes.emoji.pictures import Pictures
 
 STEPS: dict[str, Any] = {
     "subjects": 1500,
@@ -39,11 +39,11 @@ STEPS: dict[str, Any] = {
     "taught": 200,
     "autoencoder": (1500, 3500),
     "image encoder": 3000,
-    "judge of hands": 4000,
-    "judge of subjects": 3000,
+    "judge of hands": 2000,
+    "judge of subjects": 1200,
     "base": (750,) * 3,
     "plain": 400,
-    "style": 2000,
+    "style": 3000,
     "plus": 300,
     "references": 12,
 }
@@ -154,21 +154,16 @@ class Recipe(Stages):
         files.save_encoder(target, made)
 
     def _judge(self, kind: str, target: Path) -> None:
-        """Train a classifier that shares nothing with the encoder, on images as decoders blur."""
         labels, rows = self.pictures.labels(kind)
-        torch.manual_seed(self.seed)
-        model = models.ShapeClassifier(int(labels.max()) + 1).to(self.device)
-        steps, draw = self.steps[f"judge of {kind}"], self._draw(rows, 64)
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+        steps, drawn = self.steps[f"judge of {kind}"], self._draw(rows, 64)
 
-        def loss_at(step: int) -> Tensor:
-            images, chosen, _ = draw(step)
-            scores = model(blurred(images.to(self.device)))
-            return torch.nn.functional.cross_entropy(scores, labels[chosen].to(self.device))
+        def draw(step: int) -> tuple[Tensor, Tensor]:
+            images, chosen, _ = drawn(step)
+            return images, labels[chosen]
 
-        rate = models.decaying(2e-3, steps, warmup=20)
-        models.fit(f"judge of {kind}", optimizer, loss_at, steps, rate, model.parameters())
-        files.save(target, files.halved(model.cpu().state_dict()))
+        classes = int(labels.max()) + 1
+        made = judges.train(kind, self.seed, steps, draw, classes, self.device, self.autocast)
+        files.save(target, files.halved(made.state_dict()))
 
     def _texts(self, target: Path) -> None:
         texts = [*map(drawings.caption, self.pictures.taught), ""]
@@ -248,17 +243,14 @@ class Recipe(Stages):
         return self.work / _CHECKPOINT, self.work / _ENCODER
 
     def _report(self, target: Path) -> None:
-        judges = {
-            kind: files.frozen(
-                models.ShapeClassifier(int(self.pictures.labels(kind)[0].max()) + 1),
-                self.work / name,
-            )
+        known = {
+            kind: judges.load(self.work / name)
             for kind, name in (("hands", _HANDS), ("subjects", _SUBJECTS))
         }
         named = {name: self.work / f"{name}.safetensors" for name in ADAPTERS}
         frozen = self._inputs()
         found, sheets = measure.measured(
-            self.pictures, *frozen, named, judges, self.steps["references"], self.device
+            self.pictures, *frozen, named, known, self.steps["references"], self.device
         )
         for name, sheet in sheets.items():
             sheet.save(self.work / f"{name}.png")
@@ -279,7 +271,7 @@ def main() -> None:
         "--mixed_precision",
         choices=PRECISIONS,
         default="bf16",
-        help="of autoencoder, base and adapters; no where the processor has no bfloat16",
+        help="of autoencoder, judges, base and adapters; no where the processor has no bfloat16",
     )
     given = parser.parse_args()
     unknown = given.steps.keys() - STEPS.keys()

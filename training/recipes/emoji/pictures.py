@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from training.data.image import open_image
 from training.recipes.emoji.drawings import HANDS, number
 
-BLUR, SHARPEST, BLUNTEST, NOISE = 9, 0.3, 1.5, 0.03  # of what the judges learn from
 MOVED = 4  # pixels at most, across and down
 
 
@@ -100,11 +98,3 @@ class Pictures:
 
 def _pixels(path: Path) -> Tensor:
     return torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1)
-
-
-def blurred(images: Tensor) -> Tensor:
-    """Return images as a decoder may give them: half of them blurred, all with a little noise."""
-    half = len(images) // 2
-    sigma = float(SHARPEST + (BLUNTEST - SHARPEST) * torch.rand(()))
-    images = torch.cat([gaussian_blur(images[:half], BLUR, sigma), images[half:]])
-    return images + NOISE * torch.randn_like(images)
