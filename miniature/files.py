@@ -79,8 +79,8 @@ def save(
 ) -> None:
     """Write tensors as they are into one file.
 
-    `metadata`: one entry at most, by default the format. safetensors writes several in an order
-    that changes from process to process, and the same weights would not make the same file.
+    `metadata`: one entry, by default the format. safetensors writes several in an order that
+    changes from one time to the next, and the same weights would not make the same file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: x.detach().contiguous() for key, x in state.items()}

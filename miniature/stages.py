@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ip_adapter_core.files.atomic import atomic
+
 logger = logging.getLogger("comfyui_ip_adapter.tools")
 _RECIPE, _TIMES = "recipe.json", "times.json"
 Part = tuple[str, str, Callable[[Path], object]]
@@ -40,8 +42,8 @@ class Stages:
         """Make every part that is not there, and note how long it took. Raises RecipeError."""
         self.work.mkdir(parents=True, exist_ok=True)
         path, ours = self.work / _RECIPE, json.dumps(self.recipe(), indent=1)
-        if not any(self.work.iterdir()):
-            path.write_text(ours, encoding="utf-8")
+        if all(left.suffix == ".tmp" for left in self.work.iterdir()):  # of a write that was killed
+            _write(path, ours)
         theirs = path.read_text(encoding="utf-8") if path.exists() else "no recipe at all"
         if theirs != ours:
             raise RecipeError(
@@ -67,7 +69,7 @@ class Stages:
         times["seconds"][name] = times["seconds"].get(name, 0) + round(seconds)
         if (hardware := _hardware(self.device)) not in times["made_on"]:
             times["made_on"].append(hardware)
-        (self.work / _TIMES).write_text(json.dumps(times, indent=1), encoding="utf-8")
+        _write(self.work / _TIMES, json.dumps(times, indent=1))
 
     def times(self) -> dict[str, Any]:
         """Return `made_on`, what made the parts, and the `seconds` that each took."""
@@ -75,6 +77,11 @@ class Stages:
         if path.exists():
             return dict(json.loads(path.read_text(encoding="utf-8")))
         return {"made_on": [], "seconds": {}}
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _hardware(device: str) -> str:

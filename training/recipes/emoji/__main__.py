@@ -5,7 +5,7 @@
 
 Goes on where it stopped, as `python -m miniature` does: base, autoencoder and encoder are the
 miniature's code on these drawings, the adapters are trained by training/cache.py and
-training/train.py. Ends with `report.json` and `samples.png` in the work folder.
+training/train.py. Ends with `report.json`, `samples.png` and `transfer.png` in the work folder.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ OPTIONS = {
     **adapters.OPTIONS,
     "train_batch_size": 32,
     "t_drop_rate": 0.1,
-    "checkpointing_steps": 500,
 }
 ADAPTERS = {"plain": "base", "style": "base", "plus": "plus"}
 """The adapters and their variants; "style" is trained on pairs of one hand."""
@@ -113,7 +112,7 @@ class Recipe(Stages):
 
     @cached_property
     def pictures(self) -> Pictures:
-        """All drawings of the hands that train, on white."""
+        """All drawings, on white."""
         return Pictures(self.work / "set", self.seed, self.steps["taught"])
 
     def _drawings(self, target: Path) -> None:
@@ -220,6 +219,7 @@ class Recipe(Stages):
         run = self.work / f"run-{name}"
         rate = 5e-4 if variant == "plus" else 2e-3
         given = {**OPTIONS, "learning_rate": rate, "seed": self.seed, **self._shown(steps)}
+        given["checkpointing_steps"] = min(500, max(1, steps // 3))
         made = adapters.train(
             variant, *self._inputs(), cached, run, steps, self.device, self.mixed_precision, **given
         )
@@ -287,7 +287,7 @@ def main() -> None:
     except RecipeError as error:
         sys.exit(str(error))
     minutes = sum(recipe.times()["seconds"].values()) / 60
-    print(f"{work / 'report.json'} and {work / 'samples.png'}: {minutes:.0f} minutes in all")
+    print(f"{work / 'report.json'}, samples.png and transfer.png: {minutes:.0f} minutes in all")
 
 
 if __name__ == "__main__":

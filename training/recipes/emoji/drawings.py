@@ -18,6 +18,7 @@ import io
 import json
 import logging
 import re
+import shutil
 import subprocess
 import tarfile
 from collections import defaultdict
@@ -72,7 +73,8 @@ def fetch(folder: Path) -> dict[str, Path]:
         path = folder / f"iconify-json-{hand.package}-{hand.version}.tgz"
         if not path.exists():
             asked = f"@iconify-json/{hand.package}@{hand.version}"
-            command = ["npm", "pack", asked, "--pack-destination", str(folder)]
+            npm = shutil.which("npm") or "npm"  # npm.cmd on Windows
+            command = [npm, "pack", asked, "--pack-destination", str(folder)]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True)
             except (OSError, subprocess.CalledProcessError) as error:
@@ -219,7 +221,7 @@ def rows(
         known = trained.get(subject, {})
         for hand, path in hands.items():
             row = {
-                "file_name": str(path.relative_to(root)),
+                "file_name": path.relative_to(root).as_posix(),
                 "text": caption(subject),
                 "subject": subject,
                 "hand": hand,
@@ -233,12 +235,12 @@ def rows(
             found["plain"].append(row)
             same = sorted(own, key=lambda x: number(seed, "style", subject, hand, x))
             for other in [x for x in same if x != subject][:references]:
-                style = trained[other][hand].relative_to(root)
-                found["style"].append({**row, "reference_file_name": str(style)})
+                style = trained[other][hand].relative_to(root).as_posix()
+                found["style"].append({**row, "reference_file_name": style})
             if others:
                 other = others[number(seed, "content", subject, hand) % len(others)]
-                content = known[other].relative_to(root)
-                found["content"].append({**row, "reference_file_name": str(content)})
+                content = known[other].relative_to(root).as_posix()
+                found["content"].append({**row, "reference_file_name": content})
     return found
 
 
@@ -282,7 +284,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the set")
     parser.add_argument("--packages", type=Path, help="of npm; default: OUT/packages")
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
-    parser.add_argument("--most", type=int, help="so many subjects; default: all, about 1,400")
+    parser.add_argument("--most", type=int, help="so many subjects; default: all, about 1,500")
     parser.add_argument("--seed", type=int, default=0, help="of what is held out, and of pairs")
     parser.add_argument(
         "--references", type=int, default=1, help="rows of a drawing in style.jsonl"

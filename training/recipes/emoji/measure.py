@@ -168,6 +168,7 @@ def _with_texts(pictures: Pictures, references: Tensor) -> Cases:
         turn = place + place // (len(HANDS) - 1)  # each hand has both kinds
         hidden = turn % 2 == 1 and bool((pictures.hand[withheld] == hand).any())
         pool = withheld if hidden else known
+        pool = pool[pictures.subject[pool] != pictures.subject[reference]]
         if (pictures.hand[pool] == hand).any():
             pool = pool[pictures.hand[pool] == hand]
         row = pool[torch.randint(len(pool), (), generator=generator)]
@@ -204,7 +205,7 @@ def scores(
     images, hidden = _tensor(drawn), cases.hidden
     hand = _judged(judges["hands"], images) == pictures.hand[cases.references]
     subject = _judged(judges["subjects"], images) == cases.subjects
-    known = pictures.of_taught(pictures.trained)
+    known = pictures.trained
     distance, nearest = _distances(images, pictures.images(known)).min(1)
     near = known[nearest]
     theirs = pictures.images(cases.withheld[hidden])

@@ -19,8 +19,8 @@ MOVED = 4  # pixels at most, across and down
 class Pictures:
     """Rows of plain.jsonl and held_out.jsonl in `folder`: `pixels (N, 3, h, w)`, 8 bits.
 
-    Encoder, autoencoder and the judge of hands learn from the whole set; the base is `taught` so
-    many of its subjects, which are those that texts name.
+    The autoencoder learns from all of them, the encoder from `trained`, the judge of hands from all
+    but the subjects held out; the base is `taught` so many of the subjects, which texts name.
     """
 
     def __init__(self, folder: Path, seed: int = 0, taught: int | None = None) -> None:
