@@ -104,17 +104,16 @@ def test_the_peak_of_a_process_of_its_own_in_bytes(folder, loop):
     assert 2e8 < training.peak(folder, loop) < 8e9
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere getrusage tells it")
 def test_the_peak_is_not_that_of_the_process_that_started_it():
-    much = 2**30
+    much = 2 * 2**30
     held = torch.ones(much, dtype=torch.uint8)
-    peak = training.peak_of_this_process()
-    assert peak > much
     told = "from benchmarks import training; print(training.peak_of_this_process())"
     command = [sys.executable, "-c", told]
     done = subprocess.run(command, cwd=training.ROOT, check=True, capture_output=True, text=True)
     del held
-    assert 1e8 < int(done.stdout) < peak - much / 2
+    assert 1e8 < int(done.stdout) < much
 
 
 @pytest.mark.nightly
