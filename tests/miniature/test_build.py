@@ -265,3 +265,16 @@ def test_comfyui_adds_what_training_added(base_directory, pack):
     for one, other in zip(skips, expected, strict=True):
         assert float((one.float() - other).abs().max() / other.abs().max()) < 2e-2
     assert not any(x is not None and x.any() for x in found["middle"])
+
+
+def test_a_kill_while_the_recipe_was_written_hinders_nothing(tmp_path):
+    class Parts(stages.Stages):
+        def recipe(self):
+            return {"seed": 0}
+
+        def parts(self):
+            return [("part", "part.txt", lambda target: target.write_text("made"))]
+
+    (tmp_path / "recipe.json.0123abcd.tmp").write_text('{"se')
+    Parts(tmp_path, "cpu").run()
+    assert (tmp_path / "part.txt").read_text() == "made"

@@ -166,8 +166,20 @@ def test_what_is_measured_of_samples(pictures):
     whole = measure.of_drawings(pictures, judges, SimpleNamespace(decoded=lambda images: images))
     assert whole["hand"] == whole["hand_decoded"] == 1
     assert whole["subject"] > 0.9 and whole["distance_decoded"] == 0
+    untaught = pictures.trained[pictures.taught_subject[pictures.trained] < 0][:1]
+    told = measure.scores(pictures, judges, cases[:1], pictured(untaught))
+    assert told["distance_to_the_nearest"] < 0.5  # a copy of what only references show
     own = measure.palettes(pictures, strange.references, pictured(strange.references))
     assert own["palette_distance"] == 0
+
+
+def test_no_text_names_what_its_reference_shows(pictures):
+    from training.recipes.emoji import measure
+
+    for each in range(1, 11):
+        for cases in measure.chosen(pictures, each):
+            own = pictures.taught_subject[cases.references]
+            assert not (own == cases.subjects).any()
 
 
 def test_drawings_that_no_training_saw(pictures):

@@ -218,8 +218,13 @@ class Recipe(Stages):
         variant, steps = ADAPTERS[name], self.steps[name]
         run = self.work / f"run-{name}"
         rate = 5e-4 if variant == "plus" else 2e-3
-        given = {**OPTIONS, "learning_rate": rate, "seed": self.seed, **self._shown(steps)}
-        given["checkpointing_steps"] = min(500, max(1, steps // 3))
+        given = {
+            **OPTIONS,
+            **self._shown(steps),
+            "checkpointing_steps": min(500, max(1, steps // 3)),
+            "learning_rate": rate,
+            "seed": self.seed,
+        }
         made = adapters.train(
             variant, *self._inputs(), cached, run, steps, self.device, self.mixed_precision, **given
         )
